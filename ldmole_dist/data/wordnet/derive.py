@@ -1,0 +1,122 @@
+"""Derive the bundled word-category task from WordNet's noun file.
+
+Each item asks for the category of a noun from its dictionary definition. The same input gives the same two files
+byte for byte: the choice of items and their order follow a hash of the text, never a random generator.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+# Lexicographer file number -> label, as numbered in WordNet's lexnames manual page.
+LABELS = {
+    "05": "animal",
+    "08": "body",
+    "13": "food",
+    "15": "place",
+    "17": "object",
+    "18": "person",
+    "20": "plant",
+    "28": "time",
+}
+# A definition that names its own category gives the answer away.
+NAMES = {
+    "animal": "animals?",
+    "body": "body|bodies",
+    "food": "foods?",
+    "place": "places?",
+    "object": "objects?",
+    "person": "persons?|people",
+    "plant": "plants?",
+    "time": "times?",
+}
+GIVEAWAYS = {label: re.compile(rf"\b({names})\b", re.IGNORECASE) for label, names in NAMES.items()}
+# Definitions of slurs and obscenities are left out: nothing is learnt from them that others do not teach.
+UNWANTED = re.compile(r"\b(slurs?|offensive|obscene|derogatory|vulgar|disparag\w+|ethnic|sexual\w*|prostitut\w+)\b", re.I)
+# Offset, lexicographer file number, part of speech, words and pointers, then the gloss.
+SYNSET = re.compile(r"\d{8} (\d\d) n .*? \| (.*)")
+MIN_WORDS, MAX_WORDS = 4, 25
+TRAIN_PER_LABEL, TEST_PER_LABEL = 500, 50
+
+
+def stable_key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_definitions(data_noun: Path) -> dict[str, list[str]]:
+    """Return the usable definitions of each label, in hash order."""
+    labels_of: dict[str, list[str]] = defaultdict(list)
+    with data_noun.open(encoding="utf-8") as lines:
+        for line in lines:
+            # The licence at the top of the file does not match.
+            synset = SYNSET.match(line)
+            if synset is None or synset[1] not in LABELS:
+                continue
+            # Example sentences are quoted and come last.
+            definition = " ".join(synset[2].partition('"')[0].split()).strip(" ;:,")
+            labels_of[definition].append(LABELS[synset[1]])
+
+    definitions: dict[str, list[str]] = {label: [] for label in LABELS.values()}
+    for definition in sorted(labels_of, key=stable_key):
+        # A definition shared by several nouns may have several labels, and would count twice.
+        if len(labels_of[definition]) > 1:
+            continue
+        label = labels_of[definition][0]
+        if UNWANTED.search(definition):
+            continue
+        if MIN_WORDS <= len(definition.split()) <= MAX_WORDS and not GIVEAWAYS[label].search(definition):
+            definitions[label].append(definition)
+    return definitions
+
+
+def interleave(definitions: dict[str, list[str]], start: int, stop: int) -> list[dict[str, str]]:
+    """Return rows in rounds of one item per label, so that any prefix is balanced to within one round."""
+    rows = []
+    for index in range(start, stop):
+        labels = sorted(definitions, key=lambda label: stable_key(f"{label}: {definitions[label][index]}"))
+        for label in labels:
+            prompt = f"Definition: {definitions[label][index]}\nCategory:"
+            rows.append({"prompt": prompt, "completion": f" {label}"})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def derive(data_noun: Path, out_dir: Path) -> None:
+    definitions = read_definitions(data_noun)
+    smallest = min(definitions, key=lambda label: len(definitions[label]))
+    usable = len(definitions[smallest])
+    if usable <= TEST_PER_LABEL:
+        raise ValueError(
+            f"{data_noun} has {usable} usable definitions for '{smallest}', more than {TEST_PER_LABEL} are needed; "
+            "is it WordNet 3.0's data.noun?"
+        )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    stop = min(usable, TEST_PER_LABEL + TRAIN_PER_LABEL)
+    write_rows(out_dir / "test.jsonl", interleave(definitions, 0, TEST_PER_LABEL))
+    write_rows(out_dir / "train.jsonl", interleave(definitions, TEST_PER_LABEL, stop))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ldmole_dist.data.wordnet.derive",
+        description="Derive train.jsonl and test.jsonl from WordNet 3.0's data.noun.",
+    )
+    parser.add_argument("data_noun", type=Path, metavar="DATA_NOUN", help="WordNet 3.0's data.noun")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to write the two files to")
+    args = parser.parse_args()
+    try:
+        derive(args.data_noun, args.out_dir)
+    except (OSError, ValueError) as error:
+        sys.exit(f"derive: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""From a model with adapters to a DeepSpeed engine that trains it, the same to the trainer at every ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from peft import PeftModel
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from ldmole_dist.engine.ds_config import stage_of
+from ldmole_dist.engine.experts import check_partition_groups, clip_local_gradients, mark_experts, optimizer_groups
+from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.peft_method import LdMoleLinear, is_expert_tensor
+
+
+class Engine:
+    """A DeepSpeed engine around a PEFT model with LD-MoLE adapters.
+
+    Args:
+        model: with its adapter injected; the same on all ranks but for the slices of experts.
+        ds_config: complete (`resolve_ds_config`).
+        make_optimizer: from parameter groups.
+        make_scheduler: from the optimizer; stepped at every optimizer step.
+        max_grad_norm: 0 for none.
+
+    Attributes:
+        module: the model.
+        grad_norm: over all parameters of all ranks, before clipping, of the last optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        ds_config: dict[str, Any],
+        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        make_scheduler: Callable[[torch.optim.Optimizer], LRScheduler],
+        max_grad_norm: float,
+    ) -> None:
+        self.stage = stage_of(ds_config)
+        self.parallel: ExpertParallel = model.base_model.parallel
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm = 0.0
+        self._clips_itself = self.stage == 0 and "fp16" not in ds_config
+        ep_size = self.parallel.size
+        mark_experts(model, model.active_peft_config.num_experts, ep_size, self.stage)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            config=ds_config,
+            optimizer=make_optimizer(optimizer_groups(model, ep_size, self.stage)),
+            lr_scheduler=make_scheduler,
+            dist_init_required=False,
+        )
+        self.module = model
+        if self.stage == 3:
+            check_partition_groups(model, ep_size)
+            register_experts_of_linears(model)
+            model.base_model.gather_parameter = gathered_parameter
+
+    def __call__(self, **batch: Tensor) -> Any:
+        """Forward of the model; every rank calls it equally often."""
+        return self.deepspeed(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-batch, to be averaged over ranks and micro-batches by DeepSpeed."""
+        self.deepspeed.backward(loss)
+
+    def step(self) -> bool:
+        """After every micro-batch; at an accumulation boundary it clips and updates.
+
+        Returns:
+            Whether the parameters were updated: False in between, and where fp16 gradients overflowed.
+        """
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        if boundary and self._clips_itself:
+            self.grad_norm = clip_local_gradients(self.module, self.max_grad_norm, self.parallel)
+        self.deepspeed.step()
+        if boundary and not self._clips_itself:
+            self.grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        return boundary and not self.overflowed
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether fp16 gradients of the last step overflowed, so that it was skipped and the loss scale lowered."""
+        return bool(getattr(self.deepspeed.optimizer, "overflow", False))
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimizer step."""
+        return float(self.deepspeed.optimizer.param_groups[0]["lr"])
+
+
+def register_experts_of_linears(model: PeftModel) -> None:
+    """Under ZeRO-3 DeepSpeed fetches what a module's own forward uses: tell it that a linear uses its banks, which live in
+    dictionaries whose forward nobody calls."""
+    for module in model.modules():
+        if isinstance(module, LdMoleLinear):
+            for name, parameter in module.named_parameters():
+                if is_expert_tensor(f".{name}"):
+                    deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def gathered_parameter(parameter: Tensor) -> Tensor:
+    """The whole of a parameter that ZeRO-3 keeps in pieces (of a bank: the experts held here); all its ranks call it."""
+    if not hasattr(parameter, "ds_status") or parameter.ds_status == ZeroParamStatus.AVAILABLE:
+        return parameter.detach().clone()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()

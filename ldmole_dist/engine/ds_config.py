@@ -1,0 +1,94 @@
+"""DeepSpeed's own JSON configs: found by name, "auto" values filled in, contradictions to the run refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ldmole_dist.errors import UserError
+
+SHIPPED = Path(__file__).parents[2] / "ds_configs"
+
+
+def load_ds_config(name_or_path: str) -> dict[str, Any]:
+    """Read a DeepSpeed config.
+
+    Args:
+        name_or_path: "zero2" for the shipped ds_configs/zero2.json, or the path of any JSON file.
+
+    Raises:
+        UserError: where there is none, or it is not JSON, or its stage is not 0 to 3.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        path = SHIPPED / f"{name_or_path}.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        shipped = sorted(p.stem for p in SHIPPED.glob("*.json"))
+        raise UserError(
+            f"parallelism.deepspeed={name_or_path!r}: {error.strerror} ({path}); give one of {shipped} or the path of a JSON file"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"parallelism.deepspeed: {path} is not JSON: {error}") from error
+    if stage_of(config) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage={stage_of(config)} must be 0, 1, 2 or 3")
+    return config
+
+
+def stage_of(config: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config; 0 where it names none."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def resolve_ds_config(
+    config: dict[str, Any], *, micro_batch_size: int, accumulation: int, max_grad_norm: float, precision: str, ep_size: int
+) -> dict[str, Any]:
+    """A complete config for `deepspeed.initialize`: every "auto" replaced, and what this engine relies on set.
+
+    Args:
+        config: as read.
+        micro_batch_size: of one rank and forward.
+        accumulation: micro-batches of an optimizer step.
+        max_grad_norm: 0 for none.
+        precision: "fp32", "bf16" or "fp16" (see docs/train.md: bf16 keeps trainable parameters in float32, so that
+            DeepSpeed sees a float32 run; fp16 is DeepSpeed's own, with float32 masters and a loss scale).
+        ep_size: ranks that share one copy of the experts.
+
+    Raises:
+        UserError: where the file sets something that the run config sets otherwise, or that breaks experts.
+    """
+    filled = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+    }
+    config = json.loads(json.dumps(config))
+    for key, value in filled.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f"the DeepSpeed config sets {key}={config[key]} and the run config says {value}: write \"auto\" in the former"
+            )
+        config[key] = value
+    zero = config.setdefault("zero_optimization", {})
+    stage = stage_of(config)
+    for section in ("bf16", "fp16"):
+        if config.pop(section, {}).get("enabled", "auto") not in ("auto", False, precision == section):
+            raise UserError(f"the DeepSpeed config enables {section}: set parallelism.precision instead")
+    for section in ("optimizer", "scheduler", "elasticity", "torch_autocast"):
+        if section in config:
+            raise UserError(f"the DeepSpeed config has a section {section!r}, which the run config decides: remove it")
+    if zero.get("zero_hpz_partition_size", 1) > 1 and ep_size > 1:
+        raise UserError("zero_hpz_partition_size does not work with ep_size > 1 in this DeepSpeed: remove one of them")
+    if precision == "fp16":
+        if stage == 0 and ep_size > 1:
+            raise UserError("fp16 with expert parallelism needs ZeRO stage 1, 2 or 3: choose parallelism.deepspeed=zero1")
+        config["fp16"] = {"enabled": True}
+    elif stage == 0:
+        config["gradient_clipping"] = 0.0  # done by `clip_local_gradients`: DeepSpeed's gets experts wrong at this stage
+    # torch's AdamW is the default optimizer: DeepSpeed's own need a compiler on the machine.
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    config["steps_per_print"] = 10**12
+    return config

@@ -1,0 +1,154 @@
+"""What one forward of the model shares with its adapted linears: token mask, auxiliary losses, recorded decisions.
+
+One `StepContext` per model, attached at injection. `begin` opens a micro-batch, `end` closes it; in between every adapted
+linear reports its routing. A checkpointed region records the decisions of its first forward on a tape and its
+recomputation replays them: which experts are active, and how many rows went where, is decided once per token and layer.
+
+Shapes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmole_dist.method.losses import load_balance_loss, router_z_loss, sparsity_loss
+from ldmole_dist.method.routers import Routing
+
+Tape = dict[Any, list[Any]]
+
+
+@dataclass
+class LossWeights:
+    """Coefficients of the auxiliary losses and the number of experts that the sparsity loss steers to."""
+
+    balance: float = 0.0
+    sparsity: float = 0.0
+    z: float = 0.0
+    target_k: int = 2
+
+
+class StepContext:
+    """State of the current micro-batch; nothing of it outlives the next `begin`."""
+
+    def __init__(self) -> None:
+        self.weights = LossWeights()
+        self.terms: dict[str, list[Tensor]] = {}
+        self.stats: dict[str, Tensor] = {}
+        self._mask: Tensor | None = None
+        self._open = False
+        self._differentiable = False
+        self._region: _Region | None = None
+
+    def begin(self, mask: Tensor | None) -> None:
+        """Start a micro-batch: forget the last one.
+
+        Args:
+            mask: (B, S) attention mask, nonzero for real tokens; None counts every token.
+        """
+        self.terms = {"balance": [], "sparsity": [], "z": []}
+        self.stats = {}
+        self._mask = mask
+        self._open, self._differentiable = True, torch.is_grad_enabled()
+
+    def end(self) -> None:
+        """The forward is over; what runs now is a recomputation and reports nothing."""
+        self._open = False
+
+    def auxiliary_loss(self) -> Tensor | float:
+        """c_lb L_lb + c_sp L_sparse + c_z L_z of this micro-batch, each averaged over the adapted linears (METHOD, Losses)."""
+        w = self.weights
+        return w.balance * self.mean("balance") + w.sparsity * self.mean("sparsity") + w.z * self.mean("z")
+
+    def mean(self, term: str) -> Tensor | float:
+        """Mean over the adapted linears of "balance", "sparsity" or "z"; 0.0 if none reported."""
+        values = self.terms.get(term, [])
+        return torch.stack(values).mean() if values else 0.0
+
+    def report(self, name: str, routing: Routing, shape: torch.Size) -> None:
+        """An adapted linear tells what it routed: auxiliary losses and counts are taken from it.
+
+        The losses are computed in a recomputation too and thrown away there: what a checkpointed region computes, its
+        recomputation must compute again, or the tensors it saved cannot be matched.
+
+        Args:
+            name: of the linear, unique in the model.
+            routing: of T tokens.
+            shape: the leading dimensions of the input, whose product is T.
+        """
+        mask_T = self._token_mask(shape)
+        balance = load_balance_loss(routing.p_TE, mask_T)
+        sparsity = sparsity_loss(routing.logits_TE, routing.lam_T, self.weights.target_k, mask_T)
+        z = router_z_loss(routing.logits_TE, mask_T)
+        if not self._open:
+            return
+        self.terms["balance"].append(balance)
+        self.terms["sparsity"].append(sparsity)
+        self.terms["z"].append(z)
+        with torch.no_grad():
+            active_T, lam_T = (routing.p_TE != 0).sum(-1), routing.lam_T
+            if mask_T is not None:
+                active_T, lam_T = active_T.masked_fill(~mask_T, 0), lam_T.masked_fill(~mask_T, 0)
+            self.stats[name] = torch.stack([active_T.sum().to(lam_T.dtype), lam_T.sum()])
+
+    def _token_mask(self, shape: torch.Size) -> Tensor | None:
+        if self._mask is None:
+            return None
+        if self._mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has shape {tuple(self._mask.shape)}: the auxiliary losses need one value per token; "
+                "pass a (batch, sequence) mask, or none if every token is real"
+            )
+        # With a key-value cache the mask also covers tokens of earlier calls; the rows of this one are its last columns.
+        return self._mask[:, -shape[-1] :].reshape(-1) != 0
+
+    def check_not_reentrant(self) -> None:
+        """Raises RuntimeError where gradients are off inside a forward that began with them on."""
+        if self._open and self._differentiable and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "this forward runs inside a reentrant checkpoint, which drops the gradient of the auxiliary losses in "
+                "silence; use non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For torch's `checkpoint(..., use_reentrant=False, context_fn=...)`: one tape for each checkpointed call."""
+        tape: Tape = {}
+        return _Region(self, tape, replaying=False), _Region(self, tape, replaying=True)
+
+    def replayed(self, owner: Any) -> Any | None:
+        """The decision that `owner` took at this point of the first forward, or None if it has to decide now."""
+        region = self._region
+        return region.next_decision(owner) if region is not None and region.replaying else None
+
+    def remember(self, owner: Any, decision: Any) -> None:
+        """Put a decision on the tape of the checkpointed region that is running, if one is."""
+        if self._region is not None:
+            self._region.tape.setdefault(owner, []).append(decision)
+
+
+class _Region(AbstractContextManager[None]):
+    """A checkpointed region, either in its first forward or in its recomputation."""
+
+    def __init__(self, context: StepContext, tape: Tape, replaying: bool) -> None:
+        self.context, self.tape, self.replaying = context, tape, replaying
+        self._outer: _Region | None = None
+        self._position: dict[Any, int] = {}
+
+    def __enter__(self) -> None:
+        self._outer, self.context._region = self.context._region, self
+        self._position = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.context._region = self._outer
+
+    def next_decision(self, owner: Any) -> Any:
+        position = self._position.get(owner, 0)
+        self._position[owner] = position + 1
+        return self.tape[owner][position]

@@ -1,0 +1,143 @@
+"""The bank of LoRA experts of one linear: y = s * sum_e p_e(x) B_e A_e x, in two formulations with the same result.
+
+fused:  h = x A_cat^T over all experts at once, weighted by p, then one product with B_cat. No sync, wasted work where most
+        weights are 0. Keeps x, p and h (T, L R).
+sparse: the rows of each expert's support gathered, two small products, added back. Keeps x, p and h of the active pairs.
+
+Neither ever builds a (T, L, O) tensor. Which one is faster depends on L R / k alone (`ldmole bench layer`).
+
+Shapes: T tokens, D in-features, O out-features, L experts held here, R LoRA rank, N active (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ldmole_dist.method.sparsegen import at_least_float32
+
+# Fused is ahead below L R / k = 64, sparse from 256 on; measured on CPU, float32 (docs/method.md).
+FUSED_UP_TO = 115
+
+
+class ExpertBank(NamedTuple):
+    """The experts of one linear that this process holds, and what their sum is multiplied with (alpha / r)."""
+
+    A_LRD: Tensor
+    B_LOR: Tensor
+    scaling: float
+
+
+def fused_suffices(bank: ExpertBank) -> bool:
+    """Whether the fused formulation is the faster one even if every token had a single active expert."""
+    num_experts, rank, _ = bank.A_LRD.shape
+    return num_experts * rank <= FUSED_UP_TO
+
+
+def apply_experts(x_TD: Tensor, p_TL: Tensor, bank: ExpertBank, counts_L: list[int] | None) -> Tensor:
+    """Weighted sum of the experts for every token, by the formulation that is faster for these counts.
+
+    Args:
+        x_TD: (T, D) in the dtype to compute in; T may be 0.
+        p_TL: (T, L) weights, 0 for experts that are not active.
+        bank: parameters in any floating dtype; their gradients come back in it.
+        counts_L: number of active tokens of each expert, or None if unknown: then fused.
+
+    Returns:
+        (T, O) in the dtype of x.
+    """
+    num_experts, rank, _ = bank.A_LRD.shape
+    if counts_L is None or num_experts * rank * x_TD.shape[0] <= FUSED_UP_TO * sum(counts_L):
+        return fused_experts(x_TD, p_TL, bank)
+    return sparse_experts(x_TD, p_TL, bank, counts_L)
+
+
+def fused_experts(x_TD: Tensor, p_TL: Tensor, bank: ExpertBank) -> Tensor:
+    """`apply_experts` as two products over all experts at once."""
+    return _Fused.apply(x_TD, p_TL, bank.A_LRD, bank.B_LOR, bank.scaling)
+
+
+def sparse_experts(x_TD: Tensor, p_TL: Tensor, bank: ExpertBank, counts_L: list[int]) -> Tensor:
+    """`apply_experts` over the active pairs only; `counts_L` must be the column counts of `p_TL != 0`."""
+    return _Sparse.apply(x_TD, p_TL, bank.A_LRD, bank.B_LOR, bank.scaling, counts_L)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        h = x @ A.to(x.dtype).flatten(0, 1).t()
+        ctx.save_for_backward(x, p, A, B, h)
+        ctx.scaling = scaling
+        return _weighted(h, p, scaling) @ _B_cat(B, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None]:
+        x, p, A, B, h = ctx.saved_tensors
+        num_experts, rank, _ = A.shape
+        grad_hp = grad @ _B_cat(B, grad.dtype).t()  # (T, L R)
+        wide = p.dtype
+        grad_p = (grad_hp.to(wide) * h.to(wide)).unflatten(1, (num_experts, rank)).sum(-1) * ctx.scaling
+        grad_B = _weighted(h, p, ctx.scaling).t() @ grad  # (L R, O)
+        grad_h = _weighted(grad_hp, p, ctx.scaling)
+        grad_x = grad_h @ A.to(x.dtype).flatten(0, 1) if ctx.needs_input_grad[0] else None
+        grad_A = (grad_h.t() @ x).view_as(A).to(A.dtype)
+        return grad_x, grad_p, grad_A, grad_B.view(num_experts, rank, -1).transpose(1, 2).to(B.dtype), None
+
+
+def _B_cat(B: Tensor, dtype: torch.dtype) -> Tensor:
+    """(L, O, R) -> (L R, O)."""
+    return B.to(dtype).transpose(1, 2).flatten(0, 1)
+
+
+def _weighted(h: Tensor, p: Tensor, scaling: float) -> Tensor:
+    """(T, L R) times its expert's weight, in the dtype of h; the weights stay wide until the last moment."""
+    weights = (p * scaling).to(h.dtype)
+    return (h.unflatten(1, (p.shape[1], -1)) * weights.unsqueeze(-1)).flatten(1)
+
+
+class _Sparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor, A: Tensor, B: Tensor, scaling: float, counts: list[int]) -> Tensor:
+        # Sums over experts are formed above half precision: a token may collect many of them.
+        y = x.new_zeros(x.shape[0], B.shape[1], dtype=at_least_float32(x.dtype))
+        h = x.new_empty(sum(counts), A.shape[1])
+        for expert, pairs, tokens in _segments(p, counts):
+            torch.mm(x[tokens], A[expert].to(x.dtype).t(), out=h[pairs])
+            weights = (p[tokens, expert] * scaling).to(x.dtype).unsqueeze(-1)
+            y.index_add_(0, tokens, ((h[pairs] * weights) @ B[expert].to(x.dtype).t()).to(y.dtype))
+        ctx.save_for_backward(x, p, A, B, h)
+        ctx.scaling, ctx.counts = scaling, counts
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+        x, p, A, B, h = ctx.saved_tensors
+        grad_x = x.new_zeros(x.shape, dtype=at_least_float32(x.dtype))
+        grad_p, grad_A, grad_B = torch.zeros_like(p), torch.zeros_like(A), torch.zeros_like(B)
+        for expert, pairs, tokens in _segments(p, ctx.counts):
+            grad_y, h_e = grad[tokens], h[pairs]
+            grad_hp = grad_y @ B[expert].to(x.dtype)
+            weights = (p[tokens, expert] * ctx.scaling).to(x.dtype).unsqueeze(-1)
+            grad_p[tokens, expert] = (grad_hp.to(p.dtype) * h_e.to(p.dtype)).sum(-1) * ctx.scaling
+            grad_B[expert] = grad_y.t() @ (h_e * weights)
+            grad_h = grad_hp * weights
+            grad_A[expert] = grad_h.t() @ x[tokens]
+            grad_x.index_add_(0, tokens, (grad_h @ A[expert].to(x.dtype)).to(grad_x.dtype))
+        return grad_x.to(x.dtype), grad_p, grad_A, grad_B, None, None
+
+
+def _segments(p: Tensor, counts: list[int]) -> Iterator[tuple[int, slice, Tensor]]:
+    """(expert, its range of the active pairs, its tokens) for each expert that has any, without asking the device."""
+    tokens_N = torch.nonzero_static(p.t() != 0, size=sum(counts))[:, 1]
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            pairs = slice(start, start + count)
+            yield expert, pairs, tokens_N[pairs]
+        start += count

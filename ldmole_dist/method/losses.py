@@ -1,0 +1,81 @@
+"""The auxiliary losses of one adapted linear: pure functions of its routing and the token mask.
+
+Each is a mean over the real tokens of this call; a call without a real token gives 0, attached to the graph (every rank
+must run the same backward). Averaging over linears, micro-batches and ranks is the caller's.
+
+Shapes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def load_balance_loss(p: Tensor, mask: Tensor | None = None) -> Tensor:
+    """E * sum_e freq_e * prop_e: 1 when all experts are used alike, E when one does everything.
+
+    freq_e is expert e's share of the active (token, expert) pairs and carries no gradient; prop_e its mean weight.
+
+    Args:
+        p: (T, E) routing weights.
+        mask: (T,) bool, True for real tokens; None counts every token.
+
+    Returns:
+        Scalar. Source: the paper's load-balancing loss (METHOD, L_lb).
+    """
+    mask_T1 = _mask(p, mask)
+    active_E = ((p.detach() != 0) & mask_T1).sum(dim=0).to(p.dtype)
+    freq_E = active_E / active_E.sum().clamp_min(1)
+    prop_E = _masked(p, mask_T1).sum(dim=0) / mask_T1.sum().clamp_min(1)
+    return p.shape[-1] * (freq_E * prop_E).sum()
+
+
+def sparsity_loss(logits: Tensor, lam: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
+    """Mean of relu(lambda_low(k) - lambda): pushes lambda up to where at most `target_k` experts are active.
+
+    lambda_low(k) = 1 - sum_{i<=k} (u_(i) - u_(k+1)) with u sorted descending and detached (Proposition 2).
+
+    Args:
+        logits: (T, E) router scores u.
+        lam: (T,).
+        target_k: k*; with k* >= E nothing can be pushed and the loss is 0.
+        mask: (T,) bool, True for real tokens; None counts every token.
+
+    Returns:
+        Scalar.
+    """
+    mask_T1 = _mask(logits, mask)
+    if target_k >= logits.shape[-1]:
+        return lam.sum() * 0
+    top = logits.detach().topk(target_k + 1, dim=-1).values
+    lam_low = 1 - (top[..., :-1] - top[..., -1:]).sum(dim=-1)
+    excess_T = F.relu(lam_low - lam)
+    return _masked(excess_T, mask_T1.squeeze(-1)).sum() / mask_T1.sum().clamp_min(1)
+
+
+def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of logsumexp(u)^2: keeps router scores from growing without bound (ST-MoE, arXiv 2202.08906, equation 5).
+
+    Args:
+        logits: (T, E) router scores u.
+        mask: (T,) bool, True for real tokens; None counts every token.
+
+    Returns:
+        Scalar.
+    """
+    mask_T1 = _mask(logits, mask)
+    z_T = torch.logsumexp(logits, dim=-1).square()
+    return _masked(z_T, mask_T1.squeeze(-1)).sum() / mask_T1.sum().clamp_min(1)
+
+
+def _mask(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.ones(values.shape[0], 1, dtype=torch.bool, device=values.device)
+    return mask.bool().unsqueeze(-1)
+
+
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    # Filled, not multiplied: what a padding row holds, NaN included, must not reach the sum.
+    return values.masked_fill(~mask, 0)

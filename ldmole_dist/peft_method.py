@@ -1,0 +1,331 @@
+"""LD-MoLE as a PEFT method: `peft.get_peft_model(model, LdMoleConfig(...))`, save_pretrained, from_pretrained.
+
+Importing this module (or `ldmole_dist`) registers the method. The config knows nothing of ranks: to spread the experts,
+set `model.expert_parallel = ExpertParallel(group)` on the bare model before the adapter is injected; only the local slice
+of every bank is then allocated, and saving gathers all experts, layer by layer, on all ranks.
+
+Names in an adapter file: `<module>.lora_A` (E, r, D), `.lora_B` (E, O, r), `.router.weight` (E, D), and the shared MLPs
+once, `base_model.lambda_mlp.<D>.fc1.weight` and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ldmole_dist.method.context import StepContext
+from ldmole_dist.method.experts import ExpertBank
+from ldmole_dist.method.layer import MoELinear
+from ldmole_dist.method.routers import ROUTERS, LambdaMLP
+from ldmole_dist.method.sparsegen import at_least_float32
+from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.parallel.placement import draw_bank, seeded
+
+FORMAT_VERSION = 1
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EXPERT_TENSORS = ("lora_A", "lora_B")
+
+
+class LdMolePeftType(str, Enum):
+    """PEFT's own enumeration is closed; this one stands in for it."""
+
+    LDMOLE = "LDMOLE"
+
+
+@dataclass
+class LdMoleConfig(PeftConfig):
+    """An LD-MoLE adapter. The defaults are the paper's (METHOD.md, "The authors' settings").
+
+    Raises:
+        ValueError: a field out of its range, or an adapter written by a newer format.
+    """
+
+    r: int = field(default=8, metadata={"help": "LoRA rank of every expert."})
+    lora_alpha: float = field(default=16, metadata={"help": "The experts' sum is multiplied with lora_alpha / r."})
+    lora_dropout: float = field(
+        default=0.1, metadata={"help": "Dropout on the input of router, lambda-MLP and experts alike."}
+    )
+    num_experts: int = field(default=8, metadata={"help": "Experts of every adapted linear."})
+    target_modules: list[str] | str | None = field(
+        default_factory=lambda: list(LINEARS),
+        metadata={"help": "Names (or one regular expression) of the linears to adapt."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names never adapted."})
+    router: str = field(default="sparsegen", metadata={"help": f"One of {sorted(ROUTERS)}."})
+    lambda_hidden: int = field(default=256, metadata={"help": "Hidden units of the lambda-MLP."})
+    lambda_eps: float = field(default=0.01, metadata={"help": "lambda stays below 1 - lambda_eps."})
+    lambda_init: str = field(
+        default="live", metadata={"help": "'live': hidden units fire from the start; 'authors': every bias -2.5."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter, such as 'score'."}
+    )
+    init_seed: int = field(
+        default=0, metadata={"help": "Initial values depend on this, the module and the expert only."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the adapter file."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LdMolePeftType.LDMOLE
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version} is newer than this ldmole_dist reads ({FORMAT_VERSION}): upgrade it"
+            )
+        for name in ("r", "num_experts", "lambda_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must lie in [0, 1)")
+        if not 0 < self.lambda_eps <= 1:
+            raise ValueError(f"lambda_eps={self.lambda_eps} must lie in (0, 1]")
+        if self.router not in ROUTERS:
+            raise ValueError(f"router={self.router!r} is not known: choose one of {sorted(ROUTERS)}")
+        if self.lambda_init not in ("live", "authors"):
+            raise ValueError(f"lambda_init={self.lambda_init!r} is not known: choose 'live' or 'authors'")
+
+
+class LdMoleLinear(MoELinear, BaseTunerLayer):
+    """MoELinear as PEFT's machinery sees it."""
+
+    adapter_layer_names = ("lora_A", "lora_B", "router")
+    other_param_names = ("lora_dropout", "scaling", "lambda_mlps")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., O)."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or not active:
+            return self.base_layer(x)
+        return self.adapted(x, active[0])
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter.
+
+        Raises:
+            ValueError: on more than one; what two routings over two banks would mean together is not defined.
+        """
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise ValueError(f"LD-MoLE activates one adapter at a time, not {adapter_names}: choose one of them")
+        super().set_adapter(adapter_names, inference_mode)
+
+
+class LdMoleModel(BaseTuner):
+    """Injects LD-MoLE adapters; holds the lambda-MLPs, one for each in-feature size and adapter.
+
+    `gather_parameter` turns a parameter that an engine keeps in pieces into the whole local tensor while it is called;
+    the engine room sets it under ZeRO-3.
+    """
+
+    prefix = "lora_"
+    tuner_layer_cls = LdMoleLinear
+    uses_shared_state = True
+    target_module_mapping: dict[str, list[str]] = {}
+    gather_parameter: Callable[[Tensor], Tensor] | None = None
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.lambda_mlp = nn.ModuleDict()
+        self.context = StepContext()
+        self.parallel: ExpertParallel = getattr(model, "expert_parallel", None) or ExpertParallel()
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.register_forward_hook(self._end)
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.context.begin(kwargs.get("attention_mask"))
+
+    def _end(self, *_: Any) -> None:
+        self.context.end()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, and gives the adapter its lambda-MLPs.
+
+        Raises:
+            ValueError: a target that is no plain nn.Linear, or that names no module.
+        """
+        _check_every_target_matches(model, self.peft_config[adapter_name])
+        self.lambda_mlp[adapter_name] = nn.ModuleDict()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                _keep_wide(module.modules_to_save[adapter_name])
+
+    def _create_and_replace(
+        self,
+        peft_config: LdMoleConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.base_layer if isinstance(target, LdMoleLinear) else target
+        if not _is_plain_linear(base):
+            raise ValueError(
+                f"{current_key} is a {type(base).__name__} with {getattr(base, 'weight', base)!r:.60}: LD-MoLE adapts plain "
+                "floating-point nn.Linear only; load the backbone without quantisation, or leave it out of target_modules"
+            )
+        if not isinstance(target, LdMoleLinear):
+            target = LdMoleLinear(base, current_key, self.context, self.parallel.dispatch())
+            setattr(parent, target_name, target)
+        D, O = base.in_features, base.out_features
+        weight = base.weight
+        like = torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device)
+        placement = self.parallel.placement(peft_config.num_experts)
+        A, B = draw_bank(placement, peft_config.r, D, O, peft_config.init_seed, current_key, like)
+        router = ROUTERS[peft_config.router](D, peft_config.num_experts).to(like)
+        router.reset(seeded(peft_config.init_seed, current_key, "router"))
+        bank = ExpertBank(nn.Parameter(A), nn.Parameter(B), peft_config.lora_alpha / peft_config.r)
+        target.add_adapter(
+            adapter_name, bank, router, self._lambda_mlp(adapter_name, peft_config, D, like), peft_config.lora_dropout
+        )
+
+    def _lambda_mlp(self, adapter_name: str, config: LdMoleConfig, in_features: int, like: Tensor) -> LambdaMLP:
+        shared = self.lambda_mlp[adapter_name]
+        if str(in_features) not in shared:
+            mlp = LambdaMLP(in_features, config.lambda_hidden, config.lambda_eps).to(like)
+            mlp.reset(seeded(config.init_seed, "lambda_mlp", in_features), config.lambda_init)
+            shared[str(in_features)] = mlp
+        return shared[str(in_features)]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; the lambda-MLPs of the other adapters are frozen with them."""
+        super().set_adapter(adapter_name, inference_mode)
+        for name, mlps in self.lambda_mlp.items():
+            mlps.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        for name, mlps in self.lambda_mlp.items():
+            mlps.requires_grad_(enabled and name in self.active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, lambda-MLPs included."""
+        super().delete_adapter(adapter_name)
+        del self.lambda_mlp[adapter_name]
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "LD-MoLE cannot be merged into the base weights: every token has its own mixture of experts, so there is no "
+            "single matrix to add; keep the adapter beside the model"
+        )
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        head, found, tail = key.partition(f"lambda_mlp.{adapter_name}.")
+        return f"{head}lambda_mlp.{tail}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Whole tensors under every placement; every rank calls it, global rank 0 gets the values, the others empty shells."""
+        selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
+        tuner = model.base_model
+        keeps = not dist.is_initialized() or dist.get_rank() == 0
+        parameters = dict(model.named_parameters())
+        whole = {}
+        for key in selected:
+            value = tuner.whole_parameter(key, parameters[key])
+            whole[key] = value.cpu() if keeps else value.to("meta")
+        return whole
+
+    def whole_parameter(self, name: str, parameter: Tensor) -> Tensor:
+        """The full tensor of a trainable parameter, all E experts of a bank; every rank calls it in the same order.
+
+        Args:
+            name: of the parameter in the model.
+            parameter: what this rank holds of it.
+        """
+        value = parameter.detach() if self.gather_parameter is None else self.gather_parameter(parameter)
+        return self.parallel.gathered(value) if is_expert_tensor(name) else value
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        local = model.base_model.parallel.placement(config.num_experts).local
+        whole_shapes = _check_fits(model, config, adapter_name, remapped)
+        return {key: value[local] if key in whole_shapes else value for key, value in remapped.items()}
+
+
+def is_expert_tensor(name: str) -> bool:
+    """Whether a parameter (by its name) is a bank of experts, held in slices under expert parallelism."""
+    return any(f".{tensor}." in name or name.endswith(f".{tensor}") for tensor in EXPERT_TENSORS)
+
+
+def _check_fits(model: nn.Module, config: LdMoleConfig, adapter_name: str, loaded: dict[str, Tensor]) -> set[str]:
+    """The expert tensors among the loaded ones. Raises ValueError where the adapter belongs to another backbone."""
+    experts = set()
+    for name, parameter in model.named_parameters():
+        if f".{adapter_name}." not in f"{name}.":
+            continue
+        shape = tuple(parameter.shape)
+        if is_expert_tensor(name):
+            experts.add(name)
+            shape = (config.num_experts, *shape[1:])
+        if name not in loaded or tuple(loaded[name].shape) != shape:
+            found = tuple(loaded[name].shape) if name in loaded else "nothing"
+            raise ValueError(
+                f"this adapter was made for another backbone ({config.base_model_name_or_path}): "
+                f"{name} needs {shape}, the adapter has {found}; load it on the backbone that it was trained on"
+            )
+    spare = [
+        name for name in loaded if f".{adapter_name}." in f"{name}." and name not in dict(model.named_parameters())
+    ]
+    if unexpected := spare + [name for name in loaded if is_expert_tensor(name) and name not in experts]:
+        raise ValueError(
+            f"this adapter was made for another backbone ({config.base_model_name_or_path}): it has {unexpected[0]}, "
+            "which this model does not; load it on the backbone that it was trained on"
+        )
+    return experts
+
+
+def _check_every_target_matches(model: nn.Module, config: LdMoleConfig) -> None:
+    if isinstance(config.target_modules, str) or config.target_modules is None:
+        return
+    modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
+    unmatched = [t for t in config.target_modules if not any(f".{name}".endswith(f".{t}") for name in modules)]
+    if unmatched:
+        linears = {name.rsplit(".", 1)[-1] for name, module in modules.items() if _is_plain_linear(module)}
+        raise ValueError(
+            f"target_modules {sorted(unmatched)} name no module of this model; its linears are called {sorted(linears)}"
+        )
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.is_floating_point()
+
+
+def _keep_wide(module: nn.Module) -> None:
+    """A module trained in full keeps at least float32 parameters, as all trainable ones do, and takes any input."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
+
+    def widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        dtype = next(module.parameters()).dtype
+        return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+    module.register_forward_pre_hook(widen)
+
+
+def _register() -> None:
+    # PEFT refuses names outside its own enumeration (register_peft_method); the tables themselves take any key.
+    PEFT_TYPE_TO_CONFIG_MAPPING[LdMolePeftType.LDMOLE] = LdMoleConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[LdMolePeftType.LDMOLE] = LdMoleModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[LdMolePeftType.LDMOLE] = LdMoleModel.prefix
+
+
+_register()
