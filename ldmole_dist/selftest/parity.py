@@ -1,0 +1,135 @@
+"""Many ranks against one process that runs the same micro-batches with all experts: outputs, gradients, updates.
+
+Each function runs on every rank and returns the largest relative distances it found there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldmole_dist.backbone import enable_gradient_checkpointing
+from ldmole_dist.engine.build import Engine
+from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
+from ldmole_dist.engine.experts import expert_parallel
+from ldmole_dist.engine.startup import start
+from ldmole_dist.objective import answer_count, answer_loss
+from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.peft_method import is_expert_tensor
+from ldmole_dist.selftest.tiny import adapted, micro_batch, relative, tiny_backbone, whole
+
+# Adam divides by the gradient's own size: with the usual eps of 1e-8 it blows the rounding of gradients near 0 up to 1e-4.
+OPTIMIZER = dict(lr=1e-2, weight_decay=0.1, eps=1e-6)
+MAX_GRAD_NORM = 0.3  # below the norms that occur, so that clipping does something
+
+
+def build(architecture: str, dtype: torch.dtype, parallel: ExpertParallel, checkpointing: bool = False) -> PeftModel:
+    """A tiny adapted model on this process's device."""
+    model = adapted(tiny_backbone(architecture, dtype, start().device), parallel)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    return model
+
+
+def loss_of(model: Any, context_owner: PeftModel, batch: dict[str, Tensor], answers: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss of one micro-batch, its logits); `answers` is the mean number of answers of a micro-batch."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = answer_loss(logits, batch["labels"], 0.1) / answers + context_owner.base_model.context.auxiliary_loss()
+    return loss, logits
+
+
+def gradients(architecture: str, ep_size: int, checkpointing: bool) -> dict[str, float]:
+    """float64 without the engine: logits, loss and every gradient of one micro-batch a rank."""
+    parallel, process = expert_parallel(ep_size), start()
+    world, device = process.world_size, process.device
+    model = build(architecture, torch.float64, parallel, checkpointing)
+    batches = [micro_batch(rank, device) for rank in range(world)]
+    answers = sum(answer_count(b["labels"]) for b in batches) / world
+    loss, logits = loss_of(model, model, batches[process.rank], answers)
+    loss.backward()
+
+    reference = build(architecture, torch.float64, ExpertParallel())
+    ref_losses = []
+    for rank, batch in enumerate(batches):
+        ref_loss, ref_logits = loss_of(reference, reference, batch, answers)
+        (ref_loss / world).backward()
+        ref_losses.append(ref_loss.detach())
+        if rank == process.rank:
+            distances = {"logits": relative(logits.detach(), ref_logits.detach())}
+    distances["loss"] = relative(loss.detach(), ref_losses[process.rank])
+    ref_grads = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            grad = parameter.grad.clone()
+            if is_expert_tensor(name) and ep_size > 1:
+                # Every copy of the experts saw the tokens of its own group only.
+                every = [torch.empty_like(grad) for _ in range(world)]
+                dist.all_gather(every, grad)
+                grad = torch.stack(every[process.rank % ep_size :: ep_size]).sum(0)
+            else:
+                dist.all_reduce(grad)
+            distances[name] = relative(whole(model, name, grad) / world, ref_grads[name])
+    return distances
+
+
+def updates(architecture: str, stage: int, ep_size: int, checkpointing: bool, **zero: Any) -> dict[str, float]:
+    """float32 through DeepSpeed: the update of every parameter after 3 optimizer steps of 2 micro-batches, clipping on."""
+    steps, accumulation = 3, 2
+    parallel, process = expert_parallel(ep_size), start()
+    world, device = process.world_size, process.device
+    model = build(architecture, torch.float32, parallel, checkpointing)
+    before = {n: whole(model, n, p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
+    ds_config = load_ds_config(f"zero{stage}")
+    ds_config["zero_optimization"].update(zero)
+    engine = Engine(
+        model,
+        resolve_ds_config(
+            ds_config,
+            micro_batch_size=3,
+            accumulation=accumulation,
+            max_grad_norm=MAX_GRAD_NORM,
+            precision="fp32",
+            ep_size=ep_size,
+        ),
+        lambda groups: torch.optim.AdamW(groups, **OPTIMIZER),
+        lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
+        MAX_GRAD_NORM,
+    )
+    reference = build(architecture, torch.float32, ExpertParallel())
+    trainable = {name: p for name, p in reference.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), **OPTIMIZER)
+    distances = {"loss": 0.0, "grad_norm": 0.0}
+    for step in range(steps):
+        all_batches = [micro_batch(step * 100 + i, device) for i in range(world * accumulation)]
+        answers = sum(answer_count(b["labels"]) for b in all_batches) / len(all_batches)
+        for turn in range(accumulation):
+            loss, _ = loss_of(engine, model, all_batches[turn * world + process.rank], answers)
+            engine.backward(loss)
+            engine.step()
+        optimizer.zero_grad()
+        for i, batch in enumerate(all_batches):
+            ref_loss, _ = loss_of(reference, reference, batch, answers)
+            (ref_loss / len(all_batches)).backward()
+            if i == (accumulation - 1) * world + process.rank:
+                distances["loss"] = max(distances["loss"], relative(loss.detach(), ref_loss.detach()))
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), MAX_GRAD_NORM)
+        assert float(norm) > MAX_GRAD_NORM, "clipping was meant to do something"
+        distances["grad_norm"] = max(distances["grad_norm"], abs(engine.grad_norm / float(norm) - 1))
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            moved = model.base_model.whole_parameter(name, parameter) - before[name]
+            distances[name] = relative(moved, trainable[name].detach() - before[name])
+    return distances
+
+
+def worst(results: list[dict[str, float]]) -> tuple[float, str]:
+    """(largest distance over ranks and tensors, whose)."""
+    # A NaN compares as neither smaller nor larger and would be passed over.
+    return max((math.inf if math.isnan(d) else d, name) for result in results for name, d in result.items())

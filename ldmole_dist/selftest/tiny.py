@@ -1,0 +1,84 @@
+"""The smallest real models, adapters and batches on which every part of the method does something.
+
+B is drawn at random: with B = 0, as an adapter starts, most gradients vanish and a comparison proves nothing. Ranks get
+different numbers of tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from ldmole_dist.method.context import LossWeights
+from ldmole_dist.objective import IGNORED
+from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.parallel.placement import seeded
+from ldmole_dist.peft_method import LdMoleConfig, is_expert_tensor
+
+EXPERTS, RANK, VOCABULARY = 8, 2, 64
+LOSS_WEIGHTS = LossWeights(balance=0.7, sparsity=0.3, z=0.05, target_k=2)
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+
+
+def tiny_backbone(architecture: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A Llama or Qwen3 of two layers with the same weights in every process.
+
+    Args:
+        architecture: "llama" or "qwen3".
+        dtype: of the weights.
+        device: where they go.
+    """
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)) if architecture == "llama" else Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    return model.to(dtype=dtype, device=device)
+
+
+def adapted(backbone: PreTrainedModel, parallel: ExpertParallel, dropout: float = 0.0) -> PeftModel:
+    """All seven linears of every layer adapted, B drawn at random, the same under every placement."""
+    backbone.expert_parallel = parallel
+    config = LdMoleConfig(num_experts=EXPERTS, r=RANK, lora_dropout=dropout, lambda_hidden=16, task_type="CAUSAL_LM")
+    model = get_peft_model(backbone, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                first = parallel.placement(EXPERTS).local.start
+                for local in range(len(parameter)):
+                    drawn = torch.randn(parameter[local].shape, generator=seeded(1, name, first + local)) * 0.1
+                    parameter[local].copy_(drawn)
+            elif "router" in name:
+                # Scores that differ by more than the starting ones do: sparse and dense supports both occur.
+                parameter.mul_(4)
+    model.base_model.context.weights = LOSS_WEIGHTS
+    return model.train()
+
+
+def micro_batch(index: int, device: torch.device) -> dict[str, Tensor]:
+    """Micro-batch `index` of an endless supply: 3 sequences of up to 9 tokens, some padding, some answers."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    length = 5 + index % 5
+    ids = torch.randint(0, VOCABULARY, (3, length), generator=generator)
+    real = torch.arange(length) < torch.randint(2, length + 1, (3, 1), generator=generator)
+    labels = ids.masked_fill(~real | (torch.rand(3, length, generator=generator) < 0.3), IGNORED)
+    batch = dict(input_ids=ids, attention_mask=real.long(), labels=labels)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over norm of the reference."""
+    return float((value - reference).norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny))
+
+
+def whole(model: PeftModel, name: str, local: Tensor) -> Tensor:
+    """A tensor shaped as parameter `name` is here, with all experts if it is a bank; every rank calls it."""
+    return model.base_model.parallel.gathered(local) if is_expert_tensor(name) else local
