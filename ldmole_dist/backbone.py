@@ -1,7 +1,123 @@
-"""placeholder"""
+"""The frozen Hugging Face model under the adapters: loading it, its tokenizer, converting GGUF, recomputation."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ldmole_dist.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer; where it has no padding token, its end-of-sequence token pads (masked everywhere).
+
+    Raises:
+        UserError: where there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.path={path!r} has no tokenizer that can be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(
+    path: str,
+    task: str,
+    precision: str,
+    *,
+    labels: Sequence[str] | None = None,
+    attention: str | None = None,
+    pad_token_id: int | None = None,
+) -> PreTrainedModel:
+    """The model with its weights in the dtype of `precision`; under `partitioned_loading` in pieces.
+
+    Args:
+        path: folder or name on the hub.
+        task: "causal_lm" or "sequence_classification".
+        precision: "fp32", "bf16" or "fp16".
+        labels: class names, for sequence_classification.
+        attention: implementation, as transformers names it.
+        pad_token_id: a sequence classifier needs it to find the last token.
+
+    Raises:
+        UserError: where the model cannot be loaded, or is quantised.
+    """
+    options = {"dtype": DTYPES[precision], "attn_implementation": attention}
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(
+                f"backbone {path!r} is quantised: its linears hold packed integers, which ZeRO-3 cannot partition and the "
+                "experts' parity was never tested on; use the unquantised weights (bf16 halves them already)"
+            )
+        if task == "causal_lm":
+            return AutoModelForCausalLM.from_pretrained(path, **options)
+        assert labels is not None  # checked with the config
+        config.num_labels, config.pad_token_id = len(labels), pad_token_id
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+        return AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.path={path!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def convert_gguf(gguf_path: str, folder: str) -> None:
+    """Write an ordinary model folder (safetensors, config, tokenizer) from a GGUF file, dequantised to bfloat16.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        UserError: where the file cannot be read, or the folder exists.
+    """
+    source, target = Path(gguf_path), Path(folder)
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it or choose another folder")
+    if not source.is_file():
+        raise UserError(f"there is no GGUF file {source}")
+    location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    loaded = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **location)
+    config = loaded.config
+    # It would say that the saved weights are still packed.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(**location).save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def enable_gradient_checkpointing(model: PeftModel) -> None:
+    """Recompute every decoder layer in the backward, replaying its routing (non-reentrant: a reentrant checkpoint drops the
+    gradient of the auxiliary losses in silence)."""
     context = model.base_model.context
     model.get_base_model().activation_checkpointing_enable(
         activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": context.checkpoint_contexts}
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

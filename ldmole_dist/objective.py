@@ -16,42 +16,48 @@ from torch import Tensor
 IGNORED = -100
 
 
-def answer_count(labels: Tensor) -> Tensor:
-    """How many answers a batch of labels holds, as a scalar integer tensor.
+def next_tokens(labels: Tensor) -> Tensor:
+    """What each position should predict.
 
     Args:
-        labels: (B, S) token ids where the answer is, -100 elsewhere; the first column is never predicted. Or (B,) classes.
+        labels: (B, S) token ids where the answer is, -100 elsewhere.
+
+    Returns:
+        (B, S): the label of the position after, -100 for the last.
     """
-    return ((labels[:, 1:] if labels.dim() == 2 else labels) != IGNORED).sum()
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def answer_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def answer_positions(targets: Tensor) -> Tensor:
+    """Positions at which any sequence has a target: the only logits that the loss needs.
+
+    Args:
+        targets: (B, S), -100 where there is none.
+
+    Returns:
+        (S',) ascending, at least one (a batch without an answer still runs the whole model, as on every other rank).
+    """
+    needed = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+    return needed if len(needed) else needed.new_zeros(1)
+
+
+def answer_count(targets: Tensor) -> Tensor:
+    """Number of targets, a scalar integer tensor."""
+    return (targets != IGNORED).sum()
+
+
+def answer_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Summed cross entropy of the answers, in at least float32.
 
     Args:
-        logits: (B, S, V) for token labels, position s predicting label s + 1; (B, V) for classes.
-        labels: (B, S) or (B,), -100 where there is none.
+        logits: (..., V).
+        targets: (...) token ids or classes, -100 where there is none.
         label_smoothing: share of the target spread over all V.
 
     Returns:
         Scalar sum; 0 attached to the graph if there is no answer.
     """
-    if labels.dim() == 2:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    logits, labels = logits.flatten(0, -2), labels.flatten()
-    answers = labels != IGNORED
+    logits, targets = logits.flatten(0, -2), targets.flatten()
+    answers = targets != IGNORED
     wide = logits[answers].to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels[answers], label_smoothing=label_smoothing, reduction="sum")
-
-
-def answer_positions(labels: Tensor) -> Tensor:
-    """Sorted positions (of any sequence) whose logits `answer_loss` needs: the ones before an answer token.
-
-    Args:
-        labels: (B, S).
-
-    Returns:
-        (S',) positions, at least one, so that a model can be asked for these logits only.
-    """
-    needed = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
-    return needed if len(needed) else needed.new_zeros(1)
+    return F.cross_entropy(wide, targets[answers], label_smoothing=label_smoothing, reduction="sum")

@@ -43,7 +43,13 @@ def stage_of(config: dict[str, Any]) -> int:
 
 
 def resolve_ds_config(
-    config: dict[str, Any], *, micro_batch_size: int, accumulation: int, max_grad_norm: float, precision: str, ep_size: int
+    config: dict[str, Any],
+    *,
+    micro_batch_size: int,
+    accumulation: int,
+    max_grad_norm: float,
+    precision: str,
+    ep_size: int,
 ) -> dict[str, Any]:
     """A complete config for `deepspeed.initialize`: every "auto" replaced, and what this engine relies on set.
 
@@ -68,7 +74,7 @@ def resolve_ds_config(
     for key, value in filled.items():
         if config.get(key, "auto") not in ("auto", value):
             raise UserError(
-                f"the DeepSpeed config sets {key}={config[key]} and the run config says {value}: write \"auto\" in the former"
+                f'the DeepSpeed config sets {key}={config[key]} and the run config says {value}: write "auto" in the former'
             )
         config[key] = value
     zero = config.setdefault("zero_optimization", {})
@@ -83,10 +89,14 @@ def resolve_ds_config(
         raise UserError("zero_hpz_partition_size does not work with ep_size > 1 in this DeepSpeed: remove one of them")
     if precision == "fp16":
         if stage == 0 and ep_size > 1:
-            raise UserError("fp16 with expert parallelism needs ZeRO stage 1, 2 or 3: choose parallelism.deepspeed=zero1")
+            raise UserError(
+                "fp16 with expert parallelism needs ZeRO stage 1, 2 or 3: choose parallelism.deepspeed=zero1"
+            )
         config["fp16"] = {"enabled": True}
     elif stage == 0:
-        config["gradient_clipping"] = 0.0  # done by `clip_local_gradients`: DeepSpeed's gets experts wrong at this stage
+        config["gradient_clipping"] = (
+            0.0  # done by `clip_local_gradients`: DeepSpeed's gets experts wrong at this stage
+        )
     # torch's AdamW is the default optimizer: DeepSpeed's own need a compiler on the machine.
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False

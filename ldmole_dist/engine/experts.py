@@ -96,7 +96,9 @@ def check_partition_groups(model: nn.Module, ep_size: int) -> None:
         if is_expert_tensor(name) and parameter.requires_grad:
             ranks = dist.get_process_group_ranks(parameter.ds_process_group)
             if ranks != expected:
-                raise RuntimeError(f"{name} is partitioned over ranks {ranks} instead of {expected}: unsupported deepspeed version?")
+                raise RuntimeError(
+                    f"{name} is partitioned over ranks {ranks} instead of {expected}: unsupported deepspeed version?"
+                )
 
 
 @torch.no_grad()

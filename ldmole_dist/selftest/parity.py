@@ -19,7 +19,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
-from ldmole_dist.objective import answer_count, answer_loss
+from ldmole_dist.objective import answer_count, answer_loss, next_tokens
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_method import is_expert_tensor
 from ldmole_dist.selftest.tiny import adapted, micro_batch, relative, tiny_backbone, whole
@@ -41,7 +41,10 @@ def build(architecture: str, dtype: torch.dtype, parallel: ExpertParallel, check
 def loss_of(model: Any, context_owner: PeftModel, batch: dict[str, Tensor], answers: Tensor) -> tuple[Tensor, Tensor]:
     """(loss of one micro-batch, its logits); `answers` is the mean number of answers of a micro-batch."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    loss = answer_loss(logits, batch["labels"], 0.1) / answers + context_owner.base_model.context.auxiliary_loss()
+    loss = (
+        answer_loss(logits, next_tokens(batch["labels"]), 0.1) / answers
+        + context_owner.base_model.context.auxiliary_loss()
+    )
     return loss, logits
 
 
@@ -51,7 +54,7 @@ def gradients(architecture: str, ep_size: int, checkpointing: bool) -> dict[str,
     world, device = process.world_size, process.device
     model = build(architecture, torch.float64, parallel, checkpointing)
     batches = [micro_batch(rank, device) for rank in range(world)]
-    answers = sum(answer_count(b["labels"]) for b in batches) / world
+    answers = sum(answer_count(next_tokens(b["labels"])) for b in batches) / world
     loss, logits = loss_of(model, model, batches[process.rank], answers)
     loss.backward()
 
@@ -131,7 +134,7 @@ def _updates(
     distances = {"loss": 0.0, "grad_norm": 0.0}
     for step in range(steps):
         all_batches = [micro_batch(first_batch + step * 100 + i, device) for i in range(world * accumulation)]
-        answers = sum(answer_count(b["labels"]) for b in all_batches) / len(all_batches)
+        answers = sum(answer_count(next_tokens(b["labels"])) for b in all_batches) / len(all_batches)
         flips = torch.zeros((), device=device)
         routed = []
         for turn in range(accumulation):

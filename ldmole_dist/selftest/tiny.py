@@ -40,7 +40,9 @@ def tiny_backbone(architecture: str, dtype: torch.dtype, device: torch.device) -
         device: where they go.
     """
     torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)) if architecture == "llama" else Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    model = (
+        LlamaForCausalLM(LlamaConfig(**SIZES)) if architecture == "llama" else Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    )
     return model.to(dtype=dtype, device=device)
 
 

@@ -36,7 +36,9 @@ NAMES = {
 }
 GIVEAWAYS = {label: re.compile(rf"\b({names})\b", re.IGNORECASE) for label, names in NAMES.items()}
 # Definitions of slurs and obscenities are left out: nothing is learnt from them that others do not teach.
-UNWANTED = re.compile(r"\b(slurs?|offensive|obscene|derogatory|vulgar|disparag\w+|ethnic|sexual\w*|prostitut\w+)\b", re.I)
+UNWANTED = re.compile(
+    r"\b(slurs?|offensive|obscene|derogatory|vulgar|disparag\w+|ethnic|sexual\w*|prostitut\w+)\b", re.I
+)
 # Offset, lexicographer file number, part of speech, words and pointers, then the gloss.
 SYNSET = re.compile(r"\d{8} (\d\d) n .*? \| (.*)")
 MIN_WORDS, MAX_WORDS = 4, 25

@@ -1,0 +1,134 @@
+"""The `ldmole` command: parses, calls, prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from ldmole_dist.errors import NonFiniteLoss, PeerError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Returns:
+        0, or 1 where something failed that the message explains.
+    """
+    args = _parser().parse_args(argv)
+    call: Callable[[argparse.Namespace], int] = args.call
+    try:
+        return call(args)
+    except (UserError, NonFiniteLoss) as error:
+        if isinstance(error, UserError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    except PeerError as error:
+        # The rank that failed has said why; a log of this rank alone should still make sense.
+        print(f"stopped: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ldmole", description="Fine-tune language models with LD-MoLE.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train on one process, or on those of a launcher (launch/train.py)")
+    train.add_argument("config", help="YAML file of the run")
+    train.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
+    train.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher passes it; the environment says it too
+    train.set_defaults(call=_train)
+
+    validate = commands.add_parser("validate", help="check a config without training")
+    validate.add_argument("config", help="YAML file of the run")
+    validate.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
+    validate.add_argument("--ranks", type=int, help="also check that it can run on so many ranks")
+    validate.set_defaults(call=_validate)
+
+    generate = commands.add_parser("generate", help="continue prompts with a saved adapter")
+    generate.add_argument("adapter", help="folder of the adapter, such as runs/quickstart/adapter")
+    generate.add_argument("prompts", nargs="+", help="texts to continue; \\n stands for a line break")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--backbone", help="path of the backbone, if not where the adapter says")
+    generate.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
+    generate.set_defaults(call=_generate)
+
+    convert = commands.add_parser("convert", help="make a model folder from a GGUF file")
+    convert.add_argument("gguf", help="GGUF file")
+    convert.add_argument("folder", help="folder to make")
+    convert.set_defaults(call=_convert)
+
+    selftest = commands.add_parser("selftest", help="check this installation: many ranks against one process")
+    selftest.add_argument("--ranks", type=int, help="number of ranks; default: one for each GPU, or 4 on the CPU")
+    selftest.set_defaults(call=_selftest)
+
+    bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
+    layer = bench.add_parser("layer", help="the experts of one linear against the authors' formulation")
+    layer.add_argument("--repeats", type=int, default=5, help="timed runs of each, interleaved")
+    layer.set_defaults(call=_bench_layer)
+    return parser
+
+
+# Each command imports what it needs when it is called: validating a config must not wait for DeepSpeed.
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ldmole_dist.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from ldmole_dist.training import train
+
+    result = train(config)
+    if os.environ.get("RANK", "0") == "0":
+        out = config.run.output_dir
+        print(", ".join(f"{name} {value:.4f}" for name, value in result.items()) or "trained")
+        print(f"adapter:     {out}/adapter")
+        print(f"TensorBoard: python -m tensorboard.main --logdir {out}/tensorboard")
+        print(f"generate:    python -m ldmole_dist.cli generate {out}/adapter 'YOUR PROMPT'")
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from ldmole_dist.config import check_parallelism, load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.ranks is not None:
+        check_parallelism(config, args.ranks)
+    print(f"{args.config} is valid" + ("" if args.ranks is None else f" for {args.ranks} ranks"))
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from ldmole_dist.generate import generate
+
+    prompts = [prompt.replace("\\n", "\n") for prompt in args.prompts]
+    generate(args.adapter, prompts, args.max_new_tokens, args.backbone, args.precision)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from ldmole_dist.backbone import convert_gguf
+
+    convert_gguf(args.gguf, args.folder)
+    return 0
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from ldmole_dist.selftest.run import selftest
+
+    return 0 if selftest(args.ranks) else 1
+
+
+def _bench_layer(args: argparse.Namespace) -> int:
+    from ldmole_dist.study.bench_layer import DEFAULT_CASES, bench_layer, print_table
+
+    print_table(bench_layer(DEFAULT_CASES, args.repeats))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""The configuration of a run: one YAML file of dataclasses, changed on the command line by a.b=c.
+
+An unknown key, a wrong type or a value out of range is one `UserError` that names the key and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ldmole_dist.errors import UserError
+
+_strict_keys = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Coefficient = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(config=_strict_keys)
+class Backbone:
+    """The frozen model.
+
+    Args:
+        path: a local folder or a name on the hub (`ldmole convert` makes a folder from a GGUF file).
+        task: "causal_lm", or "sequence_classification" with a trained `score` head over data.labels.
+        attention: implementation, as transformers names it ("sdpa", "flash_attention_2", ...); None lets it choose.
+    """
+
+    path: str
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    attention: str | None = None
+
+
+@dataclass(config=_strict_keys)
+class Adapter:
+    """The adapter; field by field as `LdMoleConfig`, which explains them.
+
+    Args:
+        init_from: folder of a saved adapter to start from; its own config then decides everything else here.
+    """
+
+    r: Positive = 8
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    lora_dropout: Share = 0.1
+    num_experts: Positive = 8
+    target_modules: list[str] | str = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    router: Literal["sparsegen"] = "sparsegen"
+    lambda_hidden: Positive = 256
+    lambda_eps: Annotated[float, Field(gt=0, le=1)] = 0.01
+    lambda_init: Literal["live", "authors"] = "live"
+    modules_to_save: list[str] | None = None
+    init_from: str | None = None
+
+
+@dataclass(config=_strict_keys)
+class Data:
+    """JSON lines with "prompt" and "completion" (causal_lm) or "text" and "label" (sequence_classification).
+
+    Args:
+        train: file to train on.
+        eval: file to evaluate on, or None.
+        labels: the possible completions, one token each, or class names: given, every row must have one of them, and
+            evaluation reports accuracy.
+        max_length: tokens of a sequence.
+        truncation: cut longer sequences at the start of the prompt; off, a longer one is an error.
+        eval_limit: evaluate on so many rows of the file, from its start.
+    """
+
+    train: str
+    eval: str | None = None
+    labels: list[str] | None = None
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    truncation: bool = False
+    eval_limit: Positive | None = None
+
+
+@dataclass(config=_strict_keys)
+class Optimisation:
+    """How parameters are updated.
+
+    Args:
+        epochs: passes over the training file; or give max_steps.
+        max_steps: optimizer steps.
+        micro_batch_size: sequences of one forward on one rank.
+        global_batch_size: sequences of an optimizer step, over all ranks and micro-batches.
+        optimizer: "adamw" is torch's; "fused_adam" and "cpu_adam" are DeepSpeed's and need a compiler.
+        schedule: after the warm-up: "cosine" to 0, "multistep" (times gamma at each milestone) or "constant".
+        warmup_steps: of linear increase from 0.
+        milestones: for "multistep", as shares of all steps.
+        gamma: for "multistep".
+        max_grad_norm: gradients are scaled down to this norm; 0 for no clipping.
+        label_smoothing: of the task loss.
+        balance_coef: c_lb. 1.0 in the paper.
+        sparsity_coef: c_sp. 0 in the paper's main results.
+        sparsity_target: k*, the number of experts that the sparsity loss steers to.
+        z_coef: of the router z-loss.
+    """
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Positive | None = None
+    micro_batch_size: Positive = 8
+    global_batch_size: Positive = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Coefficient = 0.1
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    optimizer: Literal["adamw", "fused_adam", "cpu_adam"] = "adamw"
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_steps: NotNegative = 0
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.6, 0.8])
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    max_grad_norm: Coefficient = 1.0
+    label_smoothing: Share = 0.0
+    balance_coef: Coefficient = 1.0
+    sparsity_coef: Coefficient = 0.0
+    sparsity_target: Positive = 2
+    z_coef: Coefficient = 0.0
+
+
+@dataclass(config=_strict_keys)
+class Parallelism:
+    """How the run is spread over ranks and fits into their memory.
+
+    Args:
+        ep_size: consecutive ranks that hold one copy of all experts between them; must divide num_experts and the ranks.
+        deepspeed: name of a file in ds_configs/ ("zero2") or path of a DeepSpeed JSON config.
+        precision: of the backbone and the activations. bf16: adapter parameters stay float32; fp16: DeepSpeed's mixed
+            precision with a loss scale; fp32.
+        gradient_checkpointing: recompute decoder layers in the backward instead of keeping their activations.
+        timeout_minutes: after which a collective that a rank does not enter is an error.
+    """
+
+    ep_size: Positive = 1
+    deepspeed: str = "zero2"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    gradient_checkpointing: bool = True
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+
+
+@dataclass(config=_strict_keys)
+class Run:
+    """Where results go and how often.
+
+    Args:
+        output_dir: the run's folder (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl).
+        seed: of initial values, dropout and data order.
+        eval_every: optimizer steps between evaluations; 0: only before and after training.
+        save_every: optimizer steps between checkpoints; 0: none.
+        keep_last: checkpoints that are kept.
+        resume: "auto" goes on from the last checkpoint in output_dir, if there is one; "never" starts anew, and what
+            output_dir holds is moved aside.
+    """
+
+    output_dir: str
+    seed: int = 0
+    eval_every: NotNegative = 0
+    save_every: NotNegative = 0
+    keep_last: Positive = 2
+    resume: Literal["auto", "never"] = "auto"
+
+
+@dataclass(config=_strict_keys)
+class Config:
+    """A whole run."""
+
+    backbone: Backbone
+    data: Data
+    run: Run
+    adapter: Adapter = Field(default_factory=Adapter)
+    optimisation: Optimisation = Field(default_factory=Optimisation)
+    parallelism: Parallelism = Field(default_factory=Parallelism)
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Read, override and check.
+
+    Args:
+        path: of the YAML file.
+        overrides: "a.b=c", c read as YAML.
+
+    Raises:
+        UserError: see the head of this file.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path} must be a mapping with the sections {_names(Config)}, it holds: {raw!r:.80}")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        config = TypeAdapter(Config).validate_python(raw)
+    except ValidationError as error:
+        raise UserError(f"config {path}: " + "; ".join(_explain(e) for e in error.errors())) from error
+    _check(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches of an optimizer step on each rank.
+
+    Raises:
+        UserError: if the global batch cannot be divided so.
+    """
+    o = config.optimisation
+    per_forward = o.micro_batch_size * world_size
+    if o.global_batch_size % per_forward:
+        lower = o.global_batch_size // per_forward * per_forward
+        fits = [n for n in (lower, lower + per_forward) if n]
+        raise UserError(
+            f"optimisation.global_batch_size={o.global_batch_size} is no multiple of optimisation.micro_batch_size="
+            f"{o.micro_batch_size} times {world_size} ranks: {' or '.join(map(str, fits))} would fit"
+        )
+    return o.global_batch_size // per_forward
+
+
+def check_parallelism(config: Config, world_size: int) -> None:
+    """Raises UserError where this config cannot run on `world_size` ranks."""
+    ep_size = config.parallelism.ep_size
+    if world_size % ep_size:
+        raise UserError(
+            f"parallelism.ep_size={ep_size} does not divide the {world_size} ranks of this run: "
+            f"choose one of {[p for p in range(1, world_size + 1) if world_size % p == 0]}"
+        )
+    accumulation_steps(config, world_size)
+
+
+def _check(config: Config) -> None:
+    o, experts, ep_size = config.optimisation, config.adapter.num_experts, config.parallelism.ep_size
+    if (o.epochs is None) == (o.max_steps is None):
+        raise UserError("give one of optimisation.epochs and optimisation.max_steps, not both and not neither")
+    if experts % ep_size:
+        raise UserError(
+            f"adapter.num_experts={experts} is no multiple of parallelism.ep_size={ep_size}: "
+            f"choose ep_size among {[p for p in range(1, experts + 1) if experts % p == 0]}"
+        )
+    if config.backbone.task == "sequence_classification" and not config.data.labels:
+        raise UserError("backbone.task=sequence_classification needs data.labels, the names of the classes")
+    if config.data.labels is not None and len(set(config.data.labels)) < max(2, len(config.data.labels)):
+        raise UserError(f"data.labels={config.data.labels} must be at least two different values")
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    *sections, name = key.split(".")
+    if not found or not all([*sections, name]):
+        raise UserError(f"override {override!r} must look like section.key=value")
+    target = raw
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        target[name] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML") from error
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _names(_section(path[:-1]))
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        return f"unknown key {key}; " + (f"did you mean {close[0]}?" if close else f"there are {known}")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing: give it a value"
+    return f"{key}={error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def _section(path: list[str]) -> Any:
+    section: Any = Config
+    for name in path:
+        section = typing.get_type_hints(section)[name]
+    return section
+
+
+def _names(section: Any) -> list[str]:
+    return [field.name for field in fields(section)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,127 @@
+"""Loss and accuracy on held-out rows, under every ZeRO stage and expert-parallel size.
+
+Every rank runs the same number of forwards: a rank whose share is shorter repeats a row and does not count it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldmole_dist.data.batches import collate
+from ldmole_dist.data.encode import Encoded
+from ldmole_dist.engine.startup import Process
+from ldmole_dist.errors import UserError
+from ldmole_dist.objective import IGNORED, answer_loss, answer_positions, next_tokens
+
+
+class Evaluator:
+    """Evaluates a model on a fixed set.
+
+    Args:
+        examples: all of them, on every rank.
+        choices: token ids of the possible answers of a causal model, one token each, for accuracy; None if free text.
+        pad_id: for batches.
+        batch_size: sequences of one forward.
+        process: of this rank.
+
+    Raises:
+        UserError: where an answer is longer than one token although choices are given.
+    """
+
+    def __init__(
+        self, examples: Sequence[Encoded], choices: Sequence[int] | None, pad_id: int, batch_size: int, process: Process
+    ) -> None:
+        self.choices, self.pad_id, self.batch_size, self.process = choices, pad_id, batch_size, process
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+        share = -(-len(examples) // process.world_size)
+        mine = order[process.rank :: process.world_size]
+        self.counted = len(mine)
+        self.examples = [examples[i] for i in (mine + order[:1] * share)[:share]]
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, doing: str) -> dict[str, float]:
+        """Run it; every rank calls it.
+
+        Args:
+            model: the PEFT model, inside or outside an engine; its training mode is restored.
+            doing: what the progress bar says.
+
+        Returns:
+            "eval_loss" (mean over answers), and "accuracy" (share of rows, 0 to 1) where there are choices or classes.
+        """
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.process.device)  # loss, answers, right, rows
+        starts = range(0, len(self.examples), self.batch_size)
+        for start in tqdm(starts, desc=doing, disable=not self.process.is_main, unit="batch"):
+            examples = self.examples[start : start + self.batch_size]
+            counted = max(0, min(len(examples), self.counted - start))
+            sums += self._batch(model, collate(examples, self.pad_id, self.process.device), counted)
+        model.train(was_training)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        loss, answers, right, rows = sums.tolist()
+        result = {"eval_loss": loss / max(answers, 1)}
+        if rows:
+            result["accuracy"] = right / rows
+        return result
+
+    def _batch(self, model: nn.Module, batch: dict[str, Tensor], counted: int) -> Tensor:
+        targets, logits = batch_logits(model, batch)
+        logits, targets = logits[:counted], targets[:counted]
+        right = rows = torch.zeros((), device=logits.device)
+        if targets.dim() == 1:
+            right, rows = (logits.argmax(-1) == targets).sum(), torch.tensor(counted)
+        elif self.choices is not None:
+            answered = targets != IGNORED
+            choices = torch.tensor(self.choices, device=logits.device)
+            picked = choices[logits[answered][:, choices].argmax(-1)]
+            right, rows = (picked == targets[answered]).sum(), answered.sum()
+        values = (answer_loss(logits, targets), (targets != IGNORED).sum(), right, rows)
+        return torch.stack([v.to(device=logits.device, dtype=torch.float64) for v in values])
+
+
+def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Targets and the logits for them; a causal model computes no others (its head is the widest product of a small model).
+
+    Args:
+        model: callable as a Hugging Face model, an `Engine` included.
+        batch: from `collate`.
+
+    Returns:
+        (B, S') and (B, S', V), or (B,) and (B, V) for classes.
+    """
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if batch["labels"].dim() == 1:
+        return batch["labels"], model(**inputs).logits
+    targets = next_tokens(batch["labels"])
+    positions = answer_positions(targets)
+    return targets[:, positions], model(**inputs, logits_to_keep=positions).logits
+
+
+def single_token_choices(labels: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int]:
+    """Token ids of labels that are one token each.
+
+    Args:
+        labels: for the message.
+        ids: their token ids.
+
+    Raises:
+        UserError: naming the first that is longer, or two that are the same token.
+    """
+    for label, tokens in zip(labels, ids, strict=True):
+        if len(tokens) != 1:
+            raise UserError(
+                f"data.labels: {label!r} is {len(tokens)} tokens for this tokenizer, accuracy needs labels of one token: "
+                "write a leading space where words follow one, choose other words, or leave data.labels out"
+            )
+    choices = [tokens[0] for tokens in ids]
+    if len(set(choices)) < len(choices):
+        raise UserError(f"data.labels {list(labels)}: two of them are the same token for this tokenizer")
+    return choices

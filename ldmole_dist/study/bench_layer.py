@@ -1,0 +1,229 @@
+"""Time and memory of the expert part of one adapted linear, by formulation: `ldmole bench layer`.
+
+Timed is forward + backward of what LD-MoLE adds besides router and lambda-MLP: y = s * sum_e p_e B_e A_e x, given x, p, A
+and B. The frozen linear and the routing are timed beside it, so that nobody takes a ratio of the experts for one of the
+whole layer.
+
+Shapes: T tokens, D in- and out-features, O out-features, E experts, R LoRA rank, K active experts of a token.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_experts, sparse_experts
+from ldmole_dist.method.routers import LambdaMLP, SparsegenRouter
+
+LAMBDA_HIDDEN, LAMBDA_EPS, ALPHA = 256, 0.01, 16
+
+
+class Case(NamedTuple):
+    """Sizes of one comparison."""
+
+    tokens: int
+    features: int
+    experts: int
+    rank: int
+    active: int
+
+
+CASES = (Case(4096, 2048, 8, 8, 2), Case(4096, 2048, 32, 8, 2))
+LARGE_CASE = Case(4096, 2048, 64, 16, 2)  # only when asked for: einsum takes many seconds and 10 GB here
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one part of the layer cost.
+
+    Attributes:
+        case: the sizes.
+        part: a formulation of the experts, "routing" (router, lambda-MLP and Sparsegen) or "base" (the frozen linear).
+        milliseconds: of each repeat, forward + backward, wall clock.
+        saved_bytes: kept from forward to backward, beyond x, p, A and B; 0 where it was not measured.
+    """
+
+    case: Case
+    part: str
+    milliseconds: tuple[float, ...]
+    saved_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        """Milliseconds."""
+        return statistics.median(self.milliseconds)
+
+
+def einsum_experts(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
+    """The experts' sum as the authors compute it, in plain autograd: every expert's output for every token is formed.
+
+    Args:
+        x_TD: (T, D).
+        p_TE: (T, E).
+        bank: all E experts.
+
+    Returns:
+        (T, O).
+    """
+    h_TER = torch.einsum("td,erd->ter", x_TD, bank.A_LRD)
+    delta_TEO = torch.einsum("ter,eor->teo", h_TER, bank.B_LOR)
+    return torch.einsum("te,teo->to", p_TE, delta_TEO) * bank.scaling
+
+
+def _sparse(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
+    return sparse_experts(x_TD, p_TE, bank, _counts(p_TE))
+
+
+def _chosen(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
+    return apply_experts(x_TD, p_TE, bank, _counts(p_TE))
+
+
+def _counts(p_TE: Tensor) -> list[int]:
+    return (p_TE != 0).sum(0).tolist()
+
+
+FORMULATIONS: dict[str, Callable[[Tensor, Tensor, ExpertBank], Tensor]] = {
+    "einsum": einsum_experts,
+    "fused": fused_experts,
+    "sparse": _sparse,
+    "chosen": _chosen,
+}
+
+
+def bench_layer(cases: Sequence[Case] = CASES, repeats: int = 3) -> list[Result]:
+    """Time every part of every case on this machine, in float32, on the GPU if there is one.
+
+    Args:
+        cases: sizes.
+        repeats: timed runs of each part after one that is not timed; the parts take turns.
+
+    Returns:
+        One result for each case and part, formulations first.
+    """
+    return [result for case in cases for result in _bench_case(case, repeats, _device())]
+
+
+def saved_bytes(forward: Callable[[], Tensor], given: Sequence[Tensor]) -> int:
+    """Bytes that `forward` keeps for its backward.
+
+    Args:
+        forward: builds a graph.
+        given: tensors that are there anyway and do not count.
+
+    Returns:
+        Sum over distinct storages, so that two views of one tensor count once.
+    """
+    there = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding them: a freed one could hand its address to the next
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in there:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def random_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, ExpertBank]:
+    """x (T, D), p (T, E) with exactly K weights above 0 in each row, and a bank with B drawn too; all want gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    T, D, E, R, K = case
+    top = draw(T, E).topk(K, dim=-1)
+    p_TE = torch.zeros(T, E).scatter(-1, top.indices, top.values.softmax(-1))
+    x, p, A, B = (t.to(device).requires_grad_() for t in (draw(T, D), p_TE, draw(E, R, D) / D**0.5, draw(E, D, R)))
+    return x, p, ExpertBank(A, B, ALPHA / R)
+
+
+def _bench_case(case: Case, repeats: int, device: torch.device) -> list[Result]:
+    T, D, E, _, _ = case
+    x, p, bank = random_inputs(case, device)
+    base = nn.Linear(D, D, bias=False, device=device).requires_grad_(False)
+    router, lambda_mlp = SparsegenRouter(D, E, device), LambdaMLP(D, LAMBDA_HIDDEN, LAMBDA_EPS, device)
+    router.reset(torch.Generator().manual_seed(1))
+    lambda_mlp.reset(torch.Generator().manual_seed(2), "live")
+
+    def routing() -> Tensor:
+        logits, lam = router(x), lambda_mlp(x)
+        return router.weigh(logits, lam, router.decide(logits, lam)).p_TE
+
+    parts: dict[str, Callable[[], Tensor]] = {
+        name: lambda formulation=formulation: formulation(x, p, bank)  # type: ignore[misc]
+        for name, formulation in FORMULATIONS.items()
+    }
+    saved = {name: saved_bytes(forward, (x, p, bank.A_LRD, bank.B_LOR)) for name, forward in parts.items()}
+    parts |= {"routing": routing, "base": lambda: base(x)}
+    leaves = [x, p, bank.A_LRD, bank.B_LOR, *router.parameters(), *lambda_mlp.parameters()]
+    gradients = {D: torch.randn(T, D, device=device), E: torch.randn(T, E, device=device)}
+
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for repeat in range(-1, repeats):
+        for name, forward in parts.items():
+            for leaf in leaves:
+                leaf.grad = None
+            milliseconds = _timed(forward, gradients, device)
+            if repeat >= 0:  # the first round warms up
+                times[name].append(milliseconds)
+    return [Result(case, name, tuple(times[name]), saved.get(name, 0)) for name in parts]
+
+
+def _timed(forward: Callable[[], Tensor], gradients: dict[int, Tensor], device: torch.device) -> float:
+    _wait_for(device)
+    start = time.perf_counter()
+    y = forward()
+    y.backward(gradients[y.shape[1]])
+    _wait_for(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def print_table(results: Sequence[Result]) -> None:
+    """Print what `bench_layer` returned: one block for each case, ratios to `einsum`."""
+    device = _device()
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({platform.machine()}), {torch.get_num_threads()} threads"
+    )
+    print(f"experts of one adapted linear, forward + backward, float32, on {machine}, torch {torch.__version__}")
+    print(f"wall clock, median of {len(results[0].milliseconds)}; saved: kept for the backward beyond x, p, A, B")
+    for case in dict.fromkeys(result.case for result in results):
+        parts = {result.part: result for result in results if result.case == case}
+        einsum = parts["einsum"]
+        T, D, E, R, K = case
+        print(f"\nT={T} d={D} E={E} r={R} k={K}, d_out/r={D // R}")
+        print(f"  {'':8}{'ms':>10}{'x faster':>10}{'saved MB':>11}{'x fewer':>9}")
+        for name in FORMULATIONS:
+            part = parts[name]
+            print(
+                f"  {name:8}{part.median:10.1f}{einsum.median / part.median:10.1f}"
+                f"{part.saved_bytes / 1e6:11.2f}{einsum.saved_bytes / part.saved_bytes:9.0f}"
+            )
+        base, routing, chosen = (parts[name].median for name in ("base", "routing", "chosen"))
+        adapter, whole = routing + chosen, base + routing + chosen
+        print(
+            f"  whole linear: frozen base {base:.1f} ms + routing {routing:.1f} ms + chosen experts {chosen:.1f} ms "
+            f"= {whole:.1f} ms, of which the adapter is {adapter / whole:.0%}; "
+            f"with einsum experts {base + routing + einsum.median:.1f} ms, {(whole - chosen + einsum.median) / whole:.1f} x"
+        )

@@ -1,0 +1,178 @@
+"""The training loop: optimizer steps of several micro-batches, what they report, and stopping when the loss is no number."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from ldmole_dist.checkpoint import save_checkpoint
+from ldmole_dist.config import Config
+from ldmole_dist.data.batches import TrainingOrder, collate
+from ldmole_dist.data.encode import Encoded
+from ldmole_dist.diagnose import explain_nonfinite
+from ldmole_dist.engine.build import Engine
+from ldmole_dist.engine.startup import Process
+from ldmole_dist.errors import NonFiniteLoss
+from ldmole_dist.evaluate import Evaluator, batch_logits
+from ldmole_dist.monitor import Monitor
+from ldmole_dist.objective import answer_count, answer_loss, next_tokens
+
+# What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
+SUMS = ("loss", "loss_task", "loss_balance", "loss_sparsity", "loss_z", "active", "lambda", "decisions", "tokens")
+
+
+class Trainer:
+    """Trains an engine's adapters.
+
+    Args:
+        config: of the run.
+        engine: with the model.
+        examples: of the training set, all of them on every rank.
+        order: which of them when.
+        evaluator: or None.
+        pad_id: for batches.
+        process: of this rank.
+        first_step: optimizer steps already done.
+        last_step: optimizer steps in all.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        examples: Sequence[Encoded],
+        order: TrainingOrder,
+        evaluator: Evaluator | None,
+        pad_id: int,
+        process: Process,
+        first_step: int,
+        last_step: int,
+    ) -> None:
+        self.config, self.engine, self.process = config, engine, process
+        self.examples, self.order, self.pad_id = examples, order, pad_id
+        self.evaluator, self.first_step, self.last_step = evaluator, first_step, last_step
+        self.folder = Path(config.run.output_dir)
+        self.monitor = Monitor(self.folder, process.is_main, first_step)
+        self.context = engine.module.base_model.context
+        self.skipped = 0  # optimizer steps whose fp16 gradients overflowed
+
+    def run(self) -> dict[str, float]:
+        """Train to the last step.
+
+        Returns:
+            The evaluation after training; empty without an evaluator.
+
+        Raises:
+            NonFiniteLoss: on every rank, naming step, rank and layer.
+        """
+        run = self.config.run
+        result = self._evaluate(self.first_step) if self.first_step == 0 else {}
+        steps = tqdm(
+            range(self.first_step + 1, self.last_step + 1),
+            desc="training",
+            initial=self.first_step,
+            total=self.last_step,
+            disable=not self.process.is_main,
+            unit="step",
+        )
+        for step in steps:
+            metrics = self._step(step)
+            self.monitor.step(step, metrics)
+            steps.set_postfix(loss=f"{metrics['loss']:.3f}", experts=f"{metrics['experts_per_token']:.2f}")
+            if run.save_every and step % run.save_every == 0:
+                save_checkpoint(self.engine, self.folder / "checkpoints", step, self.process, run.keep_last)
+            if step == self.last_step or (run.eval_every and step % run.eval_every == 0):
+                result = self._evaluate(step)
+        self.monitor.close()
+        return result
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        result = self.evaluator(self.engine.module, f"evaluating after {step} steps")
+        self.monitor.evaluation(step, result)
+        if self.process.is_main:
+            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        return result
+
+    def _step(self, step: int) -> dict[str, float]:
+        """One optimizer step: its reported numbers, the same on every rank."""
+        started = time.perf_counter()
+        engine, device = self.engine, self.process.device
+        engine.parallel.wire.clear()
+        batches = [
+            collate([self.examples[i] for i in micro_batch], self.pad_id, device)
+            for micro_batch in self.order.micro_batches(step - 1, self.process.rank)
+        ]
+        share = self._task_share(batches)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        losses = []
+        for turn, batch in enumerate(batches):
+            targets, logits = batch_logits(engine, batch)
+            task = answer_loss(logits, targets, self.config.optimisation.label_smoothing) * share.to(logits.device)
+            loss = task + self.context.auxiliary_loss()
+            engine.backward(loss)
+            losses.append(loss.detach())
+            sums += self._sums(loss.detach(), task.detach(), batch)
+            if turn < len(batches) - 1:
+                engine.step()
+        metrics = self._reduced(sums, len(batches))
+        if not math.isfinite(metrics["loss"]):
+            bad = next((turn for turn, loss in enumerate(losses) if not loss.isfinite()), None)
+            raise NonFiniteLoss(
+                f"the loss is {metrics['loss']} at step {step}; {explain_nonfinite(engine, batches[bad or 0], bad is not None)}"
+            )
+        metrics["lr"] = engine.learning_rate
+        engine.step()
+        metrics["grad_norm"] = engine.grad_norm
+        if not math.isfinite(engine.grad_norm) and not engine.overflowed:
+            raise NonFiniteLoss(
+                f"the gradient norm is {engine.grad_norm} at step {step} although the loss was {metrics['loss']}: "
+                f"go on from the last checkpoint with a smaller learning rate; {explain_nonfinite(engine, batches[0], False)}"
+            )
+        self.skipped += engine.overflowed
+        metrics["skipped_steps"] = self.skipped
+        metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
+        return metrics
+
+    def _task_share(self, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+        """What a summed loss is multiplied with, so that the engine's mean over ranks and micro-batches becomes the mean over
+        the answers of the whole optimizer step."""
+        targets = [b["labels"] if b["labels"].dim() == 1 else next_tokens(b["labels"]) for b in batches]
+        answers = torch.stack([answer_count(t) for t in targets]).sum()
+        dist.all_reduce(answers)
+        return self.process.world_size * len(batches) / answers.clamp_min(1).float()
+
+    def _sums(self, loss: Tensor, task: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """This micro-batch's contributions, in the order of SUMS."""
+        tokens = batch["attention_mask"].sum()
+        stats = list(self.context.stats.values())
+        active, lam = torch.stack(stats).sum(0)
+        auxiliary = [torch.as_tensor(self.context.mean(term)).detach() for term in ("balance", "sparsity", "z")]
+        values = [loss, task, *auxiliary, active, lam, tokens * len(stats), tokens]
+        return torch.stack([v.to(device=loss.device, dtype=torch.float64) for v in values])
+
+    def _reduced(self, sums: Tensor, micro_batches: int) -> dict[str, float]:
+        """Global means and sums of an optimizer step."""
+        wire = sums.new_tensor([sum(self.engine.parallel.wire.values())])
+        everything = torch.cat([sums, wire])
+        dist.all_reduce(everything)
+        *values, wire_elements = everything.tolist()
+        total = dict(zip(SUMS, values, strict=True))
+        decisions = max(total.pop("decisions"), 1)
+        means = {
+            name: total[name] / (micro_batches * self.process.world_size) for name in SUMS if name.startswith("loss")
+        }
+        return means | {
+            "experts_per_token": total["active"] / decisions,
+            "lambda_mean": total["lambda"] / decisions,
+            "wire_elements": int(wire_elements),
+            "tokens": total["tokens"],
+        }

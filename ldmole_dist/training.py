@@ -1,0 +1,192 @@
+"""The wiring of a training run, from its config to its adapter; the same code on one process and on many."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from ldmole_dist.backbone import enable_gradient_checkpointing, load_backbone, load_tokenizer
+from ldmole_dist.checkpoint import export_adapter, latest_checkpoint, load_checkpoint
+from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
+from ldmole_dist.data.batches import TrainingOrder
+from ldmole_dist.data.encode import Encoder
+from ldmole_dist.data.rows import read_rows
+from ldmole_dist.engine.build import Engine
+from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config, stage_of
+from ldmole_dist.engine.experts import expert_parallel
+from ldmole_dist.engine.optimizers import make_optimizer
+from ldmole_dist.engine.partitioned import partitioned_loading
+from ldmole_dist.engine.startup import Process, agreed, start
+from ldmole_dist.evaluate import Evaluator, single_token_choices
+from ldmole_dist.method.context import LossWeights
+from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.peft_method import LdMoleConfig
+from ldmole_dist.trainer import Trainer
+
+
+def train(config: Config) -> dict[str, float]:
+    """Run a config to its end; every rank calls it.
+
+    Returns:
+        The evaluation after training.
+
+    Raises:
+        UserError, PeerError, NonFiniteLoss: on every rank.
+    """
+    process = start(config.parallelism.timeout_minutes)
+    with agreed("checking the config"):
+        check_parallelism(config, process.world_size)
+        ds_config = load_ds_config(config.parallelism.deepspeed)
+        accumulation = accumulation_steps(config, process.world_size)
+        ds_config = resolve_ds_config(
+            ds_config,
+            micro_batch_size=config.optimisation.micro_batch_size,
+            accumulation=accumulation,
+            max_grad_norm=config.optimisation.max_grad_norm,
+            precision=config.parallelism.precision,
+            ep_size=config.parallelism.ep_size,
+        )
+    with agreed("reading the data"):
+        tokenizer = load_tokenizer(config.backbone.path)
+        data, task = config.data, config.backbone.task
+        encoder = Encoder(tokenizer, task, data.labels, data.max_length, data.truncation)
+        quiet = not process.is_main
+        examples = encoder(read_rows(data.train, task, data.labels), "tokenising the training set", quiet)
+        held_out = None
+        if data.eval is not None:
+            rows = read_rows(data.eval, task, data.labels, data.eval_limit)
+            held_out = encoder(rows, "tokenising the evaluation set", quiet)
+        choices = None
+        if task == "causal_lm" and data.labels is not None:
+            choices = single_token_choices(data.labels, [encoder.answer_ids(label) for label in data.labels])
+    with agreed("preparing the output folder"):
+        folder = Path(config.run.output_dir)
+        resumed = latest_checkpoint(folder / "checkpoints") if config.run.resume == "auto" else None
+    with agreed("preparing the output folder"):
+        if process.is_main:
+            _prepare_folder(folder, config, keep=resumed is not None)
+
+    parallel = expert_parallel(config.parallelism.ep_size)
+    model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
+    total_steps = number_of_steps(config.optimisation, len(examples))
+    engine = Engine(
+        model,
+        ds_config,
+        lambda groups: make_optimizer(config.optimisation, groups),
+        lambda optimizer: make_scheduler(config.optimisation, optimizer, total_steps),
+        config.optimisation.max_grad_norm,
+    )
+    # Every rank drops out other units; what must be equal on all of them was drawn before.
+    torch.manual_seed(config.run.seed * 1_000_003 + process.rank)
+    first_step = load_checkpoint(engine, resumed, process) if resumed is not None else 0
+    lengths = [len(e.input_ids) for e in examples]
+    o = config.optimisation
+    order = TrainingOrder(lengths, o.global_batch_size, o.micro_batch_size, process.world_size, config.run.seed)
+    evaluator = None
+    if held_out is not None:
+        evaluator = Evaluator(held_out, choices, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
+    trainer = Trainer(
+        config, engine, examples, order, evaluator, tokenizer.pad_token_id, process, first_step, total_steps
+    )
+    if process.is_main:
+        _announce(model, config, process, first_step, total_steps, accumulation)
+    result = trainer.run()
+    export_adapter(engine, folder / "adapter", process)
+    return result
+
+
+def build_model(
+    config: Config, parallel: ExpertParallel, process: Process, stage: int, pad_token_id: int | None
+) -> PeftModel:
+    """The backbone with its adapter, ready for the engine; every rank calls it.
+
+    Raises:
+        UserError: where backbone and adapter do not go together.
+    """
+    b, a = config.backbone, config.adapter
+    torch.manual_seed(config.run.seed)  # a new classification head is drawn when the backbone is loaded
+    if process.is_main:
+        tqdm.write(f"loading {b.path}")
+    with partitioned_loading(stage, config.parallelism.precision):
+        backbone = load_backbone(
+            b.path,
+            b.task,
+            config.parallelism.precision,
+            labels=config.data.labels,
+            attention=b.attention,
+            pad_token_id=pad_token_id,
+        )
+    if stage < 3:
+        backbone = backbone.to(process.device)
+    backbone.expert_parallel = parallel
+    with agreed("attaching the adapter"):
+        if a.init_from is not None:
+            model = PeftModel.from_pretrained(backbone, a.init_from, is_trainable=True)
+        else:
+            model = get_peft_model(backbone, adapter_config(config))
+    o = config.optimisation
+    model.base_model.context.weights = LossWeights(o.balance_coef, o.sparsity_coef, o.z_coef, o.sparsity_target)
+    if config.parallelism.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model.train()
+
+
+def adapter_config(config: Config) -> LdMoleConfig:
+    """The PEFT config of a new adapter."""
+    values = {name: value for name, value in vars(config.adapter).items() if name != "init_from"}
+    task_type = "CAUSAL_LM" if config.backbone.task == "causal_lm" else "SEQ_CLS"
+    return LdMoleConfig(task_type=task_type, init_seed=config.run.seed, **values)
+
+
+def number_of_steps(o: Optimisation, examples: int) -> int:
+    """Optimizer steps of the whole run."""
+    if o.max_steps is not None:
+        return o.max_steps
+    assert o.epochs is not None  # one of them is given, the config's check says
+    return max(1, math.ceil(o.epochs * examples / o.global_batch_size))
+
+
+def make_scheduler(o: Optimisation, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+    """Linear warm-up, then the schedule of the config."""
+
+    def factor(step: int) -> float:
+        if step < o.warmup_steps:
+            return (step + 1) / (o.warmup_steps + 1)
+        if o.schedule == "cosine":
+            progress = (step - o.warmup_steps) / max(1, total_steps - o.warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        if o.schedule == "multistep":
+            return o.gamma ** sum(step >= share * total_steps for share in o.milestones)
+        return 1.0
+
+    return LambdaLR(optimizer, factor)
+
+
+def _prepare_folder(folder: Path, config: Config, keep: bool) -> None:
+    """Make the run's folder; a former run in it is moved aside, unless this one goes on with it."""
+    if not keep and (folder / "config.yaml").exists():
+        number = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
+        os.rename(folder, f"{folder}.{number}")
+        tqdm.write(f"the former run in {folder} is now in {folder}.{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+
+
+def _announce(
+    model: PeftModel, config: Config, process: Process, first_step: int, total_steps: int, accumulation: int
+) -> None:
+    _, backbone = model.get_nb_trainable_parameters()
+    held = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    p = config.parallelism
+    tqdm.write(
+        f"{process.world_size} rank(s) on {process.device.type}, {p.deepspeed}, ep_size {p.ep_size}, {p.precision}: "
+        f"{held:,} trainable parameters held by each rank; steps {first_step + 1} to {total_steps}, {accumulation} "
+        f"micro-batch(es) each"
+    )
