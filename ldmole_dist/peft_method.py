@@ -232,12 +232,12 @@ class LdMoleModel(BaseTuner):
         selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
         tuner = model.base_model
         keeps = not dist.is_initialized() or dist.get_rank() == 0
-        parameters = dict(model.named_parameters())
-        whole = {}
-        for key in selected:
-            value = tuner.whole_parameter(key, parameters[key])
-            whole[key] = value.cpu() if keeps else value.to("meta")
-        return whole
+        for key, parameter in model.named_parameters():
+            # PEFT takes modules_to_save out of this same dictionary afterwards; under ZeRO-3 it holds empty pieces of them.
+            if key in selected or (".modules_to_save." in key and key in state_dict):
+                value = tuner.whole_parameter(key, parameter)
+                state_dict[key] = value.cpu() if keeps else value.to("meta")
+        return {key: state_dict[key] for key in selected}
 
     def whole_parameter(self, name: str, parameter: Tensor) -> Tensor:
         """The full tensor of a trainable parameter, all E experts of a bank; every rank calls it in the same order.

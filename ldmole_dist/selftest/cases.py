@@ -1,0 +1,115 @@
+"""What the selftest runs on every rank besides parity: collectives, replayed routing, half precision.
+
+Each function returns the largest distances it found, by what they belong to; see `parity` for those of training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+
+from ldmole_dist.engine.experts import expert_parallel
+from ldmole_dist.engine.startup import start
+from ldmole_dist.objective import answer_count
+from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.parallel.exchange import all_to_all
+from ldmole_dist.peft_method import LdMoleLinear
+from ldmole_dist.selftest.parity import build, loss_of
+from ldmole_dist.selftest.tiny import micro_batch, relative
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
+
+
+def joined(size: int) -> dict[str, float]:
+    """How many of `size` ranks did not join."""
+    return {"missing ranks": float(size - start().world_size)}
+
+
+def collectives() -> dict[str, float]:
+    """Elements that did not arrive as sent: variable-split all-to-all and its way back, all-gather, all-reduce."""
+    process = start()
+    rank, world, device = process.rank, process.world_size, process.device
+    wrong = {}
+
+    def rows(source: int, destination: int, dtype: torch.dtype) -> Tensor:
+        # The last rank sends nothing, others nothing to some: a rank without tokens must not stall the rest.
+        count = 0 if source == world - 1 and world > 1 else (3 * source + destination) % 4
+        return torch.full((count, 2), 1 + source * world + destination, device=device, dtype=dtype)
+
+    for dtype in DTYPES:
+        out = [rows(rank, other, dtype) for other in range(world)]
+        expected = [rows(other, rank, dtype) for other in range(world)]
+        send, recv = [len(part) for part in out], [len(part) for part in expected]
+        x = torch.cat(out).requires_grad_(dtype.is_floating_point)
+        y = all_to_all(x, send, recv, dist.group.WORLD, Counter(), "rows")
+        wrong[f"all-to-all {dtype}"] = float((y != torch.cat(expected)).sum())
+        if dtype.is_floating_point:
+            y.backward(y.detach().clone())
+            wrong[f"all-to-all back {dtype}"] = float((x.grad != x).sum())
+        own = torch.full((3,), 1 + rank, device=device, dtype=dtype)
+        gathered = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(gathered, own)
+        wrong[f"all-gather {dtype}"] = float(sum((part != 1 + other).sum() for other, part in enumerate(gathered)))
+        dist.all_reduce(own)
+        wrong[f"all-reduce {dtype}"] = float((own != world * (world + 1) // 2).sum())
+    return wrong
+
+
+def replay(ep_size: int) -> dict[str, float]:
+    """Routers that never decide the same twice: gradient checkpointing must still give the gradients of the first decision.
+
+    Without replay the recomputation would route anew, ranks would disagree on what moves, and tensors would not match.
+    """
+    parallel, process = expert_parallel(ep_size), start()
+    batch = micro_batch(process.rank, process.device)
+    found = []
+    for checkpointing in (False, True):
+        model = build("llama", torch.float64, parallel, checkpointing)
+        for router in _routers(model):
+            router.decide = _never_the_same_twice()
+        parallel.wire.clear()
+        loss_of(model, model, batch, answer_count(batch["labels"]))[0].backward()
+        found.append((_gradients(model), parallel.wire["counts"]))
+    (plain, plain_counts), (recomputed, recomputed_counts) = found
+    distances = {name: relative(recomputed[name], plain[name]) for name in plain}
+    return distances | {"counts exchanged again": float(recomputed_counts - plain_counts)}
+
+
+def _never_the_same_twice():
+    generator = torch.Generator().manual_seed(start().rank)
+
+    def decide(logits_TE: Tensor, lam_T: Tensor) -> Tensor:
+        support_TE = torch.rand(logits_TE.shape, generator=generator) < 0.4
+        support_TE[:, 0] |= ~support_TE.any(-1)
+        return support_TE.to(logits_TE.device)
+
+    return decide
+
+
+def half_precision(architecture: str, ep_size: int) -> dict[str, float]:
+    """A bfloat16 backbone under float32 adapters against a float32 one with the same weights: loss and gradients."""
+    parallel, process = expert_parallel(ep_size), start()
+    batch = micro_batch(process.rank, process.device)
+    answers = answer_count(batch["labels"])
+    half = build(architecture, torch.bfloat16, parallel)
+    wide = build(architecture, torch.bfloat16, ExpertParallel() if ep_size == 1 else parallel).float()
+    losses = [loss_of(model, model, batch, answers)[0] for model in (half, wide)]
+    for loss in losses:
+        loss.backward()
+    gradients, reference = _gradients(half), _gradients(wide)
+    narrow = [name for name, gradient in gradients.items() if gradient.dtype != torch.float32]
+    distances = {name: relative(gradients[name], reference[name]) for name in gradients}
+    return distances | {"loss": relative(losses[0].detach(), losses[1].detach()), "narrow gradients": float(len(narrow))}
+
+
+def _routers(model: PeftModel) -> Iterator[torch.nn.Module]:
+    return (module.router["default"] for module in model.modules() if isinstance(module, LdMoleLinear))
+
+
+def _gradients(model: PeftModel) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}

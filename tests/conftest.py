@@ -1,0 +1,19 @@
+"""Ranks that the tests share: starting processes is the slow part."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from ldmole_dist.ranks import LocalRanks
+
+
+@pytest.fixture(scope="session")
+def ranks2() -> Iterator[LocalRanks]:
+    with LocalRanks(2, timeout=200) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def ranks4() -> Iterator[LocalRanks]:
+    with LocalRanks(4, timeout=200) as ranks:
+        yield ranks

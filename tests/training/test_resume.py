@@ -1,0 +1,59 @@
+"""A run that goes on from a checkpoint ends bit for bit where the uninterrupted one does, dropout and data order included."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ldmole_dist.ranks import LocalRanks, RankFailed
+from tests.small_run import make_backbone, make_config, make_data, run_training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    make_backbone(folder / "backbone")
+    make_data(folder / "train.jsonl", 60)
+    make_data(folder / "eval.jsonl", 12)
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "ep_size"), [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
+def test_resume_is_exact(folder: Path, ranks2: LocalRanks, stage: int, ep_size: int) -> None:
+    config = make_config(folder)
+    run = folder / f"run_{stage}_{ep_size}"
+    overrides = [
+        f"run.output_dir={run}",
+        f"parallelism.deepspeed=zero{stage}",
+        f"parallelism.ep_size={ep_size}",
+        "run.save_every=3",
+    ]
+    uninterrupted = ranks2.run(run_training, str(config), *overrides)
+    whole = load_file(run / "adapter" / "adapter_model.safetensors")
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6
+
+    # As after a crash between the checkpoint and the end.
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    shutil.rmtree(run / "adapter")
+    (run / "checkpoints" / "latest").write_text("step_00000003")
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 7, "lo')
+    resumed = ranks2.run(run_training, str(config), *overrides)
+
+    assert resumed == uninterrupted
+    assert [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] == losses
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert again.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert again[name].equal(tensor), name
+
+
+def test_another_topology_is_refused_with_both_named(folder: Path, ranks2: LocalRanks) -> None:
+    config = make_config(folder)
+    run = f"run.output_dir={folder / 'other'}"
+    ranks2.run(run_training, str(config), run, "run.save_every=6")
+    with pytest.raises(RankFailed, match=r"'zero_stage': 2.*'zero_stage': 1"):
+        ranks2.run(run_training, str(config), run, "parallelism.deepspeed=zero1", "optimisation.max_steps=7")
