@@ -1,4 +1,4 @@
-"""The frozen Hugging Face model under the adapters: loading it, its tokenizer, converting GGUF, recomputation."""
+"""The frozen Hugging Face model and the adapter on it: loading them, converting GGUF, recomputation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from ldmole_dist.errors import UserError
+from ldmole_dist.peft_method import LdMoleConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,6 +78,53 @@ def load_backbone(
         return AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"backbone.path={path!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def new_adapter(backbone: PreTrainedModel, config: LdMoleConfig) -> PeftModel:
+    """Inject a new adapter.
+
+    Raises:
+        UserError: where it does not fit the backbone.
+    """
+    try:
+        return get_peft_model(backbone, config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_adapter(backbone: PreTrainedModel, folder: str, trainable: bool) -> PeftModel:
+    """Put a saved adapter on its backbone.
+
+    Raises:
+        UserError: where there is none, it is another method's, or it was made for another backbone.
+    """
+    _adapter_config(folder)
+    try:
+        return PeftModel.from_pretrained(backbone, folder, is_trainable=trainable)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"adapter {folder!r}: {_first_line(error)}") from error
+
+
+def backbone_of(folder: str) -> str:
+    """The path of the backbone that a saved adapter was made for.
+
+    Raises:
+        UserError: where there is no adapter, or it does not say.
+    """
+    path = _adapter_config(folder).base_model_name_or_path
+    if not path:
+        raise UserError(f"the adapter in {folder!r} does not say what its backbone is: give --backbone")
+    return str(path)
+
+
+def _adapter_config(folder: str) -> LdMoleConfig:
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"there is no adapter that can be read in {folder!r}: {_first_line(error)}") from error
+    if not isinstance(config, LdMoleConfig):
+        raise UserError(f"the adapter in {folder!r} is {config.peft_type}, not an LD-MoLE adapter")
+    return config
 
 
 def convert_gguf(gguf_path: str, folder: str) -> None:

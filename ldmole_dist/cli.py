@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
+
 from ldmole_dist.errors import NonFiniteLoss, PeerError, UserError
 
 
@@ -20,12 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     call: Callable[[argparse.Namespace], int] = args.call
     try:
         return call(args)
-    except (UserError, NonFiniteLoss) as error:
-        if isinstance(error, UserError) or os.environ.get("RANK", "0") == "0":
+    except (UserError, NonFiniteLoss, PeerError) as error:
+        # Once the ranks are together, a UserError is raised on the rank that found it and a PeerError on the others; before,
+        # and for a loss that all have in common, one rank of every node speaks.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or (isinstance(error, UserError) and torch.distributed.is_initialized()):
             print(f"error: {error}", file=sys.stderr, flush=True)
-    except PeerError as error:
-        # The rank that failed has said why; a log of this rank alone should still make sense.
-        print(f"stopped: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     return 1

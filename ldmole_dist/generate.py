@@ -6,12 +6,9 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from peft import PeftConfig, PeftModel
 from transformers import TextStreamer
 
-from ldmole_dist.backbone import load_backbone, load_tokenizer
-from ldmole_dist.errors import UserError
-from ldmole_dist.peft_method import LdMoleConfig
+from ldmole_dist.backbone import backbone_of, load_adapter, load_backbone, load_tokenizer
 
 
 def generate(
@@ -32,21 +29,10 @@ def generate(
     Raises:
         UserError: where adapter or backbone cannot be loaded, or do not go together.
     """
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise UserError(f"there is no adapter in {adapter!r}: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, LdMoleConfig):
-        raise UserError(f"the adapter in {adapter!r} is {config.peft_type}, not an LD-MoLE adapter")
-    path = backbone or config.base_model_name_or_path
-    if path is None:
-        raise UserError(f"the adapter in {adapter!r} does not say what its backbone is: give --backbone")
+    path = backbone or backbone_of(adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(path)
-    try:
-        model = PeftModel.from_pretrained(load_backbone(path, "causal_lm", precision), adapter)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model = load_adapter(load_backbone(path, "causal_lm", precision), adapter, trainable=False)
     model = model.to(device).eval()
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     continuations = []

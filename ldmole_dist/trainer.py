@@ -97,6 +97,12 @@ class Trainer:
         if self.evaluator is None:
             return {}
         result = self.evaluator(self.engine.module, f"evaluating after {step} steps")
+        if not math.isfinite(result["eval_loss"]):
+            batch = self._batches(max(step, 1))[0]
+            raise NonFiniteLoss(
+                f"the loss of the evaluation after {step} steps is {result['eval_loss']}; "
+                f"{explain_nonfinite(self.engine, batch, False)}"
+            )
         self.monitor.evaluation(step, result)
         if self.process.is_main:
             tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
@@ -105,14 +111,11 @@ class Trainer:
     def _step(self, step: int) -> dict[str, float]:
         """One optimizer step: its reported numbers, the same on every rank."""
         started = time.perf_counter()
-        engine, device = self.engine, self.process.device
+        engine = self.engine
         engine.parallel.wire.clear()
-        batches = [
-            collate([self.examples[i] for i in micro_batch], self.pad_id, device)
-            for micro_batch in self.order.micro_batches(step - 1, self.process.rank)
-        ]
+        batches = self._batches(step)
         share = self._task_share(batches)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.process.device)
         losses = []
         for turn, batch in enumerate(batches):
             targets, logits = batch_logits(engine, batch)
@@ -135,16 +138,24 @@ class Trainer:
         if not math.isfinite(engine.grad_norm) and not engine.overflowed:
             raise NonFiniteLoss(
                 f"the gradient norm is {engine.grad_norm} at step {step} although the loss was {metrics['loss']}: "
-                f"go on from the last checkpoint with a smaller learning rate; {explain_nonfinite(engine, batches[0], False)}"
+                "go on from the last checkpoint with a smaller learning rate; "
+                f"{explain_nonfinite(engine, batches[0], False)}"
             )
         self.skipped += engine.overflowed
         metrics["skipped_steps"] = self.skipped
         metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
         return metrics
 
+    def _batches(self, step: int) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches of an optimizer step (from 1)."""
+        return [
+            collate([self.examples[i] for i in micro_batch], self.pad_id, self.process.device)
+            for micro_batch in self.order.micro_batches(step - 1, self.process.rank)
+        ]
+
     def _task_share(self, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """What a summed loss is multiplied with, so that the engine's mean over ranks and micro-batches becomes the mean over
-        the answers of the whole optimizer step."""
+        """What a summed loss is multiplied with, so that the engine's mean over ranks and micro-batches becomes the mean
+        over the answers of the whole optimizer step."""
         targets = [b["labels"] if b["labels"].dim() == 1 else next_tokens(b["labels"]) for b in batches]
         answers = torch.stack([answer_count(t) for t in targets]).sum()
         dist.all_reduce(answers)

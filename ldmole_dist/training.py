@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ldmole_dist.backbone import enable_gradient_checkpointing, load_backbone, load_tokenizer
+from ldmole_dist.backbone import enable_gradient_checkpointing, load_adapter, load_backbone, load_tokenizer, new_adapter
 from ldmole_dist.checkpoint import export_adapter, latest_checkpoint, load_checkpoint
 from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
 from ldmole_dist.data.batches import TrainingOrder
@@ -128,9 +128,9 @@ def build_model(
     backbone.expert_parallel = parallel
     with agreed("attaching the adapter"):
         if a.init_from is not None:
-            model = PeftModel.from_pretrained(backbone, a.init_from, is_trainable=True)
+            model = load_adapter(backbone, a.init_from, trainable=True)
         else:
-            model = get_peft_model(backbone, adapter_config(config))
+            model = new_adapter(backbone, adapter_config(config))
     o = config.optimisation
     model.base_model.context.weights = LossWeights(o.balance_coef, o.sparsity_coef, o.z_coef, o.sparsity_target)
     if config.parallelism.gradient_checkpointing:

@@ -6,7 +6,7 @@ Each function returns the largest distances it found, by what they belong to; se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from ldmole_dist.parallel.exchange import all_to_all
 from ldmole_dist.peft_method import LdMoleLinear
 from ldmole_dist.selftest.parity import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch, relative
+
+Decide = Callable[[Tensor, Tensor], Tensor]  # (logits, lambda) -> support, as a router's method
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
@@ -80,7 +82,7 @@ def replay(ep_size: int) -> dict[str, float]:
     return distances | {"counts exchanged again": float(recomputed_counts - plain_counts)}
 
 
-def _never_the_same_twice():
+def _never_the_same_twice() -> Decide:
     generator = torch.Generator().manual_seed(start().rank)
 
     def decide(logits_TE: Tensor, lam_T: Tensor) -> Tensor:
@@ -92,19 +94,34 @@ def _never_the_same_twice():
 
 
 def half_precision(architecture: str, ep_size: int) -> dict[str, float]:
-    """A bfloat16 backbone under float32 adapters against a float32 one with the same weights: loss and gradients."""
+    """A bfloat16 backbone under float32 adapters against a float32 one with the same weights: loss and gradients.
+
+    Both take the routing decisions of the float32 one: a token that crosses the edge of a support jumps in its gradient.
+    """
     parallel, process = expert_parallel(ep_size), start()
     batch = micro_batch(process.rank, process.device)
-    answers = answer_count(batch["labels"])
+    wide = build(architecture, torch.bfloat16, parallel).float()
     half = build(architecture, torch.bfloat16, parallel)
-    wide = build(architecture, torch.bfloat16, ExpertParallel() if ep_size == 1 else parallel).float()
-    losses = [loss_of(model, model, batch, answers)[0] for model in (half, wide)]
+    for leader, follower in zip(_routers(wide), _routers(half), strict=True):
+        leader.decide, follower.decide = _recorded(leader.decide)
+    losses = [loss_of(model, model, batch, answer_count(batch["labels"]))[0] for model in (wide, half)]
     for loss in losses:
         loss.backward()
-    gradients, reference = _gradients(half), _gradients(wide)
-    narrow = [name for name, gradient in gradients.items() if gradient.dtype != torch.float32]
-    distances = {name: relative(gradients[name], reference[name]) for name in gradients}
-    return distances | {"loss": relative(losses[0].detach(), losses[1].detach()), "narrow gradients": float(len(narrow))}
+    reference, gradients = _gradients(wide), _gradients(half)
+    distances = {name: relative(gradients[name], reference[name]) for name in reference}
+    not_wide = [name for name, gradient in gradients.items() if gradient.dtype != torch.float32]
+    return distances | {"loss": relative(losses[1], losses[0]), "gradients not in float32": float(len(not_wide))}
+
+
+def _recorded(decide: Decide) -> tuple[Decide, Decide]:
+    """(decides and records, gives what was recorded)."""
+    supports: list[Tensor] = []
+
+    def record(logits_TE: Tensor, lam_T: Tensor) -> Tensor:
+        supports.append(decide(logits_TE, lam_T))
+        return supports[-1]
+
+    return record, lambda logits_TE, lam_T: supports.pop(0)
 
 
 def _routers(model: PeftModel) -> Iterator[torch.nn.Module]:

@@ -1,0 +1,121 @@
+"""Bad input ends every rank within 30 seconds, with a non-zero exit and one clear error."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldmole_dist.engine.startup import free_port
+from tests.small_run import make_backbone, make_config, make_data
+
+TRAIN = Path(__file__).parents[2] / "launch" / "train.py"
+
+
+def ends_with(config: Path, *overrides: str) -> str:
+    """Train on two ranks as a launcher would; both must fail in time. Returns what both printed."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(TRAIN), f"--local_rank={rank}", str(config), *overrides],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    output = "\n".join(outputs)
+    assert all(rank.returncode not in (0, None) for rank in ranks), output
+    assert time.monotonic() - started < 30, output
+    assert output.count("error: ") == 1 and "Traceback" not in output, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    make_backbone(folder / "backbone")
+    make_data(folder / "train.jsonl", 20)
+    make_data(folder / "eval.jsonl", 6)
+    return folder
+
+
+def with_line(folder: Path, name: str, line: str) -> str:
+    """A copy of the training file whose line 8 is another; returns the override that uses it."""
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines[7] = line
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return f"data.train={folder / name}"
+
+
+def test_missing_data_file(folder: Path) -> None:
+    output = ends_with(make_config(folder), "data.train=nowhere.jsonl")
+    assert "nowhere.jsonl: No such file" in output and "data.train" in output
+
+
+def test_malformed_line_is_named(folder: Path) -> None:
+    output = ends_with(make_config(folder), with_line(folder, "malformed.jsonl", '{"prompt": "x", '))
+    assert "malformed.jsonl, line 8: not a JSON object" in output
+
+
+def test_label_outside_the_set(folder: Path) -> None:
+    output = ends_with(make_config(folder), with_line(folder, "label.jsonl", '{"prompt": "x", "completion": " pink"}'))
+    assert "label.jsonl, line 8" in output and "' pink'" in output and "data.labels" in output
+
+
+def test_sequence_too_long(folder: Path) -> None:
+    line = '{"prompt": "%s is", "completion": " red"}' % ("rose " * 50)
+    output = ends_with(make_config(folder), with_line(folder, "long.jsonl", line))
+    assert "long.jsonl, line 8" in output and "data.max_length=32" in output and "data.truncation=true" in output
+
+
+def test_unknown_target_module(folder: Path) -> None:
+    output = ends_with(make_config(folder), "adapter.target_modules=[q_proj, query]")
+    assert "['query']" in output and "'q_proj'" in output
+
+
+def test_adapter_of_another_backbone(folder: Path, tmp_path: Path) -> None:
+    from ldmole_dist.backbone import load_backbone, new_adapter
+    from ldmole_dist.peft_method import LdMoleConfig
+
+    other = make_backbone(tmp_path / "other", layers=3)
+    config = LdMoleConfig(num_experts=4, r=2, lambda_hidden=16, task_type="CAUSAL_LM")
+    new_adapter(load_backbone(str(other), "causal_lm", "fp32"), config).save_pretrained(tmp_path / "adapter")
+    output = ends_with(make_config(folder), f"adapter.init_from={tmp_path / 'adapter'}")
+    assert "another backbone" in output and "layers.2" in output
+
+
+@pytest.mark.parametrize("kind", ["missing", "not YAML", "unknown key"])
+def test_unreadable_config(folder: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "config.yaml"
+    if kind == "not YAML":
+        path.write_text("data: [1, 2\n")
+    elif kind == "unknown key":
+        path = make_config(folder, adapter={"num_expert": 4})
+    expected = {"missing": "No such file", "not YAML": "is not YAML", "unknown key": "did you mean num_experts?"}
+    assert expected[kind] in ends_with(path)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_nan_in_a_weight_names_step_rank_and_layer(folder: Path, tmp_path: Path, stage: int) -> None:
+    broken: Any = make_backbone(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    overrides = [f"backbone.path={broken}", f"parallelism.deepspeed=zero{stage}", "data.eval=null"]
+    output = ends_with(make_config(folder), *overrides)
+    assert "at step 1" in output and "layers.1.mlp.up_proj" in output
+    assert "rank 0: first non-finite output" in output and "rank 1: first non-finite output" in output
+    assert "weight is not finite" in output
