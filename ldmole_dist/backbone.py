@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.peft_method import LdMoleConfig
+from ldmole_dist.peft_method import LdMoleConfig, tuner_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -162,8 +163,9 @@ def convert_gguf(gguf_path: str, folder: str) -> None:
 def enable_gradient_checkpointing(model: PeftModel) -> None:
     """Recompute every decoder layer in the backward, replaying its routing (non-reentrant: a reentrant checkpoint drops the
     gradient of the auxiliary losses in silence)."""
-    context = model.base_model.context
-    model.get_base_model().activation_checkpointing_enable(
+    context = tuner_of(model).context
+    base: Any = model.get_base_model()
+    base.activation_checkpointing_enable(
         activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": context.checkpoint_contexts}
     )
 

@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, NonFiniteLoss, PeerError) as error:
         # Once the ranks are together, a UserError is raised on the rank that found it and a PeerError on the others; before,
         # and for a loss that all have in common, one rank of every node speaks.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or (isinstance(error, UserError) and torch.distributed.is_initialized()):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or (
+            isinstance(error, UserError) and torch.distributed.is_initialized()
+        ):
             print(f"error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

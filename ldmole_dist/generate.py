@@ -47,5 +47,6 @@ def generate(
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        continuations.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        new_ids = ids[0, inputs["input_ids"].shape[1] :]
+        continuations.append(str(tokenizer.decode(new_ids, skip_special_tokens=True)))
     return continuations

@@ -1,7 +1,7 @@
 """LD-MoLE as a PEFT method: `peft.get_peft_model(model, LdMoleConfig(...))`, save_pretrained, from_pretrained.
 
 Importing this module (or `ldmole_dist`) registers the method. The config knows nothing of ranks: to spread the experts,
-set `model.expert_parallel = ExpertParallel(group)` on the bare model before the adapter is injected; only the local slice
+call `spread_experts(model, ExpertParallel(group))` on the bare model before the adapter is injected; only the local slice
 of every bank is then allocated, and saving gathers all experts, layer by layer, on all ranks.
 
 Names in an adapter file: `<module>.lora_A` (E, r, D), `.lora_B` (E, O, r), `.router.weight` (E, D), and the shared MLPs
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 EXPERT_TENSORS = ("lora_A", "lora_B")
 
 
-class LdMolePeftType(str, Enum):
+class LdMolePeftType(StrEnum):
     """PEFT's own enumeration is closed; this one stands in for it."""
 
     LDMOLE = "LDMOLE"
@@ -132,10 +132,14 @@ class LdMoleModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     gather_parameter: Callable[[Tensor], Tensor] | None = None
 
+    context: StepContext
+    parallel: ExpertParallel
+    lambda_mlp: nn.ModuleDict
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.lambda_mlp = nn.ModuleDict()
         self.context = StepContext()
-        self.parallel: ExpertParallel = getattr(model, "expert_parallel", None) or ExpertParallel()
+        self.parallel = getattr(model, "expert_parallel", None) or ExpertParallel()
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end)
 
@@ -151,7 +155,7 @@ class LdMoleModel(BaseTuner):
         Raises:
             ValueError: a target that is no plain nn.Linear, or that names no module.
         """
-        _check_every_target_matches(model, self.peft_config[adapter_name])
+        _check_every_target_matches(model, _ours(self.peft_config[adapter_name]))
         self.lambda_mlp[adapter_name] = nn.ModuleDict()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for module in model.modules():
@@ -160,7 +164,7 @@ class LdMoleModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: LdMoleConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -168,7 +172,8 @@ class LdMoleModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        base = target.base_layer if isinstance(target, LdMoleLinear) else target
+        config = _ours(peft_config)
+        base: Any = target.base_layer if isinstance(target, LdMoleLinear) else target
         if not _is_plain_linear(base):
             raise ValueError(
                 f"{current_key} is a {type(base).__name__} with {getattr(base, 'weight', base)!r:.60}: LD-MoLE adapts plain "
@@ -180,22 +185,23 @@ class LdMoleModel(BaseTuner):
         D, O = base.in_features, base.out_features
         weight = base.weight
         like = torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device)
-        placement = self.parallel.placement(peft_config.num_experts)
-        A, B = draw_bank(placement, peft_config.r, D, O, peft_config.init_seed, current_key, like)
-        router = ROUTERS[peft_config.router](D, peft_config.num_experts).to(like)
-        router.reset(seeded(peft_config.init_seed, current_key, "router"))
-        bank = ExpertBank(nn.Parameter(A), nn.Parameter(B), peft_config.lora_alpha / peft_config.r)
-        target.add_adapter(
-            adapter_name, bank, router, self._lambda_mlp(adapter_name, peft_config, D, like), peft_config.lora_dropout
-        )
+        placement = self.parallel.placement(config.num_experts)
+        A, B = draw_bank(placement, config.r, D, O, config.init_seed, current_key, like)
+        router = ROUTERS[config.router](D, config.num_experts).to(like)
+        router.reset(seeded(config.init_seed, current_key, "router"))
+        bank = ExpertBank(nn.Parameter(A), nn.Parameter(B), config.lora_alpha / config.r)
+        lambda_mlp = self._lambda_mlp(adapter_name, config, D, like)
+        target.add_adapter(adapter_name, bank, router, lambda_mlp, config.lora_dropout)
 
     def _lambda_mlp(self, adapter_name: str, config: LdMoleConfig, in_features: int, like: Tensor) -> LambdaMLP:
-        shared = self.lambda_mlp[adapter_name]
+        shared: Any = self.lambda_mlp[adapter_name]
         if str(in_features) not in shared:
             mlp = LambdaMLP(in_features, config.lambda_hidden, config.lambda_eps).to(like)
             mlp.reset(seeded(config.init_seed, "lambda_mlp", in_features), config.lambda_init)
             shared[str(in_features)] = mlp
-        return shared[str(in_features)]
+        mlp = shared[str(in_features)]
+        assert isinstance(mlp, LambdaMLP)
+        return mlp
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; the lambda-MLPs of the other adapters are frozen with them."""
@@ -225,12 +231,12 @@ class LdMoleModel(BaseTuner):
         return f"{head}lambda_mlp.{tail}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, state_dict: dict[str, Tensor], **kwargs: Any
+    def _get_adapter_state_dict(  # type: ignore[override]  # PEFT passes everything by name
+        cls, *, model: nn.Module, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
         """Whole tensors under every placement; every rank calls it, global rank 0 gets the values, the others empty shells."""
         selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
-        tuner = model.base_model
+        tuner = tuner_of(model)
         keeps = not dist.is_initialized() or dist.get_rank() == 0
         for key, parameter in model.named_parameters():
             # PEFT takes modules_to_save out of this same dictionary afterwards; under ZeRO-3 it holds empty pieces of them.
@@ -256,9 +262,22 @@ class LdMoleModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        local = model.base_model.parallel.placement(config.num_experts).local
-        whole_shapes = _check_fits(model, config, adapter_name, remapped)
+        local = tuner_of(model).parallel.placement(_ours(config).num_experts).local
+        whole_shapes = _check_fits(model, _ours(config), adapter_name, remapped)
         return {key: value[local] if key in whole_shapes else value for key, value in remapped.items()}
+
+
+def spread_experts(model: nn.Module, parallel: ExpertParallel) -> None:
+    """Spread the experts of adapters that are injected into this bare model from now on over a group of ranks."""
+    carrier: Any = model
+    carrier.expert_parallel = parallel
+
+
+def tuner_of(model: nn.Module) -> LdMoleModel:
+    """The tuner inside a PEFT model: its step context, its expert-parallel group, its lambda-MLPs."""
+    tuner = model.base_model
+    assert isinstance(tuner, LdMoleModel), f"{type(tuner).__name__} holds no LD-MoLE adapter"
+    return tuner
 
 
 def is_expert_tensor(name: str) -> bool:
@@ -321,11 +340,20 @@ def _keep_wide(module: nn.Module) -> None:
     module.register_forward_pre_hook(widen)
 
 
+def _ours(config: PeftConfig) -> LdMoleConfig:
+    assert isinstance(config, LdMoleConfig)
+    return config
+
+
 def _register() -> None:
     # PEFT refuses names outside its own enumeration (register_peft_method); the tables themselves take any key.
-    PEFT_TYPE_TO_CONFIG_MAPPING[LdMolePeftType.LDMOLE] = LdMoleConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[LdMolePeftType.LDMOLE] = LdMoleModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[LdMolePeftType.LDMOLE] = LdMoleModel.prefix
+    tables: list[tuple[Any, Any]] = [
+        (PEFT_TYPE_TO_CONFIG_MAPPING, LdMoleConfig),
+        (PEFT_TYPE_TO_TUNER_MAPPING, LdMoleModel),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, LdMoleModel.prefix),
+    ]
+    for table, entry in tables:
+        table[LdMolePeftType.LDMOLE] = entry
 
 
 _register()

@@ -58,17 +58,19 @@ class LocalRanks:
         deadline = time.monotonic() + self.timeout
         results: dict[int, Any] = {}
         while len(results) < self.size:
-            ready = multiprocessing.connection.wait(self._pipes, timeout=max(0.0, deadline - time.monotonic()))
+            ready: list[Any] = multiprocessing.connection.wait(
+                self._pipes, timeout=max(0.0, deadline - time.monotonic())
+            )
             if not ready:
                 self.close()
                 missing = sorted(set(range(self.size)) - set(results))
                 raise RankFailed(f"{function.__name__}: ranks {missing} did not return within {self.timeout:.0f} s")
             for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                rank = self._pipes.index(pipe)
                 if rank in results:
                     continue
                 try:
-                    ok, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                    ok, results[rank] = pipe.recv()
                 except EOFError:
                     ok, results[rank] = False, "the process ended"
                 if not ok:

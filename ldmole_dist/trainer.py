@@ -23,6 +23,7 @@ from ldmole_dist.errors import NonFiniteLoss
 from ldmole_dist.evaluate import Evaluator, batch_logits
 from ldmole_dist.monitor import Monitor
 from ldmole_dist.objective import answer_count, answer_loss, next_tokens
+from ldmole_dist.peft_method import tuner_of
 
 # What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
 SUMS = ("loss", "loss_task", "loss_balance", "loss_sparsity", "loss_z", "active", "lambda", "decisions", "tokens")
@@ -60,7 +61,7 @@ class Trainer:
         self.evaluator, self.first_step, self.last_step = evaluator, first_step, last_step
         self.folder = Path(config.run.output_dir)
         self.monitor = Monitor(self.folder, process.is_main, first_step)
-        self.context = engine.module.base_model.context
+        self.context = tuner_of(engine.module).context
         self.skipped = 0  # optimizer steps whose fp16 gradients overflowed
 
     def run(self) -> dict[str, float]:

@@ -27,7 +27,7 @@ from ldmole_dist.engine.startup import Process, agreed, start
 from ldmole_dist.evaluate import Evaluator, single_token_choices
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.peft_method import LdMoleConfig
+from ldmole_dist.peft_method import LdMoleConfig, spread_experts, tuner_of
 from ldmole_dist.trainer import Trainer
 
 
@@ -124,15 +124,15 @@ def build_model(
             pad_token_id=pad_token_id,
         )
     if stage < 3:
-        backbone = backbone.to(process.device)
-    backbone.expert_parallel = parallel
+        torch.nn.Module.to(backbone, process.device)
+    spread_experts(backbone, parallel)
     with agreed("attaching the adapter"):
         if a.init_from is not None:
             model = load_adapter(backbone, a.init_from, trainable=True)
         else:
             model = new_adapter(backbone, adapter_config(config))
     o = config.optimisation
-    model.base_model.context.weights = LossWeights(o.balance_coef, o.sparsity_coef, o.z_coef, o.sparsity_target)
+    tuner_of(model).context.weights = LossWeights(o.balance_coef, o.sparsity_coef, o.z_coef, o.sparsity_target)
     if config.parallelism.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model.train()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldmole_dist.errors import UserError
 
@@ -70,7 +71,7 @@ def read_rows(path: str, task: str, labels: Sequence[str] | None, limit: int | N
     return rows
 
 
-def _parse(line: str, where: str) -> dict[str, object]:
+def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ldmole_dist.engine.ds_config import stage_of
 from ldmole_dist.engine.experts import check_partition_groups, clip_local_gradients, mark_experts, optimizer_groups
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.peft_method import LdMoleLinear, is_expert_tensor
+from ldmole_dist.peft_method import LdMoleLinear, is_expert_tensor, tuner_of
 
 
 class Engine:
@@ -42,7 +42,8 @@ class Engine:
         max_grad_norm: float,
     ) -> None:
         self.stage = stage_of(ds_config)
-        self.parallel: ExpertParallel = model.base_model.parallel
+        tuner = tuner_of(model)
+        self.parallel: ExpertParallel = tuner.parallel
         self.max_grad_norm = max_grad_norm
         self.grad_norm = 0.0
         self._clips_itself = self.stage == 0 and "fp16" not in ds_config
@@ -59,7 +60,7 @@ class Engine:
         if self.stage == 3:
             check_partition_groups(model, ep_size)
             register_experts_of_linears(model)
-            model.base_model.gather_parameter = gathered_parameter
+            tuner.gather_parameter = gathered_parameter
 
     def __call__(self, **batch: Tensor) -> Any:
         """Forward of the model; every rank calls it equally often."""

@@ -64,6 +64,7 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
         return
     name = _group_name(ep_size)
     data_parallel = groups._get_expert_data_parallel_group(name)
+    parameter: Any  # DeepSpeed reads these from the parameter itself
     for parameter_name, parameter in model.named_parameters():
         if is_expert_tensor(parameter_name) and parameter.requires_grad:
             parameter.allreduce, parameter.group_name = False, name
@@ -92,6 +93,7 @@ def check_partition_groups(model: nn.Module, ep_size: int) -> None:
     if ep_size == 1:
         return
     expected = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(_group_name(ep_size)))
+    parameter: Any
     for name, parameter in model.named_parameters():
         if is_expert_tensor(name) and parameter.requires_grad:
             ranks = dist.get_process_group_ranks(parameter.ds_process_group)
@@ -115,7 +117,7 @@ def clip_local_gradients(model: nn.Module, max_norm: float, parallel: ExpertPara
     Returns:
         The norm before clipping.
     """
-    squares = {True: [], False: []}
+    squares: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     gradients = []
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

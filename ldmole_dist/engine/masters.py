@@ -60,7 +60,7 @@ def _link(engine: Engine) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _read(engine: Engine, parameter: Tensor, moment: str | None) -> Tensor:
+def _read(engine: Engine, parameter: Any, moment: str | None) -> Tensor:
     if engine.stage == 3:
         value = parameter._z3_optimizer.get_full_hp_param(parameter, moment)
     elif engine.stage in (1, 2):
@@ -70,7 +70,7 @@ def _read(engine: Engine, parameter: Tensor, moment: str | None) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 
-def _write(engine: Engine, parameter: Tensor, moment: str | None, value: Tensor) -> None:
+def _write(engine: Engine, parameter: Any, moment: str | None, value: Tensor) -> None:
     if engine.stage == 3:
         # DeepSpeed's own setter forgets that the last rank's piece is padded.
         piece, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, False, moment)

@@ -109,7 +109,7 @@ class MoELinear(nn.Module):
         y = self.base_layer(x)
         x_TD = self.lora_dropout[adapter](x).reshape(-1, x.shape[-1])
         bank = ExpertBank(self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter])
-        router = self.router[adapter]
+        router: Any = self.router[adapter]
         logits_TE, lam_T = router(x_TD), self.lambda_mlps[adapter](x_TD)
 
         decision = self.context.replayed(self)

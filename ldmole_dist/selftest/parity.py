@@ -21,12 +21,12 @@ from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.objective import answer_count, answer_loss, next_tokens
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.peft_method import is_expert_tensor
+from ldmole_dist.peft_method import is_expert_tensor, tuner_of
 from ldmole_dist.selftest.tiny import adapted, micro_batch, relative, tiny_backbone, whole
 
 # Adam divides by the gradient's own size. With a usual eps and a larger step, the rounding of gradients near 0 grows until
 # tokens cross the edge of a support or a ReLU, where gradients jump; what is compared here are the sums over ranks.
-OPTIMIZER = dict(lr=1e-3, weight_decay=0.1, eps=1e-4)
+OPTIMIZER: dict[str, Any] = dict(lr=1e-3, weight_decay=0.1, eps=1e-4)
 MAX_GRAD_NORM = 0.3  # below the norms that occur, so that clipping does something
 
 
@@ -38,12 +38,14 @@ def build(architecture: str, dtype: torch.dtype, parallel: ExpertParallel, check
     return model
 
 
-def loss_of(model: Any, context_owner: PeftModel, batch: dict[str, Tensor], answers: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(
+    model: Any, context_owner: PeftModel, batch: dict[str, Tensor], answers: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """(loss of one micro-batch, its logits); `answers` is the mean number of answers of a micro-batch."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = (
         answer_loss(logits, next_tokens(batch["labels"]), 0.1) / answers
-        + context_owner.base_model.context.auxiliary_loss()
+        + tuner_of(context_owner).context.auxiliary_loss()
     )
     return loss, logits
 
@@ -67,9 +69,10 @@ def gradients(architecture: str, ep_size: int, checkpointing: bool) -> dict[str,
         if rank == process.rank:
             distances = {"logits": relative(logits.detach(), ref_logits.detach())}
     distances["loss"] = relative(loss.detach(), ref_losses[process.rank])
-    ref_grads = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
+    ref_grads = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} got no gradient"
             grad = parameter.grad.clone()
             if is_expert_tensor(name) and ep_size > 1:
                 # Every copy of the experts saw the tokens of its own group only.
@@ -160,14 +163,14 @@ def _updates(
         optimizer.step()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            moved = model.base_model.whole_parameter(name, parameter) - before[name]
+            moved = tuner_of(model).whole_parameter(name, parameter) - before[name]
             distances[name] = relative(moved, trainable[name].detach() - before[name])
     return distances
 
 
 def _active_pairs(model: PeftModel) -> Tensor:
     """Number of active (token, expert) pairs of each linear in the last forward."""
-    return torch.stack([stat[0] for stat in model.base_model.context.stats.values()])
+    return torch.stack([stat[0] for stat in tuner_of(model).context.stats.values()])
 
 
 def worst(results: list[dict[str, float]]) -> tuple[float, str]:

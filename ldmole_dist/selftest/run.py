@@ -17,8 +17,7 @@ from ldmole_dist.selftest import cases, parity
 from ldmole_dist.selftest.tiny import EXPERTS
 
 EXACT, FLOAT64, FLOAT32 = 0.0, 1e-12, 1e-4
-# Loose: bfloat16 has 8 bits, and a token near the edge of a support may cross it.
-BFLOAT16 = 0.1
+BFLOAT16 = 0.15  # one rounding is 0.004; a tensor whose gradients nearly cancel shows it many times over
 
 
 class Case(NamedTuple):
@@ -58,7 +57,9 @@ def selftest(size: int | None = None, out: Callable[[str], None] = print) -> boo
             seconds = time.perf_counter() - begun
             verdict = "ok" if ok else "FAIL"
             whose = whose.removeprefix("base_model.").replace(".default", "")
-            out(f"{case.name:12} {case.detail:44} {measured} {case.tolerance:8.0e} {verdict:>5} {seconds:5.1f}  {whose}")
+            out(
+                f"{case.name:12} {case.detail:44} {measured} {case.tolerance:8.0e} {verdict:>5} {seconds:5.1f}  {whose}"
+            )
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "peft"))
     on_gpu = torch.cuda.device_count() >= size
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
@@ -71,7 +72,7 @@ def list_cases(size: int) -> list[Case]:
     ep_sizes = [p for p in range(1, size + 1) if size % p == 0 and EXPERTS % p == 0]
     plan = [
         Case("ranks", f"{size} processes join one group", EXACT, cases.joined, (size,)),
-        Case("collectives", "fp32 bf16 fp16 fp64 int64, ranks without rows", EXACT, cases.collectives),
+        Case("collectives", "fp32 bf16 fp16 fp64 int64, some send nothing", EXACT, cases.collectives),
     ]
     for architecture in ("llama", "qwen3"):
         for ep_size in ep_sizes:
@@ -87,7 +88,8 @@ def list_cases(size: int) -> list[Case]:
             detail = f"ZeRO {stage}, ep {ep_size}, float32, checkpointing"
             plan.append(Case("updates", detail, FLOAT32, parity.updates, ("llama", stage, ep_size, True), settings))
     for ep_size in ep_sizes:
-        plan.append(Case("replay", f"ep {ep_size}, routing that never repeats itself", FLOAT64, cases.replay, (ep_size,)))
+        detail = f"ep {ep_size}, float64, routing that never repeats"
+        plan.append(Case("replay", detail, FLOAT64, cases.replay, (ep_size,)))
     for architecture in ("llama", "qwen3"):
         detail = f"{architecture}, ep {ep_sizes[-1]}, bf16 backbone, fp32 adapter"
         plan.append(Case("dtypes", detail, BFLOAT16, cases.half_precision, (architecture, ep_sizes[-1])))

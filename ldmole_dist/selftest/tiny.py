@@ -6,20 +6,22 @@ different numbers of tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.objective import IGNORED
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import seeded
-from ldmole_dist.peft_method import LdMoleConfig, is_expert_tensor
+from ldmole_dist.peft_method import LdMoleConfig, is_expert_tensor, spread_experts, tuner_of
 
 EXPERTS, RANK, VOCABULARY = 8, 2, 64
 LOSS_WEIGHTS = LossWeights(balance=0.7, sparsity=0.3, z=0.05, target_k=2)
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
     intermediate_size=48,
@@ -43,12 +45,12 @@ def tiny_backbone(architecture: str, dtype: torch.dtype, device: torch.device) -
     model = (
         LlamaForCausalLM(LlamaConfig(**SIZES)) if architecture == "llama" else Qwen3ForCausalLM(Qwen3Config(**SIZES))
     )
-    return model.to(dtype=dtype, device=device)
+    return nn.Module.to(model, dtype=dtype, device=device)
 
 
 def adapted(backbone: PreTrainedModel, parallel: ExpertParallel, dropout: float = 0.0) -> PeftModel:
     """All seven linears of every layer adapted, B drawn at random, the same under every placement."""
-    backbone.expert_parallel = parallel
+    spread_experts(backbone, parallel)
     config = LdMoleConfig(num_experts=EXPERTS, r=RANK, lora_dropout=dropout, lambda_hidden=16, task_type="CAUSAL_LM")
     model = get_peft_model(backbone, config)
     with torch.no_grad():
@@ -61,7 +63,7 @@ def adapted(backbone: PreTrainedModel, parallel: ExpertParallel, dropout: float 
             elif "router" in name:
                 # Scores that differ by more than the starting ones do: sparse and dense supports both occur.
                 parameter.mul_(4)
-    model.base_model.context.weights = LOSS_WEIGHTS
+    tuner_of(model).context.weights = LOSS_WEIGHTS
     return model.train()
 
 
@@ -83,4 +85,4 @@ def relative(value: Tensor, reference: Tensor) -> float:
 
 def whole(model: PeftModel, name: str, local: Tensor) -> Tensor:
     """A tensor shaped as parameter `name` is here, with all experts if it is a bank; every rank calls it."""
-    return model.base_model.parallel.gathered(local) if is_expert_tensor(name) else local
+    return tuner_of(model).parallel.gathered(local) if is_expert_tensor(name) else local

@@ -22,7 +22,7 @@ FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata()
 
 
 def distance(value: Tensor, reference: Tensor) -> float:
@@ -30,7 +30,7 @@ def distance(value: Tensor, reference: Tensor) -> float:
 
 
 def build(g: dict[str, Tensor], meta: dict[str, str]) -> tuple[MoELinear, StepContext]:
-    (E, R, D), O = g["A"].shape, g["B"].shape[1]
+    (E, _, D), O = g["A"].shape, g["B"].shape[1]
     context = StepContext()
     base = nn.Linear(D, O, bias=False).requires_grad_(False)
     base.weight.data.copy_(g["w_base"])

@@ -24,9 +24,9 @@ def test_against_a_generic_simplex_solver(lam: float, E: int) -> None:
     for seed in range(5):
         u = draw(seed, E).numpy()
         solution = minimize(
-            lambda p: ((p - u) ** 2).sum() - lam * (p**2).sum(),
+            lambda p, u=u: ((p - u) ** 2).sum() - lam * (p**2).sum(),
             np.full(E, 1 / E),
-            jac=lambda p: 2 * (p - u) - 2 * lam * p,
+            jac=lambda p, u=u: 2 * (p - u) - 2 * lam * p,
             bounds=[(0, 1)] * E,
             constraints={"type": "eq", "fun": lambda p: p.sum() - 1, "jac": lambda p: np.ones(E)},
             method="SLSQP",
