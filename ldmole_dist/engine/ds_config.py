@@ -28,7 +28,8 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
     except OSError as error:
         shipped = sorted(p.stem for p in SHIPPED.glob("*.json"))
         raise UserError(
-            f"parallelism.deepspeed={name_or_path!r}: {error.strerror} ({path}); give one of {shipped} or the path of a JSON file"
+            f"parallelism.deepspeed={name_or_path!r}: {error.strerror} ({path}); "
+            f"give one of {shipped} or the path of a JSON file"
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"parallelism.deepspeed: {path} is not JSON: {error}") from error

@@ -122,4 +122,4 @@ class MoELinear(nn.Module):
         if self.training:
             self.context.report(self.name, routing, x.shape[:-1])
         (delta_TO,) = self.dispatch(x_TD, [routing], [bank], decision.plan)
-        return y + delta_TO.view(*x.shape[:-1], -1).to(y.dtype)
+        return y + delta_TO.view(y.shape).to(y.dtype)

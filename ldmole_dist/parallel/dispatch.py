@@ -106,7 +106,7 @@ class AllToAllDispatch:
         # Row t P + q of (T P, L): the weights of token t for the experts of rank q.
         pair_N = token_N * self.size + destination_N
         gates_N = torch.cat(
-            [r.p_TE.reshape(len(x_TD) * self.size, -1).index_select(0, pair_N) for r in routings], dim=1
+            [r.p_TE.unflatten(1, (self.size, -1)).flatten(0, 1).index_select(0, pair_N) for r in routings], dim=1
         )
         x_MD = self._to_experts(x_ND, plan, "rows")
         gates_M = self._to_experts(gates_N, plan, "gates")

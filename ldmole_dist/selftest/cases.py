@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
-from ldmole_dist.objective import answer_count
+from ldmole_dist.objective import answer_count, next_tokens
 from ldmole_dist.parallel.exchange import all_to_all
 from ldmole_dist.peft_method import LdMoleLinear
 from ldmole_dist.selftest.parity import build, loss_of
@@ -34,7 +35,8 @@ def joined(size: int) -> dict[str, float]:
 def collectives() -> dict[str, float]:
     """Elements that did not arrive as sent: variable-split all-to-all and its way back, all-gather, all-reduce."""
     process = start()
-    rank, world, device = process.rank, process.world_size, process.device
+    rank, world, device, group = process.rank, process.world_size, process.device, dist.group.WORLD
+    assert group is not None, "start() joins it"
     wrong = {}
 
     def rows(source: int, destination: int, dtype: torch.dtype) -> Tensor:
@@ -47,34 +49,34 @@ def collectives() -> dict[str, float]:
         expected = [rows(other, rank, dtype) for other in range(world)]
         send, recv = [len(part) for part in out], [len(part) for part in expected]
         x = torch.cat(out).requires_grad_(dtype.is_floating_point)
-        y = all_to_all(x, send, recv, dist.group.WORLD, Counter(), "rows")
+        y = all_to_all(x, send, recv, group, Counter(), "rows")
         wrong[f"all-to-all {dtype}"] = float((y != torch.cat(expected)).sum())
         if dtype.is_floating_point:
             y.backward(y.detach().clone())
+            assert x.grad is not None
             wrong[f"all-to-all back {dtype}"] = float((x.grad != x).sum())
         own = torch.full((3,), 1 + rank, device=device, dtype=dtype)
         gathered = [torch.empty_like(own) for _ in range(world)]
         dist.all_gather(gathered, own)
-        wrong[f"all-gather {dtype}"] = float(sum((part != 1 + other).sum() for other, part in enumerate(gathered)))
+        wrong[f"all-gather {dtype}"] = float(sum(int((p != 1 + other).sum()) for other, p in enumerate(gathered)))
         dist.all_reduce(own)
         wrong[f"all-reduce {dtype}"] = float((own != world * (world + 1) // 2).sum())
     return wrong
 
 
 def replay(ep_size: int) -> dict[str, float]:
-    """Routers that never decide the same twice: with checkpointing the gradients must still be those of the first decision.
+    """Routers that never decide the same twice: gradients with checkpointing against those without.
 
-    Without replay the recomputation would route anew, ranks would disagree on what moves, and tensors would not match.
+    Without replay the recomputation would route anew, and the sizes that ranks exchange would not match.
     """
-    parallel, process = expert_parallel(ep_size), start()
-    batch = micro_batch(process.rank, process.device)
+    parallel = expert_parallel(ep_size)
     found = []
     for checkpointing in (False, True):
         model = build("llama", torch.float64, parallel, checkpointing)
         for router in _routers(model):
             router.decide = _never_the_same_twice()
         parallel.wire.clear()
-        loss_of(model, model, batch, answer_count(batch["labels"]))[0].backward()
+        _loss(model).backward()
         found.append((_gradients(model), parallel.wire["counts"]))
     (plain, plain_counts), (recomputed, recomputed_counts) = found
     distances = {name: relative(recomputed[name], plain[name]) for name in plain}
@@ -95,25 +97,24 @@ def _never_the_same_twice() -> Decide:
 def half_precision(architecture: str, ep_size: int) -> dict[str, float]:
     """A bfloat16 backbone under float32 adapters against a float32 one with the same weights: loss and gradients.
 
-    Both take the routing decisions of the float32 one, as a token that crosses the edge of a support jumps in its gradient,
-    and the experts are weaker than in the other cases, where a tiny model amplifies any rounding up to a hundredfold.
+    Both take the routing decisions of the float32 one, as a token that crosses the edge of a support jumps in its
+    gradient, and the experts are weaker than in the other cases, where a tiny model amplifies any rounding a hundredfold.
     """
-    parallel, process = expert_parallel(ep_size), start()
-    batch = micro_batch(process.rank, process.device)
+    parallel = expert_parallel(ep_size)
     wide = build(architecture, torch.bfloat16, parallel).float()
     half = build(architecture, torch.bfloat16, parallel)
     for model in (wide, half):
         _weaken(model)
     for leader, follower in zip(_routers(wide), _routers(half), strict=True):
         leader.decide, follower.decide = _recorded(leader.decide)
-    losses = [loss_of(model, model, batch, answer_count(batch["labels"]))[0] for model in (wide, half)]
+    losses = [_loss(model) for model in (wide, half)]
     for loss in losses:
         loss.backward()
     reference, gradients = _gradients(wide), _gradients(half)
     distances = {name: relative(gradients[name], reference[name]) for name in reference}
-    not_wide = [name for name, gradient in gradients.items() if gradient.dtype != torch.float32]
-    loss = relative(losses[1].detach(), losses[0].detach())
-    return distances | {"loss": loss, "gradients not in float32": float(len(not_wide))}
+    distances["loss"] = relative(losses[1].detach(), losses[0].detach())
+    distances["gradients not in float32"] = float(sum(g.dtype != torch.float32 for g in gradients.values()))
+    return distances
 
 
 @torch.no_grad()
@@ -134,8 +135,14 @@ def _recorded(decide: Decide) -> tuple[Decide, Decide]:
     return record, lambda logits_TE, lam_T: supports.pop(0)
 
 
-def _routers(model: PeftModel) -> Iterator[torch.nn.Module]:
+def _routers(model: PeftModel) -> Iterator[Any]:
     return (module.router["default"] for module in model.modules() if isinstance(module, LdMoleLinear))
+
+
+def _loss(model: PeftModel) -> Tensor:
+    process = start()
+    batch = micro_batch(process.rank, process.device)
+    return loss_of(model, model, batch, answer_count(next_tokens(batch["labels"])))[0]
 
 
 def _gradients(model: PeftModel) -> dict[str, Tensor]:

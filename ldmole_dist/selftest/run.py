@@ -17,7 +17,7 @@ from ldmole_dist.selftest import cases, parity
 from ldmole_dist.selftest.tiny import EXPERTS
 
 EXACT, FLOAT64, FLOAT32 = 0.0, 1e-12, 1e-4
-BFLOAT16 = 0.15  # one rounding is 0.004; a tensor whose gradients nearly cancel shows it many times over
+BFLOAT16 = 0.25  # one rounding is 0.004; a tensor whose gradients nearly cancel shows it many times over
 
 
 class Case(NamedTuple):

@@ -38,7 +38,7 @@ class Case(NamedTuple):
     active: int
 
 
-CASES = (Case(4096, 2048, 8, 8, 2), Case(4096, 2048, 32, 8, 2))
+DEFAULT_CASES = (Case(4096, 2048, 8, 8, 2), Case(4096, 2048, 32, 8, 2))
 LARGE_CASE = Case(4096, 2048, 64, 16, 2)  # only when asked for: einsum takes many seconds and 10 GB here
 
 
@@ -112,7 +112,7 @@ FORMULATIONS: dict[str, Callable[[Tensor, Tensor, ExpertBank], Tensor]] = {
 }
 
 
-def bench_layer(cases: Sequence[Case] = CASES, repeats: int = 3) -> list[Result]:
+def bench_layer(cases: Sequence[Case] = DEFAULT_CASES, repeats: int = 3) -> list[Result]:
     """Time every part of every case on this machine, in float32, on the GPU if there is one.
 
     Args:

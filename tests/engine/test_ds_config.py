@@ -1,0 +1,103 @@
+"""DeepSpeed configs: the shipped ones load, "auto" is filled in, contradictions are refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldmole_dist.engine.ds_config import SHIPPED, load_ds_config, resolve_ds_config, stage_of
+from ldmole_dist.errors import UserError
+
+STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
+
+
+def resolve(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    run = dict(micro_batch_size=3, accumulation=2, max_grad_norm=0.5, precision="fp32", ep_size=1) | changes
+    return resolve_ds_config(config, **run)
+
+
+def contains_auto(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(contains_auto(v) for v in value.values())
+    return value == "auto"
+
+
+def test_all_shipped_files_are_known() -> None:
+    assert {path.stem for path in SHIPPED.glob("*.json")} == set(STAGES)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_shipped_files_load_and_are_filled_in(name: str) -> None:
+    read = load_ds_config(name)
+    assert stage_of(read) == STAGES[name] and read == load_ds_config(str(SHIPPED / f"{name}.json"))
+    untouched = copy.deepcopy(read)
+    config = resolve(read)
+    assert read == untouched
+    assert not contains_auto(config)
+    assert config["train_micro_batch_size_per_gpu"] == 3 and config["gradient_accumulation_steps"] == 2
+    # At stage 0 the engine clips by itself, DeepSpeed must not.
+    assert config["gradient_clipping"] == (0.0 if STAGES[name] == 0 else 0.5)
+    assert config["zero_allow_untested_optimizer"] is True and config["zero_force_ds_cpu_optimizer"] is False
+    assert config["zero_optimization"] == read["zero_optimization"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precision_is_the_run_configs(precision: str) -> None:
+    config = load_ds_config("zero2") | {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+    resolved = resolve(config, precision=precision)
+    # bf16 keeps its trainable parameters in float32: a float32 run to DeepSpeed.
+    assert "bf16" not in resolved
+    assert resolved.get("fp16", {"enabled": False})["enabled"] is (precision == "fp16")
+    assert resolve(load_ds_config("zero0"), precision="fp16")["gradient_clipping"] == 0.5  # DeepSpeed unscales and clips
+
+
+def test_values_equal_to_the_runs_are_accepted() -> None:
+    config = {"train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.5, "fp16": {"enabled": False}}
+    assert resolve(config | {"zero_optimization": {"stage": 1}})["gradient_clipping"] == 0.5
+    assert stage_of(resolve({})) == 0
+
+
+@pytest.mark.parametrize(
+    ("addition", "run", "message"),
+    [
+        ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu=4 and the run config says 3"),
+        ({"gradient_accumulation_steps": 1}, {}, "gradient_accumulation_steps=1 and the run config says 2"),
+        ({"gradient_clipping": 1.0}, {}, "gradient_clipping=1.0 and the run config says 0.5"),
+        ({"bf16": {"enabled": True}}, {}, "enables bf16: set parallelism.precision"),
+        ({"fp16": {"enabled": True}}, {"precision": "bf16"}, "enables fp16: set parallelism.precision"),
+        ({"optimizer": {"type": "Adam"}}, {}, "section 'optimizer'"),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "section 'scheduler'"),
+        ({"elasticity": {"enabled": True}}, {}, "section 'elasticity'"),
+        ({"torch_autocast": {"enabled": True}}, {}, "section 'torch_autocast'"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, {"ep_size": 2}, "zero_hpz_partition_size"),
+        ({"zero_optimization": {"stage": 0}}, {"precision": "fp16", "ep_size": 2}, "deepspeed=zero1"),
+    ],
+)
+def test_refusals_name_the_value_and_the_remedy(addition: dict[str, Any], run: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        resolve(load_ds_config("zero1") | addition, **run)
+    assert message in str(raised.value)
+
+
+def test_hpz_and_fp16_are_fine_without_expert_parallelism() -> None:
+    assert resolve({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}})
+    assert resolve(load_ds_config("zero0"), precision="fp16", ep_size=1)["fp16"]["enabled"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), (json.dumps({"zero_optimization": {"stage": 4}}), "stage=4 must be 0, 1, 2 or 3")],
+)
+def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as raised:
+        load_ds_config(str(path))
+    assert "mine.json" in str(raised.value)
+
+
+def test_an_unknown_name_lists_the_shipped_ones() -> None:
+    with pytest.raises(UserError, match="'zero9': No such file.*'zero2_offload'"):
+        load_ds_config("zero9")

@@ -1,0 +1,81 @@
+"""Start-up: alone without a launcher, and an error of one rank is an error of all."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+
+from ldmole_dist.engine.startup import agreed, start
+from ldmole_dist.errors import PeerError, UserError
+from ldmole_dist.ranks import LocalRanks, RankFailed
+
+
+def fail_on(failing: list[int]) -> tuple[str, str]:
+    """(error class, message) that `agreed` ends with here; the group must still work afterwards."""
+    rank = dist.get_rank()
+    outcome = ("none", "")
+    try:
+        with agreed("reading the data"):
+            if rank in failing:
+                raise UserError(f"rank {rank} has no file")
+    except (UserError, PeerError) as error:
+        outcome = type(error).__name__, str(error)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rank)
+    assert gathered == list(range(dist.get_world_size()))
+    return outcome
+
+
+@pytest.mark.parametrize("failing", [[0], [1]])
+def test_an_error_of_one_rank_reaches_all(ranks2: LocalRanks, failing: list[int]) -> None:
+    outcomes = ranks2.run(fail_on, failing)
+    (first,) = failing
+    assert outcomes[first] == ("UserError", f"rank {first} has no file")
+    message = f"rank {first} failed while reading the data: UserError: rank {first} has no file"
+    assert outcomes[1 - first] == ("PeerError", message)
+
+
+def test_where_several_fail_the_first_is_named(ranks2: LocalRanks) -> None:
+    outcomes = ranks2.run(fail_on, [0, 1])
+    assert outcomes[0] == ("UserError", "rank 0 has no file")
+    assert outcomes[1][0] == "PeerError" and "rank 0 failed" in outcomes[1][1]
+
+
+def test_where_none_fails_all_go_on(ranks2: LocalRanks) -> None:
+    assert ranks2.run(fail_on, []) == [("none", "")] * 2
+
+
+def whereabouts() -> tuple[int, int, bool]:
+    process = start()
+    return process.rank, process.world_size, process.is_main
+
+
+def test_ranks_know_where_they_are(ranks2: LocalRanks) -> None:
+    assert ranks2.run(whereabouts) == [(0, 2, True), (1, 2, False)]
+
+
+def test_agreed_in_one_process_raises_the_error_itself() -> None:
+    with pytest.raises(UserError, match="no file"), agreed("reading the data"):
+        raise UserError("no file")
+
+
+def test_without_a_launcher_a_process_is_alone() -> None:
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    code = "from ldmole_dist.engine.startup import start; p = start(); print('alone', p.rank, p.world_size, p.is_main)"
+    done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=100)
+    assert "alone 0 1 True" in done.stdout, done.stderr
+
+
+def fail_in_one(failing: int) -> int:
+    if dist.get_rank() == failing:
+        raise UserError("broken on purpose")
+    return dist.get_rank()
+
+
+def test_local_ranks_report_a_failure_and_start_again() -> None:
+    with LocalRanks(2, timeout=100) as ranks:
+        with pytest.raises(RankFailed, match="fail_in_one failed on rank 1(.|\n)*UserError: broken on purpose"):
+            ranks.run(fail_in_one, 1)
+        assert ranks.run(fail_in_one, 7) == [0, 1]

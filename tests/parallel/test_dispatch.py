@@ -1,0 +1,217 @@
+"""Dispatch over 4 ranks against one process that holds all experts, and the elements counted on the wire."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldmole_dist.engine.experts import expert_parallel
+from ldmole_dist.method.experts import ExpertBank
+from ldmole_dist.method.layer import LocalDispatch
+from ldmole_dist.method.routers import Routing
+from ldmole_dist.parallel.exchange import all_to_all
+from ldmole_dist.parallel.placement import Placement
+from ldmole_dist.ranks import LocalRanks
+
+D, R = 6, 3
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One input group on every rank: `tokens` of each rank, out-features of each linear, who may be active."""
+
+    ep_size: int
+    tokens: tuple[int, int, int, int] = (7, 11, 4, 9)
+    outs: tuple[int, ...] = (5,)
+    experts: int = 8
+    active: str = "random"
+    dtype: torch.dtype = torch.float64
+
+
+SCENARIOS = {
+    "ep 2": Scenario(2),
+    "ep 4": Scenario(4),
+    "one expert a rank": Scenario(4, experts=4),
+    "many experts a rank, so that the sparse formulation runs": Scenario(2, experts=96, active="one"),
+    "a rank without tokens": Scenario(4, tokens=(7, 0, 4, 9)),
+    "no tokens in a whole group": Scenario(2, tokens=(0, 0, 4, 9)),
+    "no tokens anywhere": Scenario(4, tokens=(0, 0, 0, 0)),
+    "experts without a token": Scenario(4, active="not 1, 4 and 5"),
+    "all tokens on one expert": Scenario(4, active="only 6"),
+    "nobody needs a remote expert": Scenario(4, active="own"),
+    "everybody needs all": Scenario(4, active="all"),
+    "tokens without an expert": Scenario(4, active="some none"),
+    "two linears of one input": Scenario(4, outs=(5, 7)),
+    "three linears of one input, ep 2": Scenario(2, outs=(5, 7, 4)),
+    "float32": Scenario(4, dtype=torch.float32, outs=(5, 7)),
+    "bfloat16": Scenario(4, dtype=torch.bfloat16, outs=(5, 7)),
+}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+def supports(scenario: Scenario, rank: int, draw: torch.Generator) -> list[Tensor]:
+    """(T, E) bool for each linear, of the tokens of `rank`."""
+    T, E = scenario.tokens[rank], scenario.experts
+    found = []
+    for _ in scenario.outs:
+        support = torch.rand(T, E, generator=draw) < (0.0 if scenario.active == "one" else 0.3)
+        if scenario.active != "some none":
+            support[torch.arange(T), torch.randint(0, E, (T,), generator=draw)] = True
+        if scenario.active == "not 1, 4 and 5":  # 4 and 5 are all that rank 2 of 4 holds
+            support[:, [1, 4, 5]] = False
+        elif scenario.active == "only 6":
+            support = torch.zeros_like(support)
+            support[:, 6] = True
+        elif scenario.active == "own":
+            support = torch.zeros_like(support)
+            support[:, Placement(E, scenario.ep_size, rank % scenario.ep_size).local] = True
+        elif scenario.active == "all":
+            support = torch.ones_like(support)
+        found.append(support)
+    return found
+
+
+def make_inputs(scenario: Scenario, rank: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """x, p of each linear and the gradients of the outputs; every rank can make those of all."""
+    draw = torch.Generator().manual_seed(100 + rank)
+    T, wide = scenario.tokens[rank], torch.promote_types(scenario.dtype, torch.float32)
+    x = torch.randn(T, D, generator=draw, dtype=torch.float64).to(scenario.dtype).requires_grad_()
+    weights = [s * (torch.rand(s.shape, generator=draw) + 0.1).to(wide) for s in supports(scenario, rank, draw)]
+    dy = [torch.randn(T, O, generator=draw, dtype=torch.float64).to(scenario.dtype) for O in scenario.outs]
+    return x, [p.requires_grad_() for p in weights], dy
+
+
+def make_banks(scenario: Scenario, local: slice) -> list[ExpertBank]:
+    draw = torch.Generator().manual_seed(7)
+    banks = []
+    for O in scenario.outs:
+        A, B = (torch.randn(scenario.experts, *s, generator=draw, dtype=torch.float64) for s in ((R, D), (O, R)))
+        dtype = torch.promote_types(scenario.dtype, torch.float32)
+        banks.append(ExpertBank(*(t[local].to(dtype).clone().requires_grad_() for t in (A, B)), 2.0))
+    return banks
+
+
+def run_backward(dispatch: Any, plan: Any, x: Tensor, ps: list[Tensor], banks: list[ExpertBank], dy: list[Tensor]):
+    """Outputs; gradients gather in the leaves."""
+    routings = [Routing(p, p, p[:, 0]) for p in ps]
+    outputs = dispatch(x, routings, banks, plan)
+    torch.autograd.backward(outputs, dy)
+    return outputs
+
+
+def implied(scenario: Scenario, rank: int) -> Counter[str]:
+    """Elements that `rank` must send, from the routing of all ranks of its group."""
+    P, held = scenario.ep_size, scenario.experts // scenario.ep_size
+    here = rank % P
+    group = range(rank - here, rank - here + P)
+    gates = held * len(scenario.outs)
+
+    def remote_rows(source: int) -> Tensor:  # for each rank of the group
+        _, ps, _ = make_inputs(scenario, group[source])
+        need = torch.stack([(p != 0).unflatten(1, (P, held)).any(-1) for p in ps]).any(0).sum(0)
+        need[source] = 0
+        return need
+
+    sent = int(remote_rows(here).sum())
+    received = sum(int(remote_rows(source)[here]) for source in range(P))
+    wire: Counter[str] = Counter(counts=(P - 1) * (1 + gates))
+    wire |= Counter(rows=sent * D, gates=sent * gates, sums=received * sum(scenario.outs))
+    return wire | Counter(grad_rows=received * D, grad_gates=received * gates, grad_sums=sent * sum(scenario.outs))
+
+
+def compare(scenario: Scenario) -> dict[str, Any]:
+    """On every rank: distances of outputs and gradients from the reference, and the wire, counted and implied."""
+    parallel, rank = expert_parallel(scenario.ep_size), dist.get_rank()
+    placement = parallel.placement(scenario.experts)
+    dispatch = parallel.dispatch()
+    x, ps, dy = make_inputs(scenario, rank)
+    banks = make_banks(scenario, placement.local)
+    plan = dispatch.plan([p != 0 for p in ps], banks)
+    outputs = run_backward(dispatch, plan, x, ps, banks, dy)
+    counted = Counter(parallel.wire)
+    once_more = [t.detach().clone().requires_grad_() for t in (x, *ps)]
+    again = run_backward(dispatch, plan, once_more[0], once_more[1:], make_banks(scenario, placement.local), dy)
+    doubled = Counter(parallel.wire)
+
+    # The reference: every rank of the group in turn, in one process with all experts, in at least float32.
+    wide = torch.promote_types(scenario.dtype, torch.float32)
+    all_banks = make_banks(scenario, slice(None))
+    distances = {}
+    first = rank - placement.rank
+    for source in range(first, first + scenario.ep_size):
+        x_ref, ps_ref, dy_ref = make_inputs(scenario, source)
+        x_ref = x_ref.detach().to(wide).requires_grad_()
+        local = LocalDispatch()
+        plan_ref = local.plan([p != 0 for p in ps_ref], all_banks)
+        outputs_ref = run_backward(local, plan_ref, x_ref, ps_ref, all_banks, [g.to(wide) for g in dy_ref])
+        if source == rank:
+            values = {"x": (x.grad, x_ref.grad)}
+            for g, (y, y_ref) in enumerate(zip(outputs, outputs_ref, strict=True)):
+                values |= {f"y{g}": (y, y_ref), f"again{g}": (again[g], y_ref), f"p{g}": (ps[g].grad, ps_ref[g].grad)}
+    for g, (bank, reference) in enumerate(zip(banks, all_banks, strict=True)):
+        values[f"A{g}"] = bank.A_LRD.grad, reference.A_LRD.grad[placement.local]
+        values[f"B{g}"] = bank.B_LOR.grad, reference.B_LOR.grad[placement.local]
+    support = {f"p{g}": p != 0 for g, p in enumerate(ps)}
+    for name, (value, reference) in values.items():
+        if name in support:  # what a router lets through: off the support a rank that was not asked knows nothing
+            value, reference = value * support[name], reference * support[name]
+        assert value is not None and value.shape == reference.shape, name
+        difference = (value.detach().to(wide) - reference.detach()).norm()
+        distances[name] = float(difference / reference.detach().norm().clamp_min(1e-30))
+    dtypes = {name: values[name][0].dtype for name in values}
+    return dict(distances=distances, dtypes=dtypes, wire=counted, doubled=doubled, implied=implied(scenario, rank))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_equal_to_one_process_and_counted_exactly(ranks4: LocalRanks, name: str) -> None:
+    scenario = SCENARIOS[name]
+    narrow = {scenario.dtype}
+    wide = {torch.promote_types(scenario.dtype, torch.float32)}
+    for rank, found in enumerate(ranks4.run(compare, scenario)):
+        for tensor, distance in found["distances"].items():
+            assert distance < TOLERANCE[scenario.dtype], f"rank {rank}, {tensor}: {distance}"
+        assert {found["dtypes"][t] for t in found["dtypes"] if t[0] in "xya"} == narrow
+        assert {found["dtypes"][t] for t in found["dtypes"] if t[0] in "pAB"} == wide
+        assert +found["wire"] == found["implied"], f"rank {rank}"
+        # Carried out again, a plan moves the same and negotiates nothing.
+        assert found["doubled"]["counts"] == found["wire"]["counts"]
+        assert all(found["doubled"][kind] == 2 * n for kind, n in found["wire"].items() if kind != "counts")
+
+
+def test_linears_of_one_input_share_its_rows(ranks4: LocalRanks) -> None:
+    both = Scenario(4, outs=(5, 7))
+    together = ranks4.run(compare, both)
+    first = ranks4.run(compare, replace(both, outs=(5,)))  # the same x and the same first linear
+    for shared, alone in zip(together, first, strict=True):
+        assert alone["wire"]["rows"] <= shared["wire"]["rows"] < 2 * alone["wire"]["rows"]
+
+
+def test_where_nobody_needs_a_remote_expert_only_counts_travel(ranks4: LocalRanks) -> None:
+    for found in ranks4.run(compare, SCENARIOS["nobody needs a remote expert"]):
+        assert +found["wire"] == Counter(counts=3 * (1 + 2))
+
+
+def exchange_by_hand(dtype: torch.dtype) -> tuple[Tensor, Tensor, Counter[str]]:
+    """Rank s sends s + q rows to rank q, none to itself but its own number of them."""
+    rank, wire = dist.get_rank(), Counter()
+    send, recv = [rank + q for q in range(4)], [s + rank for s in range(4)]
+    values = torch.cat([torch.full((rank + q, 2), 10 * rank + q) for q in range(4)]).to(dtype).requires_grad_()
+    received = all_to_all(values, send, recv, dist.group.WORLD, wire, "rows")
+    received.backward(received.detach() * 2)
+    return received.detach(), values.grad - 2 * values.detach(), wire
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_variable_split_exchange_and_its_way_back(ranks4: LocalRanks, dtype: torch.dtype) -> None:
+    for rank, (received, difference, wire) in enumerate(ranks4.run(exchange_by_hand, dtype)):
+        expected = [10 * source + rank for source in range(4) for _ in range(source + rank)]
+        assert received[:, 0].tolist() == received[:, 1].tolist() == expected
+        assert not difference.any()
+        others = sum(rank + q for q in range(4) if q != rank)
+        assert wire == Counter(rows=2 * others, grad_rows=2 * others)

@@ -1,0 +1,59 @@
+"""Ranks against one process: gradients in float64 without the engine, updates in float32 through DeepSpeed."""
+
+from typing import Any
+
+import pytest
+
+from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest import cases, parity
+
+# DeepSpeed leaves parameters below its threshold whole, and here all are below the default.
+PARTITION_ALL = {"stage3_param_persistence_threshold": 0}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_gradients(ranks4: LocalRanks, architecture: str, ep_size: int, checkpointing: bool) -> None:
+    results = ranks4.run(parity.gradients, architecture, ep_size, checkpointing)
+    distance, name = parity.worst(results)
+    assert distance < 1e-12, name
+    # 7 linears of 2 layers with A, B and router, 2 lambda-MLPs of 4 tensors, the loss and the logits.
+    assert all(len(found) == 7 * 2 * 3 + 2 * 4 + 2 for found in results)
+
+
+def check_updates(ranks: LocalRanks, stage: int, ep_size: int, checkpointing: bool, **zero: Any) -> None:
+    distance, name = parity.worst(ranks.run(parity.updates, "llama", stage, ep_size, checkpointing, **zero))
+    assert distance < 1e-4, name
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_updates(ranks4: LocalRanks, stage: int) -> None:
+    check_updates(ranks4, stage, 2, True, **(PARTITION_ALL if stage == 3 else {}))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+@pytest.mark.parametrize("stage", range(4))
+def test_updates_everywhere(ranks4: LocalRanks, stage: int, ep_size: int, checkpointing: bool) -> None:
+    check_updates(ranks4, stage, ep_size, checkpointing)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+def test_updates_with_everything_partitioned(ranks4: LocalRanks, ep_size: int, checkpointing: bool) -> None:
+    check_updates(ranks4, 3, ep_size, checkpointing, **PARTITION_ALL)
+
+
+@pytest.mark.parametrize("ep_size", [1, 4])
+def test_replay_under_checkpointing(ranks4: LocalRanks, ep_size: int) -> None:
+    results = ranks4.run(cases.replay, ep_size)
+    distance, name = parity.worst(results)
+    assert distance < 1e-12, name
+    assert all(len(found) == 7 * 2 * 3 + 2 * 4 + 1 for found in results)
+
+
+def test_a_nan_is_the_worst() -> None:
+    assert parity.worst([{"a": 1.0}, {"b": float("nan"), "c": 2.0}]) == (float("inf"), "b")

@@ -1,0 +1,99 @@
+"""The layer benchmark compares the right things: the authors' sum, equal results, and bytes (times are not asserted)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmole_dist.method.experts import ExpertBank
+from ldmole_dist.method.layer import LocalDispatch
+from ldmole_dist.method.losses import load_balance_loss, sparsity_loss
+from ldmole_dist.method.routers import Routing
+from ldmole_dist.study.bench_layer import FORMULATIONS, Case, bench_layer, print_table, random_inputs, saved_bytes
+from tests.method.test_golden import FILES, build, distance, load
+
+SMALL = Case(tokens=96, features=64, experts=8, rank=4, active=2)
+CPU = torch.device("cpu")
+
+
+class Formulation(LocalDispatch):
+    """The local dispatch with a formulation of the benchmark."""
+
+    def __init__(self, name: str) -> None:
+        self.function = FORMULATIONS[name]
+
+    def __call__(self, x_TD: Tensor, routings, banks, plan) -> list[Tensor]:
+        return [self.function(x_TD, r.p_TE, bank) for r, bank in zip(routings, banks, strict=True)]
+
+
+@pytest.mark.parametrize("formulation", ["einsum", "reordered"])
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_the_einsum_baseline_is_the_authors(path: Path, formulation: str) -> None:
+    g, meta = load(path)
+    layer, context = build(g, meta)
+    layer.dispatch = Formulation(formulation)
+    seen: list[Routing] = []
+    context.report = lambda name, routing, shape: seen.append(routing)
+    x = g["x"].clone().requires_grad_()
+    y = layer.adapted(x, "default")
+    (routing,) = seen
+    # The losses that are part of the stored gradient of x; theirs averages padding in.
+    balance = load_balance_loss(routing.p_TE, g["attention_mask"].flatten())
+    sparsity = sparsity_loss(routing.logits_TE, routing.lam_T, int(meta["k_target"]))
+    ((y * g["dy"]).sum() + float(meta["lb_coef"]) * balance + float(meta["sparsity_coef"]) * sparsity).backward()
+    assert distance(y, g["y"]) < 1e-5
+    for name, value in (("A", layer.lora_A["default"]), ("B", layer.lora_B["default"]), ("x", x)):
+        assert value.grad is not None and distance(value.grad, g[f"grad_{name}"]) < 1e-5, name
+
+
+@pytest.mark.parametrize("formulation", [name for name in FORMULATIONS if name != "einsum"])
+def test_every_formulation_equals_einsum_in_float64(formulation: str) -> None:
+    x, p, bank = random_inputs(SMALL, CPU)
+    leaves = [t.detach().double().requires_grad_() for t in (x, p, bank.A_LRD, bank.B_LOR)]
+    dy = torch.randn(SMALL.tokens, SMALL.features, dtype=torch.float64)
+    results = []
+    for name in ("einsum", formulation):
+        y = FORMULATIONS[name](leaves[0], leaves[1], ExpertBank(leaves[2], leaves[3], bank.scaling))
+        dx, dp, dA, dB = torch.autograd.grad((y * dy).sum(), leaves)
+        results.append((y, dx, dp.masked_fill(leaves[1] == 0, 0), dA, dB))  # off the support no router needs dp
+    for value, reference in zip(*results, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+@pytest.mark.parametrize("case", [SMALL, Case(64, 128, 32, 8, 2)])
+def test_saved_bytes_are_fewer_by_d_out_over_r(case: Case) -> None:
+    x, p, bank = random_inputs(case, CPU)
+    given = (x, p, bank.A_LRD, bank.B_LOR)
+    saved = {name: saved_bytes(lambda f=f: f(x, p, bank), given) for name, f in FORMULATIONS.items()}
+    T, D, E, R, K = case
+    assert saved["einsum"] == 4 * T * E * (D + R)  # h (T, E, R) and every expert's output (T, E, O)
+    assert saved["fused"] == 4 * T * E * R and saved["sparse"] == 4 * T * K * R
+    assert saved["einsum"] / saved["fused"] >= D / R and saved["einsum"] / saved["sparse"] >= D / R
+
+
+def test_saved_bytes_counts_a_storage_once_and_given_ones_not() -> None:
+    x, w = torch.randn(10, 10, requires_grad=True), torch.randn(10, 10, requires_grad=True)
+
+    def forward() -> Tensor:
+        y = x.exp()  # saves its result
+        return (y * y[:5].sum()).sum() + (x @ w).sum()  # saves y again, and the sum
+
+    assert saved_bytes(forward, (x, w)) == 4 * 100 + 4
+    assert saved_bytes(forward, (x,)) == 4 * 200 + 4
+
+
+def test_inputs_have_k_active_experts() -> None:
+    _, p, _ = random_inputs(SMALL, CPU)
+    assert ((p > 0).sum(-1) == SMALL.active).all()
+    torch.testing.assert_close(p.sum(-1), torch.ones(SMALL.tokens))
+
+
+def test_runs_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    results = bench_layer([Case(16, 32, 4, 2, 2)], repeats=2)
+    assert [r.part for r in results] == [*FORMULATIONS, "routing", "base"]
+    assert all(len(r.milliseconds) == 2 and r.median > 0 for r in results)
+    print_table(results)
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed and "threads" in printed and "d_out/r=16" in printed
+    assert all(f"\n  {name} " in printed for name in FORMULATIONS) and "whole linear: base" in printed
