@@ -132,6 +132,8 @@ class Parallelism:
 
     Args:
         ep_size: consecutive ranks that hold one copy of all experts between them; must divide num_experts and the ranks.
+        dispatch: what moves between the ranks of such a group: "auto" whichever is lighter, the tokens of a rank or the
+            experts that it needs; "all_to_all" always tokens; "gather" always experts.
         deepspeed: name of a file in ds_configs/ ("zero2") or path of a DeepSpeed JSON config.
         precision: of the backbone and the activations. bf16: adapter parameters stay float32; fp16: DeepSpeed's mixed
             precision with a loss scale; fp32.
@@ -140,6 +142,7 @@ class Parallelism:
     """
 
     ep_size: Positive = 1
+    dispatch: Literal["auto", "all_to_all", "gather"] = "auto"
     deepspeed: str = "zero2"
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = True

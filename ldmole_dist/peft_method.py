@@ -23,9 +23,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ldmole_dist.input_groups import find_input_groups
 from ldmole_dist.method.context import StepContext
 from ldmole_dist.method.experts import ExpertBank
-from ldmole_dist.method.layer import MoELinear
+from ldmole_dist.method.layer import InputGroup, MoELinear
 from ldmole_dist.method.routers import ROUTERS, LambdaMLP
 from ldmole_dist.method.sparsegen import at_least_float32
 from ldmole_dist.parallel.dispatch import ExpertParallel
@@ -53,7 +54,10 @@ class LdMoleConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "LoRA rank of every expert."})
     lora_alpha: float = field(default=16, metadata={"help": "The experts' sum is multiplied with lora_alpha / r."})
     lora_dropout: float = field(
-        default=0.1, metadata={"help": "Dropout on the input of router, lambda-MLP and experts alike."}
+        default=0.1,
+        metadata={
+            "help": "Dropout on the input of router, lambda-MLP and experts alike; one mask for linears with one input."
+        },
     )
     num_experts: int = field(default=8, metadata={"help": "Experts of every adapted linear."})
     target_modules: list[str] | str | None = field(
@@ -99,7 +103,7 @@ class LdMoleLinear(MoELinear, BaseTunerLayer):
     """MoELinear as PEFT's machinery sees it."""
 
     adapter_layer_names = ("lora_A", "lora_B", "router")
-    other_param_names = ("lora_dropout", "scaling", "lambda_mlps")
+    other_param_names = ("lora_dropout", "scaling", "lambda_mlps", "groups")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
@@ -158,9 +162,18 @@ class LdMoleModel(BaseTuner):
         _check_every_target_matches(model, _ours(self.peft_config[adapter_name]))
         self.lambda_mlp[adapter_name] = nn.ModuleDict()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._group(model, adapter_name)
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 _keep_wide(module.modules_to_save[adapter_name])
+
+    def _group(self, model: nn.Module, adapter_name: str) -> None:
+        """Let linears that read the same tensor dispatch together."""
+        linears = {m.name: m for m in model.modules() if isinstance(m, LdMoleLinear) and adapter_name in m.lora_A}
+        for names in find_input_groups(model, linears):
+            group = InputGroup([linears[name] for name in names], adapter_name)
+            for member in group.members:
+                member.groups[adapter_name] = group
 
     def _create_and_replace(
         self,
@@ -175,9 +188,10 @@ class LdMoleModel(BaseTuner):
         config = _ours(peft_config)
         base: Any = target.base_layer if isinstance(target, LdMoleLinear) else target
         if not _is_plain_linear(base):
+            dtype = getattr(getattr(base, "weight", None), "dtype", "no weight")
             raise ValueError(
-                f"{current_key} is a {type(base).__name__} with {getattr(base, 'weight', base)!r:.60}: LD-MoLE adapts plain "
-                "floating-point nn.Linear only; load the backbone without quantisation, or leave it out of target_modules"
+                f"{current_key} is a {type(base).__name__} ({dtype}): LD-MoLE adapts plain floating-point nn.Linear only; "
+                "load the backbone without quantisation, or leave it out of target_modules"
             )
         if not isinstance(target, LdMoleLinear):
             target = LdMoleLinear(base, current_key, self.context, self.parallel.dispatch())

@@ -73,7 +73,7 @@ def train(config: Config) -> dict[str, float]:
         if process.is_main:
             _prepare_folder(folder, config, keep=resumed is not None)
 
-    parallel = expert_parallel(config.parallelism.ep_size)
+    parallel = expert_parallel(config.parallelism.ep_size, config.parallelism.dispatch)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
     total_steps = number_of_steps(config.optimisation, len(examples))
     engine = Engine(

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ldmole_dist.engine.ds_config import stage_of
 from ldmole_dist.engine.experts import check_partition_groups, clip_local_gradients, mark_experts, optimizer_groups
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.peft_method import LdMoleLinear, is_expert_tensor, tuner_of
+from ldmole_dist.peft_method import LdMoleLinear, tuner_of
 
 
 class Engine:
@@ -96,13 +96,15 @@ class Engine:
 
 
 def register_experts_of_linears(model: PeftModel) -> None:
-    """Under ZeRO-3 DeepSpeed fetches what a module's own forward uses: tell it that a linear uses its banks, which live in
-    dictionaries whose forward nobody calls."""
+    """Under ZeRO-3 DeepSpeed fetches what a module's own forward uses: tell it that the first linear of an input group uses
+    the banks of all, which live in dictionaries whose forward nobody calls."""
     for module in model.modules():
         if isinstance(module, LdMoleLinear):
-            for name, parameter in module.named_parameters():
-                if is_expert_tensor(f".{name}"):
-                    deepspeed.zero.register_external_parameter(module, parameter)
+            for adapter, group in module.groups.items():
+                if group.members[0] is module:
+                    for member in group.members:
+                        deepspeed.zero.register_external_parameter(module, member.lora_A[adapter])
+                        deepspeed.zero.register_external_parameter(module, member.lora_B[adapter])
 
 
 def gathered_parameter(parameter: Tensor) -> Tensor:

@@ -17,15 +17,16 @@ from deepspeed.utils import groups
 from torch import nn
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.peft_method import is_expert_tensor
 
 
-def expert_parallel(ep_size: int) -> ExpertParallel:
+def expert_parallel(ep_size: int, mode: Mode = "auto") -> ExpertParallel:
     """Groups of `ep_size` consecutive ranks, which hold one copy of all experts between them; every rank calls it.
 
     Args:
         ep_size: 1 leaves all experts on every rank.
+        mode: what may move between the ranks of a group (`ExpertParallel`).
 
     Raises:
         UserError: if the ranks cannot be grouped so.
@@ -39,7 +40,7 @@ def expert_parallel(ep_size: int) -> ExpertParallel:
     if ep_size == 1:
         return ExpertParallel()
     groups._create_expert_and_data_parallel(ep_size)
-    return ExpertParallel(groups._get_expert_parallel_group(_group_name(ep_size)))
+    return ExpertParallel(groups._get_expert_parallel_group(_group_name(ep_size)), mode)
 
 
 def _group_name(ep_size: int) -> str:

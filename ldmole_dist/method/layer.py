@@ -18,7 +18,7 @@ from ldmole_dist.method.routers import LambdaMLP, Routing, SparsegenRouter
 
 
 class Dispatch(Protocol):
-    """Brings the tokens of an input group (linears that read the same tensor) and their experts together.
+    """Brings the tokens of an input group and their experts together.
 
     `plan` decides what moves, once; `__call__` carries it out, again if the forward is recomputed.
     """
@@ -58,8 +58,60 @@ class LocalDispatch:
 class Decision(NamedTuple):
     """What a recomputed forward must not decide again: who is active, and what moves for it."""
 
-    support_TE: Tensor
+    supports: list[Tensor]  # (T, E) of each linear
     plan: Any
+
+
+class InputGroup:
+    """Linears that read the same tensor, in the order in which the model calls them; a group of one is legal.
+
+    The first that is called computes for all: one dropout mask, one lambda for each token, one dispatch. The others pick
+    their part up when they are called with the same tensor.
+
+    Args:
+        members: MoELinears that hold `adapter`.
+        adapter: its name.
+    """
+
+    def __init__(self, members: Sequence[MoELinear], adapter: str) -> None:
+        self.members, self.adapter = list(members), adapter
+        self._waiting: dict[MoELinear, tuple[int, Tensor]] = {}
+
+    def delta(self, member: MoELinear, x: Tensor) -> Tensor:
+        """The adapter's part of the output of `member`, (..., D) -> (..., O)."""
+        address, delta = self._waiting.pop(member, (0, None))
+        if delta is not None and address == x.data_ptr():
+            return delta
+        # Not a follower, or one that was given another tensor than its leader: then it goes alone.
+        members = self.members if member is self.members[0] else [member]
+        deltas = self._compute(members, x)
+        self._waiting = {m: (x.data_ptr(), d) for m, d in zip(members[1:], deltas[1:], strict=True)}
+        return deltas[0]
+
+    def _compute(self, members: list[MoELinear], x: Tensor) -> list[Tensor]:
+        leader, adapter = members[0], self.adapter
+        context, dispatch = leader.context, leader.dispatch
+        context.check_not_reentrant()
+        x_TD = leader.lora_dropout[adapter](x).reshape(-1, x.shape[-1])
+        lam_T = leader.lambda_mlps[adapter](x_TD)
+        routers: list[Any] = [m.router[adapter] for m in members]
+        banks = [ExpertBank(m.lora_A[adapter], m.lora_B[adapter], m.scaling[adapter]) for m in members]
+        logits = [router(x_TD) for router in routers]
+
+        decision = context.replayed(leader)
+        if decision is None:
+            supports = [router.decide(u_TE, lam_T) for router, u_TE in zip(routers, logits, strict=True)]
+            decision = Decision(supports, dispatch.plan(supports, banks))
+            context.remember(leader, decision)
+        routings = [
+            router.weigh(u_TE, lam_T, support_TE)
+            for router, u_TE, support_TE in zip(routers, logits, decision.supports, strict=True)
+        ]
+        if leader.training:
+            for m, routing in zip(members, routings, strict=True):
+                context.report(m.name, routing, x.shape[:-1])
+        deltas = dispatch(x_TD, routings, banks, decision.plan)
+        return [delta_TO.view(*x.shape[:-1], -1) for delta_TO in deltas]
 
 
 class MoELinear(nn.Module):
@@ -84,6 +136,7 @@ class MoELinear(nn.Module):
         self.lora_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.lambda_mlps: dict[str, LambdaMLP] = {}  # shared by many linears; the owner registers them
+        self.groups: dict[str, InputGroup] = {}
 
     def add_adapter(
         self, adapter: str, bank: ExpertBank, router: SparsegenRouter, lambda_mlp: LambdaMLP, dropout: float
@@ -102,24 +155,9 @@ class MoELinear(nn.Module):
         self.router[adapter] = router
         self.lora_dropout[adapter] = nn.Dropout(dropout)
         self.lambda_mlps[adapter] = lambda_mlp
+        self.groups[adapter] = InputGroup([self], adapter)
 
     def adapted(self, x: Tensor, adapter: str) -> Tensor:
         """Base output plus the named adapter's, (..., D) -> (..., O) in the dtype of the base output."""
-        self.context.check_not_reentrant()
         y = self.base_layer(x)
-        x_TD = self.lora_dropout[adapter](x).reshape(-1, x.shape[-1])
-        bank = ExpertBank(self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter])
-        router: Any = self.router[adapter]
-        logits_TE, lam_T = router(x_TD), self.lambda_mlps[adapter](x_TD)
-
-        decision = self.context.replayed(self)
-        if decision is None:
-            support_TE = router.decide(logits_TE, lam_T)
-            decision = Decision(support_TE, self.dispatch.plan([support_TE], [bank]))
-            self.context.remember(self, decision)
-        routing = router.weigh(logits_TE, lam_T, decision.support_TE)
-
-        if self.training:
-            self.context.report(self.name, routing, x.shape[:-1])
-        (delta_TO,) = self.dispatch(x_TD, [routing], [bank], decision.plan)
-        return y + delta_TO.view(y.shape).to(y.dtype)
+        return y + self.groups[adapter].delta(self, x).to(y.dtype)

@@ -20,7 +20,7 @@ from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.objective import answer_count, answer_loss, next_tokens
-from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.peft_method import is_expert_tensor, tuner_of
 from ldmole_dist.selftest.tiny import adapted, micro_batch, relative, tiny_backbone, whole
 
@@ -50,9 +50,9 @@ def loss_of(
     return loss, logits
 
 
-def gradients(architecture: str, ep_size: int, checkpointing: bool) -> dict[str, float]:
+def gradients(architecture: str, ep_size: int, checkpointing: bool, mode: Mode = "auto") -> dict[str, float]:
     """float64 without the engine: logits, loss and every gradient of one micro-batch a rank."""
-    parallel, process = expert_parallel(ep_size), start()
+    parallel, process = expert_parallel(ep_size, mode), start()
     world, device = process.world_size, process.device
     model = build(architecture, torch.float64, parallel, checkpointing)
     batches = [micro_batch(rank, device) for rank in range(world)]

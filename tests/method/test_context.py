@@ -267,3 +267,16 @@ def test_any_leading_shape_and_no_token_at_all() -> None:
     torch.testing.assert_close(layer(x.flatten(0, 1)), expected.flatten(0, 1))
     torch.testing.assert_close(layer(x[1, 2]), expected[1, 2])
     assert layer(x[:, :0]).shape == (B, 0, D)
+
+
+def test_dropout_acts_once_on_what_router_lambda_and_experts_see() -> None:
+    (layer, _), _ = make_layers()
+    x = hidden()
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+    torch.manual_seed(0)
+    y = layer(x)
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    layer.eval()
+    torch.testing.assert_close(y - layer.base_layer(x), layer(dropped) - layer.base_layer(dropped))
+    assert not torch.allclose(y, layer(x))
