@@ -16,7 +16,7 @@ FLOORS = [
     ["errors", "config"],
     ["method"],
     ["parallel"],
-    ["peft_method", "backbone", "objective", "data"],
+    ["peft_method", "input_groups", "backbone", "objective", "data"],
     ["engine"],
     ["checkpoint", "diagnose", "evaluate", "generate", "monitor", "ranks", "selftest", "study", "trainer", "training"],
     ["cli"],

@@ -63,7 +63,9 @@ class StepContext:
     def auxiliary_loss(self) -> Tensor | float:
         """c_lb L_lb + c_sp L_sparse + c_z L_z of this micro-batch, each averaged over the adapted linears (METHOD, Losses)."""
         w = self.weights
-        return w.balance * self.mean("balance") + w.sparsity * self.mean("sparsity") + w.z * self.mean("z")
+        weighted = [("balance", w.balance), ("sparsity", w.sparsity), ("z", w.z)]
+        # One that does not count must not be part of the graph, only to be multiplied with 0.
+        return sum((weight * self.mean(term) for term, weight in weighted if weight), 0.0)
 
     def mean(self, term: str) -> Tensor | float:
         """Mean over the adapted linears of "balance", "sparsity" or "z"; 0.0 if none reported."""
@@ -81,15 +83,18 @@ class StepContext:
             routing: of T tokens.
             shape: the leading dimensions of the input, whose product is T.
         """
-        mask_T = self._token_mask(shape)
-        balance = load_balance_loss(routing.p_TE, mask_T)
-        sparsity = sparsity_loss(routing.logits_TE, routing.lam_T, self.weights.target_k, mask_T)
-        z = router_z_loss(routing.logits_TE, mask_T)
+        mask_T, weights = self._token_mask(shape), self.weights
+        with _grad_if(weights.balance):
+            balance = load_balance_loss(routing.p_TE, mask_T)
+        with _grad_if(weights.sparsity):
+            sparsity = sparsity_loss(routing.logits_TE, routing.lam_T, weights.target_k, mask_T)
+        terms = {"balance": balance, "sparsity": sparsity}
+        if weights.z:
+            terms["z"] = router_z_loss(routing.logits_TE, mask_T)
         if not self._open:
             return
-        self.terms["balance"].append(balance)
-        self.terms["sparsity"].append(sparsity)
-        self.terms["z"].append(z)
+        for term, value in terms.items():
+            self.terms[term].append(value)
         with torch.no_grad():
             active_T, lam_T = (routing.p_TE != 0).sum(-1), routing.lam_T
             if mask_T is not None:
@@ -129,6 +134,11 @@ class StepContext:
         """Put a decision on the tape of the checkpointed region that is running, if one is."""
         if self._region is not None:
             self._region.tape.setdefault(owner, []).append(decision)
+
+
+def _grad_if(weight: float) -> torch.set_grad_enabled:
+    """Gradients for a loss that counts; one that does not is only reported."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0)
 
 
 class _Region(AbstractContextManager[None]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ldmole_dist.method.context import StepContext
@@ -75,17 +76,17 @@ class InputGroup:
 
     def __init__(self, members: Sequence[MoELinear], adapter: str) -> None:
         self.members, self.adapter = list(members), adapter
-        self._waiting: dict[MoELinear, tuple[int, Tensor]] = {}
+        self._waiting: dict[MoELinear, tuple[tuple[int, torch.Size], Tensor]] = {}
 
     def delta(self, member: MoELinear, x: Tensor) -> Tensor:
         """The adapter's part of the output of `member`, (..., D) -> (..., O)."""
-        address, delta = self._waiting.pop(member, (0, None))
-        if delta is not None and address == x.data_ptr():
+        given, delta = self._waiting.pop(member, (None, None))
+        if delta is not None and given == (x.data_ptr(), x.shape):
             return delta
         # Not a follower, or one that was given another tensor than its leader: then it goes alone.
         members = self.members if member is self.members[0] else [member]
         deltas = self._compute(members, x)
-        self._waiting = {m: (x.data_ptr(), d) for m, d in zip(members[1:], deltas[1:], strict=True)}
+        self._waiting = {m: ((x.data_ptr(), x.shape), d) for m, d in zip(members[1:], deltas[1:], strict=True)}
         return deltas[0]
 
     def _compute(self, members: list[MoELinear], x: Tensor) -> list[Tensor]:
@@ -111,7 +112,7 @@ class InputGroup:
             for m, routing in zip(members, routings, strict=True):
                 context.report(m.name, routing, x.shape[:-1])
         deltas = dispatch(x_TD, routings, banks, decision.plan)
-        return [delta_TO.view(*x.shape[:-1], -1) for delta_TO in deltas]
+        return [delta_TO.view(*x.shape[:-1], delta_TO.shape[1]) for delta_TO in deltas]
 
 
 class MoELinear(nn.Module):

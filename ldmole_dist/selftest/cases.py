@@ -5,7 +5,6 @@ Each function returns the largest distances it found, by what they belong to; se
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.objective import answer_count, next_tokens
-from ldmole_dist.parallel.exchange import all_to_all
+from ldmole_dist.parallel.exchange import Parcel, Wire, exchange
 from ldmole_dist.peft_method import LdMoleLinear
 from ldmole_dist.selftest.parity import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch, relative
@@ -49,7 +48,7 @@ def collectives() -> dict[str, float]:
         expected = [rows(other, rank, dtype) for other in range(world)]
         send, recv = [len(part) for part in out], [len(part) for part in expected]
         x = torch.cat(out).requires_grad_(dtype.is_floating_point)
-        y = all_to_all(x, send, recv, group, Counter(), "rows")
+        (y,) = exchange([Parcel("rows", x, send, recv)], group, Wire())
         wrong[f"all-to-all {dtype}"] = float((y != torch.cat(expected)).sum())
         if dtype.is_floating_point:
             y.backward(y.detach().clone())

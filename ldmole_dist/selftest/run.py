@@ -81,6 +81,9 @@ def list_cases(size: int) -> list[Case]:
                 plan.append(
                     Case("gradients", detail, FLOAT64, parity.gradients, (architecture, ep_size, checkpointing))
                 )
+    for mode in ("all_to_all", "gather"):  # above: "auto"
+        detail = f"llama, ep {ep_sizes[-1]}, float64, checkpointing, {mode}"
+        plan.append(Case("gradients", detail, FLOAT64, parity.gradients, ("llama", ep_sizes[-1], True, mode)))
     for stage in range(4):
         for ep_size in ep_sizes:
             # At stage 3 DeepSpeed leaves small parameters whole, and here all are small.

@@ -199,6 +199,18 @@ def test_a_second_backward_replays_again() -> None:
         torch.testing.assert_close(grad, 2 * once[name], rtol=1e-12, atol=1e-12)
 
 
+def test_a_region_ends_with_its_block() -> None:
+    layers, context = make_layers()
+    context.begin(MASK)
+    y = one_region(layers, context, hidden())
+    context.end()
+    y.sum().backward()
+    other = hidden().detach().flip(0, 1)
+    again, _ = make_layers()
+    torch.testing.assert_close(plain(layers, context, other), plain(again, context, other))
+    assert context.replayed(layers[0]) is None
+
+
 def test_a_recomputation_reports_nothing() -> None:
     layers, context = make_layers()
     context.begin(MASK)

@@ -1,4 +1,4 @@
-"""Dispatch over 4 ranks against one process that holds all experts, and the elements counted on the wire."""
+"""Dispatch over 4 ranks, in each mode, against one process that holds all experts; the elements counted on the wire."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.layer import LocalDispatch
 from ldmole_dist.method.routers import Routing
-from ldmole_dist.parallel.exchange import all_to_all
+from ldmole_dist.parallel.dispatch import Mode
+from ldmole_dist.parallel.exchange import Parcel, Wire, exchange
 from ldmole_dist.parallel.placement import Placement
 from ldmole_dist.ranks import LocalRanks
 
@@ -32,6 +33,7 @@ class Scenario:
     experts: int = 8
     active: str = "random"
     dtype: torch.dtype = torch.float64
+    input_gradient: bool = True
 
 
 SCENARIOS = {
@@ -49,9 +51,12 @@ SCENARIOS = {
     "tokens without an expert": Scenario(4, active="some none"),
     "two linears of one input": Scenario(4, outs=(5, 7)),
     "three linears of one input, ep 2": Scenario(2, outs=(5, 7, 4)),
+    "many tokens": Scenario(4, tokens=(150, 40, 90, 3), outs=(5, 7)),
+    "an input that needs no gradient": Scenario(4, input_gradient=False),
     "float32": Scenario(4, dtype=torch.float32, outs=(5, 7)),
     "bfloat16": Scenario(4, dtype=torch.bfloat16, outs=(5, 7)),
 }
+MODES: tuple[Mode, ...] = ("all_to_all", "gather", "auto")
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 
@@ -81,7 +86,7 @@ def make_inputs(scenario: Scenario, rank: int) -> tuple[Tensor, list[Tensor], li
     """x, p of each linear and the gradients of the outputs; every rank can make those of all."""
     draw = torch.Generator().manual_seed(100 + rank)
     T, wide = scenario.tokens[rank], torch.promote_types(scenario.dtype, torch.float32)
-    x = torch.randn(T, D, generator=draw, dtype=torch.float64).to(scenario.dtype).requires_grad_()
+    x = torch.randn(T, D, generator=draw, dtype=torch.float64).to(scenario.dtype).requires_grad_(scenario.input_gradient)
     weights = [s * (torch.rand(s.shape, generator=draw) + 0.1).to(wide) for s in supports(scenario, rank, draw)]
     dy = [torch.randn(T, O, generator=draw, dtype=torch.float64).to(scenario.dtype) for O in scenario.outs]
     return x, [p.requires_grad_() for p in weights], dy
@@ -105,29 +110,32 @@ def run_backward(dispatch: Any, plan: Any, x: Tensor, ps: list[Tensor], banks: l
     return outputs
 
 
-def implied(scenario: Scenario, rank: int) -> Counter[str]:
-    """Elements that `rank` must send, from the routing of all ranks of its group."""
-    P, held = scenario.ep_size, scenario.experts // scenario.ep_size
+def implied(scenario: Scenario, rank: int, shipped: list[Tensor]) -> Counter[str]:
+    """Elements that `rank` must send, from the routing of its group and the experts (P, G, L) that travel to each rank."""
+    P, held, G = scenario.ep_size, scenario.experts // scenario.ep_size, len(scenario.outs)
     here = rank % P
     group = range(rank - here, rank - here + P)
-    gates = held * len(scenario.outs)
-
-    def remote_rows(source: int) -> Tensor:  # for each rank of the group
+    rows, sums, weights = torch.zeros(P, P), torch.zeros(P, P), torch.zeros(P, P)  # [source of the tokens, owner]
+    for source in range(P):
         _, ps, _ = make_inputs(scenario, group[source])
-        need = torch.stack([(p != 0).unflatten(1, (P, held)).any(-1) for p in ps]).any(0).sum(0)
-        need[source] = 0
-        return need
+        need = torch.stack([(p != 0).unflatten(1, (P, held)) for p in ps])  # (G, T, P, L)
+        need = (need & ~shipped[group[source]].transpose(0, 1).unsqueeze(1)).any(-1)
+        need[:, :, source] = False
+        rows[source] = need.any(0).sum(0)
+        sums[source] = (need.sum(1) * torch.tensor(scenario.outs).unsqueeze(1)).sum(0)
+        size = R * (D + torch.tensor(scenario.outs))
+        weights[source] = (shipped[group[source]].sum(2) * size).sum(1)
+    out, back = rows[here].sum(), rows[:, here].sum()
+    wire = Counter(counts=(P - 1) * (1 + G + G * held), rows=out * D, gates=out * G * held)
+    wire |= Counter(sums=sums[:, here].sum(), weights=weights[:, here].sum())
+    wire |= Counter(grad_rows=back * D * scenario.input_gradient, grad_gates=back * G * held)
+    wire |= Counter(grad_sums=sums[here].sum(), grad_weights=weights[here].sum())
+    return Counter({kind: int(n) for kind, n in wire.items() if n})
 
-    sent = int(remote_rows(here).sum())
-    received = sum(int(remote_rows(source)[here]) for source in range(P))
-    wire: Counter[str] = Counter(counts=(P - 1) * (1 + gates))
-    wire |= Counter(rows=sent * D, gates=sent * gates, sums=received * sum(scenario.outs))
-    return wire | Counter(grad_rows=received * D, grad_gates=received * gates, grad_sums=sent * sum(scenario.outs))
 
-
-def compare(scenario: Scenario) -> dict[str, Any]:
+def compare(scenario: Scenario, mode: Mode) -> dict[str, Any]:
     """On every rank: distances of outputs and gradients from the reference, and the wire, counted and implied."""
-    parallel, rank = expert_parallel(scenario.ep_size), dist.get_rank()
+    parallel, rank = expert_parallel(scenario.ep_size, mode), dist.get_rank()
     placement = parallel.placement(scenario.experts)
     dispatch = parallel.dispatch()
     x, ps, dy = make_inputs(scenario, rank)
@@ -135,9 +143,11 @@ def compare(scenario: Scenario) -> dict[str, Any]:
     plan = dispatch.plan([p != 0 for p in ps], banks)
     outputs = run_backward(dispatch, plan, x, ps, banks, dy)
     counted = Counter(parallel.wire)
-    once_more = [t.detach().clone().requires_grad_() for t in (x, *ps)]
-    again = run_backward(dispatch, plan, once_more[0], once_more[1:], make_banks(scenario, placement.local), dy)
+    x_again, ps_again, _ = make_inputs(scenario, rank)
+    again = run_backward(dispatch, plan, x_again, ps_again, make_banks(scenario, placement.local), dy)
     doubled = Counter(parallel.wire)
+    shipped: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shipped, plan.shipped_PGL)
 
     # The reference: every rank of the group in turn, in one process with all experts, in at least float32.
     wide = torch.promote_types(scenario.dtype, torch.float32)
@@ -151,7 +161,7 @@ def compare(scenario: Scenario) -> dict[str, Any]:
         plan_ref = local.plan([p != 0 for p in ps_ref], all_banks)
         outputs_ref = run_backward(local, plan_ref, x_ref, ps_ref, all_banks, [g.to(wide) for g in dy_ref])
         if source == rank:
-            values = {"x": (x.grad, x_ref.grad)}
+            values = {"x": (x.grad, x_ref.grad)} if scenario.input_gradient else {}
             for g, (y, y_ref) in enumerate(zip(outputs, outputs_ref, strict=True)):
                 values |= {f"y{g}": (y, y_ref), f"again{g}": (again[g], y_ref), f"p{g}": (ps[g].grad, ps_ref[g].grad)}
     for g, (bank, reference) in enumerate(zip(banks, all_banks, strict=True)):
@@ -165,53 +175,94 @@ def compare(scenario: Scenario) -> dict[str, Any]:
         difference = (value.detach().to(wide) - reference.detach()).norm()
         distances[name] = float(difference / reference.detach().norm().clamp_min(1e-30))
     dtypes = {name: values[name][0].dtype for name in values}
-    return dict(distances=distances, dtypes=dtypes, wire=counted, doubled=doubled, implied=implied(scenario, rank))
+    expected = implied(scenario, rank, shipped)
+    return dict(
+        distances=distances, dtypes=dtypes, wire=+counted, doubled=doubled, implied=expected, shipped=plan.shipped_PGL
+    )
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_equal_to_one_process_and_counted_exactly(ranks4: LocalRanks, name: str) -> None:
+def test_equal_to_one_process_and_counted_exactly(ranks4: LocalRanks, name: str, mode: Mode) -> None:
     scenario = SCENARIOS[name]
-    narrow = {scenario.dtype}
-    wide = {torch.promote_types(scenario.dtype, torch.float32)}
-    for rank, found in enumerate(ranks4.run(compare, scenario)):
+    narrow, wide = scenario.dtype, torch.promote_types(scenario.dtype, torch.float32)
+    for rank, found in enumerate(ranks4.run(compare, scenario, mode)):
         for tensor, distance in found["distances"].items():
-            assert distance < TOLERANCE[scenario.dtype], f"rank {rank}, {tensor}: {distance}"
-        assert {found["dtypes"][t] for t in found["dtypes"] if t[0] in "xya"} == narrow
-        assert {found["dtypes"][t] for t in found["dtypes"] if t[0] in "pAB"} == wide
-        assert +found["wire"] == found["implied"], f"rank {rank}"
+            assert distance < TOLERANCE[narrow], f"rank {rank}, {tensor}: {distance}"
+            assert found["dtypes"][tensor] == (narrow if tensor[0] in "xya" else wide), tensor
+        assert found["wire"] == found["implied"], f"rank {rank}"
         # Carried out again, a plan moves the same and negotiates nothing.
         assert found["doubled"]["counts"] == found["wire"]["counts"]
         assert all(found["doubled"][kind] == 2 * n for kind, n in found["wire"].items() if kind != "counts")
+        remote = torch.arange(scenario.ep_size) != rank % scenario.ep_size
+        assert not found["shipped"][~remote].any()
+        if mode != "auto":
+            assert found["shipped"][remote].eq(mode == "gather").all()
+
+
+@pytest.mark.parametrize("name", ["ep 2", "ep 4", "all tokens on one expert", "many tokens", "float32"])
+def test_auto_sends_no_more_than_the_better_fixed_mode_and_sometimes_less(ranks4: LocalRanks, name: str) -> None:
+    payload = {}
+    for mode in MODES:
+        results = ranks4.run(compare, SCENARIOS[name], mode)
+        payload[mode] = sum(n for found in results for kind, n in found["wire"].items() if kind != "counts")
+    assert payload["auto"] <= min(payload["all_to_all"], payload["gather"])
+    if name == "many tokens":
+        assert payload["auto"] < min(payload["all_to_all"], payload["gather"])
 
 
 def test_linears_of_one_input_share_its_rows(ranks4: LocalRanks) -> None:
     both = Scenario(4, outs=(5, 7))
-    together = ranks4.run(compare, both)
-    first = ranks4.run(compare, replace(both, outs=(5,)))  # the same x and the same first linear
+    together = ranks4.run(compare, both, "all_to_all")
+    first = ranks4.run(compare, replace(both, outs=(5,)), "all_to_all")  # the same x and the same first linear
     for shared, alone in zip(together, first, strict=True):
         assert alone["wire"]["rows"] <= shared["wire"]["rows"] < 2 * alone["wire"]["rows"]
 
 
 def test_where_nobody_needs_a_remote_expert_only_counts_travel(ranks4: LocalRanks) -> None:
-    for found in ranks4.run(compare, SCENARIOS["nobody needs a remote expert"]):
-        assert +found["wire"] == Counter(counts=3 * (1 + 2))
+    for mode in ("all_to_all", "auto"):
+        for found in ranks4.run(compare, SCENARIOS["nobody needs a remote expert"], mode):
+            assert found["wire"] == Counter(counts=3 * (1 + 1 + 2))
 
 
-def exchange_by_hand(dtype: torch.dtype) -> tuple[Tensor, Tensor, Counter[str]]:
-    """Rank s sends s + q rows to rank q, none to itself but its own number of them."""
-    rank, wire = dist.get_rank(), Counter()
-    send, recv = [rank + q for q in range(4)], [s + rank for s in range(4)]
-    values = torch.cat([torch.full((rank + q, 2), 10 * rank + q) for q in range(4)]).to(dtype).requires_grad_()
-    received = all_to_all(values, send, recv, dist.group.WORLD, wire, "rows")
-    received.backward(received.detach() * 2)
-    return received.detach(), values.grad - 2 * values.detach(), wire
+def exchange_by_hand(dtypes: list[torch.dtype]) -> tuple[list[Tensor], list[Tensor], Counter[str]]:
+    """Parcel i carries s + q + i rows of i + 1 elements from rank s to rank q. Returns what came, what was wrong with the
+    gradient on its way back, and the wire."""
+    rank, wire = dist.get_rank(), Wire()
+    parcels = []
+    for i, dtype in enumerate(dtypes):
+        send, recv = [rank + q + i for q in range(4)], [s + rank + i for s in range(4)]
+        rows = torch.cat([torch.full((n, i + 1), 10 * rank + q) for q, n in enumerate(send)]).to(dtype)
+        parcels.append(Parcel(f"parcel {i}", rows.requires_grad_(dtype.is_floating_point), send, recv))
+    received = exchange(parcels, dist.group.WORLD, wire)
+    floating = [i for i, dtype in enumerate(dtypes) if dtype.is_floating_point]
+    torch.autograd.backward([received[i] for i in floating], [received[i].detach() * 2 for i in floating])
+    wrong = [parcels[i].rows.grad - 2 * parcels[i].rows.detach() for i in floating]
+    return [r.detach() for r in received], wrong, Counter(wire)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_variable_split_exchange_and_its_way_back(ranks4: LocalRanks, dtype: torch.dtype) -> None:
-    for rank, (received, difference, wire) in enumerate(ranks4.run(exchange_by_hand, dtype)):
-        expected = [10 * source + rank for source in range(4) for _ in range(source + rank)]
-        assert received[:, 0].tolist() == received[:, 1].tolist() == expected
-        assert not difference.any()
-        others = sum(rank + q for q in range(4) if q != rank)
-        assert wire == Counter(rows=2 * others, grad_rows=2 * others)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        [torch.float64],
+        [torch.float32],
+        [torch.bfloat16],
+        [torch.float16],
+        [torch.bfloat16, torch.float32, torch.float64],
+        [torch.float32, torch.int64, torch.bfloat16],
+    ],
+    ids=lambda dtypes: " ".join(str(d).removeprefix("torch.") for d in dtypes),
+)
+def test_several_tensors_in_one_exchange_and_the_way_back(ranks4: LocalRanks, dtypes: list[torch.dtype]) -> None:
+    for rank, (received, wrong, wire) in enumerate(ranks4.run(exchange_by_hand, dtypes)):
+        expected_wire: Counter[str] = Counter()
+        for i, dtype in enumerate(dtypes):
+            expected = [10 * source + rank for source in range(4) for _ in range(source + rank + i)]
+            assert received[i].dtype == dtype and received[i].shape == (len(expected), i + 1)
+            assert all(column.tolist() == expected for column in received[i].t())
+            others = (i + 1) * sum(rank + q + i for q in range(4) if q != rank)
+            expected_wire[f"parcel {i}"] = others
+            if dtype.is_floating_point:
+                expected_wire[f"grad_parcel {i}"] = others
+        assert not any(difference.any() for difference in wrong)
+        assert wire == expected_wire

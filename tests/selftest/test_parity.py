@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from ldmole_dist.parallel.dispatch import Mode
 from ldmole_dist.ranks import LocalRanks
 from ldmole_dist.selftest import cases, parity
 
@@ -20,6 +21,13 @@ def test_gradients(ranks4: LocalRanks, architecture: str, ep_size: int, checkpoi
     assert distance < 1e-12, name
     # 7 linears of 2 layers with A, B and router, 2 lambda-MLPs of 4 tensors, the loss and the logits.
     assert all(len(found) == 7 * 2 * 3 + 2 * 4 + 2 for found in results)
+
+
+@pytest.mark.parametrize("mode", ["all_to_all", "gather"])
+@pytest.mark.parametrize("ep_size", [2, 4])
+def test_gradients_in_the_fixed_modes(ranks4: LocalRanks, ep_size: int, mode: Mode) -> None:
+    distance, name = parity.worst(ranks4.run(parity.gradients, "llama", ep_size, True, mode))
+    assert distance < 1e-12, name
 
 
 def check_updates(ranks: LocalRanks, stage: int, ep_size: int, checkpointing: bool, **zero: Any) -> None:

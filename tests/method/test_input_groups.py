@@ -1,0 +1,176 @@
+"""Linears that read one tensor: found by running the model, dispatched together, equal to each on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldmole_dist.input_groups import find_input_groups
+from ldmole_dist.method.context import LossWeights, StepContext
+from ldmole_dist.method.experts import ExpertBank
+from ldmole_dist.method.layer import InputGroup, LocalDispatch, MoELinear
+from ldmole_dist.method.routers import LambdaMLP, SparsegenRouter
+from ldmole_dist.selftest.tiny import tiny_backbone
+
+B, S, D, E, R = 2, 5, 6, 4, 2
+OUTS = (6, 3, 4)
+
+
+class CountingDispatch(LocalDispatch):
+    """Remembers how many linears came in each dispatch."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, x_TD: Tensor, routings: Sequence[Any], banks: Any, plan: Any) -> list[Tensor]:
+        self.sizes.append(len(routings))
+        return super().__call__(x_TD, routings, banks, plan)
+
+
+def make_linears(grouped: bool, dropout: float = 0.0) -> tuple[list[MoELinear], StepContext, CountingDispatch]:
+    """Three linears of one input in float64; the same ones at every call."""
+    draw = torch.Generator().manual_seed(0)
+    context, dispatch = StepContext(), CountingDispatch()
+    context.weights = LossWeights(0.7, 0.3, 0.05)
+    lambda_mlp = LambdaMLP(D, 8, 0.01).double()
+    lambda_mlp.reset(draw, "live")
+    linears = []
+    for i, O in enumerate(OUTS):
+        linear = MoELinear(nn.Linear(D, O).double().requires_grad_(False), f"linear{i}", context, dispatch)
+        router = SparsegenRouter(D, E).double()
+        A, B_ = (torch.randn(E, *shape, generator=draw, dtype=torch.float64) for shape in ((R, D), (O, R)))
+        with torch.no_grad():
+            router.weight.copy_(torch.randn(E, D, generator=draw))
+            for parameter in linear.base_layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=draw))
+        linear.add_adapter("default", ExpertBank(nn.Parameter(A), nn.Parameter(B_), 2.0), router, lambda_mlp, dropout)
+        linears.append(linear)
+    if grouped:
+        group = InputGroup(linears, "default")
+        for linear in linears:
+            linear.groups["default"] = group
+    return linears, context, dispatch
+
+
+def hidden(seed: int = 1) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(B, S, D, generator=draw, dtype=torch.float64).requires_grad_()
+
+
+def read(linears: list[MoELinear], x: Tensor) -> Tensor:
+    # A view for each, as ZeRO-3's hooks hand out: the same memory, not the same object.
+    return torch.cat([linear.adapted(x.view_as(x), "default") for linear in linears], dim=-1)
+
+
+def results(
+    grouped: bool, run: Callable[..., Tensor] = read, decide: Callable[[int], Any] | None = None
+) -> tuple[Tensor, dict[str, Tensor], list[int]]:
+    """Outputs, all gradients (auxiliary losses included) and the sizes of the dispatches."""
+    linears, context, dispatch = make_linears(grouped)
+    if decide is not None:
+        for i, linear in enumerate(linears):
+            linear.router["default"].decide = decide(i)
+    x = hidden()
+    context.begin(None)
+    y = run(linears, x)
+    context.end()
+    assert len(context.stats) == len(OUTS)
+    (y.square().sum() + context.auxiliary_loss()).backward()
+    gradients = {f"{i}.{n}": p.grad for i, linear in enumerate(linears) for n, p in linear.named_parameters()}
+    gradients |= {n: p.grad for n, p in linears[0].lambda_mlps["default"].named_parameters()}
+    return y, {"x": x.grad} | {n: g for n, g in gradients.items() if g is not None}, dispatch.sizes
+
+
+def never_the_same_twice(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+
+    def decide(logits_TE: Tensor, lam_T: Tensor) -> Tensor:
+        support = torch.rand(logits_TE.shape, generator=draw) < 0.5
+        support[:, 0] |= ~support.any(-1)
+        return support
+
+    return decide
+
+
+def test_a_group_gives_what_its_linears_give_alone_in_one_dispatch() -> None:
+    (y, gradients, sizes), (y_alone, gradients_alone, sizes_alone) = results(True), results(False)
+    assert sizes == [3] and sizes_alone == [1, 1, 1]
+    torch.testing.assert_close(y, y_alone, rtol=1e-12, atol=1e-12)
+    assert set(gradients) == set(gradients_alone) and len(gradients) == 1 + 3 * 3 + 4
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_alone[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_checkpointed_group_replays() -> None:
+    linears, context, _ = make_linears(True)
+
+    def checkpointed(linears: list[MoELinear], x: Tensor) -> Tensor:
+        contexts = linears[0].context.checkpoint_contexts
+        return checkpoint(read, linears, x, use_reentrant=False, context_fn=contexts)
+
+    y, expected, _ = results(True, decide=never_the_same_twice)
+    y_again, found, sizes = results(True, checkpointed, never_the_same_twice)
+    assert y.equal(y_again) and sizes == [3, 3]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_has_one_mask_for_the_group() -> None:
+    linears, _, _ = make_linears(True, dropout=0.5)
+    x = hidden()
+    torch.manual_seed(0)
+    y = read(linears, x)
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    plain, _, _ = make_linears(False)
+    expected = read(plain, dropped)
+    base = [torch.cat([linear.base_layer(t) for linear in linears], dim=-1) for t in (x, dropped)]
+    torch.testing.assert_close(y - base[0], expected - base[1])
+
+
+def test_a_follower_that_reads_another_tensor_goes_alone() -> None:
+    linears, _, dispatch = make_linears(True)
+    alone, _, _ = make_linears(False)
+    x, other = hidden(), hidden(seed=2)
+    torch.testing.assert_close(linears[0].adapted(x, "default"), alone[0].adapted(x, "default"))
+    torch.testing.assert_close(linears[1].adapted(other, "default"), alone[1].adapted(other, "default"))
+    torch.testing.assert_close(linears[2].adapted(x, "default"), alone[2].adapted(x, "default"))
+    assert dispatch.sizes[:2] == [3, 1]
+    # Nor does what waited for it reach the next forward.
+    torch.testing.assert_close(read(linears, other), read(alone, other))
+
+
+def test_a_follower_that_reads_a_part_of_the_tensor_goes_alone() -> None:
+    linears, _, _ = make_linears(True)
+    alone, _, _ = make_linears(False)
+    x = hidden()
+    linears[0].adapted(x, "default")
+    first = x[:, :1]  # begins at the same address
+    torch.testing.assert_close(linears[1].adapted(first, "default"), alone[1].adapted(first, "default"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_groups_of_a_decoder_are_found_by_running_it(architecture: str) -> None:
+    model = tiny_backbone(architecture, torch.float32, torch.device("cpu"))
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    groups = find_input_groups(model, names)
+    assert torch.get_rng_state().equal(state)
+    for layer in range(2):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        assert [f"{attention}.{n}_proj" for n in "qkv"] in groups and [f"{attention}.o_proj"] in groups
+        assert [f"{mlp}.gate_proj", f"{mlp}.up_proj"] in groups and [f"{mlp}.down_proj"] in groups
+    assert len(groups) == 8
+    some = [f"model.layers.0.self_attn.{n}_proj" for n in "kv"]
+    assert find_input_groups(model, some) == [some]
+
+
+def test_a_model_that_cannot_be_copied_dispatches_each_alone() -> None:
+    names = ["0", "1"]
+    assert find_input_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), names) == [["0"], ["1"]]
