@@ -43,7 +43,7 @@ def inside(name: str, package: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """"method" for "method/layer.py"."""
+    """ "method" for "method/layer.py"."""
     room = module.removesuffix(".py").split("/")[0]
     return PACKAGES_OWN if room == "__init__" else room
 
@@ -114,7 +114,10 @@ def test_the_walk_finds_what_is_forbidden(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("method/x.py", "import torch\nfrom torch import Tensor, nn\nfrom ldmole_dist.method.losses import router_z_loss"),
+        (
+            "method/x.py",
+            "import torch\nfrom torch import Tensor, nn\nfrom ldmole_dist.method.losses import router_z_loss",
+        ),
         ("parallel/x.py", "import torch.distributed as dist\nfrom ldmole_dist.method.layer import Dispatch"),
         ("engine/x.py", "import deepspeed\nfrom ldmole_dist.config import Config"),
         ("trainer.py", "from ldmole_dist.engine.build import Engine\nfrom ldmole_dist import LdMoleConfig"),

@@ -187,9 +187,7 @@ def test_two_active_adapters_are_refused(two_adapters: tuple[PeftModel, Tensor, 
         model.base_model.set_adapter(["default", "other"])
 
 
-def test_deleting_one_adapter_leaves_the_other(
-    two_adapters: tuple[PeftModel, Tensor, Tensor], tmp_path: Path
-) -> None:
+def test_deleting_one_adapter_leaves_the_other(two_adapters: tuple[PeftModel, Tensor, Tensor], tmp_path: Path) -> None:
     model, first, _ = two_adapters
     model.delete_adapter("other")
     assert not any(".other" in name for name, _ in model.named_parameters())
@@ -205,7 +203,10 @@ def test_saving_one_of_several_and_loading_it_beside_another(
     model, first, second = two_adapters
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "other" / "adapter_model.safetensors")
-    assert "base_model.lambda_mlp.48.fc1.weight" in saved and saved["base_model.lambda_mlp.48.fc1.weight"].shape == (5, 48)
+    assert "base_model.lambda_mlp.48.fc1.weight" in saved and saved["base_model.lambda_mlp.48.fc1.weight"].shape == (
+        5,
+        48,
+    )
     again = PeftModel.from_pretrained(backbone(), str(tmp_path))
     again.load_adapter(str(tmp_path / "other"), adapter_name="second")
     torch.testing.assert_close(logits(again), first, rtol=0, atol=0)
@@ -341,7 +342,14 @@ def test_config_ranges(field: str, value: Any) -> None:
 
 def test_config_defaults_are_the_papers() -> None:
     c = LdMoleConfig()
-    assert (c.num_experts, c.r, c.lora_alpha, c.lora_dropout, c.lambda_hidden, c.lambda_eps) == (8, 8, 16, 0.1, 256, 0.01)
+    assert (c.num_experts, c.r, c.lora_alpha, c.lora_dropout, c.lambda_hidden, c.lambda_eps) == (
+        8,
+        8,
+        16,
+        0.1,
+        256,
+        0.01,
+    )
     assert c.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

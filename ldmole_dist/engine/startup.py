@@ -46,6 +46,8 @@ def start(timeout_minutes: float = 30.0) -> Process:
     """
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 renamed; a user can do nothing about it, at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Nor about PEFT 0.21 asking transformers 5.23 for an attribute by its old name, at every injection.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
     if "RANK" not in os.environ and not _inside_mpirun():
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())

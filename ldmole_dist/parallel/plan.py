@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IMPROVEMENTS = 2  # single changes tried after the best prefix; one reached the optimum in every cell of the test's sweep
+IMPROVEMENTS = (
+    2  # single changes tried after the best prefix; one reached the optimum in every cell of the test's sweep
+)
 
 
 @dataclass(frozen=True)

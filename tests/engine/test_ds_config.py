@@ -50,7 +50,9 @@ def test_precision_is_the_run_configs(precision: str) -> None:
     # bf16 keeps its trainable parameters in float32: a float32 run to DeepSpeed.
     assert "bf16" not in resolved
     assert resolved.get("fp16", {"enabled": False})["enabled"] is (precision == "fp16")
-    assert resolve(load_ds_config("zero0"), precision="fp16")["gradient_clipping"] == 0.5  # DeepSpeed unscales and clips
+    assert (
+        resolve(load_ds_config("zero0"), precision="fp16")["gradient_clipping"] == 0.5
+    )  # DeepSpeed unscales and clips
 
 
 def test_values_equal_to_the_runs_are_accepted() -> None:

@@ -144,7 +144,10 @@ def test_auxiliary_loss_is_the_weighted_mean_over_linears() -> None:
     assert context.auxiliary_loss() == 0.0
     context.begin(MASK)
     plain(layers, context, hidden())
-    assert [len(values) for values in context.terms.values()] == [2, 2, 2] and set(context.stats) == {"linear0", "linear1"}
+    assert [len(values) for values in context.terms.values()] == [2, 2, 2] and set(context.stats) == {
+        "linear0",
+        "linear1",
+    }
     mean = {name: (values[0] + values[1]) / 2 for name, values in context.terms.items()}
     torch.testing.assert_close(
         context.auxiliary_loss(), 0.7 * mean["balance"] + 0.3 * mean["sparsity"] + 0.05 * mean["z"]

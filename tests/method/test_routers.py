@@ -109,7 +109,9 @@ def test_the_two_steps_of_a_router_are_sparsegen() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck_linear(bias: bool) -> None:
     x, weight, b = (torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((5, 4), (3, 4), (3,)))
-    assert torch.autograd.gradcheck(lambda *a: linear(a[0], a[1], a[2] if bias else None, torch.float64), (x, weight, b))
+    assert torch.autograd.gradcheck(
+        lambda *a: linear(a[0], a[1], a[2] if bias else None, torch.float64), (x, weight, b)
+    )
     torch.testing.assert_close(linear(x, weight, b, torch.float64), F.linear(x, weight, b))
 
 

@@ -86,7 +86,11 @@ def make_inputs(scenario: Scenario, rank: int) -> tuple[Tensor, list[Tensor], li
     """x, p of each linear and the gradients of the outputs; every rank can make those of all."""
     draw = torch.Generator().manual_seed(100 + rank)
     T, wide = scenario.tokens[rank], torch.promote_types(scenario.dtype, torch.float32)
-    x = torch.randn(T, D, generator=draw, dtype=torch.float64).to(scenario.dtype).requires_grad_(scenario.input_gradient)
+    x = (
+        torch.randn(T, D, generator=draw, dtype=torch.float64)
+        .to(scenario.dtype)
+        .requires_grad_(scenario.input_gradient)
+    )
     weights = [s * (torch.rand(s.shape, generator=draw) + 0.1).to(wide) for s in supports(scenario, rank, draw)]
     dy = [torch.randn(T, O, generator=draw, dtype=torch.float64).to(scenario.dtype) for O in scenario.outs]
     return x, [p.requires_grad_() for p in weights], dy

@@ -19,7 +19,9 @@ def broken() -> dict[str, float]:
 def test_cases_cover_stages_and_every_ep_size() -> None:
     plan = list_cases(4)
     details = [(case.name, *case.args) for case in plan]
-    assert {a for a in details if a[0] == "updates"} == {("updates", "llama", s, p, True) for s in range(4) for p in (1, 2, 4)}
+    assert {a for a in details if a[0] == "updates"} == {
+        ("updates", "llama", s, p, True) for s in range(4) for p in (1, 2, 4)
+    }
     assert len([a for a in details if a[0] == "gradients"]) == 2 * 3 * 2 + 2
     assert {a for a in details if a[0] == "replay"} == {("replay", p) for p in (1, 2, 4)}
     partitioned = [case for case in plan if case.name == "updates" and case.args[1] == 3]
