@@ -43,7 +43,7 @@ def selftest(size: int | None = None, out: Callable[[str], None] = print) -> boo
     """
     size = size or _default_size()
     failures, plan = 0, list_cases(size)
-    out(f"{'case':12} {'detail':44} {'distance':>8} {'allowed':>8}       {'s':>5}  largest at")
+    out(f"{'case':12} {'detail':52} {'distance':>8} {'allowed':>8}       {'s':>5}  largest at")
     with LocalRanks(size) as ranks:
         for case in plan:
             begun = time.perf_counter()
@@ -58,7 +58,7 @@ def selftest(size: int | None = None, out: Callable[[str], None] = print) -> boo
             verdict = "ok" if ok else "FAIL"
             whose = whose.removeprefix("base_model.").replace(".default", "")
             out(
-                f"{case.name:12} {case.detail:44} {measured} {case.tolerance:8.0e} {verdict:>5} {seconds:5.1f}  {whose}"
+                f"{case.name:12} {case.detail:52} {measured} {case.tolerance:8.1e} {verdict:>5} {seconds:5.1f}  {whose}"
             )
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "peft"))
     on_gpu = torch.cuda.device_count() >= size

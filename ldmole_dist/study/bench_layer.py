@@ -4,6 +4,9 @@ Timed is forward + backward of what LD-MoLE adds besides router and lambda-MLP: 
 A and B. The frozen linear and the routing are timed beside it, so that nobody takes a ratio of the experts for one of
 the whole layer.
 
+On a machine that does other work too, set OMP_NUM_THREADS=1: threads that wait for each other spin, and the small kernels
+of the sparse formulation then measure the neighbours.
+
 Shapes: T tokens, D in- and out-features, O out-features, E experts, R LoRA rank, K active experts of a token.
 """
 
@@ -221,7 +224,7 @@ def print_table(results: Sequence[Result]) -> None:
     if device.type == "cuda":
         machine, clock = torch.cuda.get_device_name(device), "wall clock"
     else:
-        machine, clock = f"cpu ({platform.machine()}), {torch.get_num_threads()} threads", "CPU time of all threads"
+        machine, clock = f"cpu ({platform.machine()}), threads: {torch.get_num_threads()}", "CPU time of all threads"
     print(f"experts of one adapted linear, forward + backward, float32, on {machine}, torch {torch.__version__}")
     print(f"ms: {clock}, median of {len(results[0].milliseconds)} turns; saved: for the backward, beyond x, p, A, B")
     for case in dict.fromkeys(result.case for result in results):
