@@ -10,7 +10,7 @@ from ldmole_dist.parallel.plan import GroupSizes, cheapest_ships, elements, opti
 
 
 def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: int) -> Tensor:
-    """(G, T, P, L): about k active experts a token, drawn with probabilities that fall off as a power law of exponent `skew`."""
+    """(G, T, P, L): about k active experts a token, their popularity a power law of exponent `skew`."""
     generator = torch.Generator().manual_seed(seed)
     popularity = torch.arange(1, P * L + 1).float().pow(-skew)[torch.randperm(P * L, generator=generator)]
     scores = torch.rand(G, T, P * L, generator=generator).pow(1 / popularity)
