@@ -86,6 +86,7 @@ def _train(args: argparse.Namespace) -> int:
     from ldmole_dist.training import train
 
     result = train(config)
+    torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
         out = config.run.output_dir
         print(", ".join(f"{name} {value:.4f}" for name, value in result.items()) or "trained")

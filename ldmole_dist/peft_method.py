@@ -301,13 +301,11 @@ def is_expert_tensor(name: str) -> bool:
 
 def _check_fits(model: nn.Module, config: LdMoleConfig, adapter_name: str, loaded: dict[str, Tensor]) -> set[str]:
     """The expert tensors among the loaded ones. Raises ValueError where the adapter belongs to another backbone."""
-    experts = set()
-    for name, parameter in model.named_parameters():
-        if f".{adapter_name}." not in f"{name}.":
-            continue
+    mine = _adapter_parameters(model, adapter_name)
+    experts = {name for name in mine if is_expert_tensor(name)}
+    for name, parameter in mine.items():
         shape = tuple(parameter.shape)
-        if is_expert_tensor(name):
-            experts.add(name)
+        if name in experts:
             shape = (config.num_experts, *shape[1:])
         if name not in loaded or tuple(loaded[name].shape) != shape:
             found = tuple(loaded[name].shape) if name in loaded else "nothing"
@@ -315,15 +313,28 @@ def _check_fits(model: nn.Module, config: LdMoleConfig, adapter_name: str, loade
                 f"this adapter was made for another backbone ({config.base_model_name_or_path}): "
                 f"{name} needs {shape}, the adapter has {found}; load it on the backbone that it was trained on"
             )
-    spare = [
-        name for name in loaded if f".{adapter_name}." in f"{name}." and name not in dict(model.named_parameters())
-    ]
-    if unexpected := spare + [name for name in loaded if is_expert_tensor(name) and name not in experts]:
+    if unexpected := sorted(set(loaded) - set(mine) - {name for name, _ in model.named_parameters()}):
         raise ValueError(
             f"this adapter was made for another backbone ({config.base_model_name_or_path}): it has {unexpected[0]}, "
             "which this model does not; load it on the backbone that it was trained on"
         )
     return experts
+
+
+def _adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The parameters that belong to an adapter, found by what holds them: its name may also be that of a module."""
+    holders: dict[type[nn.Module], tuple[str, ...]] = {
+        LdMoleLinear: ("lora_A", "lora_B", "router"),
+        LdMoleModel: ("lambda_mlp",),
+        ModulesToSaveWrapper: ("modules_to_save",),
+    }
+    found = {}
+    for path, module in model.named_modules():
+        for holder in holders.get(type(module), ()):
+            for name, parameter in getattr(module, holder).named_parameters():
+                if name.partition(".")[0] == adapter_name:
+                    found[f"{path}.{holder}.{name}"] = parameter
+    return found
 
 
 def _check_every_target_matches(model: nn.Module, config: LdMoleConfig) -> None:

@@ -303,6 +303,14 @@ def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path, sizes: dict[s
     assert named in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["weight", "layers"])
+def test_an_adapter_may_be_called_like_a_part_of_the_model(tmp_path: Path, name: str) -> None:
+    saved = move(adapt())
+    saved.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(backbone(), tmp_path, adapter_name=name)
+    torch.testing.assert_close(logits(model), logits(saved))
+
+
 def test_a_damaged_adapter_file_is_refused(tmp_path: Path) -> None:
     adapt().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
