@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     layer = bench.add_parser("layer", help="the experts of one linear against the authors' formulation")
     layer.add_argument("--repeats", type=int, default=5, help="timed runs of each, interleaved")
     layer.set_defaults(call=_bench_layer)
+    dispatch = bench.add_parser("dispatch", help="strategies that bring tokens and experts together, on 2 and 4 ranks")
+    dispatch.add_argument("--turns", type=int, default=5, help="timed runs of each, interleaved")
+    dispatch.set_defaults(call=_bench_dispatch)
     return parser
 
 
@@ -131,6 +134,13 @@ def _bench_layer(args: argparse.Namespace) -> int:
     from ldmole_dist.study.bench_layer import DEFAULT_CASES, bench_layer, print_table
 
     print_table(bench_layer(DEFAULT_CASES, args.repeats))
+    return 0
+
+
+def _bench_dispatch(args: argparse.Namespace) -> int:
+    from ldmole_dist.study.bench_dispatch import Sizes, bench_dispatch, print_table
+
+    print_table(bench_dispatch(turns=args.turns), Sizes())
     return 0
 
 

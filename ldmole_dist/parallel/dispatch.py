@@ -8,7 +8,7 @@ padded, and every mode gives what one process with all experts would, to roundin
 An expert that travels is kept for the backward, as every saved tensor is; a recomputed forward fetches it again.
 
 Shapes: T tokens on this rank, D in-features, O out-features, E experts in all, L experts held here, R LoRA rank, P ranks
-of the expert-parallel group, G linears in the input group, N rows sent, M rows received, W experts received.
+of the expert-parallel group, G linears in the input group, N rows sent, M rows received, W experts here, own and lent.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
     recv_linear_rows: list[list[int]]
     send_ships: list[list[int]]
     recv_ships: list[list[int]]
-    here_counts: list[list[int]]  # this rank's tokens at its own experts, then at those that come here
+    here_counts: list[list[int]]  # this rank's tokens at its own experts and those that come here, by index
     recv_counts: list[list[int]]  # the rows received, at its own experts
 
 
@@ -135,7 +135,7 @@ class ExpertParallelDispatch:
             send_ships=[[sum(of_rank[g]) for of_rank in lent] for g in range(G)],
             recv_ships=[[sum(of_rank[g]) for of_rank in shipped] for g in range(G)],
             here_counts=[
-                pairs[self.rank][g] + [pairs[q][g][e] for q in range(self.size) for e in range(L) if shipped[q][g][e]]
+                [pairs[q][g][e] for q in range(self.size) for e in range(L) if shipped[q][g][e] or q == self.rank]
                 for g in range(G)
             ],
             recv_counts=recv_counts,
@@ -173,7 +173,8 @@ class ExpertParallelDispatch:
         )
         outputs = []
         for g, bank in enumerate(banks):
-            p_TW, bank_W = self._here(p_GTPL[g], plan.shipped_PGL[:, g], bank, weights[g])
+            before = sum(plan.recv_ships[g][: self.rank])
+            p_TW, bank_W = self._here(p_GTPL[g], plan.shipped_PGL[:, g], bank, weights[g], before)
             y_TO = apply_experts(x_TD, p_TW, bank_W, plan.here_counts[g])
             token_S = torch.nonzero_static(need_GTP[g].t(), size=len(returned[g]))[:, 1]
             # One partial sum from each remote rank: added above half precision.
@@ -205,18 +206,21 @@ class ExpertParallelDispatch:
         A, B = bank.A_LRD.index_select(0, expert), bank.B_LOR.index_select(0, expert)
         return torch.cat([A.flatten(1), B.flatten(1)], dim=1).to(dtype)
 
-    def _here(self, p_TPL: Tensor, shipped_PL: Tensor, bank: ExpertBank, weights: Tensor) -> tuple[Tensor, ExpertBank]:
-        """The experts that are here, own ones first, and this rank's tokens' weights for them."""
-        p_TL = p_TPL[:, self.rank]
+    def _here(
+        self, p_TPL: Tensor, shipped_PL: Tensor, bank: ExpertBank, weights: Tensor, before: int
+    ) -> tuple[Tensor, ExpertBank]:
+        """The experts that are here, `before` of those that came ahead of the own ones, and the weights of this rank's tokens
+        for them. In order of their index: with all of them here a sum is formed as one process forms it."""
         if len(weights) == 0:
-            return p_TL, bank
+            return p_TPL[:, self.rank], bank
         _, rank, in_features = bank.A_LRD.shape
         A, B = weights.split([rank * in_features, weights.shape[1] - rank * in_features], dim=1)
-        source, expert = torch.nonzero_static(shipped_PL, size=len(weights)).unbind(1)
-        p_TW = torch.cat([p_TL, p_TPL.flatten(1).index_select(1, source * shipped_PL.shape[1] + expert)], dim=1)
-        A_all = torch.cat([bank.A_LRD.to(A.dtype), A.unflatten(1, (rank, in_features))])
-        B_all = torch.cat([bank.B_LOR.to(B.dtype), B.unflatten(1, (-1, rank))])
-        return p_TW, ExpertBank(A_all, B_all, bank.scaling)
+        A, B = A.unflatten(1, (rank, in_features)), B.unflatten(1, (-1, rank))
+        here_PL = shipped_PL.index_fill(0, _index(self.rank, shipped_PL), True)
+        index_W = torch.nonzero_static(here_PL.flatten(), size=len(weights) + len(bank.A_LRD))[:, 0]
+        A_WRD = torch.cat([A[:before], bank.A_LRD.to(A.dtype), A[before:]])
+        B_WOR = torch.cat([B[:before], bank.B_LOR.to(B.dtype), B[before:]])
+        return p_TPL.flatten(1).index_select(1, index_W), ExpertBank(A_WRD, B_WOR, bank.scaling)
 
     def _sums(self, x_MD: Tensor, gates_ML: Tensor, bank: ExpertBank, counts: list[int], number: int) -> Tensor:
         """The held experts' weighted sums of the rows that came for this linear, in their order."""

@@ -63,7 +63,7 @@ def test_one_process_loads_what_two_ranks_trained(tmp_path: Path, ranks2: LocalR
     trained = ranks2.run(
         train_and_export, str(config), [f"parallelism.deepspeed=zero{stage}"], str(tmp_path / "adapter")
     )
-    assert trained[0].equal(trained[1])
+    torch.testing.assert_close(trained[0], trained[1])  # not bit for bit: a rank adds what comes to what it holds
 
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     banks = {name: tensor for name, tensor in saved.items() if "lora_" in name}
