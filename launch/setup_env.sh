@@ -44,9 +44,9 @@ setup_env() {
         torch="torch==2.13.0"
     fi
     echo "setup_env: installing $torch"
-    "$python" -m pip install -q "$torch"
+    "$python" -m pip install "$torch"
     echo "setup_env: installing ldmole-dist${extras:+[$extras]} and what it needs"
-    "$python" -m pip install -q --editable "$root${extras:+[$extras]}"
+    "$python" -m pip install --editable "$root${extras:+[$extras]}"
     # Last, so that an interrupted installation is taken up again by the next run.
     printf '%s\n' "$checksum" >"$stamp"
 }

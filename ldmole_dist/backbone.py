@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -41,6 +42,24 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_backbone(path: str) -> PretrainedConfig:
+    """The config of a backbone that can be adapted; its weights are not touched.
+
+    Raises:
+        UserError: where there is none, or its weights are quantised.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.path={path!r} cannot be loaded: {_first_line(error)}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"backbone {path!r} is quantised: its linears hold packed integers, which ZeRO-3 cannot partition and the "
+            "experts' parity was never tested on; use the unquantised weights (bf16 halves them already)"
+        )
+    return config
+
+
 def load_backbone(
     path: str,
     task: str,
@@ -64,13 +83,8 @@ def load_backbone(
         UserError: where the model cannot be loaded, or is quantised.
     """
     options = {"dtype": DTYPES[precision], "attn_implementation": attention}
+    config = check_backbone(path)
     try:
-        config = AutoConfig.from_pretrained(path)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError(
-                f"backbone {path!r} is quantised: its linears hold packed integers, which ZeRO-3 cannot partition and the "
-                "experts' parity was never tested on; use the unquantised weights (bf16 halves them already)"
-            )
         if task == "causal_lm":
             return AutoModelForCausalLM.from_pretrained(path, **options)
         assert labels is not None  # checked with the config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -94,8 +95,9 @@ def _train(args: argparse.Namespace) -> int:
         out = config.run.output_dir
         print(", ".join(f"{name} {value:.4f}" for name, value in result.items()) or "trained")
         print(f"adapter:     {out}/adapter")
-        print(f"TensorBoard: python -m tensorboard.main --logdir {out}/tensorboard")
-        print(f"generate:    python -m ldmole_dist.cli generate {out}/adapter 'YOUR PROMPT'")
+        python = shlex.quote(sys.executable)
+        print(f"TensorBoard: {python} -m tensorboard.main --logdir {out}/tensorboard")
+        print(f"generate:    {python} -m ldmole_dist.cli generate {out}/adapter 'YOUR PROMPT'")
     return 0
 
 
@@ -103,8 +105,13 @@ def _validate(args: argparse.Namespace) -> int:
     from ldmole_dist.config import check_parallelism, load_config
 
     config = load_config(args.config, args.overrides)
-    if args.ranks is not None:
+    from ldmole_dist.engine.ds_config import load_ds_config, resolve_run
+
+    if args.ranks is None:
+        load_ds_config(config.parallelism.deepspeed)
+    else:
         check_parallelism(config, args.ranks)
+        resolve_run(config, args.ranks)
     print(f"{args.config} is valid" + ("" if args.ranks is None else f" for {args.ranks} ranks"))
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Collection
 from typing import Any
@@ -36,9 +37,11 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str
         return hook
 
     if isinstance(model, PreTrainedModel):
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = "eager"  # fused kernels have no meta implementation; who reads what is the same
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-                twin = type(model)(model.config).eval()
+                twin = type(model)(config).eval()
                 for name, module in twin.named_modules():
                     if name in names:
                         module.register_forward_pre_hook(remember(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +39,9 @@ class Monitor:
             self._report(self._evaluations, step, values, "eval")
 
     def _report(self, file: TextIO, step: int, values: dict[str, Any], section: str) -> None:
-        file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no infinity: the gradient norm of a skipped step is null.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        file.write(json.dumps({"step": step, **finite}) + "\n")
         file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{section}/{name}", value, step)

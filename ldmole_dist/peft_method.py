@@ -10,6 +10,7 @@ once, `base_model.lambda_mlp.<D>.fc1.weight` and so on.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -148,7 +149,8 @@ class LdMoleModel(BaseTuner):
         model.register_forward_hook(self._end)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.context.begin(kwargs.get("attention_mask"))
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        self.context.begin(given.get("attention_mask"))
 
     def _end(self, *_: Any) -> None:
         self.context.end()

@@ -10,7 +10,8 @@ import multiprocessing.connection
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 
 from ldmole_dist.engine.startup import free_port, start
+
+_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 class RankFailed(RuntimeError):
@@ -100,19 +103,33 @@ class LocalRanks:
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         port = free_port()
-        for rank in range(self.size):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
+        with _environment(_CPU if torch.cuda.device_count() < self.size else {}):
+            for rank in range(self.size):
+                ours, theirs = spawn.Pipe()
+                process = spawn.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(ours)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables for the processes started within: DeepSpeed chooses its device when it is imported, before `_serve`."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    if torch.cuda.device_count() < size:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
         torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)

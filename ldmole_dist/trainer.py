@@ -62,7 +62,6 @@ class Trainer:
         self.folder = Path(config.run.output_dir)
         self.monitor = Monitor(self.folder, process.is_main, first_step)
         self.context = tuner_of(engine.module).context
-        self.skipped = 0  # optimizer steps whose fp16 gradients overflowed
 
     def run(self) -> dict[str, float]:
         """Train to the last step.
@@ -74,7 +73,8 @@ class Trainer:
             NonFiniteLoss: on every rank, naming step, rank and layer.
         """
         run = self.config.run
-        result = self._evaluate(self.first_step) if self.first_step == 0 else {}
+        finished = self.first_step >= self.last_step
+        result = self._evaluate(self.first_step) if self.first_step == 0 or finished else {}
         steps = tqdm(
             range(self.first_step + 1, self.last_step + 1),
             desc="training",
@@ -87,10 +87,10 @@ class Trainer:
             metrics = self._step(step)
             self.monitor.step(step, metrics)
             steps.set_postfix(loss=f"{metrics['loss']:.3f}", experts=f"{metrics['experts_per_token']:.2f}")
-            if run.save_every and step % run.save_every == 0:
-                save_checkpoint(self.engine, self.folder / "checkpoints", step, self.process, run.keep_last)
             if step == self.last_step or (run.eval_every and step % run.eval_every == 0):
                 result = self._evaluate(step)
+            if run.save_every and step % run.save_every == 0:
+                save_checkpoint(self.engine, self.folder / "checkpoints", step, self.process, run.keep_last)
         self.monitor.close()
         return result
 
@@ -142,8 +142,7 @@ class Trainer:
                 "go on from the last checkpoint with a smaller learning rate; "
                 f"{explain_nonfinite(engine, batches[0], False)}"
             )
-        self.skipped += engine.overflowed
-        metrics["skipped_steps"] = self.skipped
+        metrics["skipped_steps"] = engine.skipped_steps
         metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
         return metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,18 +13,25 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ldmole_dist.backbone import enable_gradient_checkpointing, load_adapter, load_backbone, load_tokenizer, new_adapter
+from ldmole_dist.backbone import (
+    check_backbone,
+    enable_gradient_checkpointing,
+    load_adapter,
+    load_backbone,
+    load_tokenizer,
+    new_adapter,
+)
 from ldmole_dist.checkpoint import export_adapter, latest_checkpoint, load_checkpoint
 from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
 from ldmole_dist.data.batches import TrainingOrder
 from ldmole_dist.data.encode import Encoder
 from ldmole_dist.data.rows import read_rows
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config, stage_of
+from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.partitioned import partitioned_loading
-from ldmole_dist.engine.startup import Process, agreed, start
+from ldmole_dist.engine.startup import Process, agreed, from_main, start
 from ldmole_dist.evaluate import Evaluator, single_token_choices
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
@@ -43,16 +51,7 @@ def train(config: Config) -> dict[str, float]:
     process = start(config.parallelism.timeout_minutes)
     with agreed("checking the config"):
         check_parallelism(config, process.world_size)
-        ds_config = load_ds_config(config.parallelism.deepspeed)
-        accumulation = accumulation_steps(config, process.world_size)
-        ds_config = resolve_ds_config(
-            ds_config,
-            micro_batch_size=config.optimisation.micro_batch_size,
-            accumulation=accumulation,
-            max_grad_norm=config.optimisation.max_grad_norm,
-            precision=config.parallelism.precision,
-            ep_size=config.parallelism.ep_size,
-        )
+        ds_config = resolve_run(config, process.world_size)
     with agreed("reading the data"):
         tokenizer = load_tokenizer(config.backbone.path)
         data, task = config.data, config.backbone.task
@@ -68,10 +67,11 @@ def train(config: Config) -> dict[str, float]:
             choices = single_token_choices(data.labels, [encoder.answer_ids(label) for label in data.labels])
     with agreed("preparing the output folder"):
         folder = Path(config.run.output_dir)
-        resumed = latest_checkpoint(folder / "checkpoints") if config.run.resume == "auto" else None
-    with agreed("preparing the output folder"):
+        resumed = None
         if process.is_main:
+            resumed = latest_checkpoint(folder / "checkpoints") if config.run.resume == "auto" else None
             _prepare_folder(folder, config, keep=resumed is not None)
+    resumed = from_main(resumed)  # a network file system may show the others an older folder
 
     parallel = expert_parallel(config.parallelism.ep_size, config.parallelism.dispatch)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
@@ -96,7 +96,7 @@ def train(config: Config) -> dict[str, float]:
         config, engine, examples, order, evaluator, tokenizer.pad_token_id, process, first_step, total_steps
     )
     if process.is_main:
-        _announce(model, config, process, first_step, total_steps, accumulation)
+        _announce(model, config, process, first_step, total_steps)
     result = trainer.run()
     export_adapter(engine, folder / "adapter", process)
     return result
@@ -114,7 +114,13 @@ def build_model(
     torch.manual_seed(config.run.seed)  # a new classification head is drawn when the backbone is loaded
     if process.is_main:
         tqdm.write(f"loading {b.path}")
-    with partitioned_loading(stage, config.parallelism.precision):
+    with agreed("looking at the backbone"):
+        check_backbone(b.path)
+    # Partitioned loading consists of collectives, which a rank that fails would leave the others in.
+    with (
+        partitioned_loading(stage, config.parallelism.precision),
+        agreed("loading the backbone") if stage < 3 else nullcontext(),
+    ):
         backbone = load_backbone(
             b.path,
             b.task,
@@ -179,12 +185,10 @@ def _prepare_folder(folder: Path, config: Config, keep: bool) -> None:
     (folder / "config.yaml").write_text(dump_config(config))
 
 
-def _announce(
-    model: PeftModel, config: Config, process: Process, first_step: int, total_steps: int, accumulation: int
-) -> None:
+def _announce(model: PeftModel, config: Config, process: Process, first_step: int, total_steps: int) -> None:
     _, backbone = model.get_nb_trainable_parameters()
     held = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    p = config.parallelism
+    p, accumulation = config.parallelism, accumulation_steps(config, process.world_size)
     tqdm.write(
         f"{process.world_size} rank(s) on {process.device.type}, {p.deepspeed}, ep_size {p.ep_size}, {p.precision}: "
         f"{held:,} trainable parameters held by each rank; steps {first_step + 1} to {total_steps}, {accumulation} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,8 @@ class Engine:
         self.parallel: ExpertParallel = tuner.parallel
         self.max_grad_norm = max_grad_norm
         self.grad_norm = 0.0
-        self._clips_itself = self.stage == 0 and "fp16" not in ds_config
+        self._fp16 = "fp16" in ds_config
+        self._clips_itself = self.stage == 0
         ep_size = self.parallel.size
         mark_experts(model, model.active_peft_config.num_experts, ep_size, self.stage)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -70,24 +72,27 @@ class Engine:
         """Gradients of a micro-batch, to be averaged over ranks and micro-batches by DeepSpeed."""
         self.deepspeed.backward(loss)
 
-    def step(self) -> bool:
-        """After every micro-batch; at an accumulation boundary it clips and updates.
-
-        Returns:
-            Whether the parameters were updated: False in between, and where fp16 gradients overflowed.
-        """
+    def step(self) -> None:
+        """After every micro-batch; at an accumulation boundary it clips and updates, unless gradients are not finite."""
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         if boundary and self._clips_itself:
             self.grad_norm = clip_local_gradients(self.module, self.max_grad_norm, self.parallel)
         self.deepspeed.step()
         if boundary and not self._clips_itself:
             self.grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
-        return boundary and not self.overflowed
+            if getattr(self.deepspeed.optimizer, "overflow", False):
+                self.grad_norm = math.inf  # skipped by DeepSpeed, in any precision
 
     @property
     def overflowed(self) -> bool:
-        """Whether fp16 gradients of the last step overflowed, so that it was skipped and the loss scale lowered."""
-        return bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        """Whether the last step was skipped because its fp16 gradients overflowed, as happens until the loss scale fits. In
+        another precision a gradient that is not finite is an error."""
+        return self._fp16 and not math.isfinite(self.grad_norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps skipped since the run began, earlier parts of it included."""
+        return int(self.deepspeed.skipped_steps)
 
     @property
     def learning_rate(self) -> float:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ldmole_dist.config import Config, accumulation_steps
 from ldmole_dist.errors import UserError
 
 SHIPPED = Path(__file__).parents[2] / "ds_configs"
@@ -89,10 +90,8 @@ def resolve_ds_config(
     if zero.get("zero_hpz_partition_size", 1) > 1 and ep_size > 1:
         raise UserError("zero_hpz_partition_size does not work with ep_size > 1 in this DeepSpeed: remove one of them")
     if precision == "fp16":
-        if stage == 0 and ep_size > 1:
-            raise UserError(
-                "fp16 with expert parallelism needs ZeRO stage 1, 2 or 3: choose parallelism.deepspeed=zero1"
-            )
+        if stage == 0:
+            raise UserError("fp16 needs ZeRO stage 1, 2 or 3: choose parallelism.deepspeed=zero1")
         config["fp16"] = {"enabled": True}
     elif stage == 0:
         config["gradient_clipping"] = (
@@ -103,3 +102,19 @@ def resolve_ds_config(
     config["zero_force_ds_cpu_optimizer"] = False
     config["steps_per_print"] = 10**12
     return config
+
+
+def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed config of a run on `world_size` ranks.
+
+    Raises:
+        UserError: see `load_ds_config`, `resolve_ds_config` and `accumulation_steps`.
+    """
+    return resolve_ds_config(
+        load_ds_config(config.parallelism.deepspeed),
+        micro_batch_size=config.optimisation.micro_batch_size,
+        accumulation=accumulation_steps(config, world_size),
+        max_grad_norm=config.optimisation.max_grad_norm,
+        precision=config.parallelism.precision,
+        ep_size=config.parallelism.ep_size,
+    )

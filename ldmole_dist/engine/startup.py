@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 
 from ldmole_dist.errors import PeerError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,15 @@ def start(timeout_minutes: float = 30.0) -> Process:
         accelerator.set_device(local_rank)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def from_main(value: T) -> T:
+    """The value that rank 0 has, on every rank; every rank calls it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def free_port() -> int:

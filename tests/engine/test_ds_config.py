@@ -50,9 +50,6 @@ def test_precision_is_the_run_configs(precision: str) -> None:
     # bf16 keeps its trainable parameters in float32: a float32 run to DeepSpeed.
     assert "bf16" not in resolved
     assert resolved.get("fp16", {"enabled": False})["enabled"] is (precision == "fp16")
-    assert (
-        resolve(load_ds_config("zero0"), precision="fp16")["gradient_clipping"] == 0.5
-    )  # DeepSpeed unscales and clips
 
 
 def test_values_equal_to_the_runs_are_accepted() -> None:
@@ -74,7 +71,7 @@ def test_values_equal_to_the_runs_are_accepted() -> None:
         ({"elasticity": {"enabled": True}}, {}, "section 'elasticity'"),
         ({"torch_autocast": {"enabled": True}}, {}, "section 'torch_autocast'"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, {"ep_size": 2}, "zero_hpz_partition_size"),
-        ({"zero_optimization": {"stage": 0}}, {"precision": "fp16", "ep_size": 2}, "deepspeed=zero1"),
+        ({"zero_optimization": {"stage": 0}}, {"precision": "fp16"}, "deepspeed=zero1"),
     ],
 )
 def test_refusals_name_the_value_and_the_remedy(addition: dict[str, Any], run: dict[str, Any], message: str) -> None:
@@ -83,9 +80,8 @@ def test_refusals_name_the_value_and_the_remedy(addition: dict[str, Any], run: d
     assert message in str(raised.value)
 
 
-def test_hpz_and_fp16_are_fine_without_expert_parallelism() -> None:
+def test_hpz_is_fine_without_expert_parallelism() -> None:
     assert resolve({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}})
-    assert resolve(load_ds_config("zero0"), precision="fp16", ep_size=1)["fp16"]["enabled"]
 
 
 @pytest.mark.parametrize(

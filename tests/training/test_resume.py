@@ -20,14 +20,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("stage", "ep_size"), [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
-def test_resume_is_exact(folder: Path, ranks2: LocalRanks, stage: int, ep_size: int) -> None:
+CASES = [(stage, ep_size, "fp32") for stage in (0, 1, 2, 3) for ep_size in (1, 2)] + [(2, 2, "bf16"), (3, 2, "bf16")]
+
+
+@pytest.mark.parametrize(("stage", "ep_size", "precision"), CASES)
+def test_resume_is_exact(folder: Path, ranks2: LocalRanks, stage: int, ep_size: int, precision: str) -> None:
     config = make_config(folder)
-    run = folder / f"run_{stage}_{ep_size}"
+    run = folder / f"run_{stage}_{ep_size}_{precision}"
     overrides = [
         f"run.output_dir={run}",
         f"parallelism.deepspeed=zero{stage}",
         f"parallelism.ep_size={ep_size}",
+        f"parallelism.precision={precision}",
         "run.save_every=3",
     ]
     uninterrupted = ranks2.run(run_training, str(config), *overrides)
