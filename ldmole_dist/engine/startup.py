@@ -61,6 +61,12 @@ def start(timeout_minutes: float = 30.0) -> Process:
         # DeepSpeed would compile a shared-memory operator here (most of a minute, and it needs a compiler); nothing of
         # ours uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Ranks that each take every core of their machine slow each other down many times over.
+            # The number of ranks on this machine, as torchrun, DeepSpeed and Open MPI say it.
+            names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
+            neighbours = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
