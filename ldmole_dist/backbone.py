@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,10 +43,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def check_backbone(path: str) -> PretrainedConfig:
-    """The config of a backbone that can be adapted; its weights are not touched.
+    """The config of a backbone that can be adapted; of its weights only the headers are read.
 
     Raises:
-        UserError: where there is none, or its weights are quantised.
+        UserError: where there is none, its weights are quantised, or a file of them is cut off.
     """
     try:
         config = AutoConfig.from_pretrained(path)
@@ -57,6 +57,12 @@ def check_backbone(path: str) -> PretrainedConfig:
             f"backbone {path!r} is quantised: its linears hold packed integers, which ZeRO-3 cannot partition and the "
             "experts' parity was never tested on; use the unquantised weights (bf16 halves them already)"
         )
+    for weights in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(weights, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{weights} is damaged: {_first_line(error)}; copy or download it again") from error
     return config
 
 

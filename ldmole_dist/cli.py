@@ -23,16 +23,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     call: Callable[[argparse.Namespace], int] = args.call
     try:
         return call(args)
-    except (UserError, NonFiniteLoss, PeerError) as error:
+    except (UserError, NonFiniteLoss) as error:
         # Once the ranks are together, a UserError is raised on the rank that found it and a PeerError on the others; before,
         # and for a loss that all have in common, one rank of every node speaks.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or (
-            isinstance(error, UserError) and torch.distributed.is_initialized()
-        ):
+        together = isinstance(error, UserError) and torch.distributed.is_initialized()
+        if together or _speaks_for_its_node():
             print(f"error: {error}", file=sys.stderr, flush=True)
+    except PeerError as error:
+        if _speaks_for_its_node():
+            print(f"stopped: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     return 1
+
+
+def _speaks_for_its_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:

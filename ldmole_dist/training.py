@@ -31,11 +31,11 @@ from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.partitioned import partitioned_loading
-from ldmole_dist.engine.startup import Process, agreed, from_main, start
+from ldmole_dist.engine.startup import Process, agreed, check_precision, from_main, start
 from ldmole_dist.evaluate import Evaluator, single_token_choices
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.peft_method import LdMoleConfig, spread_experts, tuner_of
+from ldmole_dist.peft_method import LdMoleConfig, is_expert_tensor, spread_experts, tuner_of
 from ldmole_dist.trainer import Trainer
 
 
@@ -52,6 +52,7 @@ def train(config: Config) -> dict[str, float]:
     with agreed("checking the config"):
         check_parallelism(config, process.world_size)
         ds_config = resolve_run(config, process.world_size)
+        check_precision(config.parallelism.precision)
     with agreed("reading the data"):
         tokenizer = load_tokenizer(config.backbone.path)
         data, task = config.data, config.backbone.task
@@ -186,11 +187,16 @@ def _prepare_folder(folder: Path, config: Config, keep: bool) -> None:
 
 
 def _announce(model: PeftModel, config: Config, process: Process, first_step: int, total_steps: int) -> None:
-    _, backbone = model.get_nb_trainable_parameters()
-    held = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(
+        # Under ZeRO-3 a parameter here is a piece; the number of its elements is kept beside it.
+        getattr(parameter, "ds_numel", parameter.numel())
+        * (config.parallelism.ep_size if is_expert_tensor(name) else 1)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
     p, accumulation = config.parallelism, accumulation_steps(config, process.world_size)
     tqdm.write(
         f"{process.world_size} rank(s) on {process.device.type}, {p.deepspeed}, ep_size {p.ep_size}, {p.precision}: "
-        f"{held:,} trainable parameters held by each rank; steps {first_step + 1} to {total_steps}, {accumulation} "
+        f"{trainable:,} trainable parameters; steps {first_step + 1} to {total_steps}, {accumulation} "
         f"micro-batch(es) each"
     )

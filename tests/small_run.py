@@ -7,8 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
+from deepspeed.accelerator import get_accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -60,6 +62,14 @@ def make_data(path: Path, rows: int, task: str = "causal_lm") -> Path:
     return path
 
 
+def make_folder(folder: Path) -> Path:
+    """Backbone, training and evaluation data of a causal run, where `make_config` looks for them."""
+    make_backbone(folder / "backbone")
+    make_data(folder / "train.jsonl", 60)
+    make_data(folder / "eval.jsonl", 12)
+    return folder
+
+
 def make_config(folder: Path, **sections: dict[str, Any]) -> Path:
     """A config over the files of `folder`, with values changed by section."""
     config: dict[str, Any] = {
@@ -89,5 +99,7 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def run_training(path: str, *overrides: str) -> dict[str, float]:
-    """What a rank does; sent to `LocalRanks`."""
-    return train(load_config(path, list(overrides)))
+    """What a rank does; sent to `LocalRanks`. Also in fp16, which DeepSpeed refuses on most CPUs; torch computes it there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+        return train(load_config(path, list(overrides)))

@@ -81,8 +81,9 @@ def resolve_ds_config(
         config[key] = value
     zero = config.setdefault("zero_optimization", {})
     stage = stage_of(config)
-    for section in ("bf16", "fp16"):
-        if config.pop(section, {}).get("enabled", "auto") not in ("auto", False, precision == section):
+    half = {section: config.pop(section, {}) for section in ("bf16", "fp16")}
+    for section, settings in half.items():
+        if settings.get("enabled", "auto") not in ("auto", False, precision == section):
             raise UserError(f"the DeepSpeed config enables {section}: set parallelism.precision instead")
     for section in ("optimizer", "scheduler", "elasticity", "torch_autocast"):
         if section in config:
@@ -92,11 +93,10 @@ def resolve_ds_config(
     if precision == "fp16":
         if stage == 0:
             raise UserError("fp16 needs ZeRO stage 1, 2 or 3: choose parallelism.deepspeed=zero1")
-        config["fp16"] = {"enabled": True}
+        config["fp16"] = half["fp16"] | {"enabled": True}
     elif stage == 0:
-        config["gradient_clipping"] = (
-            0.0  # done by `clip_local_gradients`: DeepSpeed's gets experts wrong at this stage
-        )
+        # Done by `clip_local_gradients`: DeepSpeed's gets experts wrong at this stage.
+        config["gradient_clipping"] = 0.0
     # torch's AdamW is the default optimizer: DeepSpeed's own need a compiler on the machine.
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False

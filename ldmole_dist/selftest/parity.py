@@ -89,38 +89,38 @@ class RoutingFlipped(Exception):
     """Rounding carried a token over the edge of a support, where the gradient jumps: both sides are right and differ."""
 
 
-def updates(architecture: str, stage: int, ep_size: int, checkpointing: bool, **zero: Any) -> dict[str, float]:
+def updates(architecture: str, ds_config: str, ep_size: int, checkpointing: bool, **zero: Any) -> dict[str, float]:
     """float32 through DeepSpeed: the update of every parameter after 3 optimizer steps of 2 micro-batches, clipping on.
 
     Args:
         architecture: "llama" or "qwen3".
-        stage: of ZeRO, 0 to 3.
+        ds_config: name of a DeepSpeed config, as in "zero2".
         ep_size: ranks that share one copy of the experts.
         checkpointing: whether the decoder layers are recomputed in the backward.
         zero: further settings of DeepSpeed's zero_optimization.
     """
     for supply in range(5):
         try:
-            return _updates(architecture, stage, ep_size, checkpointing, zero, first_batch=10_000 * supply)
+            return _updates(architecture, ds_config, ep_size, checkpointing, zero, first_batch=10_000 * supply)
         except RoutingFlipped:
             continue
     raise RoutingFlipped("in five supplies of batches: this is no longer rounding")
 
 
 def _updates(
-    architecture: str, stage: int, ep_size: int, checkpointing: bool, zero: dict[str, Any], first_batch: int
+    architecture: str, ds_config: str, ep_size: int, checkpointing: bool, zero: dict[str, Any], first_batch: int
 ) -> dict[str, float]:
     steps, accumulation = 3, 2
     parallel, process = expert_parallel(ep_size), start()
     world, device = process.world_size, process.device
     model = build(architecture, torch.float32, parallel, checkpointing)
     before = {n: whole(model, n, p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
-    ds_config = load_ds_config(f"zero{stage}")
-    ds_config["zero_optimization"].update(zero)
+    settings = load_ds_config(ds_config)
+    settings["zero_optimization"].update(zero)
     engine = Engine(
         model,
         resolve_ds_config(
-            ds_config,
+            settings,
             micro_batch_size=3,
             accumulation=accumulation,
             max_grad_norm=MAX_GRAD_NORM,

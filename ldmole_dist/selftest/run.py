@@ -89,7 +89,10 @@ def list_cases(size: int) -> list[Case]:
             # At stage 3 DeepSpeed leaves small parameters whole, and here all are small.
             settings = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
             detail = f"ZeRO {stage}, ep {ep_size}, float32, checkpointing"
-            plan.append(Case("updates", detail, FLOAT32, parity.updates, ("llama", stage, ep_size, True), settings))
+            args = ("llama", f"zero{stage}", ep_size, True)
+            plan.append(Case("updates", detail, FLOAT32, parity.updates, args, settings))
+    detail = f"qwen3, ZeRO 3, ep {ep_sizes[-1]}, float32, checkpointing"
+    plan.append(Case("updates", detail, FLOAT32, parity.updates, ("qwen3", "zero3", ep_sizes[-1], True)))
     for ep_size in ep_sizes:
         detail = f"ep {ep_size}, float64, routing that never repeats"
         plan.append(Case("replay", detail, FLOAT64, cases.replay, (ep_size,)))

@@ -45,11 +45,14 @@ def test_shipped_files_load_and_are_filled_in(name: str) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_precision_is_the_run_configs(precision: str) -> None:
-    config = load_ds_config("zero2") | {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+    config = load_ds_config("zero2") | {
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto", "loss_scale_window": 9},
+    }
     resolved = resolve(config, precision=precision)
     # bf16 keeps its trainable parameters in float32: a float32 run to DeepSpeed.
     assert "bf16" not in resolved
-    assert resolved.get("fp16", {"enabled": False})["enabled"] is (precision == "fp16")
+    assert resolved.get("fp16") == ({"enabled": True, "loss_scale_window": 9} if precision == "fp16" else None)
 
 
 def test_values_equal_to_the_runs_are_accepted() -> None:

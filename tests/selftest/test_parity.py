@@ -30,29 +30,46 @@ def test_gradients_in_the_fixed_modes(ranks4: LocalRanks, ep_size: int, mode: Mo
     assert distance < 1e-12, name
 
 
-def check_updates(ranks: LocalRanks, stage: int, ep_size: int, checkpointing: bool, **zero: Any) -> None:
-    distance, name = parity.worst(ranks.run(parity.updates, "llama", stage, ep_size, checkpointing, **zero))
+STAGES = ["zero0", "zero1", "zero2", "zero3"]
+
+
+def check_updates(
+    ranks: LocalRanks, ds_config: str, ep_size: int, checkpointing: bool, architecture: str = "llama", **zero: Any
+) -> None:
+    distance, name = parity.worst(ranks.run(parity.updates, architecture, ds_config, ep_size, checkpointing, **zero))
     assert distance < 1e-4, name
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_updates(ranks4: LocalRanks, stage: int) -> None:
-    check_updates(ranks4, stage, 2, True, **(PARTITION_ALL if stage == 3 else {}))
+@pytest.mark.parametrize("ds_config", STAGES)
+def test_updates(ranks4: LocalRanks, ds_config: str) -> None:
+    check_updates(ranks4, ds_config, 2, True, **(PARTITION_ALL if ds_config == "zero3" else {}))
+
+
+@pytest.mark.parametrize("ds_config", ["zero2_offload", "zero3_offload"])
+def test_updates_with_offload(ranks4: LocalRanks, ds_config: str) -> None:
+    check_updates(ranks4, ds_config, 2, True, **(PARTITION_ALL if ds_config == "zero3_offload" else {}))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
-@pytest.mark.parametrize("stage", range(4))
-def test_updates_everywhere(ranks4: LocalRanks, stage: int, ep_size: int, checkpointing: bool) -> None:
-    check_updates(ranks4, stage, ep_size, checkpointing)
+@pytest.mark.parametrize("ds_config", STAGES)
+def test_updates_everywhere(ranks4: LocalRanks, ds_config: str, ep_size: int, checkpointing: bool) -> None:
+    check_updates(ranks4, ds_config, ep_size, checkpointing)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+@pytest.mark.parametrize("ds_config", STAGES)
+def test_updates_of_a_qwen3(ranks4: LocalRanks, ds_config: str, ep_size: int) -> None:
+    check_updates(ranks4, ds_config, ep_size, True, "qwen3")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 def test_updates_with_everything_partitioned(ranks4: LocalRanks, ep_size: int, checkpointing: bool) -> None:
-    check_updates(ranks4, 3, ep_size, checkpointing, **PARTITION_ALL)
+    check_updates(ranks4, "zero3", ep_size, checkpointing, **PARTITION_ALL)
 
 
 @pytest.mark.parametrize("ep_size", [1, 4])

@@ -20,11 +20,11 @@ def test_cases_cover_stages_and_every_ep_size() -> None:
     plan = list_cases(4)
     details = [(case.name, *case.args) for case in plan]
     assert {a for a in details if a[0] == "updates"} == {
-        ("updates", "llama", s, p, True) for s in range(4) for p in (1, 2, 4)
-    }
+        ("updates", "llama", f"zero{s}", p, True) for s in range(4) for p in (1, 2, 4)
+    } | {("updates", "qwen3", "zero3", 4, True)}
     assert len([a for a in details if a[0] == "gradients"]) == 2 * 3 * 2 + 2
     assert {a for a in details if a[0] == "replay"} == {("replay", p) for p in (1, 2, 4)}
-    partitioned = [case for case in plan if case.name == "updates" and case.args[1] == 3]
+    partitioned = [case for case in plan if case.name == "updates" and case.args[:2] == ("llama", "zero3")]
     assert all(case.settings == {"stage3_param_persistence_threshold": 0} for case in partitioned) and partitioned
     assert {case.args for case in list_cases(1) if case.name == "replay"} == {(1,)}
     assert {case.args for case in list_cases(6) if case.name == "replay"} == {(1,), (2,)}  # 3 does not divide 8 experts

@@ -12,18 +12,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldmole_dist.engine.startup import free_port
-from tests.small_run import make_backbone, make_config, make_data
+from tests.small_run import make_backbone, make_config, make_folder
 
 TRAIN = Path(__file__).parents[2] / "launch" / "train.py"
 
 
-def ends_with(config: Path, *overrides: str) -> str:
-    """Train on two ranks as a launcher would; both must fail in time. Returns what both printed."""
+def ends_with(config: Path, *overrides: str, only_rank_1: tuple[str, ...] = ()) -> str:
+    """Train on two ranks as a launcher would, the second with further overrides; both must fail in time.
+
+    Returns what both printed.
+    """
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(TRAIN), f"--local_rank={rank}", str(config), *overrides],
+            [
+                *(sys.executable, str(TRAIN), f"--local_rank={rank}", str(config)),
+                *(overrides + only_rank_1 if rank == 1 else overrides),
+            ],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -45,11 +51,7 @@ def ends_with(config: Path, *overrides: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad")
-    make_backbone(folder / "backbone")
-    make_data(folder / "train.jsonl", 20)
-    make_data(folder / "eval.jsonl", 6)
-    return folder
+    return make_folder(tmp_path_factory.mktemp("bad"))
 
 
 def with_line(folder: Path, name: str, line: str) -> str:
@@ -106,6 +108,20 @@ def test_unreadable_config(folder: Path, tmp_path: Path, kind: str) -> None:
         path = make_config(folder, adapter={"num_expert": 4})
     expected = {"missing": "No such file", "not YAML": "is not YAML", "unknown key": "did you mean num_experts?"}
     assert expected[kind] in ends_with(path)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_rank_that_fails_alone_stops_all(folder: Path, tmp_path: Path, stage: int) -> None:
+    damaged = make_backbone(tmp_path / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    for override, doing in (
+        ("data.train=nowhere.jsonl", "reading the data"),
+        (f"backbone.path={damaged.parent}", "looking at the backbone"),
+    ):
+        output = ends_with(make_config(folder), f"parallelism.deepspeed=zero{stage}", only_rank_1=(override,))
+        said = "data file nowhere.jsonl: No such file" if "nowhere" in override else f"{damaged} is damaged"
+        assert f"error: {said}" in output
+        assert f"stopped: rank 1 failed while {doing}: UserError: {said}" in output
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -8,19 +8,16 @@ import pytest
 from safetensors.torch import load_file
 
 from ldmole_dist.ranks import LocalRanks, RankFailed
-from tests.small_run import make_backbone, make_config, make_data, run_training
+from tests.small_run import make_config, make_folder, run_training
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    make_backbone(folder / "backbone")
-    make_data(folder / "train.jsonl", 60)
-    make_data(folder / "eval.jsonl", 12)
-    return folder
+    return make_folder(tmp_path_factory.mktemp("resume"))
 
 
-CASES = [(stage, ep_size, "fp32") for stage in (0, 1, 2, 3) for ep_size in (1, 2)] + [(2, 2, "bf16"), (3, 2, "bf16")]
+CASES = [(stage, ep_size, "fp32") for stage in (0, 1, 2, 3) for ep_size in (1, 2)]
+CASES += [(stage, 2, precision) for stage in (2, 3) for precision in ("bf16", "fp16")]
 
 
 @pytest.mark.parametrize(("stage", "ep_size", "precision"), CASES)

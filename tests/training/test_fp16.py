@@ -1,0 +1,37 @@
+"""fp16 through DeepSpeed's masters and loss scale: it learns; steps whose gradients overflow are skipped and counted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldmole_dist.ranks import LocalRanks
+from tests.small_run import make_config, make_folder, run_training
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_overflows_are_skipped_and_gradients_unscaled(tmp_path: Path, ranks2: LocalRanks, stage: int) -> None:
+    ds_config = tmp_path / "zero.json"
+    # So large a first loss scale that gradients overflow for some steps.
+    fp16 = {"initial_scale_power": 24, "hysteresis": 1}
+    ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": fp16}))
+    config = make_config(make_folder(tmp_path), adapter={"lora_dropout": 0.0}, optimisation={"max_steps": 12})
+    still = ["parallelism.precision=fp32", "optimisation.learning_rate=1e-30", "data.eval=null"]
+    ranks2.run(run_training, str(config), *still, f"run.output_dir={tmp_path / 'still'}")
+    ranks2.run(run_training, str(config), "parallelism.precision=fp16", f"parallelism.deepspeed={ds_config}")
+
+    steps = lines(tmp_path / "run" / "metrics.jsonl")
+    skipped = [step["grad_norm"] is None for step in steps]
+    assert skipped[0] and steps[-1]["skipped_steps"] == sum(skipped) < 10
+    # Nothing had moved until the first step that was not skipped: there both runs see the same gradients.
+    first = skipped.index(False)
+    expected = lines(tmp_path / "still" / "metrics.jsonl")[first]
+    assert steps[first]["loss"] == pytest.approx(expected["loss"], rel=0.01)
+    assert steps[first]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)
+    before, after = lines(tmp_path / "run" / "evaluations.jsonl")
+    assert after["eval_loss"] < before["eval_loss"] - 0.1
