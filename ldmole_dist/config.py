@@ -135,8 +135,7 @@ class Parallelism:
         dispatch: what moves between the ranks of such a group: "auto" whichever is lighter, the tokens of a rank or the
             experts that it needs; "all_to_all" always tokens; "gather" always experts.
         deepspeed: name of a file in ds_configs/ ("zero2") or path of a DeepSpeed JSON config.
-        precision: of the backbone and the activations. bf16: adapter parameters stay float32; fp16: DeepSpeed's mixed
-            precision with a loss scale; fp32.
+        precision: of the backbone and the activations; adapter parameters are float32 in every one. fp16 has a loss scale.
         gradient_checkpointing: recompute decoder layers in the backward instead of keeping their activations.
         timeout_minutes: after which a collective that a rank does not enter is an error.
     """

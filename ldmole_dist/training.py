@@ -31,7 +31,7 @@ from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.partitioned import partitioned_loading
-from ldmole_dist.engine.startup import Process, agreed, check_precision, from_main, start
+from ldmole_dist.engine.startup import Process, agreed, from_main, start
 from ldmole_dist.evaluate import Evaluator, single_token_choices
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
@@ -52,7 +52,6 @@ def train(config: Config) -> dict[str, float]:
     with agreed("checking the config"):
         check_parallelism(config, process.world_size)
         ds_config = resolve_run(config, process.world_size)
-        check_precision(config.parallelism.precision)
     with agreed("reading the data"):
         tokenizer = load_tokenizer(config.backbone.path)
         data, task = config.data, config.backbone.task

@@ -7,10 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
-from deepspeed.accelerator import get_accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -99,7 +97,5 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def run_training(path: str, *overrides: str) -> dict[str, float]:
-    """What a rank does; sent to `LocalRanks`. Also in fp16, which DeepSpeed refuses on most CPUs; torch computes it there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-        return train(load_config(path, list(overrides)))
+    """What a rank does; sent to `LocalRanks`."""
+    return train(load_config(path, list(overrides)))

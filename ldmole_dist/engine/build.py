@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ldmole_dist.engine.ds_config import stage_of
 from ldmole_dist.engine.experts import check_partition_groups, clip_local_gradients, mark_experts, optimizer_groups
+from ldmole_dist.engine.loss_scale import use_loss_scale
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
 
@@ -47,7 +48,10 @@ class Engine:
         self.parallel: ExpertParallel = tuner.parallel
         self.max_grad_norm = max_grad_norm
         self.grad_norm = 0.0
-        self._fp16 = "fp16" in ds_config
+        # Trainable parameters are float32 in every precision: DeepSpeed is to see a float32 run.
+        ds_config = dict(ds_config)
+        fp16 = ds_config.pop("fp16", None)
+        self._scales_losses = fp16 is not None
         self._clips_itself = self.stage == 0
         ep_size = self.parallel.size
         mark_experts(model, model.active_peft_config.num_experts, ep_size, self.stage)
@@ -59,6 +63,8 @@ class Engine:
             dist_init_required=False,
         )
         self.module = model
+        if fp16 is not None:
+            use_loss_scale(self.deepspeed.optimizer, fp16)
         if self.stage == 3:
             check_partition_groups(model, ep_size)
             register_experts_of_linears(model)
@@ -87,7 +93,7 @@ class Engine:
     def overflowed(self) -> bool:
         """Whether the last step was skipped because its fp16 gradients overflowed, as happens until the loss scale fits. In
         another precision a gradient that is not finite is an error."""
-        return self._fp16 and not math.isfinite(self.grad_norm)
+        return self._scales_losses and not math.isfinite(self.grad_norm)
 
     @property
     def skipped_steps(self) -> int:

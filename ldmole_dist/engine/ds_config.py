@@ -53,15 +53,14 @@ def resolve_ds_config(
     precision: str,
     ep_size: int,
 ) -> dict[str, Any]:
-    """A complete config for `deepspeed.initialize`: every "auto" replaced, and what this engine relies on set.
+    """A complete config for `Engine`: every "auto" replaced, and what it relies on set.
 
     Args:
         config: as read.
         micro_batch_size: of one rank and forward.
         accumulation: micro-batches of an optimizer step.
         max_grad_norm: 0 for none.
-        precision: "fp32", "bf16" or "fp16" (see docs/train.md: bf16 keeps trainable parameters in float32, so that
-            DeepSpeed sees a float32 run; fp16 is DeepSpeed's own, with float32 masters and a loss scale).
+        precision: "fp32", "bf16" or "fp16" (trainable parameters are float32 in every one: docs/train.md).
         ep_size: ranks that share one copy of the experts.
 
     Raises:
@@ -92,7 +91,7 @@ def resolve_ds_config(
         raise UserError("zero_hpz_partition_size does not work with ep_size > 1 in this DeepSpeed: remove one of them")
     if precision == "fp16":
         if stage == 0:
-            raise UserError("fp16 needs ZeRO stage 1, 2 or 3: choose parallelism.deepspeed=zero1")
+            raise UserError("fp16 needs ZeRO stage 1, 2 or 3, which scale the loss: choose parallelism.deepspeed=zero1")
         config["fp16"] = half["fp16"] | {"enabled": True}
     elif stage == 0:
         # Done by `clip_local_gradients`: DeepSpeed's gets experts wrong at this stage.

@@ -22,7 +22,7 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 
-from ldmole_dist.errors import PeerError, UserError
+from ldmole_dist.errors import PeerError
 
 T = TypeVar("T")
 
@@ -78,16 +78,6 @@ def start(timeout_minutes: float = 30.0) -> Process:
         accelerator.set_device(local_rank)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return Process(dist.get_rank(), dist.get_world_size(), device)
-
-
-def check_precision(precision: str) -> None:
-    """Raises UserError where DeepSpeed does not train in `precision` on this device."""
-    accelerator = get_accelerator()
-    if precision == "fp16" and not accelerator.is_fp16_supported():
-        raise UserError(
-            f"parallelism.precision=fp16: DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); "
-            "choose bf16 or fp32"
-        )
 
 
 def from_main(value: T) -> T:

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
-from ldmole_dist.engine.startup import agreed, check_precision, start
+from ldmole_dist.engine.startup import agreed, start
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.ranks import LocalRanks, RankFailed
 
@@ -80,10 +79,3 @@ def test_local_ranks_report_a_failure_and_start_again() -> None:
         with pytest.raises(RankFailed, match="fail_in_one failed on rank 1(.|\n)*UserError: broken on purpose"):
             ranks.run(fail_in_one, 1)
         assert ranks.run(fail_in_one, 7) == [0, 1]
-
-
-def test_fp16_is_refused_where_the_device_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
-    check_precision("bf16")
-    with pytest.raises(UserError, match="precision=fp16.*choose bf16 or fp32"):
-        check_precision("fp16")
