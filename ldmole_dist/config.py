@@ -134,6 +134,7 @@ class Parallelism:
         ep_size: consecutive ranks that hold one copy of all experts between them; must divide num_experts and the ranks.
         dispatch: what moves between the ranks of such a group: "auto" whichever is lighter, the tokens of a rank or the
             experts that it needs; "all_to_all" always tokens; "gather" always experts.
+        overlap: let what moves travel while the frozen linears compute; the numbers are the same.
         deepspeed: name of a file in ds_configs/ ("zero2") or path of a DeepSpeed JSON config.
         precision: of the backbone and the activations; adapter parameters are float32 in every one. fp16 has a loss scale.
         gradient_checkpointing: recompute decoder layers in the backward instead of keeping their activations.
@@ -142,6 +143,7 @@ class Parallelism:
 
     ep_size: Positive = 1
     dispatch: Literal["auto", "all_to_all", "gather"] = "auto"
+    overlap: bool = True
     deepspeed: str = "zero2"
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = True
@@ -158,6 +160,7 @@ class Run:
         eval_every: optimizer steps between evaluations; 0: only before and after training.
         save_every: optimizer steps between checkpoints; 0: none.
         keep_last: checkpoints that are kept.
+        detail_every: optimizer steps between reports of what each layer sent.
         resume: "auto" goes on from the last checkpoint in output_dir, if there is one; "never" starts anew, and what
             output_dir holds is moved aside.
     """
@@ -167,6 +170,7 @@ class Run:
     eval_every: NotNegative = 0
     save_every: NotNegative = 0
     keep_last: Positive = 2
+    detail_every: Positive = 10
     resume: Literal["auto", "never"] = "auto"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,11 +41,11 @@ class Monitor:
 
     def _report(self, file: TextIO, step: int, values: dict[str, Any], section: str) -> None:
         # JSON has no infinity: the gradient norm of a skipped step is null.
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         file.write(json.dumps({"step": step, **finite}) + "\n")
         file.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{section}/{name}", value, step)
+        for name, value in _scalars(values):
+            self._tensorboard.add_scalar(name if "/" in name else f"{section}/{name}", value, step)
 
     def close(self) -> None:
         """Write out what is pending."""
@@ -52,6 +53,15 @@ class Monitor:
             self._metrics.close()
             self._evaluations.close()
             self._tensorboard.close()
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of nested dictionaries, named "outer/inner": folders in TensorBoard."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def _reopened(path: Path, last_step: int) -> TextIO:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from ldmole_dist.errors import NonFiniteLoss
 from ldmole_dist.evaluate import Evaluator, batch_logits
 from ldmole_dist.monitor import Monitor
 from ldmole_dist.objective import answer_count, answer_loss, next_tokens
+from ldmole_dist.parallel.wire import KINDS
 from ldmole_dist.peft_method import tuner_of
 
 # What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
@@ -109,7 +111,7 @@ class Trainer:
             tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
         return result
 
-    def _step(self, step: int) -> dict[str, float]:
+    def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: its reported numbers, the same on every rank."""
         started = time.perf_counter()
         engine = self.engine
@@ -127,7 +129,7 @@ class Trainer:
             sums += self._sums(loss.detach(), task.detach(), batch)
             if turn < len(batches) - 1:
                 engine.step()
-        metrics = self._reduced(sums, len(batches))
+        metrics = self._reduced(sums, len(batches), detailed=step % self.config.run.detail_every == 0)
         if not math.isfinite(metrics["loss"]):
             bad = next((turn for turn, loss in enumerate(losses) if not loss.isfinite()), None)
             raise NonFiniteLoss(
@@ -170,13 +172,14 @@ class Trainer:
         values = [loss, task, *auxiliary, active, lam, tokens * len(stats), tokens]
         return torch.stack([v.to(device=loss.device, dtype=torch.float64) for v in values])
 
-    def _reduced(self, sums: Tensor, micro_batches: int) -> dict[str, float]:
-        """Global means and sums of an optimizer step."""
-        wire = sums.new_tensor([sum(self.engine.parallel.wire.values())])
-        everything = torch.cat([sums, wire])
+    def _reduced(self, sums: Tensor, micro_batches: int, detailed: bool) -> dict[str, Any]:
+        """Global means and sums of an optimizer step; if detailed, also what each input group sent."""
+        groups, table = self.engine.parallel.wire.table()
+        everything = torch.cat([sums, table.flatten().to(sums)])
         dist.all_reduce(everything)
-        *values, wire_elements = everything.tolist()
-        total = dict(zip(SUMS, values, strict=True))
+        everything = everything.cpu()
+        total = dict(zip(SUMS, everything[: len(SUMS)].tolist(), strict=True))
+        elements, sizes = everything[len(SUMS) :].long().view(table.shape)
         decisions = max(total.pop("decisions"), 1)
         means = {
             name: total[name] / (micro_batches * self.process.world_size) for name in SUMS if name.startswith("loss")
@@ -184,6 +187,17 @@ class Trainer:
         return means | {
             "experts_per_token": total["active"] / decisions,
             "lambda_mean": total["lambda"] / decisions,
-            "wire_elements": int(wire_elements),
+            "wire_elements": int(elements.sum()),
+            "wire_bytes": int(sizes.sum()),
+            "wire": dict(zip(KINDS, elements.sum(0).tolist(), strict=True)),
+            **({"wire_by_group": _by_group(groups, elements)} if detailed and groups else {}),
             "tokens": total["tokens"],
         }
+
+
+def _by_group(groups: list[str], elements_GK: Tensor) -> dict[str, dict[str, int]]:
+    """Elements of each kind that each input group sent, where there were any."""
+    return {
+        group: {kind: number for kind, number in zip(KINDS, of_group, strict=True) if number}
+        for group, of_group in zip(groups, elements_GK.tolist(), strict=True)
+    }

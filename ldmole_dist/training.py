@@ -73,7 +73,7 @@ def train(config: Config) -> dict[str, float]:
             _prepare_folder(folder, config, keep=resumed is not None)
     resumed = from_main(resumed)  # a network file system may show the others an older folder
 
-    parallel = expert_parallel(config.parallelism.ep_size, config.parallelism.dispatch)
+    parallel = expert_parallel(config.parallelism.ep_size, config.parallelism.dispatch, config.parallelism.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
     total_steps = number_of_steps(config.optimisation, len(examples))
     engine = Engine(

@@ -21,12 +21,13 @@ from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.peft_method import is_expert_tensor
 
 
-def expert_parallel(ep_size: int, mode: Mode = "auto") -> ExpertParallel:
+def expert_parallel(ep_size: int, mode: Mode = "auto", overlap: bool = True) -> ExpertParallel:
     """Groups of `ep_size` consecutive ranks, which hold one copy of all experts between them; every rank calls it.
 
     Args:
         ep_size: 1 leaves all experts on every rank.
         mode: what may move between the ranks of a group (`ExpertParallel`).
+        overlap: whether it moves while the frozen linears compute.
 
     Raises:
         UserError: if the ranks cannot be grouped so.
@@ -40,7 +41,7 @@ def expert_parallel(ep_size: int, mode: Mode = "auto") -> ExpertParallel:
     if ep_size == 1:
         return ExpertParallel()
     groups._create_expert_and_data_parallel(ep_size)
-    return ExpertParallel(groups._get_expert_parallel_group(_group_name(ep_size)), mode)
+    return ExpertParallel(groups._get_expert_parallel_group(_group_name(ep_size)), mode, overlap)
 
 
 def _group_name(ep_size: int) -> str:

@@ -7,7 +7,7 @@ Shapes: T tokens, D in-features, O out-features, E experts in all, L experts hel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,40 +17,42 @@ from ldmole_dist.method.context import StepContext
 from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_suffices
 from ldmole_dist.method.routers import LambdaMLP, Routing, SparsegenRouter
 
+Finish = Callable[[], list[Tensor]]
+
 
 class Dispatch(Protocol):
     """Brings the tokens of an input group and their experts together.
 
-    `plan` decides what moves, once; `__call__` carries it out, again if the forward is recomputed.
+    `plan` decides what moves, once; `start` carries it out, again if the forward is recomputed.
     """
 
-    def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank]) -> Any:
-        """From the supports (T, E), one of each linear of the group, whatever `__call__` must know beforehand."""
+    def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> Any:
+        """From the supports (T, E), one of each linear of the group called `name`, what `start` must know beforehand."""
 
-    def __call__(
-        self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank], plan: Any
-    ) -> list[Tensor]:
-        """The experts' weighted sum (T, O) for each linear of the group, in the dtype of x."""
+    def start(self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank], plan: Any) -> Finish:
+        """Set moving what has to move. The function returned waits for it and gives, for each linear of the group, the
+        experts' weighted sum (T, O) in the dtype of x; what is computed before it is called does not wait."""
 
 
 class LocalDispatch:
     """All experts are here: nothing moves."""
 
-    def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank]) -> list[list[int] | None]:
+    def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> list[list[int] | None]:
         """Tokens per expert for each linear, where a formulation has to be chosen by them."""
         return [
             None if fused_suffices(bank) else support.sum(dim=0).tolist()
             for support, bank in zip(supports, banks, strict=True)
         ]
 
-    def __call__(
+    def start(
         self,
         x_TD: Tensor,
         routings: Sequence[Routing],
         banks: Sequence[ExpertBank],
         plan: list[list[int] | None],
-    ) -> list[Tensor]:
-        return [
+    ) -> Finish:
+        """See `Dispatch`."""
+        return lambda: [
             apply_experts(x_TD, routing.p_TE, bank, counts)
             for routing, bank, counts in zip(routings, banks, plan, strict=True)
         ]
@@ -78,18 +80,23 @@ class InputGroup:
         self.members, self.adapter = list(members), adapter
         self._waiting: dict[MoELinear, tuple[tuple[int, torch.Size], Tensor]] = {}
 
-    def delta(self, member: MoELinear, x: Tensor) -> Tensor:
-        """The adapter's part of the output of `member`, (..., D) -> (..., O)."""
+    def start(self, member: MoELinear, x: Tensor) -> Callable[[], Tensor]:
+        """Begin the adapter's part of the output of `member`, (..., D) -> (..., O); the function returned finishes it."""
         given, delta = self._waiting.pop(member, (None, None))
         if delta is not None and given == (x.data_ptr(), x.shape):
-            return delta
+            return lambda: delta
         # Not a follower, or one that was given another tensor than its leader: then it goes alone.
         members = self.members if member is self.members[0] else [member]
-        deltas = self._compute(members, x)
-        self._waiting = {m: ((x.data_ptr(), x.shape), d) for m, d in zip(members[1:], deltas[1:], strict=True)}
-        return deltas[0]
+        dispatched = self._route(members, x)
 
-    def _compute(self, members: list[MoELinear], x: Tensor) -> list[Tensor]:
+        def finish() -> Tensor:
+            deltas = [delta_TO.view(*x.shape[:-1], delta_TO.shape[1]) for delta_TO in dispatched()]
+            self._waiting = {m: ((x.data_ptr(), x.shape), d) for m, d in zip(members[1:], deltas[1:], strict=True)}
+            return deltas[0]
+
+        return finish
+
+    def _route(self, members: list[MoELinear], x: Tensor) -> Finish:
         leader, adapter = members[0], self.adapter
         context, dispatch = leader.context, leader.dispatch
         context.check_not_reentrant()
@@ -102,7 +109,7 @@ class InputGroup:
         decision = context.replayed(leader)
         if decision is None:
             supports = [router.decide(u_TE, lam_T) for router, u_TE in zip(routers, logits, strict=True)]
-            decision = Decision(supports, dispatch.plan(supports, banks))
+            decision = Decision(supports, dispatch.plan(supports, banks, leader.name))
             context.remember(leader, decision)
         routings = [
             router.weigh(u_TE, lam_T, support_TE)
@@ -111,8 +118,7 @@ class InputGroup:
         if leader.training:
             for m, routing in zip(members, routings, strict=True):
                 context.report(m.name, routing, x.shape[:-1])
-        deltas = dispatch(x_TD, routings, banks, decision.plan)
-        return [delta_TO.view(*x.shape[:-1], delta_TO.shape[1]) for delta_TO in deltas]
+        return dispatch.start(x_TD, routings, banks, decision.plan)
 
 
 class MoELinear(nn.Module):
@@ -160,5 +166,6 @@ class MoELinear(nn.Module):
 
     def adapted(self, x: Tensor, adapter: str) -> Tensor:
         """Base output plus the named adapter's, (..., D) -> (..., O) in the dtype of the base output."""
-        y = self.base_layer(x)
-        return y + self.groups[adapter].delta(self, x).to(y.dtype)
+        finish = self.groups[adapter].start(self, x)
+        y = self.base_layer(x)  # while rows and experts travel; in the backward, while their gradients do
+        return y + finish().to(y.dtype)

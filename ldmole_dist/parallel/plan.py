@@ -14,14 +14,16 @@ Shapes: G linears of the input group, T tokens, P ranks, L experts of each rank,
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-IMPROVEMENTS = (
-    2  # single changes tried after the best prefix; one reached the optimum in every cell of the test's sweep
-)
+# Single changes tried after the best prefix; one reached the optimum in every cell of the test's sweep.
+IMPROVEMENTS = 2
+# So many rows are no burden for any rank: they weigh as much as a small micro-batch.
+ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,31 @@ def _depends(left_TP1: Tensor, shipped_PX: Tensor) -> Tensor:
     return torch.where(shipped_PX, left_TP1 == 0, left_TP1 == 1)
 
 
-def elements(support_GTPL: Tensor, shipped_PGL: Tensor, own: int, sizes: GroupSizes) -> dict[str, int]:
+def number_of_rounds(rows_PP: list[list[int]]) -> int:
+    """How many rounds the rows of a dispatch travel in, so that no rank receives far more at a time than an even spread of
+    all rows would bring it: its memory stays below twice that of the balanced case, however skewed the routing.
+
+    Args:
+        rows_PP: rows that each rank sends to each.
+
+    Returns:
+        1, unless the busiest rank receives more than twice the even share (or than `ROWS_AT_ONCE`, if that is more).
+    """
+    received = [sum(to_rank) for to_rank in zip(*rows_PP, strict=True)]
+    share = max(math.ceil(sum(received) / len(received)), ROWS_AT_ONCE)
+    return math.ceil(max(received) / share) if max(received) > 2 * share else 1
+
+
+def count_elements(ranks: int, sizes: GroupSizes) -> int:
+    """Numbers that one rank tells the others before anything moves, once for each micro-batch and input group.
+
+    To each: rows for each linear, tokens of each of its experts (or "send it here"), and its rows for every rank.
+    """
+    linears = len(sizes.out_features)
+    return (ranks - 1) * (linears + linears * sizes.experts + ranks)
+
+
+def elements(support_GTPL: Tensor, shipped_PGL: Tensor, own: int, sizes: GroupSizes, rounds: int = 1) -> dict[str, int]:
     """Elements by kind that one rank's tokens put on the wire in one forward, in both directions.
 
     Args:
@@ -128,15 +154,18 @@ def elements(support_GTPL: Tensor, shipped_PGL: Tensor, own: int, sizes: GroupSi
         shipped_PGL: (P, G, L) bool, the experts that travel to it.
         own: the rank.
         sizes: of the group.
+        rounds: that the rows travel in.
 
     Returns:
-        "rows" and "gates" that it sends, "sums" and "weights" that come to it. The backward moves as many the other way.
+        "rows" and "gates" that it sends, "sums" and "weights" that come to it. The backward moves as many the other way as
+        gradients (none of rows where the input needs none), and in rounds sends rows and gates again.
     """
     travelling = support_GTPL & ~shipped_PGL.transpose(0, 1).unsqueeze(1)
     travelling[:, :, own] = False
     need_GTP = travelling.any(-1)
     rows = int(need_GTP.any(0).sum())
-    per_linear = need_GTP.sum((1, 2)).tolist()
+    # In rounds every row comes back for every linear.
+    per_linear = need_GTP.sum((1, 2)).tolist() if rounds == 1 else [rows] * len(need_GTP)
     ships = shipped_PGL.sum((0, 2)).tolist()
     return {
         "rows": rows * sizes.in_features,

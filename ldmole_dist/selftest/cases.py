@@ -16,7 +16,8 @@ from torch import Tensor
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.objective import answer_count, next_tokens
-from ldmole_dist.parallel.exchange import Parcel, Wire, exchange
+from ldmole_dist.parallel.exchange import Parcel, exchange
+from ldmole_dist.parallel.wire import Tally, Wire
 from ldmole_dist.peft_method import LdMoleLinear
 from ldmole_dist.selftest.parity import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch, relative
@@ -48,7 +49,7 @@ def collectives() -> dict[str, float]:
         expected = [rows(other, rank, dtype) for other in range(world)]
         send, recv = [len(part) for part in out], [len(part) for part in expected]
         x = torch.cat(out).requires_grad_(dtype.is_floating_point)
-        (y,) = exchange([Parcel("rows", x, send, recv)], group, Wire())
+        (y,) = exchange([Parcel("rows", x, send, recv)], group, Tally(Wire(), "selftest"))
         wrong[f"all-to-all {dtype}"] = float((y != torch.cat(expected)).sum())
         if dtype.is_floating_point:
             y.backward(y.detach().clone())
@@ -76,7 +77,7 @@ def replay(ep_size: int) -> dict[str, float]:
             router.decide = _never_the_same_twice()
         parallel.wire.clear()
         _loss(model).backward()
-        found.append((_gradients(model), parallel.wire["counts"]))
+        found.append((_gradients(model), parallel.wire.by_kind()["counts"]))
     (plain, plain_counts), (recomputed, recomputed_counts) = found
     distances = {name: relative(recomputed[name], plain[name]) for name in plain}
     return distances | {"counts exchanged again": float(recomputed_counts - plain_counts)}

@@ -89,7 +89,9 @@ class RoutingFlipped(Exception):
     """Rounding carried a token over the edge of a support, where the gradient jumps: both sides are right and differ."""
 
 
-def updates(architecture: str, ds_config: str, ep_size: int, checkpointing: bool, **zero: Any) -> dict[str, float]:
+def updates(
+    architecture: str, ds_config: str, ep_size: int, checkpointing: bool, mode: Mode = "auto", **zero: Any
+) -> dict[str, float]:
     """float32 through DeepSpeed: the update of every parameter after 3 optimizer steps of 2 micro-batches, clipping on.
 
     Args:
@@ -97,21 +99,28 @@ def updates(architecture: str, ds_config: str, ep_size: int, checkpointing: bool
         ds_config: name of a DeepSpeed config, as in "zero2".
         ep_size: ranks that share one copy of the experts.
         checkpointing: whether the decoder layers are recomputed in the backward.
+        mode: what may move.
         zero: further settings of DeepSpeed's zero_optimization.
     """
     for supply in range(5):
         try:
-            return _updates(architecture, ds_config, ep_size, checkpointing, zero, first_batch=10_000 * supply)
+            parallel = expert_parallel(ep_size, mode)
+            return _updates(architecture, ds_config, parallel, checkpointing, zero, first_batch=10_000 * supply)
         except RoutingFlipped:
             continue
     raise RoutingFlipped("in five supplies of batches: this is no longer rounding")
 
 
 def _updates(
-    architecture: str, ds_config: str, ep_size: int, checkpointing: bool, zero: dict[str, Any], first_batch: int
+    architecture: str,
+    ds_config: str,
+    parallel: ExpertParallel,
+    checkpointing: bool,
+    zero: dict[str, Any],
+    first_batch: int,
 ) -> dict[str, float]:
     steps, accumulation = 3, 2
-    parallel, process = expert_parallel(ep_size), start()
+    process = start()
     world, device = process.world_size, process.device
     model = build(architecture, torch.float32, parallel, checkpointing)
     before = {n: whole(model, n, p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -125,7 +134,7 @@ def _updates(
             accumulation=accumulation,
             max_grad_norm=MAX_GRAD_NORM,
             precision="fp32",
-            ep_size=ep_size,
+            ep_size=parallel.size,
         ),
         lambda groups: torch.optim.AdamW(groups, **OPTIMIZER),
         lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),

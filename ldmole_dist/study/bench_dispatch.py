@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.method.experts import ExpertBank, apply_experts
-from ldmole_dist.method.layer import Dispatch, LocalDispatch
 from ldmole_dist.method.routers import Routing
-from ldmole_dist.parallel.dispatch import ExpertParallelDispatch, Mode
-from ldmole_dist.parallel.exchange import Parcel, Wire, exchange, exchange_counts
+from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
+from ldmole_dist.parallel.exchange import Parcel, exchange, exchange_counts
+from ldmole_dist.parallel.wire import Tally, Wire
 from ldmole_dist.ranks import LocalRanks
 
 GROUPS = (3, 1, 2, 1)  # linears of each input group of a decoder layer
@@ -42,29 +43,31 @@ class Sizes(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of one strategy: median seconds of forward and backward of a decoder layer's adapters, elements sent by all ranks
-    (counts apart), and the largest relative distance of an output or gradient to "replicate"."""
+    """Of one strategy: median seconds of forward and backward of a decoder layer's adapters and, part of them, of deciding
+    (the exchange of counts included), elements sent by all ranks (counts apart), and the largest relative distance of an
+    output or gradient to "replicate"."""
 
     seconds: float
+    deciding: float
     elements: int
     counts: int
     distance: float
 
 
-def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.ProcessGroup, wire: Wire) -> Tensor:
+def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.ProcessGroup, tally: Tally) -> Tensor:
     """One linear's experts, with a row out and a row back for every (token, expert)."""
     size, held = dist.get_world_size(group), len(bank.A_LRD)
     support_ET = (routing.p_TE != 0).t()
     counts_PL = support_ET.sum(1).view(size, held)
-    received_PL = exchange_counts(counts_PL, group, wire)
+    received_PL = exchange_counts(counts_PL, group, tally)
     send, recv = counts_PL.sum(1).tolist(), received_PL.sum(1).tolist()
     expert_N, token_N = torch.nonzero_static(support_ET, size=sum(send)).unbind(1)
-    (x_MD,) = exchange([Parcel("rows", x_TD.index_select(0, token_N), send, recv)], group, wire)
+    (x_MD,) = exchange([Parcel("rows", x_TD.index_select(0, token_N), send, recv)], group, tally)
     # Rows come ordered by source, then expert.
     local_M = torch.arange(held, device=x_TD.device).repeat(size).repeat_interleave(received_PL.flatten())
     weight_ML = torch.nn.functional.one_hot(local_M, held).to(routing.p_TE.dtype)
     y_MO = apply_experts(x_MD, weight_ML, bank, received_PL.sum(0).tolist())
-    (y_NO,) = exchange([Parcel("sums", y_MO, recv, send)], group, wire)
+    (y_NO,) = exchange([Parcel("sums", y_MO, recv, send)], group, tally)
     weighted_NO = y_NO * routing.p_TE[token_N, expert_N].unsqueeze(1)
     return x_TD.new_zeros(len(x_TD), y_NO.shape[1]).index_add(0, token_N, weighted_NO)
 
@@ -74,24 +77,23 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> dict[str, Measured]
     process = start()
     parallel = expert_parallel(process.world_size)
     assert parallel.group is not None, "a dispatch needs at least two ranks"
-    wire = Wire()
     layer = [_inputs(sizes, group, linears, dtype, process.device) for group, linears in enumerate(GROUPS)]
     times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
-    sent: dict[str, Wire] = {}
+    deciding: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+    sent: dict[str, Counter[str]] = {}
     results: dict[str, list[Tensor]] = {}
     for turn in range(turns + 1):
         for name in STRATEGIES:
-            wire.clear()
-            run = _strategy(name, parallel.group, wire)
+            strategy = _Strategy(name, parallel.group)
             dist.barrier()
             begun = time.perf_counter()
-            results[name] = [value for inputs in layer for value in inputs.run(run, name == "replicate")]
-            if process.device.type == "cuda":
-                torch.cuda.synchronize()
+            results[name] = [value for inputs in layer for value in inputs.run(strategy, name == "replicate")]
+            _synchronize(process.device)
             dist.barrier()
             if turn:  # the first warms up
                 times[name].append(time.perf_counter() - begun)
-            sent[name] = Wire(wire)
+                deciding[name].append(strategy.deciding)
+            sent[name] = strategy.wire.by_kind()
     measured = {}
     for name in STRATEGIES:
         counts = sent[name].pop("counts", 0)
@@ -102,7 +104,8 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> dict[str, Measured]
         if name == "replicate":  # gradients of all experts, reduced once for each optimizer step: 2 N (P - 1) / P
             banks = sum(GROUPS) * sizes.experts * sizes.rank * 2 * sizes.features
             totals[0] = 2 * banks * (process.world_size - 1)
-        measured[name] = Measured(statistics.median(times[name]), int(totals[0]), int(totals[1]), distance)
+        seconds = statistics.median(times[name]), statistics.median(deciding[name])
+        measured[name] = Measured(*seconds, int(totals[0]), int(totals[1]), distance)
     return measured
 
 
@@ -115,7 +118,7 @@ class _Inputs(NamedTuple):
     held: list[ExpertBank]
     dy_TO: Tensor
 
-    def run(self, strategy: Callable[..., list[Tensor]], replicated: bool) -> list[Tensor]:
+    def run(self, strategy: _Strategy, replicated: bool) -> list[Tensor]:
         """Forward and backward: outputs, then gradients of x and p."""
         x_TD, p = self.x_TD.requires_grad_(), [weights.requires_grad_() for weights in self.p]
         banks = self.whole if replicated else self.held
@@ -153,21 +156,29 @@ def _inputs(sizes: Sizes, group: int, linears: int, dtype: torch.dtype, device: 
     return _Inputs(draw(T, d, generator=own), p, whole, held, draw(T, d, generator=own))
 
 
-def _strategy(name: str, group: dist.ProcessGroup, wire: Wire) -> Callable[..., list[Tensor]]:
-    if name == "row per pair":
-        return lambda x, routings, banks: [
-            row_per_pair(x, routing, bank, group, wire) for routing, bank in zip(routings, banks, strict=True)
-        ]
-    modes: dict[str, Mode] = {"all_to_all": "all_to_all", "gather": "gather", "auto": "auto"}
-    dispatch: Dispatch = LocalDispatch()
-    if name != "replicate":
-        dispatch = ExpertParallelDispatch(group, wire, modes[name])
+class _Strategy:
+    """A way to bring tokens and experts of an input group together; counts what it sends and how long it decides."""
 
-    def run(x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank]) -> list[Tensor]:
-        plan = dispatch.plan([routing.p_TE != 0 for routing in routings], banks)
-        return dispatch(x_TD, routings, banks, plan)
+    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
+        self.name, self.group, self.wire, self.deciding = name, group, Wire(), 0.0
+        modes: dict[str, Mode] = {"all_to_all": "all_to_all", "gather": "gather", "auto": "auto"}
+        parallel = ExpertParallel(group, modes[name], wire=self.wire) if name in modes else ExpertParallel()
+        self.dispatch = parallel.dispatch()
 
-    return run
+    def __call__(self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank]) -> list[Tensor]:
+        if self.name == "row per pair":
+            tally = Tally(self.wire, "layer")
+            return [row_per_pair(x_TD, r, b, self.group, tally) for r, b in zip(routings, banks, strict=True)]
+        begun = time.perf_counter()
+        plan = self.dispatch.plan([routing.p_TE != 0 for routing in routings], banks, "layer")
+        _synchronize(x_TD.device)
+        self.deciding += time.perf_counter() - begun
+        return self.dispatch.start(x_TD, routings, banks, plan)()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def bench_dispatch(
@@ -198,13 +209,15 @@ def print_table(table: dict[int, dict[str, Measured]], sizes: Sizes) -> None:
         f"d={sizes.features}, E={sizes.experts}, r={sizes.rank}, k={sizes.active}; torch {torch.__version__}"
     )
     print(
-        "elements: sent by all ranks, counts apart; faster, fewer: than a row per pair; distance: to replicate, worst"
+        "deciding: what moves, part of ms; elements: sent by all ranks, counts apart; faster, fewer: than a row per pair; "
+        "distance: to replicate, worst"
     )
     for ranks, strategies in table.items():
         base = strategies["row per pair"]
-        print(f"\nP={ranks:<14} {'ms':>8} {'faster':>7} {'elements':>12} {'fewer':>7} {'counts':>8} {'distance':>9}")
+        columns = f"{'ms':>8} {'deciding':>8} {'faster':>7} {'elements':>12} {'fewer':>7} {'counts':>8} {'distance':>9}"
+        print(f"\nP={ranks:<14} {columns}")
         for name, m in strategies.items():
             print(
-                f"  {name:14} {1e3 * m.seconds:8.1f} {base.seconds / m.seconds:7.1f} {m.elements:12,} "
+                f"  {name:14} {1e3 * m.seconds:8.1f} {1e3 * m.deciding:8.1f} {base.seconds / m.seconds:7.1f} {m.elements:12,} "
                 f"{base.elements / max(m.elements, 1):7.1f} {m.counts:8,} {m.distance:9.1e}"
             )

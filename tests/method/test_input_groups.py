@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ldmole_dist.input_groups import find_input_groups
 from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.experts import ExpertBank
-from ldmole_dist.method.layer import InputGroup, LocalDispatch, MoELinear
+from ldmole_dist.method.layer import Finish, InputGroup, LocalDispatch, MoELinear
 from ldmole_dist.method.routers import LambdaMLP, SparsegenRouter
 from ldmole_dist.selftest.tiny import tiny_backbone
 
@@ -27,9 +27,9 @@ class CountingDispatch(LocalDispatch):
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def __call__(self, x_TD: Tensor, routings: Sequence[Any], banks: Any, plan: Any) -> list[Tensor]:
+    def start(self, x_TD: Tensor, routings: Sequence[Any], banks: Any, plan: Any) -> Finish:
         self.sizes.append(len(routings))
-        return super().__call__(x_TD, routings, banks, plan)
+        return super().start(x_TD, routings, banks, plan)
 
 
 def make_linears(grouped: bool, dropout: float = 0.0) -> tuple[list[MoELinear], StepContext, CountingDispatch]:

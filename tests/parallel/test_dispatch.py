@@ -16,8 +16,10 @@ from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.layer import LocalDispatch
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.parallel.dispatch import Mode
-from ldmole_dist.parallel.exchange import Parcel, Wire, exchange
+from ldmole_dist.parallel.exchange import Parcel, exchange
 from ldmole_dist.parallel.placement import Placement
+from ldmole_dist.parallel.plan import GroupSizes, count_elements, elements
+from ldmole_dist.parallel.wire import FORWARD, Tally, Wire
 from ldmole_dist.ranks import LocalRanks
 
 D, R = 6, 3
@@ -109,12 +111,12 @@ def make_banks(scenario: Scenario, local: slice) -> list[ExpertBank]:
 def run_backward(dispatch: Any, plan: Any, x: Tensor, ps: list[Tensor], banks: list[ExpertBank], dy: list[Tensor]):
     """Outputs; gradients gather in the leaves."""
     routings = [Routing(p, p, p[:, 0]) for p in ps]
-    outputs = dispatch(x, routings, banks, plan)
+    outputs = dispatch.start(x, routings, banks, plan)()
     torch.autograd.backward(outputs, dy)
     return outputs
 
 
-def implied(scenario: Scenario, rank: int, shipped: list[Tensor]) -> Counter[str]:
+def implied(scenario: Scenario, rank: int, shipped: list[Tensor], rounds: int = 1) -> Counter[str]:
     """Elements that `rank` must send, from the routing of its group and the experts (P, G, L) that travel to each rank."""
     P, held, G = scenario.ep_size, scenario.experts // scenario.ep_size, len(scenario.outs)
     here = rank % P
@@ -126,30 +128,39 @@ def implied(scenario: Scenario, rank: int, shipped: list[Tensor]) -> Counter[str
         need = (need & ~shipped[group[source]].transpose(0, 1).unsqueeze(1)).any(-1)
         need[:, :, source] = False
         rows[source] = need.any(0).sum(0)
-        sums[source] = (need.sum(1) * torch.tensor(scenario.outs).unsqueeze(1)).sum(0)
+        back = need if rounds == 1 else need.any(0).expand_as(need)  # in rounds every row comes back for every linear
+        sums[source] = (back.sum(1) * torch.tensor(scenario.outs).unsqueeze(1)).sum(0)
         size = R * (D + torch.tensor(scenario.outs))
         weights[source] = (shipped[group[source]].sum(2) * size).sum(1)
     out, back = rows[here].sum(), rows[:, here].sum()
-    wire = Counter(counts=(P - 1) * (1 + G + G * held), rows=out * D, gates=out * G * held)
+    wire = Counter(counts=(P - 1) * (G + G * held + P), rows=out * D, gates=out * G * held)
     wire |= Counter(sums=sums[:, here].sum(), weights=weights[:, here].sum())
     wire |= Counter(grad_rows=back * D * scenario.input_gradient, grad_gates=back * G * held)
     wire |= Counter(grad_sums=sums[here].sum(), grad_weights=weights[here].sum())
+    if rounds > 1:  # nothing of them was kept
+        wire |= Counter(again_rows=wire["rows"], again_gates=wire["gates"])
     return Counter({kind: int(n) for kind, n in wire.items() if n})
 
 
-def compare(scenario: Scenario, mode: Mode) -> dict[str, Any]:
+def compare(scenario: Scenario, mode: Mode, rounds: int = 1) -> dict[str, Any]:
     """On every rank: distances of outputs and gradients from the reference, and the wire, counted and implied."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldmole_dist.parallel.dispatch.number_of_rounds", lambda rows_PP: rounds)
+        return _compare(scenario, mode, rounds)
+
+
+def _compare(scenario: Scenario, mode: Mode, rounds: int) -> dict[str, Any]:
     parallel, rank = expert_parallel(scenario.ep_size, mode), dist.get_rank()
     placement = parallel.placement(scenario.experts)
     dispatch = parallel.dispatch()
     x, ps, dy = make_inputs(scenario, rank)
     banks = make_banks(scenario, placement.local)
-    plan = dispatch.plan([p != 0 for p in ps], banks)
+    plan = dispatch.plan([p != 0 for p in ps], banks, "group")
     outputs = run_backward(dispatch, plan, x, ps, banks, dy)
-    counted = Counter(parallel.wire)
+    counted, counted_bytes = parallel.wire.by_kind(), dict(parallel.wire.bytes)
     x_again, ps_again, _ = make_inputs(scenario, rank)
     again = run_backward(dispatch, plan, x_again, ps_again, make_banks(scenario, placement.local), dy)
-    doubled = Counter(parallel.wire)
+    doubled = parallel.wire.by_kind()
     shipped: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shipped, plan.shipped_PGL)
 
@@ -162,7 +173,7 @@ def compare(scenario: Scenario, mode: Mode) -> dict[str, Any]:
         x_ref, ps_ref, dy_ref = make_inputs(scenario, source)
         x_ref = x_ref.detach().to(wide).requires_grad_()
         local = LocalDispatch()
-        plan_ref = local.plan([p != 0 for p in ps_ref], all_banks)
+        plan_ref = local.plan([p != 0 for p in ps_ref], all_banks, "group")
         outputs_ref = run_backward(local, plan_ref, x_ref, ps_ref, all_banks, [g.to(wide) for g in dy_ref])
         if source == rank:
             values = {"x": (x.grad, x_ref.grad)} if scenario.input_gradient else {}
@@ -179,10 +190,30 @@ def compare(scenario: Scenario, mode: Mode) -> dict[str, Any]:
         difference = (value.detach().to(wide) - reference.detach()).norm()
         distances[name] = float(difference / reference.detach().norm().clamp_min(1e-30))
     dtypes = {name: values[name][0].dtype for name in values}
-    expected = implied(scenario, rank, shipped)
+    expected = implied(scenario, rank, shipped, rounds)
+    sizes = GroupSizes(D, scenario.outs, R, scenario.experts // scenario.ep_size)
+    support = torch.stack([(p != 0).unflatten(1, (scenario.ep_size, -1)) for p in ps])
+    closed = elements(support, plan.shipped_PGL, placement.rank, sizes, rounds)
+    closed["counts"] = count_elements(scenario.ep_size, sizes)
     return dict(
-        distances=distances, dtypes=dtypes, wire=+counted, doubled=doubled, implied=expected, shipped=plan.shipped_PGL
+        distances=distances,
+        dtypes=dtypes,
+        wire=+counted,
+        bytes=counted_bytes,
+        doubled=doubled,
+        implied=expected,
+        closed=closed,
+        shipped=plan.shipped_PGL,
     )
+
+
+def check_closed_forms(results: list[dict[str, Any]], scenario: Scenario, rounds: int) -> None:
+    """What all ranks counted is what `plan` computes from their routing."""
+    counted = sum((found["wire"] for found in results), Counter())
+    closed = sum((Counter(found["closed"]) for found in results), Counter())
+    back = {f"grad_{kind}": closed[kind] for kind in FORWARD if kind != "rows" or scenario.input_gradient}
+    again = {f"again_{kind}": closed[kind] for kind in ("rows", "gates") if rounds > 1}
+    assert counted == +Counter(closed | back | again)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -190,18 +221,33 @@ def compare(scenario: Scenario, mode: Mode) -> dict[str, Any]:
 def test_equal_to_one_process_and_counted_exactly(ranks4: LocalRanks, name: str, mode: Mode) -> None:
     scenario = SCENARIOS[name]
     narrow, wide = scenario.dtype, torch.promote_types(scenario.dtype, torch.float32)
-    for rank, found in enumerate(ranks4.run(compare, scenario, mode)):
+    results = ranks4.run(compare, scenario, mode)
+    check_closed_forms(results, scenario, 1)
+    for rank, found in enumerate(results):
         for tensor, distance in found["distances"].items():
             assert distance < TOLERANCE[narrow], f"rank {rank}, {tensor}: {distance}"
             assert found["dtypes"][tensor] == (narrow if tensor[0] in "xya" else wide), tensor
         assert found["wire"] == found["implied"], f"rank {rank}"
-        # Carried out again, a plan moves the same and negotiates nothing.
-        assert found["doubled"]["counts"] == found["wire"]["counts"]
-        assert all(found["doubled"][kind] == 2 * n for kind, n in found["wire"].items() if kind != "counts")
+        # Carried out again, a plan moves the same and negotiates nothing; its forward is counted apart.
+        again = {f"again_{kind}": found["wire"][kind] for kind in FORWARD}
+        back = {kind: 2 * n if kind.startswith("grad_") else n for kind, n in found["wire"].items()}
+        assert +found["doubled"] == +Counter(back | again)
         remote = torch.arange(scenario.ep_size) != rank % scenario.ep_size
         assert not found["shipped"][~remote].any()
         if mode != "auto":
             assert found["shipped"][remote].eq(mode == "gather").all()
+
+
+@pytest.mark.parametrize("mode", ["all_to_all", "auto"])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_rounds_change_nothing_but_the_order_of_sums(ranks4: LocalRanks, name: str, mode: Mode) -> None:
+    scenario = SCENARIOS[name]
+    results = ranks4.run(compare, scenario, mode, 3)
+    check_closed_forms(results, scenario, 3)
+    for rank, found in enumerate(results):
+        for tensor, distance in found["distances"].items():
+            assert distance < TOLERANCE[scenario.dtype], f"rank {rank}, {tensor}: {distance}"
+        assert found["wire"] == found["implied"], f"rank {rank}"
 
 
 @pytest.mark.parametrize("name", ["ep 2", "ep 4", "all tokens on one expert", "many tokens", "float32"])
@@ -215,6 +261,13 @@ def test_auto_sends_no_more_than_the_better_fixed_mode_and_sometimes_less(ranks4
         assert payload["auto"] < min(payload["all_to_all"], payload["gather"])
 
 
+def test_hidden_states_and_experts_travel_in_the_dtype_of_the_activations(ranks4: LocalRanks) -> None:
+    for mode, kinds in (("all_to_all", ("rows", "sums")), ("gather", ("weights",))):
+        for found in ranks4.run(compare, SCENARIOS["bfloat16"], mode):
+            for kind in (*kinds, *(f"grad_{kind}" for kind in kinds)):
+                assert found["bytes"]["group", kind] == 2 * found["wire"][kind] > 0
+
+
 def test_linears_of_one_input_share_its_rows(ranks4: LocalRanks) -> None:
     both = Scenario(4, outs=(5, 7))
     together = ranks4.run(compare, both, "all_to_all")
@@ -226,7 +279,7 @@ def test_linears_of_one_input_share_its_rows(ranks4: LocalRanks) -> None:
 def test_where_nobody_needs_a_remote_expert_only_counts_travel(ranks4: LocalRanks) -> None:
     for mode in ("all_to_all", "auto"):
         for found in ranks4.run(compare, SCENARIOS["nobody needs a remote expert"], mode):
-            assert found["wire"] == Counter(counts=3 * (1 + 1 + 2))
+            assert found["wire"] == Counter(counts=3 * (1 + 2 + 4))
 
 
 def exchange_by_hand(dtypes: list[torch.dtype]) -> tuple[list[Tensor], list[Tensor], Counter[str]]:
@@ -238,11 +291,11 @@ def exchange_by_hand(dtypes: list[torch.dtype]) -> tuple[list[Tensor], list[Tens
         send, recv = [rank + q + i for q in range(4)], [s + rank + i for s in range(4)]
         rows = torch.cat([torch.full((n, i + 1), 10 * rank + q) for q, n in enumerate(send)]).to(dtype)
         parcels.append(Parcel(f"parcel {i}", rows.requires_grad_(dtype.is_floating_point), send, recv))
-    received = exchange(parcels, dist.group.WORLD, wire)
+    received = exchange(parcels, dist.group.WORLD, Tally(wire, "by hand"))
     floating = [i for i, dtype in enumerate(dtypes) if dtype.is_floating_point]
     torch.autograd.backward([received[i] for i in floating], [received[i].detach() * 2 for i in floating])
     wrong = [parcels[i].rows.grad - 2 * parcels[i].rows.detach() for i in floating]
-    return [r.detach() for r in received], wrong, Counter(wire)
+    return [r.detach() for r in received], wrong, wire.by_kind()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Ranks against one process: gradients in float64 without the engine, updates in float32 through DeepSpeed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,9 +35,12 @@ STAGES = ["zero0", "zero1", "zero2", "zero3"]
 
 
 def check_updates(
-    ranks: LocalRanks, ds_config: str, ep_size: int, checkpointing: bool, architecture: str = "llama", **zero: Any
+    ranks: LocalRanks, ds_config: str, ep_size: int, checkpointing: bool, architecture: str = "llama", **settings: Any
 ) -> None:
-    distance, name = parity.worst(ranks.run(parity.updates, architecture, ds_config, ep_size, checkpointing, **zero))
+    """`settings`: the mode, and settings of DeepSpeed's zero_optimization."""
+    distance, name = parity.worst(
+        ranks.run(parity.updates, architecture, ds_config, ep_size, checkpointing, **settings)
+    )
     assert distance < 1e-4, name
 
 
@@ -56,6 +60,34 @@ def test_updates_with_offload(ranks4: LocalRanks, ds_config: str) -> None:
 @pytest.mark.parametrize("ds_config", STAGES)
 def test_updates_everywhere(ranks4: LocalRanks, ds_config: str, ep_size: int, checkpointing: bool) -> None:
     check_updates(ranks4, ds_config, ep_size, checkpointing)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", ["all_to_all", "gather"])
+@pytest.mark.parametrize("ds_config", STAGES)
+def test_updates_in_the_fixed_modes(ranks4: LocalRanks, ds_config: str, mode: Mode) -> None:
+    check_updates(ranks4, ds_config, 4, ds_config != "zero2", mode=mode)
+
+
+def in_rounds(function: Callable[..., dict[str, float]], *args: Any, **kwargs: Any) -> dict[str, float]:
+    """The rows of every dispatch in three rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldmole_dist.parallel.dispatch.number_of_rounds", lambda rows_PP: 3)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("mode", ["auto", "all_to_all"])
+def test_gradients_in_rounds(ranks4: LocalRanks, mode: Mode, checkpointing: bool) -> None:
+    distance, name = parity.worst(ranks4.run(in_rounds, parity.gradients, "llama", 4, checkpointing, mode))
+    assert distance < 1e-12, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_updates_in_rounds_under_zero3(ranks4: LocalRanks, checkpointing: bool) -> None:
+    args = ("llama", "zero3", 2, checkpointing, "all_to_all")
+    distance, name = parity.worst(ranks4.run(in_rounds, parity.updates, *args, **PARTITION_ALL))
+    assert distance < 1e-4, name
 
 
 @pytest.mark.full

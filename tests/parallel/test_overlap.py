@@ -1,0 +1,80 @@
+"""What travels is under way while the frozen linears compute, forward and backward; the numbers are the same."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldmole_dist.engine.experts import expert_parallel
+from ldmole_dist.engine.startup import start
+from ldmole_dist.objective import answer_count, next_tokens
+from ldmole_dist.parallel.dispatch import Mode
+from ldmole_dist.peft_method import LdMoleLinear
+from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.parity import build, loss_of
+from ldmole_dist.selftest.tiny import micro_batch
+
+Result = tuple[dict[str, Tensor], dict[str, int]]
+
+
+class UnderWay:
+    """Stands in for the all-to-all of a dispatch and knows how many have begun that nobody has waited for."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._real = dist.all_to_all_single
+
+    def all_to_all_single(self, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        work = self._real(*args, async_op=async_op, **kwargs)
+        if not async_op:
+            return work
+        self.now += 1
+        return Waiting(self, work)
+
+
+class Waiting:
+    def __init__(self, under_way: UnderWay, work: Any) -> None:
+        self.under_way, self.work = under_way, work
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.under_way.now -= 1
+
+
+def run(overlap: bool, mode: Mode) -> Result:
+    """Every gradient, and how many all-to-alls were under way when each frozen linear had computed."""
+    process = start()
+    model = build("llama", torch.float64, expert_parallel(2, mode, overlap))
+    found: dict[str, int] = {}
+    under_way = UnderWay()
+    leaders = [m for m in model.modules() if isinstance(m, LdMoleLinear) and m.groups["default"].members[0] is m]
+    for module in leaders:
+        name = module.name
+        base: Any = module.base_layer
+        base.register_forward_hook(lambda *_, name=name: found.update({f"forward {name}": under_way.now}))
+        base.register_full_backward_hook(lambda *_, name=name: found.update({f"backward {name}": under_way.now}))
+    batch = micro_batch(process.rank, process.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", under_way.all_to_all_single)
+        loss_of(model, model, batch, answer_count(next_tokens(batch["labels"])))[0].backward()
+    assert under_way.now == 0
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, found
+
+
+@pytest.mark.parametrize("mode", ["auto", "all_to_all", "gather"])
+def test_frozen_linears_compute_while_rows_travel(ranks2: LocalRanks, mode: Mode) -> None:
+    for (gradients, found), (gradients_waiting, found_waiting) in zip(
+        ranks2.run(run, True, mode), ranks2.run(run, False, mode), strict=True
+    ):
+        forward = [n for name, n in found.items() if name.startswith("forward")]
+        # The embeddings need no gradient: nothing goes back through the first group's frozen linear.
+        backward = [
+            n for name, n in found.items() if name.startswith("backward") and "layers.0.self_attn.q" not in name
+        ]
+        assert forward == [1] * 8 and backward == [1] * 7
+        assert set(found_waiting.values()) == {0}
+        assert gradients.keys() == gradients_waiting.keys()
+        for name, gradient in gradients.items():
+            assert gradient.equal(gradients_waiting[name]), name

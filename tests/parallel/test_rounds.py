@@ -1,0 +1,58 @@
+"""Rows travel in rounds where they would overload a rank: its memory stays bounded, whatever the routing."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldmole_dist.engine.experts import expert_parallel
+from ldmole_dist.method.experts import ExpertBank
+from ldmole_dist.method.routers import Routing
+from ldmole_dist.parallel.dispatch import Mode
+from ldmole_dist.parallel.plan import ROWS_AT_ONCE, number_of_rounds
+from ldmole_dist.ranks import LocalRanks
+from tests.live_bytes import LiveBytes
+
+T, D, E, R = 3000, 32, 8, 4
+LINEARS = 2
+
+
+def test_rounds_follow_the_busiest_rank() -> None:
+    many = 4 * ROWS_AT_ONCE
+    even = [[0 if s == q else many for q in range(4)] for s in range(4)]
+    assert number_of_rounds(even) == 1
+    to_one = [[many if q == 3 and s != 3 else 0 for q in range(4)] for s in range(4)]
+    assert number_of_rounds(to_one) == 4  # 3 many rows come to one rank, the even share is 3/4 of many
+    few = [[n // (4 * many) for n in row] for row in to_one]
+    assert number_of_rounds(few) == 1 and number_of_rounds([[0, 0], [0, 0]]) == 1
+    # Below the rows that are no burden it does not matter how they are spread.
+    assert number_of_rounds([[0, 2 * ROWS_AT_ONCE, 1, 0], *[[0] * 4] * 3]) == 1
+    assert number_of_rounds([[0, 2 * ROWS_AT_ONCE + 1, 0, 0], *[[0] * 4] * 3]) == 3
+
+
+def peak(skewed: bool, mode: Mode, rounds: int | None) -> int:
+    """Most bytes alive on this rank in the forward and backward of a dispatch of two linears."""
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    dispatch = expert_parallel(4, mode).dispatch()
+    x = torch.randn(T, D, generator=draw).requires_grad_()
+    ps, banks = [], []
+    for _ in range(LINEARS):
+        expert = torch.full((T,), 6) if skewed else torch.randint(0, E, (T,), generator=draw)
+        ps.append(torch.nn.functional.one_hot(expert, E).float().requires_grad_())
+        A, B = (torch.randn(E // 4, *shape, generator=draw).requires_grad_() for shape in ((R, D), (D, R)))
+        banks.append(ExpertBank(A, B, 1.0))
+    with pytest.MonkeyPatch.context() as patch, LiveBytes() as live:
+        if rounds is not None:
+            patch.setattr("ldmole_dist.parallel.dispatch.number_of_rounds", lambda rows_PP: rounds)
+        plan = dispatch.plan([p != 0 for p in ps], banks, "group")
+        ys: list[Tensor] = dispatch.start(x, [Routing(p, p, p[:, 0]) for p in ps], banks, plan)()
+        torch.stack([y.square().sum() for y in ys]).sum().backward()
+    return live.peak
+
+
+def test_the_worst_skew_takes_at_most_twice_the_memory_of_the_balanced_case(ranks4: LocalRanks) -> None:
+    balanced = max(ranks4.run(peak, False, "all_to_all", None))
+    assert max(ranks4.run(peak, True, "all_to_all", None)) <= 1.2 * balanced
+    assert max(ranks4.run(peak, True, "auto", None)) <= 1.2 * balanced
+    # All at once it would be more, and grow with the number of ranks.
+    assert max(ranks4.run(peak, True, "all_to_all", 1)) > 1.4 * balanced
