@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     dispatch = bench.add_parser("dispatch", help="strategies that bring tokens and experts together, on 2 and 4 ranks")
     dispatch.add_argument("--turns", type=int, default=5, help="timed runs of each, interleaved")
     dispatch.set_defaults(call=_bench_dispatch)
+    decide = bench.add_parser(
+        "decide", help="what a dispatch decides to move over many shapes, and what deciding costs"
+    )
+    decide.add_argument("--repeats", type=int, default=5, help="timed runs of each")
+    decide.set_defaults(call=_bench_decide)
     return parser
 
 
@@ -154,6 +159,16 @@ def _bench_dispatch(args: argparse.Namespace) -> int:
     from ldmole_dist.study.bench_dispatch import Sizes, bench_dispatch, print_table
 
     print_table(bench_dispatch(turns=args.turns), Sizes())
+    from ldmole_dist.study.bench_overlap import bench_overlap, print_overlap
+
+    print_overlap(bench_overlap(turns=args.turns))
+    return 0
+
+
+def _bench_decide(args: argparse.Namespace) -> int:
+    from ldmole_dist.study.bench_decide import CELLS, decide, print_table
+
+    print_table(decide(cell, args.repeats) for cell in CELLS)
     return 0
 
 

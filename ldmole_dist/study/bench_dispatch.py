@@ -77,7 +77,7 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> dict[str, Measured]
     process = start()
     parallel = expert_parallel(process.world_size)
     assert parallel.group is not None, "a dispatch needs at least two ranks"
-    layer = [_inputs(sizes, group, linears, dtype, process.device) for group, linears in enumerate(GROUPS)]
+    layer = [layer_inputs(sizes, group, linears, dtype, process.device) for group, linears in enumerate(GROUPS)]
     times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
     deciding: dict[str, list[float]] = {name: [] for name in STRATEGIES}
     sent: dict[str, Counter[str]] = {}
@@ -88,7 +88,7 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> dict[str, Measured]
             dist.barrier()
             begun = time.perf_counter()
             results[name] = [value for inputs in layer for value in inputs.run(strategy, name == "replicate")]
-            _synchronize(process.device)
+            synchronize(process.device)
             dist.barrier()
             if turn:  # the first warms up
                 times[name].append(time.perf_counter() - begun)
@@ -109,7 +109,7 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> dict[str, Measured]
     return measured
 
 
-class _Inputs(NamedTuple):
+class LayerInputs(NamedTuple):
     """One input group: tokens, logits, the whole banks and the held slices of them."""
 
     x_TD: Tensor
@@ -133,7 +133,7 @@ class _Inputs(NamedTuple):
         return [y.detach() for y in outputs] + [gradients[0], *grad_p]
 
 
-def _inputs(sizes: Sizes, group: int, linears: int, dtype: torch.dtype, device: torch.device) -> _Inputs:
+def layer_inputs(sizes: Sizes, group: int, linears: int, dtype: torch.dtype, device: torch.device) -> LayerInputs:
     rank, world = dist.get_rank(), dist.get_world_size()
     shared = torch.Generator().manual_seed(group)
     own = torch.Generator().manual_seed(1000 * group + rank + 1)
@@ -153,7 +153,7 @@ def _inputs(sizes: Sizes, group: int, linears: int, dtype: torch.dtype, device: 
         held.append(
             ExpertBank(A.detach()[mine].clone().requires_grad_(), B.detach()[mine].clone().requires_grad_(), 2.0)
         )
-    return _Inputs(draw(T, d, generator=own), p, whole, held, draw(T, d, generator=own))
+    return LayerInputs(draw(T, d, generator=own), p, whole, held, draw(T, d, generator=own))
 
 
 class _Strategy:
@@ -171,12 +171,13 @@ class _Strategy:
             return [row_per_pair(x_TD, r, b, self.group, tally) for r, b in zip(routings, banks, strict=True)]
         begun = time.perf_counter()
         plan = self.dispatch.plan([routing.p_TE != 0 for routing in routings], banks, "layer")
-        _synchronize(x_TD.device)
+        synchronize(x_TD.device)
         self.deciding += time.perf_counter() - begun
         return self.dispatch.start(x_TD, routings, banks, plan)()
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

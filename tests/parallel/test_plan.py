@@ -1,44 +1,16 @@
 """The decision what to move: never worse than a fixed strategy, as good as the optimum, and a mixture where only that is."""
 
-import itertools
-
 import pytest
 import torch
-from torch import Tensor
 
-from ldmole_dist.parallel.plan import GroupSizes, cheapest_ships, elements, optimal_ships
-
-
-def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: int) -> Tensor:
-    """(G, T, P, L): about k active experts a token, their popularity a power law of exponent `skew`."""
-    generator = torch.Generator().manual_seed(seed)
-    popularity = torch.arange(1, P * L + 1).float().pow(-skew)[torch.randperm(P * L, generator=generator)]
-    scores = torch.rand(G, T, P * L, generator=generator).pow(1 / popularity)
-    counts = (torch.rand(T, 1, generator=generator) < k % 1).long() + int(k)
-    support = scores.argsort(-1, descending=True).argsort(-1) < counts
-    return support.view(G, T, P, L)
+from ldmole_dist.parallel.plan import GroupSizes, cheapest_ships, optimal_ships
+from ldmole_dist.study.bench_decide import CELLS, Cell, all_or_none, decide, draw_support, payload
 
 
-def payload(support: Tensor, shipped: Tensor, sizes: GroupSizes) -> int:
-    return sum(elements(support, shipped, 0, sizes).values())
-
-
-def fixed(support: Tensor, value: bool) -> Tensor:
-    G, _, P, L = support.shape
-    shipped = torch.full((P, G, L), value)
-    shipped[0] = False
-    return shipped
-
-
-SWEEP = list(itertools.product((2, 4, 8), (8, 64), (8, 32), (64, 512), (1.5, 4.0), (0.0, 1.0), (1, 3)))
-
-
-@pytest.mark.parametrize(("P", "E", "R", "T", "k", "skew", "G"), SWEEP)
-def test_never_worse_than_either_fixed_strategy(P: int, E: int, R: int, T: int, k: float, skew: float, G: int) -> None:
-    sizes = GroupSizes(256, (256, 64, 64)[:G], R, E // P)
-    support = draw_support(G, T, P, E // P, k, skew, seed=P * E + T)
-    auto = payload(support, cheapest_ships(support, 0, sizes), sizes)
-    assert auto <= min(payload(support, fixed(support, False), sizes), payload(support, fixed(support, True), sizes))
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
+def test_never_worse_than_either_fixed_strategy(cell: Cell) -> None:
+    found = decide(cell)
+    assert found.auto <= min(found.all_to_all, found.gather)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -85,7 +57,7 @@ def test_a_mixture_wins_where_some_experts_are_hot() -> None:
     assert shipped[1:].any() and not shipped[1:].all()
     auto = payload(support, shipped, sizes)
     assert auto < 0.95 * min(
-        payload(support, fixed(support, False), sizes), payload(support, fixed(support, True), sizes)
+        payload(support, all_or_none(support, False), sizes), payload(support, all_or_none(support, True), sizes)
     )
 
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.study.bench_decide import CELLS, decide
+from ldmole_dist.study.bench_decide import print_table as print_decisions
 from ldmole_dist.study.bench_dispatch import GROUPS, STRATEGIES, Sizes, measure, print_table
+from ldmole_dist.study.bench_overlap import measure_overlap, print_overlap
 
 
 @pytest.mark.parametrize("tokens", [12, 600])  # few tokens: rows are lighter; many: experts are
@@ -26,3 +29,17 @@ def test_table(ranks2: LocalRanks, capsys: pytest.CaptureFixture[str]) -> None:
     print_table({2: ranks2.run(measure, sizes, 1, torch.float32)[0]}, sizes)
     printed = capsys.readouterr().out
     assert all(name in printed for name in STRATEGIES) and "P=2" in printed
+
+
+def test_overlap_is_measured_in_pairs(ranks2: LocalRanks, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = Sizes(tokens=8, features=16, experts=4, rank=2, active=2)
+    measured = ranks2.run(measure_overlap, sizes, "auto", 3, torch.float32)[0]
+    assert min(measured) > 0
+    print_overlap({(2, "auto"): measured})
+    assert "P=2 auto" in capsys.readouterr().out
+
+
+def test_decisions_are_printed_with_their_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    print_decisions([decide(CELLS[0], repeats=2), decide(CELLS[-1])])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + 2 + 1 and "deciding: median" in printed[-1]
