@@ -7,22 +7,31 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
-from ldmole_dist.errors import NonFiniteLoss, PeerError, UserError
+from ldmole_dist.errors import NonFiniteLoss, PeerError, Preempted, UserError
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        0, or 1 where something failed that the message explains.
+        0; 1 where something failed that the message explains; EXIT_PREEMPTED where a run was asked to end, has saved
+        and goes on when it is started again.
     """
     args = _parser().parse_args(argv)
     call: Callable[[argparse.Namespace], int] = args.call
     try:
         return call(args)
+    except Preempted as error:
+        torch.distributed.destroy_process_group()
+        if _speaks_for_its_node():
+            print(error, file=sys.stderr, flush=True)
+        return EXIT_PREEMPTED
     except (UserError, NonFiniteLoss) as error:
         # Once the ranks are together, a UserError is raised on the rank that found it and a PeerError on the others; before,
         # and for a loss that all have in common, one rank of every node speaks.
@@ -58,6 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
     validate.add_argument("--ranks", type=int, help="also check that it can run on so many ranks")
     validate.set_defaults(call=_validate)
+
+    checkpoint = commands.add_parser("checkpoint", help="look at checkpoints").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    verify = checkpoint.add_parser("verify", help="check every file's hash and that nothing is missing")
+    verify.add_argument("checkpoint", help="folder, such as runs/quickstart/checkpoints/step_00000030")
+    verify.set_defaults(call=_checkpoint_verify)
+    inspect = checkpoint.add_parser("inspect", help="say what is in it")
+    inspect.add_argument("checkpoint", help="folder")
+    inspect.set_defaults(call=_checkpoint_inspect)
+    export = checkpoint.add_parser("export", help="make the portable adapter from it")
+    export.add_argument("checkpoint", help="folder")
+    export.add_argument("adapter", help="folder to make")
+    export.set_defaults(call=_checkpoint_export)
 
     generate = commands.add_parser("generate", help="continue prompts with a saved adapter")
     generate.add_argument("adapter", help="folder of the adapter, such as runs/quickstart/adapter")
@@ -124,6 +147,29 @@ def _validate(args: argparse.Namespace) -> int:
         check_parallelism(config, args.ranks)
         resolve_run(config, args.ranks)
     print(f"{args.config} is valid" + ("" if args.ranks is None else f" for {args.ranks} ranks"))
+    return 0
+
+
+def _checkpoint_verify(args: argparse.Namespace) -> int:
+    from ldmole_dist.checkpoint.manifest import verify
+
+    problems = verify(Path(args.checkpoint))
+    print("\n".join(problems) if problems else f"{args.checkpoint} is whole")
+    return 1 if problems else 0
+
+
+def _checkpoint_inspect(args: argparse.Namespace) -> int:
+    from ldmole_dist.checkpoint.inspect import print_table
+
+    print_table(Path(args.checkpoint))
+    return 0
+
+
+def _checkpoint_export(args: argparse.Namespace) -> int:
+    from ldmole_dist.checkpoint.export import export_checkpoint
+
+    export_checkpoint(Path(args.checkpoint), Path(args.adapter))
+    print(f"adapter: {args.adapter}")
     return 0
 
 

@@ -161,8 +161,10 @@ class Run:
         save_every: optimizer steps between checkpoints; 0: none.
         keep_last: checkpoints that are kept.
         detail_every: optimizer steps between reports of what each layer sent.
-        resume: "auto" goes on from the last checkpoint in output_dir, if there is one; "never" starts anew, and what
-            output_dir holds is moved aside.
+        save_async: write checkpoints while training goes on, from a copy in host memory; false: stop for them, and copy
+            nothing.
+        resume: "auto" goes on from the newest whole checkpoint in output_dir, if there is one; "never" starts anew, and
+            what output_dir holds is moved aside; a path goes on from that checkpoint, or the newest of that run.
     """
 
     output_dir: str
@@ -171,7 +173,8 @@ class Run:
     save_every: NotNegative = 0
     keep_last: Positive = 2
     detail_every: Positive = 10
-    resume: Literal["auto", "never"] = "auto"
+    save_async: bool = True
+    resume: str = "auto"
 
 
 @dataclass(config=_strict_keys)
@@ -216,7 +219,13 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+    return yaml.safe_dump(plain_config(config), sort_keys=False)
+
+
+def plain_config(config: Config) -> dict[str, Any]:
+    """Dictionaries, lists and values, as in the file."""
+    plain: dict[str, Any] = _plain(asdict(config))
+    return plain
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

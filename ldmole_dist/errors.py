@@ -9,5 +9,9 @@ class PeerError(Exception):
     """Another rank failed; its own message says why."""
 
 
+class Preempted(Exception):
+    """The run was asked to end, has saved a checkpoint and can go on."""
+
+
 class NonFiniteLoss(Exception):
     """The loss stopped being a number; training cannot go on."""

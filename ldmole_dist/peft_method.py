@@ -11,7 +11,7 @@ once, `base_model.lambda_mlp.<D>.fc1.weight` and so on.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -324,19 +324,36 @@ def _check_fits(model: nn.Module, config: LdMoleConfig, adapter_name: str, loade
 
 
 def _adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """The parameters that belong to an adapter, found by what holds them: its name may also be that of a module."""
+    """The parameters that belong to an adapter."""
+    return {
+        f"{path}.{holder}.{name}": parameter for path, holder, name, parameter in _held_parameters(model, adapter_name)
+    }
+
+
+def _held_parameters(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, str, nn.Parameter]]:
+    """(module, its attribute, name in that, parameter) of what belongs to an adapter, found by what holds it: the adapter's
+    name may also be that of a module."""
     holders: dict[type[nn.Module], tuple[str, ...]] = {
         LdMoleLinear: ("lora_A", "lora_B", "router"),
         LdMoleModel: ("lambda_mlp",),
         ModulesToSaveWrapper: ("modules_to_save",),
     }
-    found = {}
     for path, module in model.named_modules():
         for holder in holders.get(type(module), ()):
             for name, parameter in getattr(module, holder).named_parameters():
                 if name.partition(".")[0] == adapter_name:
-                    found[f"{path}.{holder}.{name}"] = parameter
-    return found
+                    yield path, holder, name, parameter
+
+
+def adapter_keys(model: nn.Module) -> dict[str, str]:
+    """Parameter name in a PEFT model -> name in an adapter file, of everything that belongs to the active adapter."""
+    (adapter,) = tuner_of(model).active_adapters
+    keys = {}
+    for path, holder, name, _ in _held_parameters(model, adapter):
+        # modules_to_save goes by the name of the module that it stands in for.
+        where = path if holder == "modules_to_save" else f"{path}.{holder}"
+        keys[f"{path}.{holder}.{name}"] = where + name.removeprefix(adapter)
+    return keys
 
 
 def _check_every_target_matches(model: nn.Module, config: LdMoleConfig) -> None:

@@ -13,19 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from ldmole_dist.checkpoint import save_checkpoint
+from ldmole_dist.checkpoint.save import Saver
 from ldmole_dist.config import Config
 from ldmole_dist.data.batches import TrainingOrder, collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.diagnose import explain_nonfinite
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.startup import Process
-from ldmole_dist.errors import NonFiniteLoss
+from ldmole_dist.errors import NonFiniteLoss, Preempted
 from ldmole_dist.evaluate import Evaluator, batch_logits
 from ldmole_dist.monitor import Monitor
 from ldmole_dist.objective import answer_count, answer_loss, next_tokens
 from ldmole_dist.parallel.wire import KINDS
 from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.stop import StopRequest
 
 # What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
 SUMS = ("loss", "loss_task", "loss_balance", "loss_sparsity", "loss_z", "active", "lambda", "decisions", "tokens")
@@ -42,6 +43,8 @@ class Trainer:
         evaluator: or None.
         pad_id: for batches.
         process: of this rank.
+        saver: of checkpoints.
+        stop: whether somebody asks this process to end.
         first_step: optimizer steps already done.
         last_step: optimizer steps in all.
     """
@@ -55,14 +58,16 @@ class Trainer:
         evaluator: Evaluator | None,
         pad_id: int,
         process: Process,
+        saver: Saver,
+        stop: StopRequest,
         first_step: int,
         last_step: int,
     ) -> None:
         self.config, self.engine, self.process = config, engine, process
         self.examples, self.order, self.pad_id = examples, order, pad_id
         self.evaluator, self.first_step, self.last_step = evaluator, first_step, last_step
-        self.folder = Path(config.run.output_dir)
-        self.monitor = Monitor(self.folder, process.is_main, first_step)
+        self.saver, self.stop = saver, stop
+        self.monitor = Monitor(Path(config.run.output_dir), process.is_main, first_step)
         self.context = tuner_of(engine.module).context
 
     def run(self) -> dict[str, float]:
@@ -73,6 +78,7 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: on every rank, naming step, rank and layer.
+            Preempted: on every rank, after a checkpoint, where one of them was asked to end.
         """
         run = self.config.run
         finished = self.first_step >= self.last_step
@@ -91,10 +97,25 @@ class Trainer:
             steps.set_postfix(loss=f"{metrics['loss']:.3f}", experts=f"{metrics['experts_per_token']:.2f}")
             if step == self.last_step or (run.eval_every and step % run.eval_every == 0):
                 result = self._evaluate(step)
-            if run.save_every and step % run.save_every == 0:
-                save_checkpoint(self.engine, self.folder / "checkpoints", step, self.process, run.keep_last)
+            stopped = self._ranks_agree_to_stop() and step < self.last_step
+            if stopped or (run.save_every and step % run.save_every == 0):
+                self.saver.save(self.engine, step)
+            if stopped:
+                self.saver.finish()
+                self.monitor.close()
+                raise Preempted(f"asked to end: saved after step {step} of {self.last_step}; the same command goes on")
+        self.saver.finish()
         self.monitor.close()
         return result
+
+    def _ranks_agree_to_stop(self) -> bool:
+        """Whether some rank was asked to end. A checkpoint that all have written is made valid on this occasion."""
+        flags = torch.tensor([int(self.stop.requested), int(self.saver.done)], device=self.process.device)
+        dist.all_reduce(flags)
+        asked, written = flags.tolist()
+        if written == self.process.world_size:
+            self.saver.finish()
+        return bool(asked)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         if self.evaluator is None:
@@ -136,6 +157,7 @@ class Trainer:
                 f"the loss is {metrics['loss']} at step {step}; {explain_nonfinite(engine, batches[bad or 0], bad is not None)}"
             )
         metrics["lr"] = engine.learning_rate
+        self.saver.before_update()
         engine.step()
         metrics["grad_norm"] = engine.grad_norm
         if not math.isfinite(engine.grad_norm) and not engine.overflowed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from ldmole_dist.backbone import (
     load_tokenizer,
     new_adapter,
 )
-from ldmole_dist.checkpoint import export_adapter, latest_checkpoint, load_checkpoint
+from ldmole_dist.checkpoint.export import export_adapter
+from ldmole_dist.checkpoint.load import choose_checkpoint, load_checkpoint, newest
+from ldmole_dist.checkpoint.save import Saver
 from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
 from ldmole_dist.data.batches import TrainingOrder
 from ldmole_dist.data.encode import Encoder
@@ -31,11 +34,12 @@ from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.partitioned import partitioned_loading
-from ldmole_dist.engine.startup import Process, agreed, from_main, start
+from ldmole_dist.engine.startup import Process, agreed, start
 from ldmole_dist.evaluate import Evaluator, single_token_choices
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_method import LdMoleConfig, is_expert_tensor, spread_experts, tuner_of
+from ldmole_dist.stop import StopRequest
 from ldmole_dist.trainer import Trainer
 
 
@@ -65,13 +69,11 @@ def train(config: Config) -> dict[str, float]:
         choices = None
         if task == "causal_lm" and data.labels is not None:
             choices = single_token_choices(data.labels, [encoder.answer_ids(label) for label in data.labels])
+    folder = Path(config.run.output_dir)
+    resumed = choose_checkpoint(config, process)
     with agreed("preparing the output folder"):
-        folder = Path(config.run.output_dir)
-        resumed = None
         if process.is_main:
-            resumed = latest_checkpoint(folder / "checkpoints") if config.run.resume == "auto" else None
-            _prepare_folder(folder, config, keep=resumed is not None)
-    resumed = from_main(resumed)  # a network file system may show the others an older folder
+            _prepare_folder(folder, config, resumed)
 
     parallel = expert_parallel(config.parallelism.ep_size, config.parallelism.dispatch, config.parallelism.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
@@ -85,19 +87,24 @@ def train(config: Config) -> dict[str, float]:
     )
     # Every rank drops out other units; what must be equal on all of them was drawn before.
     torch.manual_seed(config.run.seed * 1_000_003 + process.rank)
-    first_step = load_checkpoint(engine, resumed, process) if resumed is not None else 0
+    first_step = 0
+    if resumed is not None:
+        first_step = load_checkpoint(engine, resumed, config, len(examples), process)
     lengths = [len(e.input_ids) for e in examples]
     o = config.optimisation
     order = TrainingOrder(lengths, o.global_batch_size, o.micro_batch_size, process.world_size, config.run.seed)
     evaluator = None
     if held_out is not None:
         evaluator = Evaluator(held_out, choices, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
-    trainer = Trainer(
-        config, engine, examples, order, evaluator, tokenizer.pad_token_id, process, first_step, total_steps
-    )
+    saver = Saver(folder / "checkpoints", config, process, len(examples))
     if process.is_main:
         _announce(model, config, process, first_step, total_steps)
-    result = trainer.run()
+    pad_id = tokenizer.pad_token_id
+    with StopRequest() as stop:
+        trainer = Trainer(
+            config, engine, examples, order, evaluator, pad_id, process, saver, stop, first_step, total_steps
+        )
+        result = trainer.run()
     export_adapter(engine, folder / "adapter", process)
     return result
 
@@ -175,9 +182,16 @@ def make_scheduler(o: Optimisation, optimizer: Optimizer, total_steps: int) -> L
     return LambdaLR(optimizer, factor)
 
 
-def _prepare_folder(folder: Path, config: Config, keep: bool) -> None:
-    """Make the run's folder; a former run in it is moved aside, unless this one goes on with it."""
-    if not keep and (folder / "config.yaml").exists():
+def _prepare_folder(folder: Path, config: Config, resumed: Path | None) -> None:
+    """Make the run's folder; a former run in it is moved aside, unless this one goes on with it. Then only checkpoints later
+    than the one it goes on from are, which are damaged or not wanted."""
+    if resumed is not None and resumed.parent == folder / "checkpoints":
+        for later in newest(folder):
+            if later.name > resumed.name:
+                aside = later.with_name(f"unused_{later.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                later.rename(aside)
+    elif (folder / "config.yaml").exists():
         number = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
         os.rename(folder, f"{folder}.{number}")
         tqdm.write(f"the former run in {folder} is now in {folder}.{number}")

@@ -1,8 +1,9 @@
 """One order of the examples for all ranks, cut into optimizer steps and micro-batches.
 
 The sequence of examples depends on seed, file and epoch only. An optimizer step takes the next `global_batch_size` of it
-whatever the number of ranks, sorts them by length so that sequences of like length share a micro-batch, and deals each
-micro-batch out to the ranks in turn. Epochs follow each other without a gap: no step is short.
+whatever the number of ranks, sorts them by length and cuts them into micro-batches of like length, which are dealt out to the
+ranks in turn: the micro-batches, too, are the same for any number of ranks. Epochs follow each other without a gap: no step is
+short.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class TrainingOrder:
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
         """The same, as this rank's micro-batches."""
         by_length = sorted(self.step(step), key=lambda example: self.lengths[example])
-        width = self.micro_batch_size * self.world_size
-        return [by_length[start + rank : start + width : self.world_size] for start in range(0, len(by_length), width)]
+        size = self.micro_batch_size
+        micro_batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        return micro_batches[rank :: self.world_size]
 
     def _example(self, position: int) -> int:
         epoch, index = divmod(position, len(self.lengths))

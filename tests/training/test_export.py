@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ldmole_dist.checkpoint import export_adapter
+from ldmole_dist.checkpoint.export import export_adapter
 from ldmole_dist.config import load_config
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config, stage_of

@@ -1,0 +1,103 @@
+"""The portable adapter, an ordinary PEFT folder: from a model in training, or from a checkpoint without any process group.
+
+Either way one tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from ldmole_dist.checkpoint.files import Entry, Stretches, sync, write_tensors
+from ldmole_dist.checkpoint.manifest import read_manifest, verify
+from ldmole_dist.engine.build import Engine
+from ldmole_dist.engine.masters import whole_shapes
+from ldmole_dist.engine.startup import Process, agreed
+from ldmole_dist.errors import UserError
+from ldmole_dist.peft_method import adapter_keys, tuner_of
+
+METADATA = {"format": "pt"}
+
+
+def write_adapter_config(model: PeftModel, folder: Path) -> None:
+    """adapter_config.json as PEFT writes it."""
+    config = copy.copy(model.active_peft_config)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    sync(folder / CONFIG_NAME)
+
+
+def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
+    """Write the adapter of a model in training, all experts in it; every rank calls it, rank 0 writes.
+
+    It appears whole or not at all; one that was there before is replaced.
+    """
+    keys, shapes, tuner = adapter_keys(engine.module), whole_shapes(engine), tuner_of(engine.module)
+    unfinished = folder.with_name(f".{folder.name}")
+    parameters = {n: p for n, p in engine.module.named_parameters() if n in shapes}
+
+    def values() -> Iterator[Tensor]:
+        for name, parameter in parameters.items():
+            yield tuner.whole_parameter(name, parameter)
+
+    with agreed("preparing the adapter's folder"):
+        if process.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            write_adapter_config(engine.module, unfinished)
+    entries = [Entry(keys[name], shapes[name], p.dtype) for name, p in parameters.items()]
+    failed: OSError | None = None
+    gathered = values()
+    if process.is_main:
+        try:
+            write_tensors(unfinished / SAFETENSORS_WEIGHTS_NAME, entries, gathered, METADATA)
+        except OSError as error:
+            failed = error
+    for _ in gathered:  # the others take part, and rank 0 where it could write no more
+        pass
+    with agreed("writing the adapter"):
+        if failed is not None:
+            raise UserError(f"the adapter {folder} cannot be written: {failed.strerror or failed}") from failed
+        if process.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Write the adapter of a checkpoint.
+
+    Raises:
+        UserError: where the checkpoint is not whole, or the folder exists or cannot be written.
+    """
+    manifest = read_manifest(checkpoint)
+    if problems := verify(checkpoint):
+        raise UserError(problems[0])
+    if folder.exists():
+        raise UserError(f"{folder} exists already: remove it or choose another folder")
+    entries = [Entry(manifest.adapter_keys[n], shape, torch.float32) for n, shape in manifest.shapes.items()]
+    unfinished = folder.with_name(f".{folder.name}")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        shutil.copyfile(checkpoint / CONFIG_NAME, unfinished / CONFIG_NAME)
+        with Stretches(checkpoint / name for name in manifest.rank_files()) as stretches:
+            values = (_whole(stretches, name, shape) for name, shape in manifest.shapes.items())
+            write_tensors(unfinished / SAFETENSORS_WEIGHTS_NAME, entries, values, METADATA)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"the adapter {folder} cannot be written: {error.strerror or error}") from error
+
+
+def _whole(stretches: Stretches, name: str, shape: list[int]) -> Tensor:
+    flat = torch.empty(math.prod(shape))
+    for position, value in stretches.read(f"master/{name}", 0, len(flat)):
+        flat[position : position + len(value)] = value
+    return flat.view(shape)

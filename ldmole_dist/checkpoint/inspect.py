@@ -1,0 +1,44 @@
+"""What is in a checkpoint, for a reader."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from ldmole_dist.checkpoint.manifest import read_manifest
+from ldmole_dist.peft_method import is_expert_tensor
+
+
+def print_table(checkpoint: Path) -> None:
+    """Print where a checkpoint comes from, its parameters by kind and its files."""
+    manifest = read_manifest(checkpoint)
+    t, adapter = manifest.topology, manifest.config["adapter"]
+    print(f"{checkpoint}: after {manifest.step} optimizer steps, format {manifest.format_version}")
+    print(f"written by {t['world_size']} rank(s), ZeRO {t['zero_stage']}, ep_size {t['ep_size']}")
+    print(f"backbone {manifest.backbone['path']}; {adapter['num_experts']} experts of rank {adapter['r']}")
+    tensors, elements = Counter[str](), Counter[str]()
+    for name, shape in manifest.shapes.items():
+        kind = _kind(name)
+        tensors[kind] += 1
+        elements[kind] += math.prod(shape)
+    print(f"\n{'parameters':16} {'tensors':>8} {'elements':>14}   (with two Adam moments, {manifest.dtype})")
+    for kind in tensors:
+        print(f"{kind:16} {tensors[kind]:8,} {elements[kind]:14,}")
+    print(f"{'all':16} {tensors.total():8,} {elements.total():14,}")
+    print(f"\n{'file':28} {'bytes':>14}   sha256")
+    for name, digest in manifest.files.items():
+        print(f"{name:28} {digest.bytes:14,}   {digest.sha256[:16]}…")
+
+
+def _kind(name: str) -> str:
+    if is_expert_tensor(name):
+        return "experts"
+    for part, kind in (
+        (".router.", "routers"),
+        (".lambda_mlp.", "lambda-MLPs"),
+        (".modules_to_save.", "modules to save"),
+    ):
+        if part in name:
+            return kind
+    return "other"

@@ -1,0 +1,182 @@
+"""Choosing the checkpoint that a run goes on from, and going on under any ZeRO stage, ep_size and number of ranks.
+
+Every rank reads, of every parameter, just the stretch that it keeps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from ldmole_dist.checkpoint.files import Stretches
+from ldmole_dist.checkpoint.manifest import NAME, Manifest, content_problems, file_problems, fingerprint, read_manifest
+from ldmole_dist.checkpoint.save import data_position, topology
+from ldmole_dist.config import Config
+from ldmole_dist.engine.build import Engine
+from ldmole_dist.engine.masters import make_moments, pieces, refresh_parameters, whole_shapes
+from ldmole_dist.engine.startup import Process, agreed, from_main
+from ldmole_dist.errors import UserError
+
+
+def choose_checkpoint(config: Config, process: Process) -> Path | None:
+    """The checkpoint to go on from, verified, or None to start anew; every rank calls it.
+
+    Args:
+        config: of the run; `run.resume` says how.
+        process: of this rank. Each verifies its share of the files.
+
+    Raises:
+        UserError, PeerError: where the one asked for is not whole, or none of those that are there.
+    """
+    resume = config.run.resume
+    if resume == "never":
+        return None
+    with agreed("looking for checkpoints"):
+        found = newest(Path(config.run.output_dir)) if resume == "auto" else _asked_for(Path(resume))
+    candidates = from_main(found)  # a network file system may show the others an older folder
+    problems: list[str] = []
+    for candidate in candidates:
+        problems = _problems(candidate, process)
+        if not problems:
+            return candidate
+        if resume != "auto":
+            break
+        if process.is_main:
+            tqdm.write(f"checkpoint {candidate} is not whole, looking for an older one: {problems[0]}")
+    if candidates:
+        with agreed("choosing a checkpoint"):
+            raise UserError(
+                f"no checkpoint to go on from is whole: {problems[0]}; restore it, or set run.resume to another one or "
+                "to never"
+            )
+    return None
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path, config: Config, examples: int, process: Process) -> int:
+    """Put a fresh engine into the state that was saved; every rank calls it.
+
+    Args:
+        engine: of the same backbone and adapter, under any topology, that has not stepped yet.
+        checkpoint: that `choose_checkpoint` gave.
+        config: of this run.
+        examples: of its training set.
+        process: of this rank.
+
+    Returns:
+        Optimizer steps done.
+
+    Raises:
+        UserError, PeerError: where it is of another backbone, adapter or data.
+    """
+    with agreed(f"reading checkpoint {checkpoint}"):
+        manifest = read_manifest(checkpoint)
+        _check_fits(manifest, checkpoint, whole_shapes(engine), config, examples)
+        make_moments(engine, step=manifest.training["adam_step"])
+        with Stretches(checkpoint / name for name in manifest.rank_files()) as stretches:
+            for piece in pieces(engine):
+                for kind, held in piece.states.items():
+                    key, end = f"{kind}/{piece.name}", piece.start + len(held)
+                    for position, value in stretches.read(key, piece.start, end):
+                        held[position : position + len(value)].copy_(value)
+    refresh_parameters(engine)
+    _restore(engine, manifest)
+    if manifest.topology == topology(engine, process):
+        _restore_random_states(checkpoint / manifest.rank_files()[process.rank], process.device)
+    elif process.is_main:
+        tqdm.write(f"{checkpoint} was written with {manifest.topology}, this run has {topology(engine, process)}")
+    return manifest.step
+
+
+def newest(run: Path) -> list[Path]:
+    """The checkpoints of a run's folder, the newest first."""
+    return sorted((run / "checkpoints").glob("step_*"), reverse=True)
+
+
+def _asked_for(path: Path) -> list[Path]:
+    if (path / NAME).exists():
+        return [path]
+    if found := newest(path):
+        return found[:1]
+    raise UserError(
+        f"run.resume={str(path)!r} is neither a checkpoint (it has no {NAME}) nor a run with checkpoints; give one of them, "
+        "auto or never"
+    )
+
+
+def _problems(checkpoint: Path, process: Process) -> list[str]:
+    """What is wrong with it, the same on every rank; each reads its share of the files."""
+    own: list[str] = []
+    try:
+        manifest = read_manifest(checkpoint)
+        names = list(dict.fromkeys([*manifest.files, *manifest.rank_files()]))
+        own = file_problems(checkpoint, manifest, names[process.rank :: process.world_size])
+        if process.is_main and not own:
+            own = content_problems(checkpoint, manifest)
+    except UserError as error:
+        own = [str(error)]
+    every: list[list[str]] = [own]
+    if process.world_size > 1:
+        every = [[] for _ in range(process.world_size)]
+        dist.all_gather_object(every, own)
+    return [problem for of_rank in every for problem in of_rank]
+
+
+def _check_fits(
+    manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[int, ...]], config: Config, examples: int
+) -> None:
+    saved = manifest.config
+    for key in ("num_experts", "r", "lambda_hidden", "target_modules"):
+        was, now = saved["adapter"].get(key), getattr(config.adapter, key)
+        if was != now:
+            raise UserError(
+                f"{checkpoint} is of an adapter with adapter.{key}={was}, this run has {now}: set it as it was, or "
+                "run.resume=never"
+            )
+    found, here = manifest.backbone["fingerprint"], fingerprint(config.backbone.path)
+    saved_shapes = {name: tuple(shape) for name, shape in manifest.shapes.items()}
+    if saved_shapes != shapes or (found and here and found != here):
+        differing = sorted(n for n in saved_shapes.keys() | shapes.keys() if saved_shapes.get(n) != shapes.get(n))
+        detail = (
+            f"{differing[0]} is {saved_shapes.get(differing[0], 'not there')} there and "
+            f"{shapes.get(differing[0], 'not there')} here"
+            if differing
+            else "its weights differ"
+        )
+        raise UserError(
+            f"{checkpoint} is of another backbone ({manifest.backbone['path']}; here {config.backbone.path}): {detail}; "
+            "give that backbone, or set run.resume=never"
+        )
+    now_data = data_position(config, examples)
+    for key, value in now_data.items():
+        if manifest.data[key] != value:
+            raise UserError(
+                f"{checkpoint} was trained with {key}={manifest.data[key]}, this run has {value}: the order of the "
+                "examples would not go on; set it as it was, or start from its adapter "
+                f"(ldmole checkpoint export {checkpoint} ADAPTER, then adapter.init_from=ADAPTER and run.resume=never)"
+            )
+
+
+def _restore(engine: Engine, manifest: Manifest) -> None:
+    deepspeed, training = engine.deepspeed, manifest.training
+    for name, value in training["counters"].items():
+        setattr(deepspeed, name, value)
+    deepspeed.micro_steps = manifest.step * deepspeed.gradient_accumulation_steps()
+    deepspeed.lr_scheduler.load_state_dict(training["scheduler"])
+    # Groups differ by stage; all have one learning rate.
+    for group in deepspeed.optimizer.param_groups:
+        group["lr"] = training["learning_rates"][0]
+    if training["loss_scaler"] and hasattr(deepspeed.optimizer, "loss_scaler"):
+        vars(deepspeed.optimizer.loss_scaler).update(training["loss_scaler"])
+
+
+def _restore_random_states(path: Path, device: torch.device) -> None:
+    with safe_open(path, "pt") as file:
+        states: dict[str, Tensor] = {key: file.get_tensor(f"random/{key}") for key in ("cpu", device.type)}
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

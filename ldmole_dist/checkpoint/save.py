@@ -1,0 +1,232 @@
+"""Writing checkpoints while training goes on.
+
+`Saver.save` takes note of the small things at once and starts a thread that copies this rank's pieces of the optimizer state to
+host memory and writes them from there. Training goes on with the next forward; only the next optimizer step waits until the
+copy is made (`before_update`). When every rank's file is on its disk, which the ranks learn at the end of some later step,
+`finish` writes the manifest, gives the folder its name and points `latest` to it. A crash at any moment leaves the checkpoints
+before untouched. Threads enter no collectives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldmole_dist.checkpoint import manifest as manifests
+from ldmole_dist.checkpoint.export import CONFIG_NAME, write_adapter_config
+from ldmole_dist.checkpoint.files import Digest, Entry, digest_of, sync, write_tensors, write_text
+from ldmole_dist.checkpoint.manifest import Manifest
+from ldmole_dist.config import Config, plain_config
+from ldmole_dist.engine.build import Engine
+from ldmole_dist.engine.masters import Piece, make_moments, pieces, whole_shapes
+from ldmole_dist.engine.startup import Process, agreed
+from ldmole_dist.errors import UserError
+from ldmole_dist.peft_method import adapter_keys
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+@dataclass
+class _Writing:
+    """A checkpoint that is being written by this rank."""
+
+    step: int
+    unfinished: Path
+    manifest: Manifest
+    thread: threading.Thread | None = None
+    copied: threading.Event = field(default_factory=threading.Event)
+    digest: Digest | None = None
+    error: Exception | None = None
+
+
+class Saver:
+    """Writes the checkpoints of a run; every rank has one and makes the same calls.
+
+    Args:
+        folder: `checkpoints` of the run.
+        config: of the run.
+        process: of this rank.
+        examples: of the training set.
+    """
+
+    def __init__(self, folder: Path, config: Config, process: Process, examples: int) -> None:
+        self.folder, self.config, self.process, self.examples = folder, config, process, examples
+        self._fingerprint = manifests.fingerprint(config.backbone.path)
+        self._writing: _Writing | None = None
+        self._host: dict[str, Tensor] = {}  # the copies, kept from one checkpoint to the next
+
+    def save(self, engine: Engine, step: int) -> None:
+        """Begin a checkpoint of the state after `step` optimizer steps; one that is still being written is finished before.
+
+        Raises:
+            UserError: where the folder cannot be made, or with run.save_async=false where it cannot be written.
+        """
+        self.finish()
+        make_moments(engine)
+        unfinished = self.folder / f".step_{step:08d}"
+        with agreed("preparing the checkpoint folder"), _explained(unfinished):
+            if self.process.is_main:
+                for left in self.folder.glob(".step_*"):  # by a run that was cut off
+                    shutil.rmtree(left)
+                unfinished.mkdir(parents=True)
+                write_adapter_config(engine.module, unfinished)
+        held = [piece.share() for piece in pieces(engine)]
+        writing = _Writing(step, unfinished, self._manifest(engine, step))
+        random = _random_states(self.process.device)
+        self._writing = writing
+        if not self.config.run.save_async:
+            writing.copied.set()
+            self._write(writing, held, random, None)
+            self.finish()
+            return
+        ready = torch.cuda.Event() if self.process.device.type == "cuda" else None
+        if ready is not None:
+            ready.record()
+        writing.thread = threading.Thread(target=self._write, args=(writing, held, random, ready), daemon=True)
+        writing.thread.start()
+
+    def before_update(self) -> None:
+        """Wait until the copy is made: an optimizer step would change what is being copied."""
+        if self._writing is not None:
+            self._writing.copied.wait()
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank's file is written, or failed to be."""
+        return self._writing is not None and (self._writing.thread is None or not self._writing.thread.is_alive())
+
+    def finish(self) -> None:
+        """Wait for every rank's file and make the checkpoint valid, if there is one under way.
+
+        Raises:
+            UserError: where it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        if writing.thread is not None:
+            writing.thread.join()
+        with agreed("writing the checkpoint"), _explained(writing.unfinished):
+            if writing.error is not None:
+                raise writing.error
+        digests: list[Any] = [None] * self.process.world_size
+        dist.all_gather_object(digests, writing.digest)
+        with agreed("finishing the checkpoint"), _explained(writing.unfinished):
+            if self.process.is_main:
+                self._make_valid(writing, digests)
+
+    def _make_valid(self, writing: _Writing, digests: list[Digest]) -> None:
+        unfinished, final = writing.unfinished, self.folder / f"step_{writing.step:08d}"
+        names = writing.manifest.rank_files()
+        files = dict(zip(names, digests, strict=True))
+        writing.manifest.files = files | {CONFIG_NAME: digest_of(unfinished / CONFIG_NAME)}
+        write_text(unfinished / manifests.NAME, writing.manifest.text())
+        sync(unfinished)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        pending = self.folder / ".latest"
+        write_text(pending, final.name)
+        os.replace(pending, self.folder / "latest")
+        sync(self.folder)
+        for old in sorted(self.folder.glob("step_*"))[: -self.config.run.keep_last]:
+            shutil.rmtree(old)
+
+    def _write(
+        self, writing: _Writing, held: list[Piece], random: dict[str, Tensor], ready: torch.cuda.Event | None
+    ) -> None:
+        states = [(f"{kind}/{piece.name}", value) for piece in held for kind, value in piece.states.items()]
+        starts = {f"{kind}/{piece.name}": piece.start for piece in held for kind in piece.states}
+        entries = [Entry(key, value.shape, value.dtype) for key, value in [*states, *random.items()]]
+        try:
+            if self.config.run.save_async:
+                states = self._copied(states, ready)
+            writing.copied.set()
+            path = writing.unfinished / f"rank_{self.process.rank:05d}.safetensors"
+            tensors = _values([*states, *random.items()])
+            writing.digest = write_tensors(path, entries, tensors, {"starts": json.dumps(starts)})
+            sync(writing.unfinished)
+        except Exception as error:  # of any kind: `finish` raises it where it can be heard
+            writing.error = error
+        finally:
+            writing.copied.set()
+
+    def _copied(self, states: list[tuple[str, Tensor]], ready: torch.cuda.Event | None) -> list[tuple[str, Tensor]]:
+        stream = None
+        if ready is not None:
+            torch.cuda.set_device(self.process.device)
+            stream = torch.cuda.Stream()
+            stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            for key, value in states:
+                if key not in self._host or self._host[key].shape != value.shape:
+                    self._host[key] = torch.empty_like(value, device="cpu", pin_memory=ready is not None)
+                self._host[key].copy_(value, non_blocking=True)
+        if stream is not None:
+            stream.synchronize()
+        return [(key, self._host[key]) for key, _ in states]
+
+    def _manifest(self, engine: Engine, step: int) -> Manifest:
+        deepspeed, shapes = engine.deepspeed, whole_shapes(engine)
+        scaler = getattr(deepspeed.optimizer, "loss_scaler", None)
+        keys = adapter_keys(engine.module)
+        return Manifest(
+            step=step,
+            topology=topology(engine, self.process),
+            shapes={name: list(shape) for name, shape in shapes.items()},
+            adapter_keys={name: keys[name] for name in shapes},
+            training={
+                "adam_step": step - deepspeed.skipped_steps,
+                "counters": {name: getattr(deepspeed, name) for name in COUNTERS},
+                "scheduler": deepspeed.lr_scheduler.state_dict(),
+                "learning_rates": [group["lr"] for group in deepspeed.optimizer.param_groups],
+                "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {},
+            },
+            data=data_position(self.config, self.examples),
+            backbone={"path": self.config.backbone.path, "fingerprint": self._fingerprint},
+            config=plain_config(self.config),
+            files={},
+        )
+
+
+def topology(engine: Engine, process: Process) -> dict[str, int]:
+    """How a run is spread."""
+    return {"zero_stage": engine.stage, "ep_size": engine.parallel.size, "world_size": process.world_size}
+
+
+def data_position(config: Config, examples: int) -> dict[str, int]:
+    """What, with the step, says which examples come next."""
+    return {"examples": examples, "global_batch_size": config.optimisation.global_batch_size, "seed": config.run.seed}
+
+
+def _values(states: list[tuple[str, Tensor]]) -> Iterator[Tensor]:
+    return (value for _, value in states)
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random/cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+@contextmanager
+def _explained(unfinished: Path) -> Iterator[None]:
+    """An error of the file system within it becomes one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the checkpoint {unfinished} cannot be written: {error.strerror or error}; earlier checkpoints are as they "
+            "were; make room or permissions there, or set run.output_dir, and start the same command again"
+        ) from error
