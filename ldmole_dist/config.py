@@ -93,6 +93,7 @@ class Optimisation:
         max_steps: optimizer steps.
         micro_batch_size: sequences of one forward on one rank.
         global_batch_size: sequences of an optimizer step, over all ranks and micro-batches.
+        eps: Adam's.
         optimizer: "adamw" is torch's; "fused_adam" and "cpu_adam" are DeepSpeed's and need a compiler.
         schedule: after the warm-up: "cosine" to 0, "multistep" (times gamma at each milestone) or "constant".
         warmup_steps: of linear increase from 0.
@@ -113,6 +114,7 @@ class Optimisation:
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Coefficient = 0.1
     betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
     optimizer: Literal["adamw", "fused_adam", "cpu_adam"] = "adamw"
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     warmup_steps: NotNegative = 0

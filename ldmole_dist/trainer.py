@@ -44,7 +44,6 @@ class Trainer:
         pad_id: for batches.
         process: of this rank.
         saver: of checkpoints.
-        stop: whether somebody asks this process to end.
         first_step: optimizer steps already done.
         last_step: optimizer steps in all.
     """
@@ -59,14 +58,13 @@ class Trainer:
         pad_id: int,
         process: Process,
         saver: Saver,
-        stop: StopRequest,
         first_step: int,
         last_step: int,
     ) -> None:
         self.config, self.engine, self.process = config, engine, process
         self.examples, self.order, self.pad_id = examples, order, pad_id
         self.evaluator, self.first_step, self.last_step = evaluator, first_step, last_step
-        self.saver, self.stop = saver, stop
+        self.saver, self.stop = saver, StopRequest()
         self.monitor = Monitor(Path(config.run.output_dir), process.is_main, first_step)
         self.context = tuner_of(engine.module).context
 
@@ -80,6 +78,10 @@ class Trainer:
             NonFiniteLoss: on every rank, naming step, rank and layer.
             Preempted: on every rank, after a checkpoint, where one of them was asked to end.
         """
+        with self.stop:
+            return self._run()
+
+    def _run(self) -> dict[str, float]:
         run = self.config.run
         finished = self.first_step >= self.last_step
         result = self._evaluate(self.first_step) if self.first_step == 0 or finished else {}

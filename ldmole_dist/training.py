@@ -39,7 +39,6 @@ from ldmole_dist.evaluate import Evaluator, single_token_choices
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_method import LdMoleConfig, is_expert_tensor, spread_experts, tuner_of
-from ldmole_dist.stop import StopRequest
 from ldmole_dist.trainer import Trainer
 
 
@@ -50,7 +49,19 @@ def train(config: Config) -> dict[str, float]:
         The evaluation after training.
 
     Raises:
-        UserError, PeerError, NonFiniteLoss: on every rank.
+        UserError, PeerError, NonFiniteLoss, Preempted: on every rank.
+    """
+    trainer = prepare(config)
+    result = trainer.run()
+    export_adapter(trainer.engine, Path(config.run.output_dir) / "adapter", trainer.process)
+    return result
+
+
+def prepare(config: Config) -> Trainer:
+    """Everything up to the first step that is left to do: data, model, engine, and what a checkpoint holds.
+
+    Raises:
+        UserError, PeerError: on every rank.
     """
     process = start(config.parallelism.timeout_minutes)
     with agreed("checking the config"):
@@ -100,13 +111,7 @@ def train(config: Config) -> dict[str, float]:
     if process.is_main:
         _announce(model, config, process, first_step, total_steps)
     pad_id = tokenizer.pad_token_id
-    with StopRequest() as stop:
-        trainer = Trainer(
-            config, engine, examples, order, evaluator, pad_id, process, saver, stop, first_step, total_steps
-        )
-        result = trainer.run()
-    export_adapter(engine, folder / "adapter", process)
-    return result
+    return Trainer(config, engine, examples, order, evaluator, pad_id, process, saver, first_step, total_steps)
 
 
 def build_model(

@@ -8,6 +8,12 @@ from ldmole_dist.ranks import LocalRanks
 
 
 @pytest.fixture(scope="session")
+def ranks1() -> Iterator[LocalRanks]:
+    with LocalRanks(1, timeout=200) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
 def ranks2() -> Iterator[LocalRanks]:
     with LocalRanks(2, timeout=200) as ranks:
         yield ranks

@@ -166,10 +166,13 @@ def _restore(engine: Engine, manifest: Manifest) -> None:
     for name, value in training["counters"].items():
         setattr(deepspeed, name, value)
     deepspeed.micro_steps = manifest.step * deepspeed.gradient_accumulation_steps()
-    deepspeed.lr_scheduler.load_state_dict(training["scheduler"])
-    # Groups differ by stage; all have one learning rate.
-    for group in deepspeed.optimizer.param_groups:
-        group["lr"] = training["learning_rates"][0]
+    # The scheduler's own state lists parameter groups, which differ by stage; the rates follow from the config.
+    scheduler = deepspeed.lr_scheduler
+    scheduler.last_epoch = training["scheduler"]["last_epoch"]
+    for group, base, factor in zip(
+        deepspeed.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(scheduler.last_epoch)
     if training["loss_scaler"] and hasattr(deepspeed.optimizer, "loss_scaler"):
         vars(deepspeed.optimizer.loss_scaler).update(training["loss_scaler"])
 

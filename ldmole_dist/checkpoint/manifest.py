@@ -27,7 +27,7 @@ class Manifest:
         topology: zero_stage, ep_size and world_size of the run that wrote it.
         shapes: of every trainable parameter, all experts included.
         adapter_keys: the name of each in an adapter file.
-        training: what else a run needs to go on: scheduler, learning rates, counters, loss scale.
+        training: what else a run needs to go on: scheduler, counters, loss scale.
         data: what the order of the examples depends on.
         backbone: path and fingerprint (`fingerprint`).
         config: of the run.

@@ -188,8 +188,7 @@ class Saver:
             training={
                 "adam_step": step - deepspeed.skipped_steps,
                 "counters": {name: getattr(deepspeed, name) for name in COUNTERS},
-                "scheduler": deepspeed.lr_scheduler.state_dict(),
-                "learning_rates": [group["lr"] for group in deepspeed.optimizer.param_groups],
+                "scheduler": {"last_epoch": deepspeed.lr_scheduler.last_epoch},
                 "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {},
             },
             data=data_position(self.config, self.examples),

@@ -11,7 +11,7 @@ from ldmole_dist.config import Optimisation
 
 def make_optimizer(o: Optimisation, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW over parameter groups, in the implementation that the config names."""
-    settings: dict[str, Any] = {"lr": o.learning_rate, "weight_decay": o.weight_decay, "betas": o.betas}
+    settings: dict[str, Any] = dict(lr=o.learning_rate, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     if o.optimizer == "fused_adam":
         from deepspeed.ops.adam import FusedAdam  # compiles its kernels when it is made
 
