@@ -162,7 +162,7 @@ class Run:
         eval_every: optimizer steps between evaluations; 0: only before and after training.
         save_every: optimizer steps between checkpoints; 0: none.
         keep_last: checkpoints that are kept.
-        detail_every: optimizer steps between reports of what each layer sent.
+        detail_every: optimizer steps between reports of what each input group sent.
         save_async: write checkpoints while training goes on, from a copy in host memory; false: stop for them, and copy
             nothing.
         resume: "auto" goes on from the newest whole checkpoint in output_dir, if there is one; "never" starts anew, and

@@ -213,7 +213,7 @@ class Trainer:
             "lambda_mean": total["lambda"] / decisions,
             "wire_elements": int(elements.sum()),
             "wire_bytes": int(sizes.sum()),
-            "wire": dict(zip(KINDS, elements.sum(0).tolist(), strict=True)),
+            **({"wire": dict(zip(KINDS, elements.sum(0).tolist(), strict=True))} if groups else {}),
             **({"wire_by_group": _by_group(groups, elements)} if detailed and groups else {}),
             "tokens": total["tokens"],
         }

@@ -48,6 +48,7 @@ class Engine:
         self.parallel: ExpertParallel = tuner.parallel
         self.max_grad_norm = max_grad_norm
         self.grad_norm = 0.0
+        self._may_overflow = False
         # Trainable parameters are float32 in every precision: DeepSpeed is to see a float32 run.
         ds_config = dict(ds_config)
         fp16 = ds_config.pop("fp16", None)
@@ -83,6 +84,8 @@ class Engine:
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         if boundary and self._clips_itself:
             self.grad_norm = clip_local_gradients(self.module, self.max_grad_norm, self.parallel)
+        scaler = self.deepspeed.optimizer.loss_scaler if self._scales_losses else None
+        self._may_overflow = scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
         self.deepspeed.step()
         if boundary and not self._clips_itself:
             self.grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
@@ -92,8 +95,8 @@ class Engine:
     @property
     def overflowed(self) -> bool:
         """Whether the last step was skipped because its fp16 gradients overflowed, as happens until the loss scale fits. In
-        another precision a gradient that is not finite is an error."""
-        return self._scales_losses and not math.isfinite(self.grad_norm)
+        another precision, or where no smaller scale is left, a gradient that is not finite is an error."""
+        return self._may_overflow and not math.isfinite(self.grad_norm)
 
     @property
     def skipped_steps(self) -> int:

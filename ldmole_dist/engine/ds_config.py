@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+from pydantic import ValidationError
+
 from ldmole_dist.config import Config, accumulation_steps
 from ldmole_dist.errors import UserError
 
@@ -89,7 +92,12 @@ def resolve_ds_config(
             raise UserError(f"the DeepSpeed config has a section {section!r}, which the run config decides: remove it")
     if zero.get("zero_hpz_partition_size", 1) > 1 and ep_size > 1:
         raise UserError("zero_hpz_partition_size does not work with ep_size > 1 in this DeepSpeed: remove one of them")
+    if zero.get("compute_grad_norm", True) is False:
+        raise UserError(
+            "zero_optimization.compute_grad_norm=false would let gradients that are no numbers pass: remove it"
+        )
     if precision == "fp16":
+        _check_fp16(half["fp16"])
         if stage == 0:
             raise UserError("fp16 needs ZeRO stage 1, 2 or 3, which scale the loss: choose parallelism.deepspeed=zero1")
         config["fp16"] = half["fp16"] | {"enabled": True}
@@ -101,6 +109,18 @@ def resolve_ds_config(
     config["zero_force_ds_cpu_optimizer"] = False
     config["steps_per_print"] = 10**12
     return config
+
+
+def _check_fp16(section: dict[str, Any]) -> None:
+    try:
+        settings = DeepSpeedFP16Config(**section | {"enabled": True})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"the DeepSpeed config: fp16.{where}: {first['msg']}") from error
+    for key in ("auto_cast", "fp16_master_weights_and_grads"):
+        if getattr(settings, key):
+            raise UserError(f"the DeepSpeed config sets fp16.{key}, which this engine does not do: remove it")
 
 
 def resolve_run(config: Config, world_size: int) -> dict[str, Any]:

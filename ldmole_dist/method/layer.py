@@ -29,9 +29,17 @@ class Dispatch(Protocol):
     def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> Any:
         """From the supports (T, E), one of each linear of the group called `name`, what `start` must know beforehand."""
 
-    def start(self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank], plan: Any) -> Finish:
+    def start(
+        self,
+        x_TD: Tensor,
+        routings: Sequence[Routing],
+        banks: Sequence[ExpertBank],
+        plan: Any,
+        repeated: bool = False,
+    ) -> Finish:
         """Set moving what has to move. The function returned waits for it and gives, for each linear of the group, the
-        experts' weighted sum (T, O) in the dtype of x; what is computed before it is called does not wait."""
+        experts' weighted sum (T, O) in the dtype of x; what is computed before it is called does not wait. `repeated`: in a
+        recomputed forward."""
 
 
 class LocalDispatch:
@@ -50,6 +58,7 @@ class LocalDispatch:
         routings: Sequence[Routing],
         banks: Sequence[ExpertBank],
         plan: list[list[int] | None],
+        repeated: bool = False,
     ) -> Finish:
         """See `Dispatch`."""
         return lambda: [
@@ -107,6 +116,7 @@ class InputGroup:
         logits = [router(x_TD) for router in routers]
 
         decision = context.replayed(leader)
+        repeated = decision is not None
         if decision is None:
             supports = [router.decide(u_TE, lam_T) for router, u_TE in zip(routers, logits, strict=True)]
             decision = Decision(supports, dispatch.plan(supports, banks, leader.name))
@@ -118,7 +128,7 @@ class InputGroup:
         if leader.training:
             for m, routing in zip(members, routings, strict=True):
                 context.report(m.name, routing, x.shape[:-1])
-        return dispatch.start(x_TD, routings, banks, decision.plan)
+        return dispatch.start(x_TD, routings, banks, decision.plan, repeated)
 
 
 class MoELinear(nn.Module):

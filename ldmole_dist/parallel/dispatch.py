@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -73,8 +73,7 @@ class ExpertParallel:
         return torch.cat(parts)
 
 
-@dataclass
-class Plan:
+class Plan(NamedTuple):
     """What moves for one input group, known to sender and receiver; made once, carried out again in a recomputation.
 
     `*_rows` are numbers of rows for (or from) each rank, of the union and of each linear; `*_ships` numbers of experts of
@@ -93,7 +92,6 @@ class Plan:
     here_counts: list[list[int]]  # this rank's tokens at its own experts and those that come here, by index
     recv_counts: list[list[int]]  # the rows received, at its own experts
     rounds: int  # that the rows travel in; the same on every rank of the group
-    carried_out: int = 0  # times
 
 
 class ExpertParallelDispatch:
@@ -127,8 +125,9 @@ class ExpertParallelDispatch:
         recv_PG, wanted, rows_PP = received_PC.split([G, G * L, self.size], dim=1)
         wanted_PGL = wanted.unflatten(1, (G, L))
         lent_PGL = wanted_PGL == -1
-        recv_GL = wanted_PGL.clamp_min(0).index_fill(0, _index(self.rank, wanted_PGL), 0).sum(0)
-        tables = [rows_PP, counts_PC[:, :G], recv_PG, shipped_PGL, lent_PGL, recv_GL, pairs_PGL]
+        recv_PGL = wanted_PGL.clamp_min(0)
+        recv_PGL[self.rank] = 0
+        tables = [rows_PP, counts_PC[:, :G], recv_PG, shipped_PGL, lent_PGL, recv_PGL.sum(0), pairs_PGL]
         flat = torch.cat([table.flatten() for table in tables]).cpu()  # the one wait for the device
         parts = flat.split([table.numel() for table in tables])
         rows, sent, recv, shipped, lent, recv_counts, pairs = [
@@ -152,10 +151,16 @@ class ExpertParallelDispatch:
             rounds=number_of_rounds(rows),
         )
 
-    def start(self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank], plan: Plan) -> Finish:
+    def start(
+        self,
+        x_TD: Tensor,
+        routings: Sequence[Routing],
+        banks: Sequence[ExpertBank],
+        plan: Plan,
+        repeated: bool = False,
+    ) -> Finish:
         """See `Dispatch`."""
-        tally = Tally(self.wire, plan.group, repeated=plan.carried_out > 0)
-        plan.carried_out += 1
+        tally = Tally(self.wire, plan.group, repeated)
         p_GTPL = [routing.p_TE.unflatten(1, (self.size, -1)) for routing in routings]
         need_GTP = self._needed(torch.stack([p != 0 for p in p_GTPL]), plan.shipped_PGL)
         destination_N, token_N = torch.nonzero_static(need_GTP.any(0).t(), size=sum(plan.send_rows)).unbind(1)
@@ -227,7 +232,8 @@ class ExpertParallelDispatch:
         _, rank, in_features = bank.A_LRD.shape
         A, B = weights.split([rank * in_features, weights.shape[1] - rank * in_features], dim=1)
         A, B = A.unflatten(1, (rank, in_features)), B.unflatten(1, (-1, rank))
-        here_PL = shipped_PL.index_fill(0, _index(self.rank, shipped_PL), True)
+        here_PL = shipped_PL.clone()
+        here_PL[self.rank] = True
         index_W = torch.nonzero_static(here_PL.flatten(), size=len(weights) + len(bank.A_LRD))[:, 0]
         A_WRD = torch.cat([A[:before], bank.A_LRD.to(A.dtype), A[before:]])
         B_WOR = torch.cat([B[:before], bank.B_LOR.to(B.dtype), B[before:]])
@@ -272,7 +278,3 @@ def _added(y_TO: Tensor, token_N: Tensor, returned_NO: Tensor) -> Tensor:
     for their gradients."""
     wide = at_least_float32(y_TO.dtype) if len(token_N) else y_TO.dtype
     return y_TO.to(wide).index_add_(0, token_N, returned_NO.to(wide)).to(y_TO.dtype)
-
-
-def _index(value: int, like: Tensor) -> Tensor:
-    return torch.tensor([value], device=like.device)

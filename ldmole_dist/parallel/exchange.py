@@ -1,7 +1,8 @@
 """Variable-split all-to-all of several tensors at once, under way while something else is computed, differentiable.
 
 `send` starts it and `Sent.arrived` waits. What a forward computes between the two, its backward computes between the
-sending of the gradients and their arrival: autograd runs its nodes in the reverse of the order in which they were made.
+sending of the gradients and their arrival: of the nodes that are ready, autograd's engine takes the one made last. (Only what
+overlaps depends on that. That gradients arrive after they were sent does not.)
 
 Every rank of the group makes the same calls in the same order, with whatever sizes its data gives, 0 included.
 """

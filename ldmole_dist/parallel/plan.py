@@ -67,7 +67,8 @@ def cheapest_ships(support_GTPL: Tensor, own: int, sizes: GroupSizes) -> Tensor:
     support_GTPL = support_GTPL.clone()
     support_GTPL[:, :, own] = False
     device = support_GTPL.device
-    weight_X = torch.tensor(sizes.weights(), device=device).repeat_interleave(L)
+    # Filled, not copied: a copy to the device would wait for it.
+    weight_X = torch.cat([torch.full((L,), weight, device=device) for weight in sizes.weights()])
     support_TPX = support_GTPL.permute(1, 2, 0, 3).flatten(2)
     shipped_PX = _best_prefix(support_TPX, weight_X, sizes)
     for _ in range(IMPROVEMENTS):

@@ -71,14 +71,16 @@ def in_rounds(
 
 
 def _carried(part: Rows, banks: Sequence[ExpertBank], group: dist.ProcessGroup, tally: Tally) -> tuple[Tensor, ...]:
-    tallies = iter([tally])
+    tallies, send, recv = iter([tally]), part.send, part.recv
 
-    def carry(x_TD: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
+    # It must not hold on to any of its tensors: it lives until the backward.
+    def carry(x_TD: Tensor, gates: Tensor, token_n: Tensor) -> tuple[Tensor, ...]:
         # The second time is the backward's.
         counting = next(tallies, tally._replace(repeated=True))
-        x_mD, gates_m = exchange(part._replace(x_TD=x_TD, gates=gates).parcels(), group, counting)
+        x_mD, gates_m = exchange(Rows(x_TD, gates, token_n, send, recv).parcels(), group, counting)
         gates_G = gates_m.split([len(bank.A_LRD) for bank in banks], dim=1)
+        # How many tokens of a round each expert has is not known without a wait: the fused formulation needs no counts.
         sums = [apply_experts(x_mD, gates_mL, bank, None) for gates_mL, bank in zip(gates_G, banks, strict=True)]
-        return tuple(exchange([Parcel("sums", s, part.recv, part.send) for s in sums], group, counting))
+        return tuple(exchange([Parcel("sums", s, recv, send) for s in sums], group, counting))
 
-    return checkpoint(carry, part.x_TD, part.gates, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(carry, part.x_TD, part.gates, part.token_N, use_reentrant=False, preserve_rng_state=False)

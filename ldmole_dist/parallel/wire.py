@@ -50,7 +50,7 @@ class Tally(NamedTuple):
     Args:
         wire: that keeps the numbers.
         group: name of the input group.
-        repeated: whether a recomputed forward sends.
+        repeated: whether a recomputed forward sends, or the backward of a round.
     """
 
     wire: Wire

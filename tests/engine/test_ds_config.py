@@ -75,6 +75,10 @@ def test_values_equal_to_the_runs_are_accepted() -> None:
         ({"torch_autocast": {"enabled": True}}, {}, "section 'torch_autocast'"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, {"ep_size": 2}, "zero_hpz_partition_size"),
         ({"zero_optimization": {"stage": 0}}, {"precision": "fp16"}, "deepspeed=zero1"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, {}, "compute_grad_norm=false"),
+        ({"fp16": {"loss_scale_windw": 5}}, {"precision": "fp16"}, "fp16.loss_scale_windw"),
+        ({"fp16": {"loss_scale": -1}}, {"precision": "fp16"}, "fp16.loss_scale"),
+        ({"fp16": {"auto_cast": True}}, {"precision": "fp16"}, "fp16.auto_cast"),
     ],
 )
 def test_refusals_name_the_value_and_the_remedy(addition: dict[str, Any], run: dict[str, Any], message: str) -> None:

@@ -27,9 +27,9 @@ class CountingDispatch(LocalDispatch):
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def start(self, x_TD: Tensor, routings: Sequence[Any], banks: Any, plan: Any) -> Finish:
+    def start(self, x_TD: Tensor, routings: Sequence[Any], banks: Any, plan: Any, repeated: bool = False) -> Finish:
         self.sizes.append(len(routings))
-        return super().start(x_TD, routings, banks, plan)
+        return super().start(x_TD, routings, banks, plan, repeated)
 
 
 def make_linears(grouped: bool, dropout: float = 0.0) -> tuple[list[MoELinear], StepContext, CountingDispatch]:

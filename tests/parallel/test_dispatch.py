@@ -108,10 +108,18 @@ def make_banks(scenario: Scenario, local: slice) -> list[ExpertBank]:
     return banks
 
 
-def run_backward(dispatch: Any, plan: Any, x: Tensor, ps: list[Tensor], banks: list[ExpertBank], dy: list[Tensor]):
+def run_backward(
+    dispatch: Any,
+    plan: Any,
+    x: Tensor,
+    ps: list[Tensor],
+    banks: list[ExpertBank],
+    dy: list[Tensor],
+    repeated: bool = False,
+) -> list[Tensor]:
     """Outputs; gradients gather in the leaves."""
     routings = [Routing(p, p, p[:, 0]) for p in ps]
-    outputs = dispatch.start(x, routings, banks, plan)()
+    outputs = dispatch.start(x, routings, banks, plan, repeated)()
     torch.autograd.backward(outputs, dy)
     return outputs
 
@@ -159,7 +167,7 @@ def _compare(scenario: Scenario, mode: Mode, rounds: int) -> dict[str, Any]:
     outputs = run_backward(dispatch, plan, x, ps, banks, dy)
     counted, counted_bytes = parallel.wire.by_kind(), dict(parallel.wire.bytes)
     x_again, ps_again, _ = make_inputs(scenario, rank)
-    again = run_backward(dispatch, plan, x_again, ps_again, make_banks(scenario, placement.local), dy)
+    again = run_backward(dispatch, plan, x_again, ps_again, make_banks(scenario, placement.local), dy, repeated=True)
     doubled = parallel.wire.by_kind()
     shipped: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shipped, plan.shipped_PGL)

@@ -43,10 +43,10 @@ class Waiting:
         self.under_way.now -= 1
 
 
-def run(overlap: bool, mode: Mode) -> Result:
+def run(overlap: bool, mode: Mode, checkpointing: bool) -> Result:
     """Every gradient, and how many all-to-alls were under way when each frozen linear had computed."""
     process = start()
-    model = build("llama", torch.float64, expert_parallel(2, mode, overlap))
+    model = build("llama", torch.float64, expert_parallel(2, mode, overlap), checkpointing)
     found: dict[str, int] = {}
     under_way = UnderWay()
     leaders = [m for m in model.modules() if isinstance(m, LdMoleLinear) and m.groups["default"].members[0] is m]
@@ -63,10 +63,11 @@ def run(overlap: bool, mode: Mode) -> Result:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, found
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("mode", ["auto", "all_to_all", "gather"])
-def test_frozen_linears_compute_while_rows_travel(ranks2: LocalRanks, mode: Mode) -> None:
+def test_frozen_linears_compute_while_rows_travel(ranks2: LocalRanks, mode: Mode, checkpointing: bool) -> None:
     for (gradients, found), (gradients_waiting, found_waiting) in zip(
-        ranks2.run(run, True, mode), ranks2.run(run, False, mode), strict=True
+        ranks2.run(run, True, mode, checkpointing), ranks2.run(run, False, mode, checkpointing), strict=True
     ):
         forward = [n for name, n in found.items() if name.startswith("forward")]
         # The embeddings need no gradient: nothing goes back through the first group's frozen linear.

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.method.experts import ExpertBank
@@ -28,6 +29,32 @@ def test_rounds_follow_the_busiest_rank() -> None:
     # Below the rows that are no burden it does not matter how they are spread.
     assert number_of_rounds([[0, 2 * ROWS_AT_ONCE, 1, 0], *[[0] * 4] * 3]) == 1
     assert number_of_rounds([[0, 2 * ROWS_AT_ONCE + 1, 0, 0], *[[0] * 4] * 3]) == 3
+
+
+def kept(rounds: int) -> int:
+    """Bytes alive on this rank between the forward and the backward of a checkpointed layer with a dispatch in it."""
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    dispatch = expert_parallel(4, "all_to_all").dispatch()
+    p = torch.nn.functional.one_hot(torch.randint(0, E, (T,), generator=draw), E).float()
+    A, B = (torch.randn(E // 4, *shape, generator=draw).requires_grad_() for shape in ((R, D), (D, R)))
+    banks = [ExpertBank(A, B, 1.0)]
+    with pytest.MonkeyPatch.context() as patch, LiveBytes() as live:
+        patch.setattr("ldmole_dist.parallel.dispatch.number_of_rounds", lambda rows_PP: rounds)
+        plan = dispatch.plan([p != 0], banks, "group")
+
+        def layer(x: Tensor) -> Tensor:
+            (y,) = dispatch.start(x * 2, [Routing(p, p, p[:, 0])], banks, plan)()
+            return y.square().sum()
+
+        loss = checkpoint(layer, torch.randn(T, D, generator=draw).requires_grad_(), use_reentrant=False)
+        between = live.now
+        loss.backward()
+    return between
+
+
+def test_rounds_keep_nothing_of_a_layer_that_is_recomputed(ranks4: LocalRanks) -> None:
+    at_once, in_rounds = ranks4.run(kept, 1), ranks4.run(kept, 3)
+    assert all(b <= a + 1000 for a, b in zip(at_once, in_rounds, strict=True)), (at_once, in_rounds)
 
 
 def peak(skewed: bool, mode: Mode, rounds: int | None) -> int:

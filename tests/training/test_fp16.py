@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.ranks import LocalRanks
+from tests.checkpoint.test_topologies import states
 from tests.small_run import make_config, make_folder, run_training
 
 
@@ -36,3 +38,25 @@ def test_overflows_are_skipped_and_gradients_unscaled(tmp_path: Path, ranks2: Lo
     assert steps[first]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)
     before, after = lines(tmp_path / "run" / "evaluations.jsonl")
     assert after["eval_loss"] < before["eval_loss"] - 0.1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_growing_scale_changes_no_gradient(tmp_path: Path, ranks2: LocalRanks, stage: int) -> None:
+    ds_config = tmp_path / "zero.json"
+    fp16 = {"initial_scale_power": 4, "loss_scale_window": 2}
+    ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": fp16}))
+    optimisation = {"max_steps": 6, "global_batch_size": 8, "learning_rate": 1e-30, "max_grad_norm": 0.0}
+    run = {"save_every": 6}
+    config = make_config(
+        make_folder(tmp_path), adapter={"lora_dropout": 0.0}, optimisation=optimisation, data={"eval": None}, run=run
+    )
+    ranks2.run(run_training, str(config), "parallelism.precision=fp32", f"run.output_dir={tmp_path / 'wide'}")
+    ranks2.run(run_training, str(config), "parallelism.precision=fp16", f"parallelism.deepspeed={ds_config}")
+    norms = [[step["grad_norm"] for step in lines(tmp_path / name / "metrics.jsonl")] for name in ("run", "wide")]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+    scaled, wide = (states(tmp_path / name / "checkpoints" / "step_00000006") for name in ("run", "wide"))
+    manifest = read_manifest(tmp_path / "run" / "checkpoints" / "step_00000006")
+    assert max(manifest.training["loss_scaler"][name] for name in ("cur_scale", "grown")) > 2**4
+    for key, value in wide.items():
+        if key.startswith("exp_avg/") and "lora_B" in key:  # at the start only these have gradients of a size
+            assert (scaled[key] - value).norm() < 0.05 * value.norm(), key
