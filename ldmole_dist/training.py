@@ -35,6 +35,7 @@ from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.engine.startup import Process, agreed, start
+from ldmole_dist.errors import UserError
 from ldmole_dist.evaluate import Evaluator, single_token_choices
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
@@ -84,7 +85,13 @@ def prepare(config: Config) -> Trainer:
     resumed = choose_checkpoint(config, process)
     with agreed("preparing the output folder"):
         if process.is_main:
-            _prepare_folder(folder, config, resumed)
+            try:
+                _prepare_folder(folder, config, resumed)
+            except OSError as error:
+                raise UserError(
+                    f"run.output_dir={str(folder)!r} cannot be prepared: {error.strerror or error} ({error.filename}); "
+                    "choose a folder that can be written"
+                ) from error
 
     parallel = expert_parallel(config.parallelism.ep_size, config.parallelism.dispatch, config.parallelism.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)

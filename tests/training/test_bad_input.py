@@ -1,8 +1,5 @@
 """Bad input ends every rank within 30 seconds, with a non-zero exit and one clear error."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldmole_dist.engine.startup import free_port
+from tests.launched import Launched
 from tests.small_run import make_backbone, make_config, make_folder
-
-TRAIN = Path(__file__).parents[2] / "launch" / "train.py"
 
 
 def ends_with(config: Path, *overrides: str, only_rank_1: tuple[str, ...] = ()) -> str:
@@ -22,28 +17,10 @@ def ends_with(config: Path, *overrides: str, only_rank_1: tuple[str, ...] = ()) 
 
     Returns what both printed.
     """
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
-    ranks = [
-        subprocess.Popen(
-            [
-                *(sys.executable, str(TRAIN), f"--local_rank={rank}", str(config)),
-                *(overrides + only_rank_1 if rank == 1 else overrides),
-            ],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    output = "\n".join(outputs)
-    assert all(rank.returncode not in (0, None) for rank in ranks), output
+    with Launched(config, *overrides, rank_overrides={1: list(only_rank_1)}) as launched:
+        codes, output = launched.wait(timeout=60)
+    assert 0 not in codes, output
     assert time.monotonic() - started < 30, output
     assert output.count("error: ") == 1 and "Traceback" not in output, output
     return output
