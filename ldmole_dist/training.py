@@ -82,7 +82,7 @@ def prepare(config: Config) -> Trainer:
         if task == "causal_lm" and data.labels is not None:
             choices = single_token_choices(data.labels, [encoder.answer_ids(label) for label in data.labels])
     folder = Path(config.run.output_dir)
-    resumed = choose_checkpoint(config, process)
+    resumed = choose_checkpoint(config, len(examples), process)
     with agreed("preparing the output folder"):
         if process.is_main:
             try:
@@ -107,7 +107,7 @@ def prepare(config: Config) -> Trainer:
     torch.manual_seed(config.run.seed * 1_000_003 + process.rank)
     first_step = 0
     if resumed is not None:
-        first_step = load_checkpoint(engine, resumed, config, len(examples), process)
+        first_step = load_checkpoint(engine, resumed, process)
     lengths = [len(e.input_ids) for e in examples]
     o = config.optimisation
     order = TrainingOrder(lengths, o.global_batch_size, o.micro_batch_size, process.world_size, config.run.seed)

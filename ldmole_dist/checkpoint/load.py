@@ -23,15 +23,17 @@ from ldmole_dist.engine.startup import Process, agreed, from_main
 from ldmole_dist.errors import UserError
 
 
-def choose_checkpoint(config: Config, process: Process) -> Path | None:
+def choose_checkpoint(config: Config, examples: int, process: Process) -> Path | None:
     """The checkpoint to go on from, verified, or None to start anew; every rank calls it.
 
     Args:
         config: of the run; `run.resume` says how.
+        examples: of its training set.
         process: of this rank. Each verifies its share of the files.
 
     Raises:
-        UserError, PeerError: where the one asked for is not whole, or none of those that are there.
+        UserError, PeerError: where the one asked for is not whole, or none of those that are there, or it is of another
+            adapter, backbone or data.
     """
     resume = config.run.resume
     if resume == "never":
@@ -43,6 +45,8 @@ def choose_checkpoint(config: Config, process: Process) -> Path | None:
     for candidate in candidates:
         problems = _problems(candidate, process)
         if not problems:
+            with agreed(f"comparing checkpoint {candidate} with this run"):
+                _check_fits(read_manifest(candidate), candidate, config, examples)
             return candidate
         if resume != "auto":
             break
@@ -57,25 +61,23 @@ def choose_checkpoint(config: Config, process: Process) -> Path | None:
     return None
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path, config: Config, examples: int, process: Process) -> int:
+def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
     """Put a fresh engine into the state that was saved; every rank calls it.
 
     Args:
         engine: of the same backbone and adapter, under any topology, that has not stepped yet.
         checkpoint: that `choose_checkpoint` gave.
-        config: of this run.
-        examples: of its training set.
         process: of this rank.
 
     Returns:
         Optimizer steps done.
 
     Raises:
-        UserError, PeerError: where it is of another backbone, adapter or data.
+        UserError, PeerError: where its parameters are not those of the engine.
     """
     with agreed(f"reading checkpoint {checkpoint}"):
         manifest = read_manifest(checkpoint)
-        _check_fits(manifest, checkpoint, whole_shapes(engine), config, examples)
+        _check_shapes(manifest, checkpoint, whole_shapes(engine))
         make_moments(engine, step=manifest.training["adam_step"])
         with Stretches(checkpoint / name for name in manifest.rank_files()) as stretches:
             for piece in pieces(engine):
@@ -115,20 +117,19 @@ def _problems(checkpoint: Path, process: Process) -> list[str]:
         manifest = read_manifest(checkpoint)
         names = list(dict.fromkeys([*manifest.files, *manifest.rank_files()]))
         own = file_problems(checkpoint, manifest, names[process.rank :: process.world_size])
-        if process.is_main and not own:
-            own = content_problems(checkpoint, manifest)
     except UserError as error:
         own = [str(error)]
     every: list[list[str]] = [own]
     if process.world_size > 1:
         every = [[] for _ in range(process.world_size)]
         dist.all_gather_object(every, own)
-    return [problem for of_rank in every for problem in of_rank]
+    problems = [problem for of_rank in every for problem in of_rank]
+    if not problems and process.is_main:
+        problems = content_problems(checkpoint, manifest)
+    return from_main(problems)
 
 
-def _check_fits(
-    manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[int, ...]], config: Config, examples: int
-) -> None:
+def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, examples: int) -> None:
     saved = manifest.config
     for key in ("num_experts", "r", "lambda_hidden", "target_modules"):
         was, now = saved["adapter"].get(key), getattr(config.adapter, key)
@@ -138,17 +139,9 @@ def _check_fits(
                 "run.resume=never"
             )
     found, here = manifest.backbone["fingerprint"], fingerprint(config.backbone.path)
-    saved_shapes = {name: tuple(shape) for name, shape in manifest.shapes.items()}
-    if saved_shapes != shapes or (found and here and found != here):
-        differing = sorted(n for n in saved_shapes.keys() | shapes.keys() if saved_shapes.get(n) != shapes.get(n))
-        detail = (
-            f"{differing[0]} is {saved_shapes.get(differing[0], 'not there')} there and "
-            f"{shapes.get(differing[0], 'not there')} here"
-            if differing
-            else "its weights differ"
-        )
+    if found and here and found != here:
         raise UserError(
-            f"{checkpoint} is of another backbone ({manifest.backbone['path']}; here {config.backbone.path}): {detail}; "
+            f"{checkpoint} is of another backbone, {manifest.backbone['path']}: the weights of {config.backbone.path} differ; "
             "give that backbone, or set run.resume=never"
         )
     now_data = data_position(config, examples)
@@ -158,6 +151,17 @@ def _check_fits(
                 f"{checkpoint} was trained with {key}={manifest.data[key]}, this run has {value}: the order of the "
                 "examples would not go on; set it as it was, or start from its adapter "
                 f"(ldmole checkpoint export {checkpoint} ADAPTER, then adapter.init_from=ADAPTER and run.resume=never)"
+            )
+
+
+def _check_shapes(manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    saved = {name: tuple(shape) for name, shape in manifest.shapes.items()}
+    for name in sorted(saved.keys() | shapes.keys()):
+        if saved.get(name) != shapes.get(name):
+            raise UserError(
+                f"{checkpoint} is of another backbone, {manifest.backbone['path']}: {name} is "
+                f"{saved.get(name, 'not there')} there and {shapes.get(name, 'not there')} here; give that backbone, or set "
+                "run.resume=never"
             )
 
 
