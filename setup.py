@@ -1,3 +1,5 @@
+from glob import glob
+
 from setuptools import find_packages, setup
 
 setup(
@@ -7,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ldmole_dist", "ldmole_dist.*"]),
+    data_files=[("share/ldmole_dist/ds_configs", sorted(glob("ds_configs/*.json")))],
     package_data={"ldmole_dist.data.wordnet": ["*.jsonl", "LICENSE", "README.md"]},
     entry_points={"console_scripts": ["ldmole = ldmole_dist.cli:main"]},
     install_requires=[

@@ -183,7 +183,8 @@ def _restore(engine: Engine, manifest: Manifest) -> None:
 
 def _restore_random_states(path: Path, device: torch.device) -> None:
     with safe_open(path, "pt") as file:
-        states: dict[str, Tensor] = {key: file.get_tensor(f"random/{key}") for key in ("cpu", device.type)}
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+        names = [name for name in file.keys() if name.startswith("random/")]  # noqa: SIM118  (not a dictionary)
+        states: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+    torch.set_rng_state(states["random/cpu"])
+    if device.type == "cuda" and "random/cuda" in states:  # not if it was written on a CPU
+        torch.cuda.set_rng_state(states["random/cuda"], device)

@@ -77,10 +77,8 @@ class Saver:
         unfinished = self.folder / f".step_{step:08d}"
         with agreed("preparing the checkpoint folder"), _explained(unfinished):
             if self.process.is_main:
-                for left in [
-                    *self.folder.glob(".step_*"),
-                    *self.folder.glob(".removed_*"),
-                ]:  # by a run that was cut off
+                # What a run that was cut off has left.
+                for left in [*self.folder.glob(".step_*"), *self.folder.glob(".removed_*")]:
                     shutil.rmtree(left, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 write_adapter_config(engine.module, unfinished)
@@ -136,18 +134,20 @@ class Saver:
         writing.manifest.files = files | {CONFIG_NAME: digest_of(unfinished / CONFIG_NAME)}
         write_text(unfinished / manifests.NAME, writing.manifest.text())
         sync(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # saved before by a run that went on from an older one
+            self._remove(final)
         unfinished.rename(final)
         pending = self.folder / ".latest"
         write_text(pending, final.name)
         os.replace(pending, self.folder / "latest")
         sync(self.folder)
         for old in sorted(self.folder.glob("step_*"))[: -self.config.run.keep_last]:
-            gone = old.rename(
-                self.folder / f".removed_{old.name}"
-            )  # what is half removed must not look like a checkpoint
-            # Large files take their time, and training would wait for it.
-            threading.Thread(target=shutil.rmtree, args=(gone,), kwargs={"ignore_errors": True}).start()
+            self._remove(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        # What is half removed must not look like a checkpoint; large files take time, and training would wait for it.
+        gone = checkpoint.rename(self.folder / f".removed_{checkpoint.name}")
+        threading.Thread(target=shutil.rmtree, args=(gone,), kwargs={"ignore_errors": True}).start()
 
     def _write(
         self, writing: _Writing, held: list[Piece], random: dict[str, Tensor], ready: torch.cuda.Event | None

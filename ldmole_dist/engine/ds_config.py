@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from pydantic import ValidationError
 from ldmole_dist.config import Config, accumulation_steps
 from ldmole_dist.errors import UserError
 
-SHIPPED = Path(__file__).parents[2] / "ds_configs"
+# In a checkout, or where a wheel puts them.
+_PLACES = (Path(__file__).parents[2] / "ds_configs", Path(sys.prefix) / "share" / "ldmole_dist" / "ds_configs")
+SHIPPED = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
 
 
 def load_ds_config(name_or_path: str) -> dict[str, Any]:
