@@ -11,8 +11,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Within it the first such signal is only taken note of, for the ranks to agree on at the next step's end; a second one
-    ends the process as usual.
+    """Within it such a signal is only taken note of, for the ranks to agree on at the next step's end. A second SIGINT ends the
+    process as usual. A SIGTERM after another signal changes nothing: DeepSpeed's launcher, which gets a Ctrl-C too, passes
+    one on at once, and kills what is left after 30 s.
 
     Attributes:
         requested: whether a signal came.
@@ -33,8 +34,9 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, self._usual[signal.SIGINT])
         self.requested = True
-        self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._usual.items():

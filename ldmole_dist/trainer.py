@@ -79,7 +79,11 @@ class Trainer:
             Preempted: on every rank, after a checkpoint, where one of them was asked to end.
         """
         with self.stop:
-            return self._run()
+            try:
+                return self._run()
+            except NonFiniteLoss:
+                self.saver.finish()  # what is being written is of before
+                raise
 
     def _run(self) -> dict[str, float]:
         run = self.config.run
@@ -105,7 +109,8 @@ class Trainer:
             if stopped:
                 self.saver.finish()
                 self.monitor.close()
-                raise Preempted(f"asked to end: saved after step {step} of {self.last_step}; the same command goes on")
+                again = "start it again with run.resume=auto" if run.resume == "never" else "the same command goes on"
+                raise Preempted(f"asked to end: saved after step {step} of {self.last_step}; {again}")
         self.saver.finish()
         self.monitor.close()
         return result

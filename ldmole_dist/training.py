@@ -24,9 +24,9 @@ from ldmole_dist.backbone import (
 )
 from ldmole_dist.checkpoint.export import export_adapter
 from ldmole_dist.checkpoint.load import choose_checkpoint, load_checkpoint, newest
-from ldmole_dist.checkpoint.save import Saver
+from ldmole_dist.checkpoint.save import Saver, point_to
 from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
-from ldmole_dist.data.batches import TrainingOrder
+from ldmole_dist.data.batches import TrainingOrder, describe_order
 from ldmole_dist.data.encode import Encoder
 from ldmole_dist.data.rows import read_rows
 from ldmole_dist.engine.build import Engine
@@ -82,7 +82,8 @@ def prepare(config: Config) -> Trainer:
         if task == "causal_lm" and data.labels is not None:
             choices = single_token_choices(data.labels, [encoder.answer_ids(label) for label in data.labels])
     folder = Path(config.run.output_dir)
-    resumed = choose_checkpoint(config, len(examples), process)
+    data_order = describe_order(config, examples)
+    resumed = choose_checkpoint(config, data_order, process)
     with agreed("preparing the output folder"):
         if process.is_main:
             try:
@@ -114,7 +115,7 @@ def prepare(config: Config) -> Trainer:
     evaluator = None
     if held_out is not None:
         evaluator = Evaluator(held_out, choices, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
-    saver = Saver(folder / "checkpoints", config, process, len(examples))
+    saver = Saver(folder / "checkpoints", config, process, data_order)
     if process.is_main:
         _announce(model, config, process, first_step, total_steps)
     pad_id = tokenizer.pad_token_id
@@ -197,12 +198,14 @@ def make_scheduler(o: Optimisation, optimizer: Optimizer, total_steps: int) -> L
 def _prepare_folder(folder: Path, config: Config, resumed: Path | None) -> None:
     """Make the run's folder; a former run in it is moved aside, unless this one goes on with it. Then only checkpoints later
     than the one it goes on from are, which are damaged or not wanted."""
-    if resumed is not None and resumed.parent == folder / "checkpoints":
+    # By what they are, not by how they are spelled: one may be relative, or a link.
+    if resumed is not None and resumed.resolve().parent == (folder / "checkpoints").resolve():
         for later in newest(folder):
             if later.name > resumed.name:
                 aside = later.with_name(f"unused_{later.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 later.rename(aside)
+        point_to(resumed)
     elif (folder / "config.yaml").exists():
         number = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
         os.rename(folder, f"{folder}.{number}")

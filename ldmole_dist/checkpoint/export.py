@@ -9,6 +9,7 @@ import copy
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,32 +44,26 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
     keys, shapes, tuner = adapter_keys(engine.module), whole_shapes(engine), tuner_of(engine.module)
     unfinished = folder.with_name(f".{folder.name}")
     parameters = {n: p for n, p in engine.module.named_parameters() if n in shapes}
-
-    def values() -> Iterator[Tensor]:
-        for name, parameter in parameters.items():
-            yield tuner.whole_parameter(name, parameter)
-
-    with agreed("preparing the adapter's folder"):
+    with agreed("preparing the adapter's folder"), _explained(folder):
         if process.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             write_adapter_config(engine.module, unfinished)
     entries = [Entry(keys[name], shapes[name], p.dtype) for name, p in parameters.items()]
-    failed: OSError | None = None
-    gathered = values()
+    gathered = (tuner.whole_parameter(name, parameter) for name, parameter in parameters.items())
+    failed: Exception | None = None
     if process.is_main:
         try:
             write_tensors(unfinished / SAFETENSORS_WEIGHTS_NAME, entries, gathered, METADATA)
-        except OSError as error:
+        except Exception as error:  # of any kind: the others must be heard out before it is raised
             failed = error
-    for _ in gathered:  # the others take part, and rank 0 where it could write no more
+    for _ in gathered:  # the others take part in gathering, and rank 0 also where it could write no more
         pass
-    with agreed("writing the adapter"):
+    with agreed("writing the adapter"), _explained(folder):
         if failed is not None:
-            raise UserError(f"the adapter {folder} cannot be written: {failed.strerror or failed}") from failed
+            raise failed
         if process.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
+            _put_in_place(unfinished, folder)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -84,16 +79,14 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         raise UserError(f"{folder} exists already: remove it or choose another folder")
     entries = [Entry(manifest.adapter_keys[n], shape, torch.float32) for n, shape in manifest.shapes.items()]
     unfinished = folder.with_name(f".{folder.name}")
-    try:
+    with _explained(folder):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         shutil.copyfile(checkpoint / CONFIG_NAME, unfinished / CONFIG_NAME)
         with Stretches(checkpoint / name for name in manifest.rank_files()) as stretches:
             values = (_whole(stretches, name, shape) for name, shape in manifest.shapes.items())
             write_tensors(unfinished / SAFETENSORS_WEIGHTS_NAME, entries, values, METADATA)
-        unfinished.rename(folder)
-    except OSError as error:
-        raise UserError(f"the adapter {folder} cannot be written: {error.strerror or error}") from error
+        _put_in_place(unfinished, folder)
 
 
 def _whole(stretches: Stretches, name: str, shape: list[int]) -> Tensor:
@@ -101,3 +94,23 @@ def _whole(stretches: Stretches, name: str, shape: list[int]) -> Tensor:
     for position, value in stretches.read(f"master/{name}", 0, len(flat)):
         flat[position : position + len(value)] = value
     return flat.view(shape)
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    former = folder.with_name(f".former_{folder.name}")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)
+    unfinished.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the adapter {folder} cannot be written: {error.strerror or error}; make room or permissions there"
+        ) from error

@@ -120,13 +120,12 @@ class Stretches:
         for path in paths:
             try:
                 file = self._stack.enter_context(safe_open(path, "pt"))
-                starts = json.loads((file.metadata() or {})["starts"])
+                for key, start in json.loads((file.metadata() or {})["starts"]).items():
+                    (length,) = file.get_slice(key).get_shape()
+                    self._where[key].append((start, start + length, file))
             except Exception as error:  # safetensors raises its own of many kinds
                 self._stack.close()
                 raise UserError(f"checkpoint file {path} cannot be read: {error}") from error
-            for key, start in starts.items():
-                (length,) = file.get_slice(key).get_shape()
-                self._where[key].append((start, start + length, file))
         for where in self._where.values():
             where.sort(key=lambda stretch: stretch[:2])
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ldmole_dist.checkpoint.files import Stretches
 from ldmole_dist.checkpoint.manifest import NAME, Manifest, content_problems, file_problems, fingerprint, read_manifest
-from ldmole_dist.checkpoint.save import data_position, topology
+from ldmole_dist.checkpoint.save import topology
 from ldmole_dist.config import Config
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import make_moments, pieces, refresh_parameters, whole_shapes
@@ -23,12 +23,12 @@ from ldmole_dist.engine.startup import Process, agreed, from_main
 from ldmole_dist.errors import UserError
 
 
-def choose_checkpoint(config: Config, examples: int, process: Process) -> Path | None:
+def choose_checkpoint(config: Config, data: dict[str, int | str], process: Process) -> Path | None:
     """The checkpoint to go on from, verified, or None to start anew; every rank calls it.
 
     Args:
         config: of the run; `run.resume` says how.
-        examples: of its training set.
+        data: what the order of its examples depends on (`data.batches.describe_order`).
         process: of this rank. Each verifies its share of the files.
 
     Raises:
@@ -39,14 +39,16 @@ def choose_checkpoint(config: Config, examples: int, process: Process) -> Path |
     if resume == "never":
         return None
     with agreed("looking for checkpoints"):
-        found = newest(Path(config.run.output_dir)) if resume == "auto" else _asked_for(Path(resume))
+        found = own = newest(Path(config.run.output_dir))
+        if resume != "auto" and not (own and _began_with(own[0], resume)):
+            found = _asked_for(Path(resume))
     candidates = from_main(found)  # a network file system may show the others an older folder
     problems: list[str] = []
     for candidate in candidates:
         problems = _problems(candidate, process)
         if not problems:
             with agreed(f"comparing checkpoint {candidate} with this run"):
-                _check_fits(read_manifest(candidate), candidate, config, examples)
+                _check_fits(read_manifest(candidate), candidate, config, data)
             return candidate
         if resume != "auto":
             break
@@ -110,6 +112,15 @@ def _asked_for(path: Path) -> list[Path]:
     )
 
 
+def _began_with(checkpoint: Path, resume: str) -> bool:
+    """Whether the run that wrote a checkpoint had been told to go on from the same place: started again, it goes on with its
+    own."""
+    try:
+        return bool(read_manifest(checkpoint).config["run"]["resume"] == resume)
+    except UserError:
+        return False
+
+
 def _problems(checkpoint: Path, process: Process) -> list[str]:
     """What is wrong with it, the same on every rank; each reads its share of the files."""
     own: list[str] = []
@@ -125,11 +136,14 @@ def _problems(checkpoint: Path, process: Process) -> list[str]:
         dist.all_gather_object(every, own)
     problems = [problem for of_rank in every for problem in of_rank]
     if not problems and process.is_main:
-        problems = content_problems(checkpoint, manifest)
+        try:
+            problems = content_problems(checkpoint, manifest)
+        except UserError as error:
+            problems = [str(error)]
     return from_main(problems)
 
 
-def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, examples: int) -> None:
+def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict[str, int | str]) -> None:
     saved = manifest.config
     for key in ("num_experts", "r", "lambda_hidden", "target_modules"):
         was, now = saved["adapter"].get(key), getattr(config.adapter, key)
@@ -144,11 +158,10 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, examples: 
             f"{checkpoint} is of another backbone, {manifest.backbone['path']}: the weights of {config.backbone.path} differ; "
             "give that backbone, or set run.resume=never"
         )
-    now_data = data_position(config, examples)
-    for key, value in now_data.items():
-        if manifest.data[key] != value:
+    for key, value in data.items():
+        if manifest.data.get(key) != value:
             raise UserError(
-                f"{checkpoint} was trained with {key}={manifest.data[key]}, this run has {value}: the order of the "
+                f"{checkpoint} was trained on data with {key}={manifest.data.get(key)}, this run has {value}: the order of the "
                 "examples would not go on; set it as it was, or start from its adapter "
                 f"(ldmole checkpoint export {checkpoint} ADAPTER, then adapter.init_from=ADAPTER and run.resume=never)"
             )
@@ -177,8 +190,10 @@ def _restore(engine: Engine, manifest: Manifest) -> None:
         deepspeed.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = base * factor(scheduler.last_epoch)
-    if training["loss_scaler"] and hasattr(deepspeed.optimizer, "loss_scaler"):
-        vars(deepspeed.optimizer.loss_scaler).update(training["loss_scaler"])
+    # A run in another precision, or with a fixed scale, has a scaler too, which says nothing about this one.
+    scaler = getattr(deepspeed.optimizer, "loss_scaler", None)
+    if scaler is not None and scaler.dynamic and training["loss_scaler"].get("dynamic"):
+        vars(scaler).update(training["loss_scaler"])
 
 
 def _restore_random_states(path: Path, device: torch.device) -> None:

@@ -41,7 +41,7 @@ class Manifest:
     shapes: dict[str, list[int]]
     adapter_keys: dict[str, str]
     training: dict[str, Any]
-    data: dict[str, int]
+    data: dict[str, int | str]
     backbone: dict[str, str | None]
     config: dict[str, Any]
     files: dict[str, Digest]
@@ -49,8 +49,9 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def text(self) -> str:
-        """As it is written."""
-        return json.dumps(asdict(self) | {"files": {n: d._asdict() for n, d in self.files.items()}}, indent=1)
+        """As it is written, with a hash of itself."""
+        plain = asdict(self) | {"files": {n: d._asdict() for n, d in self.files.items()}}
+        return json.dumps(plain | {"sha256": _own_hash(plain)}, indent=1)
 
     def rank_files(self) -> list[str]:
         """The files with the optimizer state."""
@@ -66,7 +67,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     path = checkpoint / NAME
     try:
         raw = json.loads(path.read_text())
-        version = raw["format_version"]
+        version, expected = raw["format_version"], raw.pop("sha256", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read, so {checkpoint} is no whole checkpoint: {error}") from error
     if version != FORMAT_VERSION:
@@ -74,12 +75,15 @@ def read_manifest(checkpoint: Path) -> Manifest:
             "upgrade ldmole_dist" if version > FORMAT_VERSION else "export its adapter with the version that wrote it"
         )
         raise UserError(f"{path} is of format {version}, this software reads {FORMAT_VERSION}: {newer}")
-    try:
-        manifest = Manifest(**raw)
-        manifest.files = {name: Digest(**digest) for name, digest in raw["files"].items()}
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    if _own_hash(raw) != expected:
+        raise UserError(f"{path} was changed after it was written: its sha256 differs")
+    manifest = Manifest(**raw)
+    manifest.files = {name: Digest(**digest) for name, digest in raw["files"].items()}
     return manifest
+
+
+def _own_hash(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def file_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,12 +58,11 @@ class Saver:
         folder: `checkpoints` of the run.
         config: of the run.
         process: of this rank.
-        examples: of the training set.
+        data: what the order of the examples depends on (`data.batches.describe_order`).
     """
 
-    def __init__(self, folder: Path, config: Config, process: Process, examples: int) -> None:
-        self.folder, self.config, self.process, self.examples = folder, config, process, examples
-        self._fingerprint = manifests.fingerprint(config.backbone.path)
+    def __init__(self, folder: Path, config: Config, process: Process, data: dict[str, int | str]) -> None:
+        self.folder, self.config, self.process, self.data = folder, config, process, data
         self._writing: _Writing | None = None
         self._host: dict[str, Tensor] = {}  # the copies, kept from one checkpoint to the next
 
@@ -82,8 +82,9 @@ class Saver:
                     shutil.rmtree(left, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 write_adapter_config(engine.module, unfinished)
-        held = [piece.share() for piece in pieces(engine)]
-        writing = _Writing(step, unfinished, self._manifest(engine, step))
+        with agreed("preparing the checkpoint"), _explained(unfinished):
+            held = [piece.share() for piece in pieces(engine)]
+            writing = _Writing(step, unfinished, self._manifest(engine, step))
         random = _random_states(self.process.device)
         self._writing = writing
         if not self.config.run.save_async:
@@ -134,19 +135,16 @@ class Saver:
         writing.manifest.files = files | {CONFIG_NAME: digest_of(unfinished / CONFIG_NAME)}
         write_text(unfinished / manifests.NAME, writing.manifest.text())
         sync(unfinished)
-        if final.exists():  # saved before by a run that went on from an older one
+        if final.exists():  # the same step saved again
             self._remove(final)
         unfinished.rename(final)
-        pending = self.folder / ".latest"
-        write_text(pending, final.name)
-        os.replace(pending, self.folder / "latest")
-        sync(self.folder)
+        point_to(final)
         for old in sorted(self.folder.glob("step_*"))[: -self.config.run.keep_last]:
             self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
         # What is half removed must not look like a checkpoint; large files take time, and training would wait for it.
-        gone = checkpoint.rename(self.folder / f".removed_{checkpoint.name}")
+        gone = checkpoint.rename(self.folder / f".removed_{checkpoint.name}_{time.time_ns()}")
         threading.Thread(target=shutil.rmtree, args=(gone,), kwargs={"ignore_errors": True}).start()
 
     def _write(
@@ -198,8 +196,11 @@ class Saver:
                 "scheduler": {"last_epoch": deepspeed.lr_scheduler.last_epoch},
                 "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {},
             },
-            data=data_position(self.config, self.examples),
-            backbone={"path": self.config.backbone.path, "fingerprint": self._fingerprint},
+            data=self.data,
+            backbone={
+                "path": self.config.backbone.path,
+                "fingerprint": manifests.fingerprint(self.config.backbone.path),
+            },
             config=plain_config(self.config),
             files={},
         )
@@ -210,9 +211,12 @@ def topology(engine: Engine, process: Process) -> dict[str, int]:
     return {"zero_stage": engine.stage, "ep_size": engine.parallel.size, "world_size": process.world_size}
 
 
-def data_position(config: Config, examples: int) -> dict[str, int]:
-    """What, with the step, says which examples come next."""
-    return {"examples": examples, "global_batch_size": config.optimisation.global_batch_size, "seed": config.run.seed}
+def point_to(checkpoint: Path) -> None:
+    """Let `latest` name a checkpoint."""
+    pending = checkpoint.parent / ".latest"
+    write_text(pending, checkpoint.name)
+    os.replace(pending, checkpoint.parent / "latest")
+    sync(checkpoint.parent)
 
 
 def _values(states: list[tuple[str, Tensor]]) -> Iterator[Tensor]:

@@ -8,11 +8,13 @@ short.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ldmole_dist.config import Config
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.objective import IGNORED
 
@@ -53,6 +55,19 @@ class TrainingOrder:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._permutation = epoch, torch.randperm(len(self.lengths), generator=generator)
         return int(self._permutation[index])
+
+
+def describe_order(config: Config, examples: Sequence[Encoded]) -> dict[str, int | str]:
+    """What the order of the examples depends on: who goes on with a run must have all of it as it was."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{len(example.input_ids)} {sum(example.input_ids)} {example.labels}\n".encode())
+    return {
+        "global_batch_size": config.optimisation.global_batch_size,
+        "seed": config.run.seed,
+        "examples": len(examples),
+        "contents": digest.hexdigest()[:16],
+    }
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, device: torch.device) -> dict[str, Tensor]:

@@ -95,6 +95,16 @@ def resolve_ds_config(
             raise UserError(f"the DeepSpeed config has a section {section!r}, which the run config decides: remove it")
     if zero.get("zero_hpz_partition_size", 1) > 1 and ep_size > 1:
         raise UserError("zero_hpz_partition_size does not work with ep_size > 1 in this DeepSpeed: remove one of them")
+    optimizer_offload = zero.get("offload_optimizer", {})
+    for section in (optimizer_offload, zero.get("offload_param", {})):
+        if section.get("device") == "nvme":
+            raise UserError("offload to nvme is not supported: checkpoints would miss what is there; offload to cpu")
+    if optimizer_offload.get("ratio", 1.0) < 1:
+        raise UserError(
+            "zero_optimization.offload_optimizer.ratio < 1 is not supported: checkpoints would miss moments"
+        )
+    if zero.get("mics_shard_size", -1) > 0:
+        raise UserError("zero_optimization.mics_shard_size is not supported with checkpoints of pieces: remove it")
     if zero.get("compute_grad_norm", True) is False:
         raise UserError(
             "zero_optimization.compute_grad_norm=false would let gradients that are no numbers pass: remove it"

@@ -56,8 +56,8 @@ def whole_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            held, *rest = getattr(parameter, "ds_shape", parameter.shape)
-            shapes[name] = (held * engine.parallel.size if is_expert_tensor(name) else held, *rest)
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            shapes[name] = (shape[0] * engine.parallel.size, *shape[1:]) if is_expert_tensor(name) else shape
     return shapes
 
 
@@ -102,7 +102,8 @@ def _held(engine: Engine, parameter: Any) -> tuple[int, dict[str, Tensor]]:
             return 0, {}
         return mapping.lp_fragment_address.start, {kind: mapping.get_hp_fragment(key) for kind, key in kinds.items()}
     state = _inner(engine).state[parameter]
-    return 0, {MASTER: parameter.data.flatten()} | {moment: state[moment].flatten() for moment in MOMENTS}
+    # Views: of a tensor that cannot be seen flat this is an error, not a copy that nobody reads.
+    return 0, {MASTER: parameter.data.view(-1)} | {moment: state[moment].view(-1) for moment in MOMENTS}
 
 
 def make_moments(engine: Engine, step: int | None = None) -> None:

@@ -55,7 +55,7 @@ def measure(sizes: Sizes, checkpoints: int) -> Measured:
         config = Config(Backbone("small Llama"), Data("none"), Run(folder), optimisation=Optimisation(max_steps=1))
         config.optimisation.global_batch_size = config.optimisation.micro_batch_size
         engine = _engine(sizes, config, process.device)
-        saver = Saver(Path(folder), config, process, examples=0)
+        saver = Saver(Path(folder), config, process, data={})
         usual = [_step(engine, saver)[0] for _ in range(4)][1:]
         meanwhile, stalls, saves = [], [], []
         for number in range(1, checkpoints + 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ldmole_dist.checkpoint.load import newest
-from ldmole_dist.checkpoint.manifest import verify
+from ldmole_dist.checkpoint.manifest import _own_hash, read_manifest, verify
 from ldmole_dist.cli import main
 from ldmole_dist.errors import UserError
 from ldmole_dist.ranks import LocalRanks, RankFailed
@@ -90,7 +91,13 @@ def garble(checkpoint: Path) -> str:
     return "manifest.json cannot be read"
 
 
-DAMAGES = [truncate, flip, remove, newer, garble]
+def count_differently(checkpoint: Path) -> str:
+    path = checkpoint / "manifest.json"
+    path.write_text(path.read_text().replace('"adam_step": 4', '"adam_step": 5'))
+    return "manifest.json was changed after it was written"
+
+
+DAMAGES = [truncate, flip, remove, newer, garble, count_differently]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -122,6 +129,40 @@ def test_going_on_from_an_older_one_puts_later_ones_aside(copy: Copy) -> None:
     assert copy.go_on(f"run.resume={copy.first}", "run.save_every=3") == [1, 2, 3, 4, 5, 6]
     names = sorted(path.name for path in (copy.run / "checkpoints").iterdir())
     assert names == ["latest", "step_00000003", "step_00000006", "unused_step_00000004"]
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "link"])
+def test_a_checkpoint_of_this_run_is_known_however_it_is_spelled(
+    copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    (tmp_path / "link").symlink_to(copy.run)
+    path = copy.run if spelling == "absolute" else tmp_path / "link"
+    relative = os.path.relpath(copy.run)
+    steps = copy.go_on(f"run.output_dir={relative}", f"run.resume={path / 'checkpoints' / copy.last.name}")
+    assert steps == [1, 2, 3, 4, 5, 6] and newest(copy.run)[0].name == "step_00000006"
+
+
+def test_a_run_that_was_sent_elsewhere_goes_on_with_its_own_when_started_again(copy: Copy, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    same = [f"run.resume={copy.first}", f"run.output_dir={other}", "run.save_every=1"]
+    copy.go_on(*same, "optimisation.max_steps=5")
+    copy.go_on(*same)
+    assert [json.loads(x)["step"] for x in (other / "metrics.jsonl").read_text().splitlines()] == [3, 4, 5, 6]
+    assert not Path(f"{other}.1").exists()
+
+
+@pytest.mark.parametrize(("stage", "scale"), [(2, {}), (3, {}), (2, {"loss_scale": 128})])
+def test_another_precision_keeps_its_own_loss_scale(
+    copy: Copy, tmp_path: Path, stage: int, scale: dict[str, int]
+) -> None:
+    ds_config = tmp_path / "zero.json"
+    ds_config.write_text(
+        json.dumps({"zero_optimization": {"stage": stage}, "fp16": {"initial_scale_power": 8} | scale})
+    )
+    overrides = [f"parallelism.deepspeed={ds_config}", "parallelism.precision=fp16", "run.save_every=1"]
+    copy.go_on(*overrides)
+    scaler = read_manifest(newest(copy.run)[0]).training["loss_scaler"]
+    assert scaler["cur_scale"] == (128 if scale else 2**8) and scaler["dynamic"] is (not scale)
 
 
 def test_resume_names_what_is_no_checkpoint(copy: Copy, tmp_path: Path) -> None:
@@ -217,6 +258,8 @@ def test_everything_is_there_once(copy: Copy) -> None:
     manifest = json.loads(path.read_text())
     name = next(name for name in manifest["shapes"] if "lora_A" in name)
     manifest["shapes"][name][0] += 1
+    del manifest["sha256"]
+    manifest["sha256"] = _own_hash(manifest)
     path.write_text(json.dumps(manifest))
     (problem, *_) = verify(copy.last)
     assert f"master/{name}" in problem and "elements are there" in problem

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +19,7 @@ from safetensors.torch import load_file
 from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.checkpoint.manifest import verify
 from ldmole_dist.cli import EXIT_PREEMPTED
+from ldmole_dist.engine.startup import free_port
 from tests.launched import Launched
 from tests.small_run import make_config, make_folder
 
@@ -95,6 +100,34 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(
     assert checkpoint.name == f"step_{run.steps():08d}"
     run.finish()
     assert run.same_as(whole)
+
+
+def test_ctrl_c_under_deepspeeds_launcher_saves(tmp_path: Path, whole: Run) -> None:
+    run = fresh(tmp_path, whole)
+    train = Path(__file__).parents[2] / "launch" / "train.py"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    launcher = subprocess.Popen(
+        [*command, "--master_port", str(free_port()), str(train), str(run.config), "run.save_every=0"],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while run.steps() < 3 and launcher.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+        output, _ = launcher.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode != 0
+    (checkpoint,) = newest(run.folder)
+    assert verify(checkpoint) == [] and f"saved after step {run.steps()} of 60" in output, output
+    assert checkpoint.name == f"step_{run.steps():08d}"
 
 
 def test_after_the_death_of_a_peer_nobody_saves(tmp_path: Path, whole: Run) -> None:

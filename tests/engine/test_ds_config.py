@@ -24,6 +24,10 @@ def contains_auto(value: Any) -> bool:
     return value == "auto"
 
 
+def offload(**zero: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3, **zero}}
+
+
 def test_all_shipped_files_are_known() -> None:
     assert {path.stem for path in SHIPPED.glob("*.json")} == set(STAGES)
 
@@ -76,6 +80,9 @@ def test_values_equal_to_the_runs_are_accepted() -> None:
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, {"ep_size": 2}, "zero_hpz_partition_size"),
         ({"zero_optimization": {"stage": 0}}, {"precision": "fp16"}, "deepspeed=zero1"),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, {}, "compute_grad_norm=false"),
+        (offload(offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}), {}, "nvme is not supported"),
+        (offload(offload_optimizer={"device": "cpu", "ratio": 0.5}), {}, "ratio < 1"),
+        (offload(mics_shard_size=2), {}, "mics_shard_size"),
         ({"fp16": {"loss_scale_windw": 5}}, {"precision": "fp16"}, "fp16.loss_scale_windw"),
         ({"fp16": {"loss_scale": -1}}, {"precision": "fp16"}, "fp16.loss_scale"),
         ({"fp16": {"auto_cast": True}}, {"precision": "fp16"}, "fp16.auto_cast"),

@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from ldmole_dist.ranks import LocalRanks
-from tests.small_run import make_config, make_folder, run_training
+from tests.small_run import COLOURS, make_config, make_data, make_folder, run_training
 
 
 @pytest.fixture(scope="module")
@@ -16,17 +17,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("resume"))
 
 
-CASES = [(stage, ep_size, "fp32") for stage in (0, 1, 2, 3) for ep_size in (1, 2)]
-CASES += [(stage, 2, precision) for stage in (2, 3) for precision in ("bf16", "fp16")]
+CASES = [(f"zero{stage}", ep_size, "fp32") for stage in (0, 1, 2, 3) for ep_size in (1, 2)]
+CASES += [(f"zero{stage}", 2, precision) for stage in (2, 3) for precision in ("bf16", "fp16")]
+CASES += [("zero2_offload", 2, "fp32"), ("zero3_offload", 2, "fp32")]
 
 
-@pytest.mark.parametrize(("stage", "ep_size", "precision"), CASES)
-def test_resume_is_exact(folder: Path, ranks2: LocalRanks, stage: int, ep_size: int, precision: str) -> None:
-    config = make_config(folder)
-    run = folder / f"run_{stage}_{ep_size}_{precision}"
+@pytest.mark.parametrize(("ds_config", "ep_size", "precision"), CASES)
+def test_resume_is_exact(folder: Path, ranks2: LocalRanks, ds_config: str, ep_size: int, precision: str) -> None:
+    check_resume(folder, ranks2, ds_config, ep_size, precision)
+
+
+@pytest.mark.parametrize("ds_config", ["zero0", "zero2", "zero3"])
+def test_resume_with_a_trained_head(tmp_path: Path, ranks2: LocalRanks, ds_config: str) -> None:
+    make_folder(tmp_path)
+    make_data(tmp_path / "train.jsonl", 60, "sequence_classification")
+    make_data(tmp_path / "eval.jsonl", 12, "sequence_classification")
+    changes = {"backbone": {"task": "sequence_classification"}, "data": {"labels": COLOURS}}
+    check_resume(tmp_path, ranks2, ds_config, 2, "fp32", **changes)
+
+
+def check_resume(
+    folder: Path, ranks2: LocalRanks, ds_config: str, ep_size: int, precision: str, **changes: dict[str, Any]
+) -> None:
+    config = make_config(folder, **changes)
+    run = folder / f"run_{ds_config}_{ep_size}_{precision}"
     overrides = [
         f"run.output_dir={run}",
-        f"parallelism.deepspeed=zero{stage}",
+        f"parallelism.deepspeed={ds_config}",
         f"parallelism.ep_size={ep_size}",
         f"parallelism.precision={precision}",
         "run.save_every=3",
