@@ -196,7 +196,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
     Args:
         path: of the YAML file.
-        overrides: "a.b=c", c read as YAML.
+        overrides: "a.b=c", c read as YAML; "b=c" where only one section has b.
 
     Raises:
         UserError: see the head of this file.
@@ -279,6 +279,13 @@ def _override(raw: dict[str, Any], override: str) -> None:
     *sections, name = key.split(".")
     if not found or not all([*sections, name]):
         raise UserError(f"override {override!r} must look like section.key=value")
+    if not sections and name not in _names(
+        Config
+    ):  # "resume=never": the section goes without saying if only one has it
+        sections = [section for section in _names(Config) if name in _names(_section([section]))]
+        if len(sections) != 1:
+            where = f"it is in {sections}" if sections else f"no section has it; there are {_names(Config)}"
+            raise UserError(f"override {override!r} must look like section.key=value: {where}")
     target = raw
     for section in sections:
         target = target.setdefault(section, {})

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ldmole_dist.config import load_config
@@ -24,6 +24,7 @@ def make_backbone(folder: Path, layers: int = 2, hidden: int = 32) -> Path:
     """A tiny Llama with a byte-level tokenizer that knows the colours as one token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
