@@ -250,13 +250,17 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 
 def check_parallelism(config: Config, world_size: int) -> None:
     """Raises UserError where this config cannot run on `world_size` ranks."""
-    ep_size = config.parallelism.ep_size
+    check_ep_size(config.parallelism.ep_size, world_size)
+    accumulation_steps(config, world_size)
+
+
+def check_ep_size(ep_size: int, world_size: int) -> None:
+    """Raises UserError where `world_size` ranks cannot be grouped so."""
     if world_size % ep_size:
         raise UserError(
             f"parallelism.ep_size={ep_size} does not divide the {world_size} ranks of this run: "
             f"choose one of {[p for p in range(1, world_size + 1) if world_size % p == 0]}"
         )
-    accumulation_steps(config, world_size)
 
 
 def _check(config: Config) -> None:

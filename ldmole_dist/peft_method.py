@@ -1,8 +1,8 @@
 """LD-MoLE as a PEFT method: `peft.get_peft_model(model, LdMoleConfig(...))`, save_pretrained, from_pretrained.
 
-Importing this module (or `ldmole_dist`) registers the method. The config knows nothing of ranks: to spread the experts,
-call `spread_experts(model, ExpertParallel(group))` on the bare model before the adapter is injected; only the local slice
-of every bank is then allocated, and saving gathers all experts, layer by layer, on all ranks.
+Importing this module (or `ldmole_dist`) registers the method. The config (`peft_config`) knows nothing of ranks: to spread the
+experts, call `spread_experts(model, ExpertParallel(group))` on the bare model before the adapter is injected; only the local
+slice of every bank is then allocated, and saving gathers all experts, layer by layer, on all ranks.
 
 Names in an adapter file: `<module>.lora_A` (E, r, D), `.lora_B` (E, O, r), `.router.weight` (E, D), and the shared MLPs
 once, `base_model.lambda_mlp.<D>.fc1.weight` and so on.
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -32,72 +30,9 @@ from ldmole_dist.method.routers import ROUTERS, LambdaMLP
 from ldmole_dist.method.sparsegen import at_least_float32
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import draw_bank, seeded
+from ldmole_dist.peft_config import LdMoleConfig, LdMolePeftType
 
-FORMAT_VERSION = 1
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERT_TENSORS = ("lora_A", "lora_B")
-
-
-class LdMolePeftType(StrEnum):
-    """PEFT's own enumeration is closed; this one stands in for it."""
-
-    LDMOLE = "LDMOLE"
-
-
-@dataclass
-class LdMoleConfig(PeftConfig):
-    """An LD-MoLE adapter. The defaults are the paper's (METHOD.md, "The authors' settings").
-
-    Raises:
-        ValueError: a field out of its range, or an adapter written by a newer format.
-    """
-
-    r: int = field(default=8, metadata={"help": "LoRA rank of every expert."})
-    lora_alpha: float = field(default=16, metadata={"help": "The experts' sum is multiplied with lora_alpha / r."})
-    lora_dropout: float = field(
-        default=0.1,
-        metadata={
-            "help": "Dropout on the input of router, lambda-MLP and experts alike; one mask for linears with one input."
-        },
-    )
-    num_experts: int = field(default=8, metadata={"help": "Experts of every adapted linear."})
-    target_modules: list[str] | str | None = field(
-        default_factory=lambda: list(LINEARS),
-        metadata={"help": "Names (or one regular expression) of the linears to adapt."},
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names never adapted."})
-    router: str = field(default="sparsegen", metadata={"help": f"One of {sorted(ROUTERS)}."})
-    lambda_hidden: int = field(default=256, metadata={"help": "Hidden units of the lambda-MLP."})
-    lambda_eps: float = field(default=0.01, metadata={"help": "lambda stays below 1 - lambda_eps."})
-    lambda_init: str = field(
-        default="live", metadata={"help": "'live': hidden units fire from the start; 'authors': every bias -2.5."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full and saved with the adapter, such as 'score'."}
-    )
-    init_seed: int = field(
-        default=0, metadata={"help": "Initial values depend on this, the module and the expert only."}
-    )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the adapter file."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = LdMolePeftType.LDMOLE
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={self.format_version} is newer than this ldmole_dist reads ({FORMAT_VERSION}): upgrade it"
-            )
-        for name in ("r", "num_experts", "lambda_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must lie in [0, 1)")
-        if not 0 < self.lambda_eps <= 1:
-            raise ValueError(f"lambda_eps={self.lambda_eps} must lie in (0, 1]")
-        if self.router not in ROUTERS:
-            raise ValueError(f"router={self.router!r} is not known: choose one of {sorted(ROUTERS)}")
-        if self.lambda_init not in ("live", "authors"):
-            raise ValueError(f"lambda_init={self.lambda_init!r} is not known: choose 'live' or 'authors'")
 
 
 class LdMoleLinear(MoELinear, BaseTunerLayer):

@@ -103,7 +103,10 @@ class Trainer:
             steps.set_postfix(loss=f"{metrics['loss']:.3f}", experts=f"{metrics['experts_per_token']:.2f}")
             if step == self.last_step or (run.eval_every and step % run.eval_every == 0):
                 result = self._evaluate(step)
-            stopped = self._ranks_agree_to_stop() and step < self.last_step
+            asked, written = self._flags_of_all()
+            if written:
+                self.saver.finish()
+            stopped = asked and step < self.last_step
             if stopped or (run.save_every and step % run.save_every == 0):
                 self.saver.save(self.engine, step)
             if stopped:
@@ -115,14 +118,12 @@ class Trainer:
         self.monitor.close()
         return result
 
-    def _ranks_agree_to_stop(self) -> bool:
-        """Whether some rank was asked to end. A checkpoint that all have written is made valid on this occasion."""
+    def _flags_of_all(self) -> tuple[bool, bool]:
+        """Whether some rank was asked to end, and whether all have written the checkpoint that is under way."""
         flags = torch.tensor([int(self.stop.requested), int(self.saver.done)], device=self.process.device)
         dist.all_reduce(flags)
         asked, written = flags.tolist()
-        if written == self.process.world_size:
-            self.saver.finish()
-        return bool(asked)
+        return asked > 0, written == self.process.world_size
 
     def _evaluate(self, step: int) -> dict[str, float]:
         if self.evaluator is None:

@@ -39,7 +39,8 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.evaluate import Evaluator, single_token_choices
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.peft_method import LdMoleConfig, is_expert_tensor, spread_experts, tuner_of
+from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.peft_method import is_expert_tensor, spread_experts, tuner_of
 from ldmole_dist.trainer import Trainer
 
 

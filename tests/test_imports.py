@@ -16,7 +16,7 @@ FLOORS = [
     ["errors", "config", "stop"],
     ["method"],
     ["parallel"],
-    ["peft_method", "input_groups", "backbone", "objective", "data"],
+    ["peft_config", "peft_method", "input_groups", "backbone", "objective", "data"],
     ["engine"],
     ["checkpoint", "diagnose", "evaluate", "generate", "monitor", "ranks", "selftest", "study", "trainer", "training"],
     ["cli"],

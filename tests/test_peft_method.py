@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from ldmole_dist import LdMoleConfig
-from ldmole_dist.peft_method import LINEARS, LdMoleLinear, tuner_of
+from ldmole_dist.peft_config import LINEARS
+from ldmole_dist.peft_method import LdMoleLinear, tuner_of
 from ldmole_dist.selftest.tiny import SIZES, micro_batch, tiny_backbone
 
 CPU = torch.device("cpu")

@@ -6,18 +6,14 @@ Either way one tensor is in memory at a time.
 from __future__ import annotations
 
 import copy
-import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from torch import Tensor
 
-from ldmole_dist.checkpoint.files import Entry, Stretches, sync, write_tensors
+from ldmole_dist.checkpoint.files import Entry, Stretches, explained, sync, write_tensors
 from ldmole_dist.checkpoint.manifest import read_manifest, verify
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import whole_shapes
@@ -44,7 +40,7 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
     keys, shapes, tuner = adapter_keys(engine.module), whole_shapes(engine), tuner_of(engine.module)
     unfinished = folder.with_name(f".{folder.name}")
     parameters = {n: p for n, p in engine.module.named_parameters() if n in shapes}
-    with agreed("preparing the adapter's folder"), _explained(folder):
+    with agreed("preparing the adapter's folder"), explained(f"the adapter {folder}"):
         if process.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -59,7 +55,7 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
             failed = error
     for _ in gathered:  # the others take part in gathering, and rank 0 also where it could write no more
         pass
-    with agreed("writing the adapter"), _explained(folder):
+    with agreed("writing the adapter"), explained(f"the adapter {folder}"):
         if failed is not None:
             raise failed
         if process.is_main:
@@ -79,21 +75,14 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         raise UserError(f"{folder} exists already: remove it or choose another folder")
     entries = [Entry(manifest.adapter_keys[n], shape, torch.float32) for n, shape in manifest.shapes.items()]
     unfinished = folder.with_name(f".{folder.name}")
-    with _explained(folder):
+    with explained(f"the adapter {folder}"):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         shutil.copyfile(checkpoint / CONFIG_NAME, unfinished / CONFIG_NAME)
         with Stretches(checkpoint / name for name in manifest.rank_files()) as stretches:
-            values = (_whole(stretches, name, shape) for name, shape in manifest.shapes.items())
+            values = (stretches.whole(f"master/{name}", shape) for name, shape in manifest.shapes.items())
             write_tensors(unfinished / SAFETENSORS_WEIGHTS_NAME, entries, values, METADATA)
         _put_in_place(unfinished, folder)
-
-
-def _whole(stretches: Stretches, name: str, shape: list[int]) -> Tensor:
-    flat = torch.empty(math.prod(shape))
-    for position, value in stretches.read(f"master/{name}", 0, len(flat)):
-        flat[position : position + len(value)] = value
-    return flat.view(shape)
 
 
 def _put_in_place(unfinished: Path, folder: Path) -> None:
@@ -104,13 +93,3 @@ def _put_in_place(unfinished: Path, folder: Path) -> None:
     unfinished.rename(folder)
     sync(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the adapter {folder} cannot be written: {error.strerror or error}; make room or permissions there"
-        ) from error

@@ -13,7 +13,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -103,6 +103,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """An error of the file system within it becomes one that names `what`, which could not be written, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{what} cannot be written: {error.strerror or error}; what was there before is as it was; make room or "
+            "permissions there, or choose another folder, and start the same command again"
+        ) from error
+
+
 class Stretches:
     """The flattened whole of every tensor whose stretches are in some files; a context manager that holds them open.
 
@@ -140,6 +152,13 @@ class Stretches:
     def keys(self) -> Iterable[str]:
         """What there are stretches of."""
         return self._where.keys()
+
+    def whole(self, key: str, shape: Sequence[int]) -> Tensor:
+        """A whole tensor, in float32; what is missing is no number."""
+        flat = torch.full((math.prod(shape),), torch.nan)
+        for position, value in self.read(key, 0, len(flat)):
+            flat[position : position + len(value)] = value
+        return flat.view(*shape)
 
     def gap(self, key: str, length: int) -> str | None:
         """What is wrong with the stretches of a tensor of `length` elements: a hole, an overlap; None if nothing."""

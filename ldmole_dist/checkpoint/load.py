@@ -126,8 +126,7 @@ def _problems(checkpoint: Path, process: Process) -> list[str]:
     own: list[str] = []
     try:
         manifest = read_manifest(checkpoint)
-        names = list(dict.fromkeys([*manifest.files, *manifest.rank_files()]))
-        own = file_problems(checkpoint, manifest, names[process.rank :: process.world_size])
+        own = file_problems(checkpoint, manifest, manifest.all_files()[process.rank :: process.world_size])
     except UserError as error:
         own = [str(error)]
     every: list[list[str]] = [own]

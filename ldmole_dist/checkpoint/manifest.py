@@ -53,6 +53,10 @@ class Manifest:
         plain = asdict(self) | {"files": {n: d._asdict() for n, d in self.files.items()}}
         return json.dumps(plain | {"sha256": _own_hash(plain)}, indent=1)
 
+    def all_files(self) -> list[str]:
+        """Every file that there must be: those listed, and those that the topology implies."""
+        return list(dict.fromkeys([*self.files, *self.rank_files()]))
+
     def rank_files(self) -> list[str]:
         """The files with the optimizer state."""
         return [f"rank_{rank:05d}.safetensors" for rank in range(self.topology["world_size"])]
@@ -125,8 +129,7 @@ def verify(checkpoint: Path) -> list[str]:
         UserError: where it has no manifest that can be read.
     """
     manifest = read_manifest(checkpoint)
-    names = dict.fromkeys([*manifest.files, *manifest.rank_files()])
-    return file_problems(checkpoint, manifest, names) or content_problems(checkpoint, manifest)
+    return file_problems(checkpoint, manifest, manifest.all_files()) or content_problems(checkpoint, manifest)
 
 
 def fingerprint(backbone: str) -> str | None:

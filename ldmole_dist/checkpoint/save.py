@@ -14,8 +14,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,12 @@ from torch import Tensor
 
 from ldmole_dist.checkpoint import manifest as manifests
 from ldmole_dist.checkpoint.export import CONFIG_NAME, write_adapter_config
-from ldmole_dist.checkpoint.files import Digest, Entry, digest_of, sync, write_tensors, write_text
+from ldmole_dist.checkpoint.files import Digest, Entry, digest_of, explained, sync, write_tensors, write_text
 from ldmole_dist.checkpoint.manifest import Manifest
 from ldmole_dist.config import Config, plain_config
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import Piece, make_moments, pieces, whole_shapes
 from ldmole_dist.engine.startup import Process, agreed
-from ldmole_dist.errors import UserError
 from ldmole_dist.peft_method import adapter_keys
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -75,20 +72,18 @@ class Saver:
         self.finish()
         make_moments(engine)
         unfinished = self.folder / f".step_{step:08d}"
-        with agreed("preparing the checkpoint folder"), _explained(unfinished):
+        with agreed("preparing the checkpoint"), explained(f"the checkpoint {unfinished}"):
             if self.process.is_main:
                 # What a run that was cut off has left.
                 for left in [*self.folder.glob(".step_*"), *self.folder.glob(".removed_*")]:
                     shutil.rmtree(left, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 write_adapter_config(engine.module, unfinished)
-        with agreed("preparing the checkpoint"), _explained(unfinished):
             held = [piece.share() for piece in pieces(engine)]
             writing = _Writing(step, unfinished, self._manifest(engine, step))
         random = _random_states(self.process.device)
         self._writing = writing
         if not self.config.run.save_async:
-            writing.copied.set()
             self._write(writing, held, random, None)
             self.finish()
             return
@@ -119,12 +114,12 @@ class Saver:
             return
         if writing.thread is not None:
             writing.thread.join()
-        with agreed("writing the checkpoint"), _explained(writing.unfinished):
+        with agreed("writing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
             if writing.error is not None:
                 raise writing.error
         digests: list[Any] = [None] * self.process.world_size
         dist.all_gather_object(digests, writing.digest)
-        with agreed("finishing the checkpoint"), _explained(writing.unfinished):
+        with agreed("finishing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
             if self.process.is_main:
                 self._make_valid(writing, digests)
 
@@ -150,36 +145,36 @@ class Saver:
     def _write(
         self, writing: _Writing, held: list[Piece], random: dict[str, Tensor], ready: torch.cuda.Event | None
     ) -> None:
-        states = [(f"{kind}/{piece.name}", value) for piece in held for kind, value in piece.states.items()]
-        starts = {f"{kind}/{piece.name}": piece.start for piece in held for kind in piece.states}
-        entries = [Entry(key, value.shape, value.dtype) for key, value in [*states, *random.items()]]
         try:
+            states = {f"{kind}/{piece.name}": value for piece in held for kind, value in piece.states.items()}
+            starts = {f"{kind}/{piece.name}": piece.start for piece in held for kind in piece.states}
             if self.config.run.save_async:
                 states = self._copied(states, ready)
-            writing.copied.set()
+                writing.copied.set()
+            tensors = states | random
+            entries = [Entry(key, value.shape, value.dtype) for key, value in tensors.items()]
             path = writing.unfinished / f"rank_{self.process.rank:05d}.safetensors"
-            tensors = _values([*states, *random.items()])
-            writing.digest = write_tensors(path, entries, tensors, {"starts": json.dumps(starts)})
+            writing.digest = write_tensors(path, entries, tensors.values(), {"starts": json.dumps(starts)})
             sync(writing.unfinished)
         except Exception as error:  # of any kind: `finish` raises it where it can be heard
             writing.error = error
         finally:
             writing.copied.set()
 
-    def _copied(self, states: list[tuple[str, Tensor]], ready: torch.cuda.Event | None) -> list[tuple[str, Tensor]]:
+    def _copied(self, states: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
         stream = None
         if ready is not None:
             torch.cuda.set_device(self.process.device)
             stream = torch.cuda.Stream()
             stream.wait_event(ready)
         with torch.cuda.stream(stream):
-            for key, value in states:
+            for key, value in states.items():
                 if key not in self._host or self._host[key].shape != value.shape:
                     self._host[key] = torch.empty_like(value, device="cpu", pin_memory=ready is not None)
                 self._host[key].copy_(value, non_blocking=True)
         if stream is not None:
             stream.synchronize()
-        return [(key, self._host[key]) for key, _ in states]
+        return {key: self._host[key] for key in states}
 
     def _manifest(self, engine: Engine, step: int) -> Manifest:
         deepspeed, shapes = engine.deepspeed, whole_shapes(engine)
@@ -219,24 +214,8 @@ def point_to(checkpoint: Path) -> None:
     sync(checkpoint.parent)
 
 
-def _values(states: list[tuple[str, Tensor]]) -> Iterator[Tensor]:
-    return (value for _, value in states)
-
-
 def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"random/cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random/cuda"] = torch.cuda.get_rng_state(device)
     return states
-
-
-@contextmanager
-def _explained(unfinished: Path) -> Iterator[None]:
-    """An error of the file system within it becomes one that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the checkpoint {unfinished} cannot be written: {error.strerror or error}; earlier checkpoints are as they "
-            "were; make room or permissions there, or set run.output_dir, and start the same command again"
-        ) from error

@@ -16,7 +16,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.utils import groups
 from torch import nn
 
-from ldmole_dist.errors import UserError
+from ldmole_dist.config import check_ep_size
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.peft_method import is_expert_tensor
 
@@ -32,12 +32,7 @@ def expert_parallel(ep_size: int, mode: Mode = "auto", overlap: bool = True) -> 
     Raises:
         UserError: if the ranks cannot be grouped so.
     """
-    world_size = dist.get_world_size()
-    if world_size % ep_size:
-        raise UserError(
-            f"parallelism.ep_size={ep_size} does not divide the {world_size} ranks of this run: "
-            f"choose one of {[p for p in range(1, world_size + 1) if world_size % p == 0]}"
-        )
+    check_ep_size(ep_size, dist.get_world_size())
     if ep_size == 1:
         return ExpertParallel()
     groups._create_expert_and_data_parallel(ep_size)

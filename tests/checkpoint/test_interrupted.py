@@ -149,6 +149,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_the_uninterrupted_one(tmp_pat
     draw = random.Random(seed)
     run = fresh(tmp_path, whole)
     inside = 0
+    same = ["run.save_every=1", "run.keep_last=3"]
     for kill in range(20):
         before, started = run.steps(), time.time()
 
@@ -158,7 +159,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_the_uninterrupted_one(tmp_pat
                 return any(path.stat().st_mtime > since for path in run.folder.glob("checkpoints/.step_*"))
             return False
 
-        with Launched(run.config, "run.save_every=1", "run.keep_last=3") as launched:
+        with Launched(run.config, *same) as launched:
             if kill % 2:
                 wait_until(saving, launched)
                 time.sleep(draw.uniform(0, 0.004))
@@ -176,5 +177,5 @@ def test_a_run_that_is_killed_twenty_times_ends_as_the_uninterrupted_one(tmp_pat
         if found := newest(run.folder):
             assert verify(found[0]) == [], f"seed {seed}, kill {kill}"
     assert inside >= 5, f"seed {seed}: only {inside} kills were inside a save"
-    run.finish()
+    run.finish(*same)
     assert run.same_as(whole), f"seed {seed}"

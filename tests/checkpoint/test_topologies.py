@@ -1,12 +1,10 @@
 """A checkpoint of any topology goes on under any other: state bit for bit, and the same training from there."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -99,15 +97,12 @@ def save_at_once_and_go_on(config: str, overrides: list[str]) -> list[float]:
 def states(checkpoint: Path) -> dict[str, Tensor]:
     """Every master and moment, whole."""
     manifest = read_manifest(checkpoint)
-    found = {}
     with Stretches(checkpoint / name for name in manifest.rank_files()) as stretches:
-        for name, shape in manifest.shapes.items():
-            for state in STATES:
-                flat = torch.full((math.prod(shape),), torch.nan)
-                for position, value in stretches.read(f"{state}/{name}", 0, len(flat)):
-                    flat[position : position + len(value)] = value
-                found[f"{state}/{name}"] = flat.view(shape)
-    return found
+        return {
+            f"{state}/{name}": stretches.whole(f"{state}/{name}", shape)
+            for name, shape in manifest.shapes.items()
+            for state in STATES
+        }
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
