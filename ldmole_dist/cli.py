@@ -11,19 +11,32 @@ from pathlib import Path
 
 import torch
 
-from ldmole_dist.errors import NonFiniteLoss, PeerError, Preempted, UserError
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+from ldmole_dist.cluster import command
+from ldmole_dist.errors import (
+    EXIT_EXPLAINED,
+    EXIT_PEER,
+    EXIT_PREEMPTED,
+    NonFiniteLoss,
+    PeerError,
+    Preempted,
+    UserError,
+)
+from ldmole_dist.pulse import show_stacks_when_asked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        0; 1 where something failed that the message explains; EXIT_PREEMPTED where a run was asked to end, has saved
-        and goes on when it is started again.
+        0; EXIT_EXPLAINED where something failed that the message explains; EXIT_PEER where the message is another rank's;
+        EXIT_PREEMPTED where a run was asked to end, has saved and goes on when it is started again; 1 otherwise.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:
+        args.overrides += rest  # argparse does not take up a list again after an option
     call: Callable[[argparse.Namespace], int] = args.call
     try:
         return call(args)
@@ -38,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         together = isinstance(error, UserError) and torch.distributed.is_initialized()
         if together or _speaks_for_its_node():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_EXPLAINED
     except PeerError as error:
         if _speaks_for_its_node():
             print(f"stopped: {error}", file=sys.stderr, flush=True)
+        return EXIT_PEER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     return 1
@@ -61,6 +76,34 @@ def _parser() -> argparse.ArgumentParser:
         "--local_rank", help=argparse.SUPPRESS
     )  # DeepSpeed's launcher passes it; the environment says it too
     train.set_defaults(call=_train)
+
+    launch = commands.add_parser(
+        "launch",
+        help="train on this host's devices or on many hosts, and watch over the ranks",
+        description=command.LAUNCH,
+    )
+    launch.add_argument("config", help="YAML file of the run")
+    launch.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
+    launch.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
+    launch.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="go on from the last checkpoint, so often"
+    )
+    launch.add_argument(
+        "--stall-minutes",
+        type=float,
+        default=10.0,
+        metavar="M",
+        help="without progress, after which a run has failed (default: %(default)s)",
+    )
+    launch.add_argument("--no-doctor", action="store_true", help="do not look at the hosts before")
+    command.add_arguments(launch)
+    launch.set_defaults(call=command.launch)
+
+    doctor = commands.add_parser("doctor", help="look at the hosts of a job before it starts")
+    doctor.add_argument("config", nargs="?", help="YAML file of the run, to look at what it needs")
+    doctor.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
+    command.add_arguments(doctor)
+    doctor.set_defaults(call=command.examine)
 
     validate = commands.add_parser("validate", help="check a config without training")
     validate.add_argument("config", help="YAML file of the run")
@@ -123,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> int:
     from ldmole_dist.config import load_config
 
+    show_stacks_when_asked()
     config = load_config(args.config, args.overrides)
     from ldmole_dist.training import train
 

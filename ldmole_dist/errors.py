@@ -15,3 +15,8 @@ class Preempted(Exception):
 
 class NonFiniteLoss(Exception):
     """The loss stopped being a number; training cannot go on."""
+
+
+EXIT_EXPLAINED = 2  # a message says what the user can put right; starting again would only fail again
+EXIT_PEER = 3  # another rank failed, and says why
+EXIT_PREEMPTED = 75  # saved on request, goes on when started again: EX_TEMPFAIL of sysexits.h

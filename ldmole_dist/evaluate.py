@@ -18,6 +18,7 @@ from ldmole_dist.data.encode import Encoded
 from ldmole_dist.engine.startup import Process
 from ldmole_dist.errors import UserError
 from ldmole_dist.objective import IGNORED, answer_loss, answer_positions, next_tokens
+from ldmole_dist.pulse import pulse
 
 
 class Evaluator:
@@ -60,6 +61,7 @@ class Evaluator:
         sums = torch.zeros(4, dtype=torch.float64, device=self.process.device)  # loss, answers, right, rows
         starts = range(0, len(self.examples), self.batch_size)
         for start in tqdm(starts, desc=doing, disable=not self.process.is_main, unit="batch"):
+            pulse(doing)
             examples = self.examples[start : start + self.batch_size]
             counted = max(0, min(len(examples), self.counted - start))
             sums += self._batch(model, collate(examples, self.pad_id, self.process.device), counted)

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from ldmole_dist.checkpoint.files import explained
+
 
 class Monitor:
     """Writes on one rank; on the others it does nothing.
@@ -22,7 +24,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, writes: bool, first_step: int) -> None:
-        self.writes = writes
+        self.writes, self._folder = writes, folder
         if not writes:
             return
         self._metrics = _reopened(folder / "metrics.jsonl", first_step)
@@ -42,10 +44,11 @@ class Monitor:
     def _report(self, file: TextIO, step: int, values: dict[str, Any], section: str) -> None:
         # JSON has no infinity: the gradient norm of a skipped step is null.
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
-        file.write(json.dumps({"step": step, **finite}) + "\n")
-        file.flush()
-        for name, value in _scalars(values):
-            self._tensorboard.add_scalar(name if "/" in name else f"{section}/{name}", value, step)
+        with explained(f"what the run in {self._folder} reports"):
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+            file.flush()
+            for name, value in _scalars(values):
+                self._tensorboard.add_scalar(name if "/" in name else f"{section}/{name}", value, step)
 
     def close(self) -> None:
         """Write out what is pending."""

@@ -26,6 +26,7 @@ from ldmole_dist.monitor import Monitor
 from ldmole_dist.objective import answer_count, answer_loss, next_tokens
 from ldmole_dist.parallel.wire import KINDS
 from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.pulse import pulse
 from ldmole_dist.stop import StopRequest
 
 # What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
@@ -150,6 +151,7 @@ class Trainer:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.process.device)
         losses = []
         for turn, batch in enumerate(batches):
+            pulse(f"step {step}")
             targets, logits = batch_logits(engine, batch)
             task = answer_loss(logits, targets, self.config.optimisation.label_smoothing) * share.to(logits.device)
             loss = task + self.context.auxiliary_loss()

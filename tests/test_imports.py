@@ -13,12 +13,24 @@ PACKAGE = Path(__file__).parents[1] / "ldmole_dist"
 # A room may import from its own floor and from those below it; what is on the ground floor, everybody but method and
 # parallel, which stay readable beside the paper.
 FLOORS = [
-    ["errors", "config", "stop"],
+    ["errors", "config", "stop", "pulse"],
     ["method"],
     ["parallel"],
     ["peft_config", "peft_method", "input_groups", "backbone", "objective", "data"],
     ["engine"],
-    ["checkpoint", "diagnose", "evaluate", "generate", "monitor", "ranks", "selftest", "study", "trainer", "training"],
+    [
+        "cluster",
+        "checkpoint",
+        "diagnose",
+        "evaluate",
+        "generate",
+        "monitor",
+        "ranks",
+        "selftest",
+        "study",
+        "trainer",
+        "training",
+    ],
     ["cli"],
 ]
 PACKAGES_OWN = "peft_method"  # whose config ldmole_dist/__init__.py gives out

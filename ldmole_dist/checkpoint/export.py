@@ -20,6 +20,7 @@ from ldmole_dist.engine.masters import whole_shapes
 from ldmole_dist.engine.startup import Process, agreed
 from ldmole_dist.errors import UserError
 from ldmole_dist.peft_method import adapter_keys, tuner_of
+from ldmole_dist.pulse import pulse
 
 METADATA = {"format": "pt"}
 
@@ -37,6 +38,7 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
 
     It appears whole or not at all; one that was there before is replaced.
     """
+    pulse("writing the adapter")
     keys, shapes, tuner = adapter_keys(engine.module), whole_shapes(engine), tuner_of(engine.module)
     unfinished = folder.with_name(f".{folder.name}")
     parameters = {n: p for n, p in engine.module.named_parameters() if n in shapes}

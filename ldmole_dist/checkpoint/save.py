@@ -31,6 +31,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import Piece, make_moments, pieces, whole_shapes
 from ldmole_dist.engine.startup import Process, agreed
 from ldmole_dist.peft_method import adapter_keys
+from ldmole_dist.pulse import pulse
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -70,6 +71,7 @@ class Saver:
             UserError: where the folder cannot be made, or with run.save_async=false where it cannot be written.
         """
         self.finish()
+        pulse(f"saving after step {step}")
         make_moments(engine)
         unfinished = self.folder / f".step_{step:08d}"
         with agreed("preparing the checkpoint"), explained(f"the checkpoint {unfinished}"):
@@ -112,6 +114,7 @@ class Saver:
         writing, self._writing = self._writing, None
         if writing is None:
             return
+        pulse("waiting for a checkpoint to be written")
         if writing.thread is not None:
             writing.thread.join()
         with agreed("writing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):

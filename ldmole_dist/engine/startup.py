@@ -75,6 +75,8 @@ def start(timeout_minutes: float = 30.0) -> Process:
         )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not on_cpu:
+        # Slurm can let each rank see its own device only.
+        local_rank %= accelerator.device_count()
         accelerator.set_device(local_rank)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return Process(dist.get_rank(), dist.get_world_size(), device)

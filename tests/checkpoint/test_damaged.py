@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_refused_and_auto_takes_an_older_one(
     assert main(["checkpoint", "verify", str(copy.last)]) == 1
     assert said in "".join(capsys.readouterr())
     assert main(["checkpoint", "verify", str(copy.first)]) == 0
-    assert main(["checkpoint", "export", str(copy.last), str(copy.run / "exported")]) == 1
+    assert main(["checkpoint", "export", str(copy.last), str(copy.run / "exported")]) == 2
     assert said in capsys.readouterr().err and not (copy.run / "exported").exists()
 
     assert copy.go_on("run.save_every=2") == [1, 2, 3, 4, 5, 6]  # 3 and 4 again
@@ -244,7 +244,7 @@ def test_inspect_and_export(copy: Copy, tmp_path: Path, capsys: pytest.CaptureFi
         json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path / "adapter", copy.run / "adapter")
     ]
     assert configs[0] == configs[1]
-    assert main(["checkpoint", "export", str(copy.last), str(tmp_path / "adapter")]) == 1
+    assert main(["checkpoint", "export", str(copy.last), str(tmp_path / "adapter")]) == 2
     assert "exists already" in capsys.readouterr().err
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.checkpoint.manifest import verify
-from ldmole_dist.cli import EXIT_PREEMPTED
 from ldmole_dist.engine.startup import free_port
+from ldmole_dist.errors import EXIT_PREEMPTED
 from tests.launched import Launched
 from tests.small_run import make_config, make_folder
 

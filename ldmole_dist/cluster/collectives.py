@@ -1,0 +1,52 @@
+"""The collectives that training lives on, timed across all ranks: what the doctor starts last, with the launcher itself."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from ldmole_dist.engine.startup import start
+from ldmole_dist.pulse import pulse
+
+MEGABYTES = 16
+
+
+def main() -> None:
+    """All-to-all and all-reduce, checked and timed; rank 0 prints."""
+    pulse("meeting the other ranks")
+    process = start(timeout_minutes=0.5)
+    size = process.world_size
+    elements = MEGABYTES * 2**20 // 4 // size * size
+    sent = torch.full((elements,), float(process.rank), device=process.device)
+    received = torch.empty_like(sent)
+    results = []
+    for name in ("all-to-all", "all-reduce"):
+        for _ in range(2):  # the first makes the connections
+            pulse(f"{name} of {MEGABYTES} MB")
+            dist.barrier()
+            started = time.perf_counter()
+            if name == "all-to-all":
+                dist.all_to_all_single(received, sent)
+            else:
+                received.copy_(sent)
+                dist.all_reduce(received)
+            if process.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+        expected = (
+            torch.arange(size).repeat_interleave(elements // size) if name == "all-to-all" else size * (size - 1) / 2
+        )
+        if not torch.equal(received, torch.as_tensor(expected).to(received).expand_as(received)):
+            raise RuntimeError(f"{name}: rank {process.rank} received wrong values")
+        results.append(
+            f"{name} of {MEGABYTES} MB in {seconds * 1e3:.0f} ms ({MEGABYTES / 1024 / seconds:.2f} GB/s a rank)"
+        )
+    if process.is_main:
+        print(f"doctor: {size} ranks: " + ", ".join(results), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Meeting the other ranks through MPI, where mpirun has started `ldmole launch` itself, once for each rank."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import sys
+import threading
+
+from ldmole_dist.cluster.network import address_towards, interfaces
+from ldmole_dist.cluster.place import Place
+from ldmole_dist.cluster.watch import Watch
+
+
+def meet(
+    place: Place, interface: str | None, stall_seconds: float
+) -> tuple[tuple[str, int], str, threading.Thread | None]:
+    """Agree on a watch, which rank 0 serves beside its supervisor.
+
+    Returns:
+        The watch's address, the job's name, and on rank 0 the thread that ends when the job has, and prints what failed.
+    """
+    from mpi4py import MPI
+
+    names = MPI.COMM_WORLD.allgather(socket.gethostname())
+    found: tuple[tuple[str, int], str] | None = None
+    thread: threading.Thread | None = None
+    if place.rank == 0:
+        others = [name for name in names if name != names[0]]
+        address = interfaces().get(interface or "") or (address_towards(others[0]) if others else "127.0.0.1")
+        watch = Watch(address, secrets.token_hex(8), place.size, stall_seconds, _say)
+        thread = threading.Thread(target=_serve, args=[watch])
+        thread.start()
+        found = watch.address, watch.job
+    at, job = MPI.COMM_WORLD.bcast(found)
+    return at, job, thread
+
+
+def _serve(watch: Watch) -> None:
+    verdict = watch.serve(lambda: None)
+    watch.close()
+    if verdict.failure is not None:
+        print(verdict.failure.text(), file=sys.stderr, flush=True)
+
+
+def _say(text: str) -> None:
+    print(f"launch: {text}", file=sys.stderr, flush=True)

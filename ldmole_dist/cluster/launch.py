@@ -1,0 +1,179 @@
+"""`ldmole launch`: starts a run with the launcher at hand, watches over it, and starts it again where that can help."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import psutil
+
+from ldmole_dist.cluster.network import address_towards, interfaces
+from ldmole_dist.cluster.observer import Observer
+from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment
+from ldmole_dist.cluster.verdict import Verdict
+from ldmole_dist.cluster.watch import Watch
+from ldmole_dist.errors import UserError
+
+ENTRY = Path(__file__).with_name("entry.py")
+AGAIN_SECONDS = 3.0  # before another attempt
+_LAUNCHER_SECONDS = 6.0  # for the launcher to end after its ranks have
+
+
+def say(text: str) -> None:
+    """A line of our own among what the ranks print."""
+    print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def rank_command(arguments: Sequence[str]) -> list[str]:
+    """What a rank runs.
+
+    Args:
+        arguments: of the `ldmole` command.
+    """
+    return [sys.executable, "-u", "-m", "ldmole_dist.cli", *arguments]
+
+
+def supervised(
+    command: Sequence[str], watch: Sequence[str], exports: Mapping[str, str], interface: str | None
+) -> list[str]:
+    """The command of a rank with its supervisor: a script for Python, with arguments.
+
+    Args:
+        command: of the rank.
+        watch: arguments that say which job it belongs to.
+        exports: environment variables for the rank.
+        interface: of the network, or None.
+    """
+    chosen = [] if interface is None else ["--interface", interface]
+    variables = [part for name, value in exports.items() for part in ("--export", f"{name}={value}")]
+    return [str(ENTRY), *watch, *chosen, *variables, "--", *command]
+
+
+def become_rank(
+    command: Sequence[str], exports: Mapping[str, str], interface: str | None, stall_seconds: float
+) -> NoReturn:
+    """Where mpirun has started this process as one of several: go on as the supervisor of one rank, in its place."""
+    script = supervised(command, ["--watch", "mpi", "--stall-seconds", str(stall_seconds)], exports, interface)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *script])
+
+
+def own_address(start: Start) -> str:
+    """Where the supervisors reach this host.
+
+    Raises:
+        UserError: where there is no such interface, or no way to the hosts.
+    """
+    if start.launcher == "local":
+        return "127.0.0.1"
+    if start.interface is not None:
+        known = interfaces()
+        if start.interface not in known:
+            there = ", ".join(f"{name} ({address})" for name, address in known.items())
+            raise UserError(f"--interface {start.interface}: this host has none of that name; it has {there}")
+        return known[start.interface]
+    found = ["127.0.0.1"]
+    for host in start.hosts:
+        try:
+            found.append(address_towards(host.name))
+        except OSError as error:
+            raise UserError(f"host {host.name!r}: {error}; is the name right, and known here?") from error
+    return next((address for address in found if not address.startswith("127.")), found[0])
+
+
+def attempt(
+    start: Start, command: Sequence[str], exports: Mapping[str, str], stall_seconds: float, number: int
+) -> Verdict:
+    """Start a job and see it to its end.
+
+    Args:
+        start: how and where.
+        command: of a rank.
+        exports: environment variables for the ranks.
+        stall_seconds: without progress, after which it counts as failed.
+        number: of this attempt; the hosts of a job that is started by hand on each agree on it.
+
+    Returns:
+        How it ended; no process of it is left where a host can be reached.
+    """
+    if start.launcher == "torchrun":
+        address, _, port = start.master.rpartition(":")
+        job, at = f"{start.master} attempt {number}", (address, int(port) + 1)
+        if start.node_rank > 0:
+            return _watched(Observer(at, job), start, command, exports)
+        return _watched(Watch(address, job, start.size, stall_seconds, say, at[1]), start, command, exports)
+    watch = Watch(own_address(start), secrets.token_hex(8), start.size, stall_seconds, say)
+    return _watched(watch, start, command, exports)
+
+
+def _watched(watch: Watch | Observer, start: Start, command: Sequence[str], exports: Mapping[str, str]) -> Verdict:
+    usual = {}
+    launcher: subprocess.Popen[bytes] | None = None
+
+    def note(number: int, frame: FrameType | None) -> None:
+        watch.request_stop()
+
+    with tempfile.TemporaryDirectory(prefix="ldmole_") as folder:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                usual[number] = signal.signal(number, note)
+            at = ["--watch", f"{watch.address[0]}:{watch.address[1]}", "--job", watch.job]
+            script = supervised(command, at, exports, start.interface)
+            argv = launcher_command(start, script, Path(folder))
+            say(shlex.join(argv))
+            # In a session of its own: a Ctrl-C is for this process, which passes it on in good order.
+            launcher = subprocess.Popen(
+                argv, env=launcher_environment(start, os.environ), stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            return watch.serve(launcher.poll)
+        finally:
+            watch.close()
+            if launcher is not None:
+                _end_launcher(launcher)
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+
+def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
+    """The ranks are gone; what started them ends by itself, or hangs on a host that cannot be reached. No SIGTERM: DeepSpeed's
+    answer to it is pkill by a pattern that other jobs on the same hosts match too."""
+    try:
+        own = psutil.Process(launcher.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        own = []
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launcher.wait(_LAUNCHER_SECONDS)
+    launcher.kill()
+    launcher.wait()
+    for process in own:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def attempts(run: Callable[[int], Verdict], max_restarts: int) -> int:
+    """Run a job, again where it failed and that can help.
+
+    Returns:
+        The exit code; the last lines printed name who failed first.
+    """
+    for number in range(max_restarts + 1):
+        verdict = run(number)
+        if verdict.failure is None:
+            return verdict.code
+        print(verdict.failure.text(), file=sys.stderr, flush=True)
+        if verdict.failure.final or number == max_restarts:
+            break
+        say(f"restart {number + 1} of {max_restarts}, from the last checkpoint")
+        time.sleep(AGAIN_SECONDS)
+    return verdict.code
