@@ -38,16 +38,10 @@ ranks=2
 overrides=()
 if ((gpus == 0)); then
     export DS_ACCELERATOR=cpu
-    # Two ranks that each take every core slow each other down.
-    cores="$(nproc)"
-    export OMP_NUM_THREADS="$((cores > 2 ? cores / 2 : 1))"
 elif ((gpus == 1)); then
     ranks=1
     overrides+=("parallelism.ep_size=1")
 fi
-port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 
 echo "quickstart: training on $ranks rank(s)"
-"$python" -m deepspeed.launcher.runner --num_accelerators "$ranks" --master_port "$port" \
-    launch/train.py launch/configs/quickstart.yaml "${overrides[@]}" "$@" ||
-    die "the training ended with exit status $?; its messages are above"
+exec "$python" -m ldmole_dist.cli launch launch/configs/quickstart.yaml --ranks "$ranks" "${overrides[@]}" "$@"

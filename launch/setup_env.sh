@@ -51,6 +51,11 @@ setup_env() {
     printf '%s\n' "$checksum" >"$stamp"
 }
 
+# For what runs on many hosts, where an installation does not belong: .venv must be there.
+use_env() {
+    [[ -x "$python" ]] || die "$venv is missing; make it once, where all hosts see it: bash launch/setup_env.sh"
+}
+
 # Prints how many GPUs torch can use.
 gpu_count() {
     "$python" -c 'import torch; print(torch.cuda.device_count())'

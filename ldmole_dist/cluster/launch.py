@@ -27,7 +27,7 @@ from ldmole_dist.errors import UserError
 
 ENTRY = Path(__file__).with_name("entry.py")
 AGAIN_SECONDS = 3.0  # before another attempt
-_LAUNCHER_SECONDS = 6.0  # for the launcher to end after its ranks have
+_LAUNCHER_SECONDS = 4.0  # for the launcher to end after its ranks have
 
 
 def say(text: str) -> None:

@@ -161,8 +161,7 @@ class Supervisor:
     def _look(self, link: Link, now: float) -> None:
         """Report what has become of the rank, once."""
         if self.child is not None and self.child.poll() is not None:
-            for relay in self._relays:
-                relay.join(5)  # what is still in its pipes
+            self._end_group(self.child)
             out_of_memory = _oom_kills() > self._oom_kills
             link.send("exited", code=self.child.returncode, lines=self._last_lines(), out_of_memory=out_of_memory)
             self._reported = True
@@ -187,18 +186,21 @@ class Supervisor:
         self._pulse, self._pulse_time = last.decode(errors="replace"), now
 
     def _end_rank(self, stacks: bool = False) -> None:
-        """End the rank and what it started, at once: a peer is gone, nothing can be saved together any more."""
-        child = self.child
-        if child is None or (child.poll() is not None and not _group_exists(child.pid)):
+        """End the rank at once, if it runs: a peer is gone, nothing can be saved together any more."""
+        if self.child is None or self.child.poll() is not None:
             return
-        if stacks and child.poll() is None:
-            child.send_signal(signal.SIGUSR1)
+        if stacks:
+            self.child.send_signal(signal.SIGUSR1)
             time.sleep(1)
+        self._end_group(self.child)
+
+    def _end_group(self, child: subprocess.Popen[bytes]) -> None:
+        """End the rank with all that it has started, and pass on what is left in its pipes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait(5)
         for relay in self._relays:
-            relay.join(1)
+            relay.join(5)
 
 
 def _say(text: str) -> None:
@@ -208,14 +210,6 @@ def _say(text: str) -> None:
 
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _oom_kills() -> int:

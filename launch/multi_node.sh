@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Trains on the hosts of a hostfile, reached by ssh, with DeepSpeed's pdsh runner. All hosts see this folder at the same path.
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=setup_env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+
+if (($# < 2)) || [[ "$1" == -h || "$1" == --help ]]; then
+    echo "usage: launch/multi_node.sh HOSTFILE CONFIG.yaml [--max-restarts N] [--interface NAME] [--dry-run] [a.b=c ...]"
+    exit
+fi
+hostfile="$1"
+shift
+use_env
+exec "$python" -m ldmole_dist.cli launch --hostfile "$hostfile" --launcher pdsh "$@"

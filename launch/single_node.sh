@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains on this host: a rank for each GPU, or for each of parallelism.ep_size without one.
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=setup_env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+
+if (($# == 0)) || [[ "$1" == -h || "$1" == --help ]]; then
+    echo "usage: launch/single_node.sh CONFIG.yaml [--ranks N] [--max-restarts N] [--dry-run] [a.b=c ...]"
+    exit
+fi
+use_env
+exec "$python" -m ldmole_dist.cli launch "$@"

@@ -1,0 +1,170 @@
+"""What `ldmole launch` starts, what it hands on, and what it refuses."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ldmole_dist.cli import main
+from ldmole_dist.cluster.environment import exported
+from ldmole_dist.cluster.hosts import Host
+from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment
+from ldmole_dist.errors import EXIT_EXPLAINED, UserError
+
+CONFIG = "launch/configs/quickstart.yaml"
+BATCH = "optimisation.global_batch_size=128"
+RANK = ["entry.py", "--watch", "a:1", "--", "python", "train.py", "config.yaml"]
+NASTY = [
+    "a=b",
+    "data.labels=[ x, y]",
+    "it's",
+    'say "x"',
+    "$HOME",
+    "two $HOME `id` \\ \"quoted\" 'single'",
+    "a;b",
+    "*",
+    "",
+]
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PDSH_SSH_ARGS_APPEND"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def launch(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["launch", CONFIG, *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def hostfile(folder: Path, text: str = "a slots=4\nb slots=4\n") -> str:
+    (folder / "hostfile").write_text(text)
+    return str(folder / "hostfile")
+
+
+def test_dry_run_only_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = launch(capsys, "--dry-run", "--ranks", "2", "optimisation.max_steps=1")
+    argv = shlex.split(out)
+    assert code == 0 and "-m deepspeed.launcher.runner" in out and "--num_accelerators 2" in out
+    assert argv[-4:] == ["ldmole_dist.cli", "train", CONFIG, "optimisation.max_steps=1"]
+    assert "expert-parallel groups of 2 ranks: all 1 within a host" in err
+
+
+def test_overrides_may_stand_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = launch(capsys, "run.seed=1", "--ranks", "2", "optimisation.max_steps=1", "--dry-run")
+    assert shlex.split(out)[-2:] == ["run.seed=1", "optimisation.max_steps=1"]
+    with pytest.raises(SystemExit):
+        main(["launch", CONFIG, "--ranks", "2", "--no-such-option"])
+    assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--launcher", "pdsh"], "--launcher pdsh needs --hostfile"),
+        (["--nodes", "2"], "--nodes 2 needs --master-addr ADDRESS and --node-rank 0 to 1"),
+        (["--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "--node-rank 0 to 1"),
+        (["--include", "a"], "among the hosts of a --hostfile"),
+        (["--ranks", "3"], "parallelism.ep_size=2 does not divide the 3 ranks"),
+        (["--max-restarts", "1"], "set run.save_every=N"),
+        (["--max-restarts", "1", "run.save_every=1", "run.resume=never"], "contradict"),
+        (["--export", "HF_TOKEN"], "process lists"),
+        (["--hostfile", "none", "--launcher", "pdsh"], "none"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    code, _, err = launch(capsys, "--dry-run", *arguments)
+    assert code == EXIT_EXPLAINED and said in err and err.count("error: ") == 1
+
+
+def test_inside_srun_it_says_where_to_call_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = launch(capsys, "--dry-run")
+    assert code == EXIT_EXPLAINED and "from the batch script" in err
+
+
+def test_by_hand_on_each_host(capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand = ["--nodes", "2", "--node-rank", "1", "--master-addr", "a", "--ranks", "4", "--dry-run", BATCH]
+    code, out, err = launch(capsys, *by_hand)
+    assert code == 0 and "-m torch.distributed.run --nnodes 2 --node-rank 1 --nproc-per-node 4" in out
+    assert "--master-addr a --master-port 29500" in out and "8 rank(s)" in err and "all 4 within a host" in err
+
+
+def commands(start: Start, folder: Path) -> str:
+    return shlex.join(launcher_command(start, RANK, folder))
+
+
+def test_pdsh(tmp_path: Path) -> None:
+    start = Start("pdsh", [Host("a", (0, 2)), Host("b", (1,))], ssh_args="-p 2222")
+    assert start.size == 3
+    command = commands(start, tmp_path)
+    assert "--launcher pdsh" in command and "--include a:0,2@b:1" in command and command.endswith(shlex.join(RANK))
+    assert (tmp_path / "hostfile").read_text() == "a slots=3\nb slots=2\n"
+    environment = launcher_environment(start, {"MLFLOW_TRACKING_PASSWORD": "x", "PATH": "/bin"})
+    assert environment == {"PATH": "/bin", "PDSH_SSH_ARGS_APPEND": "-p 2222"}
+
+
+def test_what_pdsh_sends_arrives(tmp_path: Path) -> None:
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+    from deepspeed.launcher.runner import parse_args
+
+    argv = launcher_command(Start("pdsh", [Host("a", (0,))]), [*RANK, *NASTY], tmp_path)
+    runner = PDSHRunner(parse_args(argv[3:]), "")  # after python -m deepspeed.launcher.runner
+    sent = " ".join(runner.parse_user_args())  # as pdsh gives it to ssh, and ssh to a shell
+    arrived = subprocess.run(["sh", "-c", f"printf '%s\\n' {sent}"], capture_output=True, text=True, check=True).stdout
+    assert arrived.split("\n")[:-1] == [*RANK[1:], *NASTY]
+
+
+def test_openmpi_and_slurm(tmp_path: Path) -> None:
+    hosts = [Host("a", (0, 1)), Host("b", (0, 1))]
+    command = commands(Start("openmpi", hosts, ssh_args="-F config", interface="ib0", launcher_args="-x A=1"), tmp_path)
+    for text in ("--map-by slot --bind-to none", "btl_tcp_if_include ib0", "plm_ssh_agent", "-x A=1"):
+        assert text in command
+    assert (tmp_path / "hostfile").read_text() == "a slots=2\nb slots=2\n"
+    command = commands(Start("slurm", hosts), tmp_path)
+    assert "--ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 --nodelist=a,b --nodes=2" in command
+    for launcher in ("openmpi", "slurm"):
+        with pytest.raises(UserError, match="fills slots from 0 on"):
+            commands(Start(launcher, [Host("a", (1, 2))]), tmp_path)
+    with pytest.raises(UserError, match="as many ranks on every node"):
+        commands(Start("slurm", [Host("a", (0, 1)), Host("b", (0,))]), tmp_path)
+
+
+def test_the_environment_is_an_explicit_list_without_secrets() -> None:
+    environ = {
+        "NCCL_DEBUG": "INFO",
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "HF_HOME": "/models",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "4",
+        "HF_TOKEN": "secret",
+        "WANDB_API_KEY": "secret",
+        "NCCL_SECRET": "secret",
+        "HOME": "/home/me",
+        "MINE": "here",
+    }
+    assert exported(environ, [], None).keys() == {
+        "NCCL_DEBUG",
+        "NCCL_SOCKET_IFNAME",
+        "HF_HOME",
+        "TOKENIZERS_PARALLELISM",
+        "OMP_NUM_THREADS",
+    }
+    assert "NCCL_SOCKET_IFNAME" not in exported(environ, [], "eth0")
+    assert exported(environ, ["MINE", "OTHER=a=b"], None).items() >= {"MINE": "here", "OTHER": "a=b"}.items()
+    for name in ("WANDB_API_KEY", "HF_TOKEN=x", "DB_PASSWORD=x"):
+        with pytest.raises(UserError, match="process lists"):
+            exported(environ, [name], None)
+    with pytest.raises(UserError, match="--export NOTHING: it is not set here"):
+        exported(environ, ["NOTHING"], None)
