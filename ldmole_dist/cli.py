@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
     launch.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
     launch.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N", help="go on from the last checkpoint, so often"
+        "--max-restarts", type=command.positive, default=0, metavar="N", help="go on from the last checkpoint, so often"
     )
     launch.add_argument(
         "--stall-minutes",

@@ -18,21 +18,21 @@ class Facts:
         found: by `probe.look` on this host.
         usual: what most hosts have, by the same names.
         slots: ranks of this host.
+        devices: that it must have for the slots that were chosen.
         ranks: of the job.
         hosts: of the job.
         skew: seconds that its clock is ahead.
-        shared: "yes", or what this host said when it was to see a file that the first has made.
-        interface: that was asked for, or None.
+        shared: "yes"; "no" where this host does not see a file that the first has made; or the error.
     """
 
     found: Mapping[str, Any]
     usual: Mapping[str, Any]
     slots: int
+    devices: int
     ranks: int
     hosts: int
     skew: float
     shared: str
-    interface: str | None
 
 
 Finding = tuple[str, str | None]  # the cell; what is wrong and the remedy
@@ -85,8 +85,8 @@ def _gpus(facts: Facts) -> Finding:
             "has no GPU, other hosts do: check its driver (nvidia-smi), or exclude it" if facts.usual["gpus"] else None
         )
         return "none", wrong
-    few = f"has {len(gpus)} GPU(s) for {facts.slots} slot(s): correct its line in the hostfile"
-    return f"{len(gpus)} x {gpus[0]}", few if len(gpus) < facts.slots else None
+    few = f"has {len(gpus)} GPU(s), {facts.devices} are wanted: correct its line in the hostfile"
+    return f"{len(gpus)} x {gpus[0]}", few if len(gpus) < facts.devices else None
 
 
 def _network(facts: Facts) -> Finding:
@@ -103,8 +103,7 @@ def _network(facts: Facts) -> Finding:
     if address is None:
         return cell, f"has no network interface {name!r} with an IPv4 address; {remedy}"
     if address.startswith("127."):
-        chosen = "is" if facts.interface else "is what its own name leads to, and is"
-        return cell, f"interface {name} ({address}) {chosen} not reachable from other hosts; {remedy}"
+        return cell, f"interface {name} ({address}) is not reachable from other hosts; {remedy}"
     return cell, None
 
 
@@ -115,23 +114,27 @@ def _operators(facts: Facts) -> Finding:
 
 def _clock(facts: Facts) -> Finding:
     wrong = f"its clock is {facts.skew:+.1f} s off: synchronise it (chrony, systemd-timesyncd)"
-    return f"{facts.skew * 1e3:+.0f} ms", wrong if abs(facts.skew) > SKEW_SECONDS else None
+    return f"{facts.skew * 1e3:+.0f} ms", None if abs(facts.skew) <= SKEW_SECONDS else wrong
 
 
 def _limits(facts: Facts) -> Finding:
     files, needed = facts.found["files"], 1024 + 64 * facts.ranks
     if 0 <= files < needed:
-        return str(files), f"a process may open {files} files: ulimit -n {needed} or more (/etc/security/limits.conf)"
+        return str(files), f"a process may open {files} files: ulimit -Hn {needed} or more (/etc/security/limits.conf)"
     if facts.found["locked"]:
         return "locked", "memory for InfiniBand cannot be locked: ulimit -l unlimited (/etc/security/limits.conf)"
     return str(files), None
 
 
 def _shared(facts: Facts) -> Finding:
-    wrong = (
-        "run.output_dir there is not the folder that the first host sees: put it on a file system that all hosts share"
-    )
-    return facts.shared, wrong if facts.shared != "yes" else None
+    if facts.shared == "yes":
+        return "yes", None
+    if facts.shared == "no":
+        return (
+            "no",
+            "run.output_dir there is not the folder that the first host sees: put it on a file system that all share",
+        )
+    return "?", f"run.output_dir cannot be used: {facts.shared}: make it writable, or choose another"
 
 
 CHECKS: dict[str, Callable[[Facts], Finding]] = {

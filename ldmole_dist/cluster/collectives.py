@@ -8,15 +8,16 @@ import torch
 import torch.distributed as dist
 
 from ldmole_dist.engine.startup import start
-from ldmole_dist.pulse import pulse
+from ldmole_dist.pulse import pulse, show_stacks_when_asked
 
 MEGABYTES = 16
 
 
 def main() -> None:
     """All-to-all and all-reduce, checked and timed; rank 0 prints."""
+    show_stacks_when_asked()
     pulse("meeting the other ranks")
-    process = start(timeout_minutes=0.5)
+    process = start(timeout_minutes=2)
     size = process.world_size
     elements = MEGABYTES * 2**20 // 4 // size * size
     sent = torch.full((elements,), float(process.rank), device=process.device)

@@ -14,15 +14,23 @@ import torch
 from ldmole_dist.cluster.doctor import doctor
 from ldmole_dist.cluster.environment import exported
 from ldmole_dist.cluster.hosts import Host, choose, describe_layout, keep_groups_within, read_hostfile, slurm_hosts
-from ldmole_dist.cluster.launch import attempt, attempts, become_rank, rank_command, say, supervised
+from ldmole_dist.cluster.launch import attempt, attempts, become_rank, rank_command, supervised
 from ldmole_dist.cluster.place import inside_mpi, inside_slurm_step
 from ldmole_dist.cluster.runners import LAUNCHERS, Start, find_launcher, launcher_command
+from ldmole_dist.cluster.say import say
 from ldmole_dist.config import Config, check_parallelism, load_config
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 
 DEFAULT_PORT = 29500
 LAUNCH = """Starts a run with DeepSpeed's runners (pdsh, Open MPI, Slurm), torchrun or on this host, and prints the command it
 uses. When a rank dies or stalls, all ranks of all hosts are ended at once, and the last lines name the first that failed."""
+
+
+def positive(text: str) -> int:
+    """An argument that is a number of things, at least one."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include", default="", metavar="NAME[:SLOT,...]@...", help="use only these of its hosts and slots"
     )
     where.add_argument("--exclude", default="", metavar="NAME[:SLOT,...]@...", help="leave these out")
-    where.add_argument("--nodes", type=int, help="without ssh: the same command is given on so many hosts, with")
+    where.add_argument("--nodes", type=positive, help="without ssh: the same command is given on so many hosts, with")
     where.add_argument("--node-rank", type=int, help="the number of this one, from 0, and")
     where.add_argument("--master-addr", help="where the others reach number 0")
     where.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="on it, with --nodes; and the one after (default: %(default)s)"
     )
     where.add_argument(
-        "--ranks", type=int, help="on a host without a hostfile; default: one for each GPU, or ep_size on the CPU"
+        "--ranks", type=positive, help="on a host without a hostfile; default: one for each GPU, or ep_size on the CPU"
     )
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -68,6 +76,8 @@ def launch(args: argparse.Namespace) -> int:
     train = ["train", args.config, *args.overrides]
     exports = exported(os.environ, args.export, args.interface)
     if inside_mpi(os.environ):
+        if args.dry_run:
+            raise UserError("--dry-run inside mpirun: the ranks have been started already")
         if args.max_restarts:
             raise UserError(
                 "--max-restarts inside mpirun: nothing is left to restart; use --launcher openmpi --hostfile FILE"
@@ -83,6 +93,7 @@ def launch(args: argparse.Namespace) -> int:
             )
             print(shlex.join(launcher_command(start, script, Path(folder))))
         return 0
+    find_launcher(start.launcher)
     if len(start.hosts) > 1 and not args.no_doctor and doctor(start, exports, args.config, config):
         say("not started: see the remedies above, or start it with --no-doctor")
         return EXIT_EXPLAINED
@@ -101,6 +112,7 @@ def examine(args: argparse.Namespace) -> int:
         raise UserError(
             "ldmole doctor needs a way to the hosts: give --hostfile FILE, or call it on each without --nodes"
         )
+    find_launcher(start.launcher)
     return EXIT_EXPLAINED if doctor(start, exports, args.config, config) else 0
 
 
@@ -121,7 +133,7 @@ def find_start(args: argparse.Namespace, config: Config | None) -> Start:
             raise UserError(f"--nodes {args.nodes} needs --master-addr ADDRESS and --node-rank 0 to {args.nodes - 1}")
         master = f"{args.master_addr}:{args.port}"
         return Start("torchrun", here, nodes=args.nodes, node_rank=args.node_rank, master=master, **common)
-    if inside_slurm_step(os.environ):
+    if inside_slurm_step(os.environ) and args.hostfile is None and args.launcher in (None, "slurm"):
         raise UserError(
             "srun has started this already: call `ldmole launch` once, from the batch script or salloc, without srun"
         )
@@ -133,9 +145,14 @@ def find_start(args: argparse.Namespace, config: Config | None) -> Start:
             raise UserError(
                 "--include and --exclude choose among the hosts of a --hostfile; here, set CUDA_VISIBLE_DEVICES"
             )
-        return Start("local", here, launcher_args=args.launcher_args)
+        if args.launcher_args:
+            raise UserError("--launcher-args is for pdsh, mpirun, srun and torchrun, none of which is used on one host")
+        return Start("local", here)
+    if args.ranks:
+        raise UserError(
+            "--ranks is of a host without a hostfile: the hostfile, or Slurm's --ntasks-per-node, says how many"
+        )
     launcher = args.launcher or ("slurm" if in_slurm else "pdsh" if shutil.which("pdsh") else "openmpi")
-    find_launcher(launcher)
     hosts = choose(slurm_hosts(os.environ) if in_slurm else read_hostfile(args.hostfile), args.include, args.exclude)
     if launcher != "slurm":  # which has an order of its own
         hosts = keep_groups_within(hosts, ep_size)

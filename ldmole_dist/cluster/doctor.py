@@ -15,7 +15,7 @@ from ldmole_dist.cluster.runners import Start
 from ldmole_dist.cluster.visit import Visit
 from ldmole_dist.config import Config
 
-COLLECTIVE_SECONDS = 45.0  # without progress
+COLLECTIVE_SECONDS = 180.0  # without progress
 
 
 def doctor(start: Start, exports: Mapping[str, str], config_path: str | None, config: Config | None) -> int:
@@ -34,7 +34,10 @@ def doctor(start: Start, exports: Mapping[str, str], config_path: str | None, co
     _print_table(["host", *CHECKS], rows)
     if not problems:
         command = [sys.executable, "-u", "-m", "ldmole_dist.cluster.collectives"]
-        failure = attempt(start, command, exports, COLLECTIVE_SECONDS, number=-1).failure
+        verdict = attempt(start, command, exports, COLLECTIVE_SECONDS, number=-1)
+        if verdict.stopped:
+            raise KeyboardInterrupt
+        failure = verdict.failure
         if failure is not None:
             remedy = "name the network between the hosts with --interface, and let them reach each other on all ports"
             problems.append(
@@ -81,11 +84,11 @@ def _look(
                 found=visit.findings,
                 usual=usual,
                 slots=len(host.slots),
+                devices=max(host.slots) + 1,
                 ranks=start.size,
                 hosts=len(names),
                 skew=visit.clock_skew(),
                 shared=shared[host.name],
-                interface=start.interface,
             )
             row = [host.name]
             for check in CHECKS.values():
@@ -118,8 +121,8 @@ def _shared(visits: Sequence[Visit], folder: Path) -> dict[str, str]:
     path = folder / f".ldmole_doctor_{secrets.token_hex(4)}"
     first, *others = visits
     made = first.ask(f"make {path}")
-    answers = {first.host: "yes" if made == "done" else made}
-    answers |= {visit.host: visit.ask(f"see {path}") for visit in others}
+    answers = {first.host: "yes" if made == "done" else made or "no answer"}
+    answers |= {visit.host: visit.ask(f"see {path}") or "no answer" for visit in others}
     if made == "done":
         first.ask(f"remove {path}")
     return answers

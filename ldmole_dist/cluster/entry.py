@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 
 package = ModuleType("ldmole_dist")
 package.__path__ = [str(Path(__file__).resolve().parents[1])]
 sys.modules["ldmole_dist"] = package
-sys.path.pop(0)  # this folder: its files are no modules of their own
+# The files of this folder are no modules of their own.
+sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
 
 from ldmole_dist.cluster.inside_mpi import meet  # noqa: E402
 from ldmole_dist.cluster.place import find_place, inside_mpi  # noqa: E402
@@ -31,9 +33,7 @@ def main() -> int:
     parser.add_argument("--interface")
     parser.add_argument("--export", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("command", nargs="+")
-    arguments = sys.argv[1:]
-    # DeepSpeed's launcher puts an argument of its own first.
-    args = parser.parse_args([a for a in arguments if not a.startswith("--local_rank=")])
+    args = parser.parse_args()
     exports = dict(variable.split("=", 1) for variable in args.export)
     place, serving = find_place(os.environ), None
     if args.watch == "mpi":
@@ -48,8 +48,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
+    code = 1
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
     if code != 0 and inside_mpi(os.environ):
         os._exit(code)  # MPI's own end would wait for the other ranks
     sys.exit(code)

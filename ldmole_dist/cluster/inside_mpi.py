@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 import socket
-import sys
 import threading
 
 from ldmole_dist.cluster.network import address_towards, interfaces
 from ldmole_dist.cluster.place import Place
+from ldmole_dist.cluster.say import say
 from ldmole_dist.cluster.watch import Watch
 
 
@@ -27,8 +27,7 @@ def meet(
     thread: threading.Thread | None = None
     if place.rank == 0:
         others = [name for name in names if name != names[0]]
-        address = interfaces().get(interface or "") or (address_towards(others[0]) if others else "127.0.0.1")
-        watch = Watch(address, secrets.token_hex(8), place.size, stall_seconds, _say)
+        watch = Watch(_own_address(others, interface), secrets.token_hex(8), place.size, stall_seconds, say, early=True)
         thread = threading.Thread(target=_serve, args=[watch])
         thread.start()
         found = watch.address, watch.job
@@ -36,12 +35,20 @@ def meet(
     return at, job, thread
 
 
+def _own_address(others: list[str], interface: str | None) -> str:
+    known = interfaces()
+    if interface in known:
+        return known[interface]
+    if not others:
+        return "127.0.0.1"
+    try:
+        return address_towards(others[0])
+    except OSError:  # hosts, in containers for example, that do not know each other's names
+        return next((address for address in known.values() if not address.startswith("127.")), "127.0.0.1")
+
+
 def _serve(watch: Watch) -> None:
-    verdict = watch.serve(lambda: None)
-    watch.close()
-    if verdict.failure is not None:
-        print(verdict.failure.text(), file=sys.stderr, flush=True)
-
-
-def _say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    try:
+        watch.serve(lambda: None)
+    finally:
+        watch.close()

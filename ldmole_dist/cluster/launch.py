@@ -20,7 +20,8 @@ import psutil
 
 from ldmole_dist.cluster.network import address_towards, interfaces
 from ldmole_dist.cluster.observer import Observer
-from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment
+from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment, own_devices
+from ldmole_dist.cluster.say import say
 from ldmole_dist.cluster.verdict import Verdict
 from ldmole_dist.cluster.watch import Watch
 from ldmole_dist.errors import UserError
@@ -28,11 +29,6 @@ from ldmole_dist.errors import UserError
 ENTRY = Path(__file__).with_name("entry.py")
 AGAIN_SECONDS = 3.0  # before another attempt
 _LAUNCHER_SECONDS = 4.0  # for the launcher to end after its ranks have
-
-
-def say(text: str) -> None:
-    """A line of our own among what the ranks print."""
-    print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
 def rank_command(arguments: Sequence[str]) -> list[str]:
@@ -88,7 +84,9 @@ def own_address(start: Start) -> str:
         try:
             found.append(address_towards(host.name))
         except OSError as error:
-            raise UserError(f"host {host.name!r}: {error}; is the name right, and known here?") from error
+            raise UserError(
+                f"host {host.name!r}: {error}; is the name right, and known here? If only ssh knows it: give --interface NAME"
+            ) from error
     return next((address for address in found if not address.startswith("127.")), found[0])
 
 
@@ -109,7 +107,7 @@ def attempt(
     """
     if start.launcher == "torchrun":
         address, _, port = start.master.rpartition(":")
-        job, at = f"{start.master} attempt {number}", (address, int(port) + 1)
+        job, at = f"port {port}, attempt {number}", (address, int(port) + 1)  # hosts may spell the address differently
         if start.node_rank > 0:
             return _watched(Observer(at, job), start, command, exports)
         return _watched(Watch(address, job, start.size, stall_seconds, say, at[1]), start, command, exports)
@@ -127,9 +125,10 @@ def _watched(watch: Watch | Observer, start: Start, command: Sequence[str], expo
     with tempfile.TemporaryDirectory(prefix="ldmole_") as folder:
         try:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                usual[number] = signal.signal(number, note)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+                    usual[number] = signal.signal(number, note)
             at = ["--watch", f"{watch.address[0]}:{watch.address[1]}", "--job", watch.job]
-            script = supervised(command, at, exports, start.interface)
+            script = supervised(command, at, own_devices(start, os.environ) | dict(exports), start.interface)
             argv = launcher_command(start, script, Path(folder))
             say(shlex.join(argv))
             # In a session of its own: a Ctrl-C is for this process, which passes it on in good order.
@@ -171,8 +170,8 @@ def attempts(run: Callable[[int], Verdict], max_restarts: int) -> int:
         verdict = run(number)
         if verdict.failure is None:
             return verdict.code
-        print(verdict.failure.text(), file=sys.stderr, flush=True)
-        if verdict.failure.final or number == max_restarts:
+        say(verdict.failure.text())
+        if verdict.failure.final or verdict.stopped or number == max_restarts:
             break
         say(f"restart {number + 1} of {max_restarts}, from the last checkpoint")
         time.sleep(AGAIN_SECONDS)

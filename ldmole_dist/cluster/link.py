@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 BEAT_SECONDS = 2.0  # between signs of life
 LOST_SECONDS = 15.0  # of silence, after which the other end counts as gone
+_LONGEST = 2**20  # bytes of a message
 
 
 class Link:
     """One end of a connection; never waits.
 
     Attributes:
-        closed: whether the other end has closed it, or it broke.
+        closed: whether the other end has closed it, it broke, or what came was no message.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -34,27 +37,25 @@ class Link:
             self.closed = True
 
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come.
-
-        Raises:
-            ValueError: if the other end does not speak this language.
-        """
+        """The messages that have come whole."""
         try:
-            while chunk := self._socket.recv(65536):
-                self._in += chunk
-            self.closed = True
+            chunk = self._socket.recv(65536)
         except BlockingIOError:
-            pass
+            return []
         except OSError:
-            self.closed = True
-        *lines, self._in = self._in.split(b"\n")
-        messages = [json.loads(line) for line in lines]
-        if not all(isinstance(message, dict) and "kind" in message for message in messages):
-            raise ValueError("not a message")
+            chunk = b""
+        *lines, self._in = (self._in + chunk).split(b"\n")
+        try:
+            messages = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):  # a port scanner
+            messages = [None]
+        if not all(isinstance(message, dict) and isinstance(message.get("kind"), str) for message in messages):
+            messages, chunk = [], b""
+        self.closed = self.closed or not chunk or len(self._in) > _LONGEST
         return messages
 
     def fileno(self) -> int:
-        """For a selector."""
+        """For `readable`."""
         return self._socket.fileno()
 
     @property
@@ -66,3 +67,13 @@ class Link:
         """End the connection."""
         self._socket.close()
         self.closed = True
+
+
+def readable(sources: Iterable[Any], seconds: float) -> set[Any]:
+    """Those of some sockets, links and file descriptors that can be read, after waiting so long for one."""
+    poll, by_number = select.poll(), {}  # not select, which knows no number above 1023
+    for source in sources:
+        number = source if isinstance(source, int) else source.fileno()
+        by_number[number] = source
+        poll.register(number, select.POLLIN)
+    return {by_number[number] for number, _ in poll.poll(seconds * 1000)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import time
 from collections.abc import Callable
 
-from ldmole_dist.cluster.link import LOST_SECONDS, Link
+from ldmole_dist.cluster.link import LOST_SECONDS, Link, readable
 from ldmole_dist.cluster.verdict import Failure, Verdict
-from ldmole_dist.cluster.watch import START_SECONDS
+from ldmole_dist.cluster.watch import START_SECONDS, StopRequests
+
+LAUNCHER_SECONDS = 5.0  # that ranks may outlast what has started them
 
 
 class Observer:
@@ -20,12 +21,18 @@ class Observer:
 
     def __init__(self, address: tuple[str, int], job: str) -> None:
         self.address, self.job = address, job
-        self._link: Link | None = None
-        self._stop_asked = False
+        self._asked: list[str] = []
+        self._requests = StopRequests()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this host asked for the end."""
+        return self._requests.number > 0
 
     def request_stop(self) -> None:
         """Have the watch end the job; a signal handler may call it."""
-        self._stop_asked = True
+        if self._requests.counts():
+            self._asked.append("asked" if self._requests.number == 1 else "asked twice")
 
     def serve(self, launcher_code: Callable[[], int | None]) -> Verdict:
         """Until the job has ended.
@@ -34,32 +41,45 @@ class Observer:
             launcher_code: exit code of the process that starts this host's supervisors, None while it runs.
         """
         deadline = time.monotonic() + START_SECONDS
-        while self._link is None:
+        while time.monotonic() < deadline and not self.stop_requested and launcher_code() is None:
             try:
-                self._link = Link(socket.create_connection(self.address, timeout=2))
-            except OSError as error:
-                if time.monotonic() > deadline or self._stop_asked or launcher_code() is not None:
-                    return self._lost(f"nobody listens at {self.address[0]}:{self.address[1]}: {error}")
+                link = Link(socket.create_connection(self.address, timeout=2))
+            except OSError:
                 time.sleep(0.5)
-        self._link.send("observe", job=self.job)
-        heard = time.monotonic()
-        while True:
-            select.select([self._link], [], [], 0.5)
-            if self._stop_asked:
-                self._stop_asked = False
-                self._link.send("asked")
-            for message in self._link.receive():
-                heard = time.monotonic()
-                if message["kind"] == "verdict":
-                    failure = message["failure"]
-                    return Verdict(message["code"], None if failure is None else Failure(**failure))
-            if self._link.closed or time.monotonic() - heard > LOST_SECONDS:
-                return self._lost("it is gone, or its host cannot be reached")
+                continue
+            try:
+                verdict = self._listen(link, launcher_code)
+            finally:
+                link.close()
+            if verdict is not None:
+                return verdict
+            time.sleep(0.5)  # it was the watch of an attempt before this one
+        return self._failed("it never answered: is the same command running there, with --node-rank 0?")
 
     def close(self) -> None:
-        """End the connection."""
-        if self._link is not None:
-            self._link.close()
+        """As a watch has it; nothing is left open."""
 
-    def _lost(self, why: str) -> Verdict:
-        return Verdict(1, Failure(f"the host with --node-rank 0 ({self.address[0]})", why))
+    def _listen(self, link: Link, launcher_code: Callable[[], int | None]) -> Verdict | None:
+        link.send("observe", job=self.job)
+        known, heard = False, time.monotonic()
+        ended: float | None = None
+        while True:
+            readable([link], 0.5)
+            now = time.monotonic()
+            for message in link.receive():
+                known, heard = True, now
+                if message["kind"] == "verdict":
+                    failure = message["failure"]
+                    return Verdict(message["code"], None if failure is None else Failure(**failure), message["stopped"])
+            if link.closed or now - heard > LOST_SECONDS:
+                return self._failed("it is gone, or its host cannot be reached") if known else None
+            while self._asked:
+                link.send(self._asked.pop(0))
+            if launcher_code() is not None:
+                ended = ended or now
+                if now - ended > LAUNCHER_SECONDS:
+                    link.send("launcher ended", host=socket.gethostname(), code=launcher_code())
+                    ended = now
+
+    def _failed(self, why: str) -> Verdict:
+        return Verdict(1, Failure(f"the watch at {self.address[0]}:{self.address[1]}", why))

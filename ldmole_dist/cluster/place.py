@@ -23,8 +23,8 @@ def inside_mpi(environ: Mapping[str, str]) -> bool:
 
 
 def inside_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process; in a batch script there is no step yet."""
-    return "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
+    """Whether srun started this process as one of several; in a batch script there is no step yet."""
+    return "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
@@ -36,6 +36,6 @@ def find_place(environ: Mapping[str, str]) -> Place:
         from mpi4py import MPI  # initialises it
 
         return Place(MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
-    if inside_slurm_step(environ):
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
         return Place(int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]))
     return Place(0, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import resource
@@ -18,12 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import ldmole_dist
 from ldmole_dist.cluster.network import address_towards, interface_with, interfaces
 from ldmole_dist.engine.ops import how_built
 
+_CAP_IPC_LOCK = 1 << 14  # linux/capability.h
 MARK = "ldmole-probe "  # before the line, as a host may greet with others
 
 
@@ -43,7 +46,7 @@ def look(config: str | None, folder: str, towards: str | None, interface: str | 
         name = interface or (towards and interface_with(address_towards(towards))) or "lo"
     except OSError as error:
         name, problem = "", f"no way to {towards}: {error}"
-    gpus = range(torch.cuda.device_count())
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "host": socket.gethostname(),
         "packages": _packages(),
@@ -51,15 +54,14 @@ def look(config: str | None, folder: str, towards: str | None, interface: str | 
         "config": None if config is None else _hash([Path(config)]) if Path(config).exists() else "missing",
         "memory": _available_memory(),
         "disk": shutil.disk_usage(_existing(Path(folder))).free,
-        "gpus": [f"{torch.cuda.get_device_name(i)} {torch.cuda.mem_get_info(i)[0] >> 30} GB free" for i in gpus],
+        "gpus": gpus,
         "interface": name,
         "address": known.get(name),
         "interfaces": known,
         "network_problem": problem,
         "ops": how_built(optimizer),
-        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "locked": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY
-        and Path("/sys/class/infiniband").exists(),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],  # to which supervisors raise it
+        "locked": bool(gpus) and _cannot_lock_memory(),
     }
 
 
@@ -87,8 +89,14 @@ def _packages() -> dict[str, str]:
         for need in importlib.metadata.requires("ldmole-dist") or []
         if "extra" not in need
     ]
-    versions = {name: importlib.metadata.version(name) for name in sorted(set(names))}
-    return {"python": platform.python_version(), "ldmole-dist": importlib.metadata.version("ldmole-dist")} | versions
+    return {"python": platform.python_version()} | {name: _version(name) for name in sorted({"ldmole-dist", *names})}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _hash(paths: list[Path]) -> str:
@@ -99,9 +107,22 @@ def _hash(paths: list[Path]) -> str:
 
 
 def _available_memory() -> int:
-    """Bytes."""
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    """Bytes that this host, or the container that this is, has left."""
+    available = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
+def _cannot_lock_memory() -> bool:
+    """Whether InfiniBand is there and used, and this process may not lock the memory that it needs."""
+    devices = Path("/sys/class/infiniband")
+    if not (devices.is_dir() and any(devices.iterdir())) or os.environ.get("NCCL_IB_DISABLE") == "1":
+        return False
+    status = Path("/proc/self/status").read_text()
+    may = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff")), 16) & _CAP_IPC_LOCK
+    return not may and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY
 
 
 def _existing(folder: Path) -> Path:

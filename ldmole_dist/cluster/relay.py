@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from typing import IO
@@ -56,8 +57,12 @@ class Relay(threading.Thread):
         return out
 
     def _write(self, data: bytes) -> None:
-        try:
-            while data and not self.broken:
+        while data and not self.broken:
+            try:
                 data = data[os.write(self._target, data) :]
-        except OSError:
-            self.broken = True
+            except BlockingIOError:  # whoever else has this open may have made it so
+                writable = select.poll()
+                writable.register(self._target, select.POLLOUT)
+                writable.poll()
+            except OSError:
+                self.broken = True

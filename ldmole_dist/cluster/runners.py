@@ -82,7 +82,9 @@ def launcher_command(start: Start, rank: Sequence[str], folder: Path) -> list[st
         ]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--no_local_rank"]
     if start.launcher == "local":
-        return [*runner, "--num_accelerators", str(start.size), "--master_port", "0", *rank]
+        # No hostfile, not even /job/hostfile, where DeepSpeed would look.
+        none = ["--hostfile", str(folder / "none")]
+        return [*runner, *none, "--num_accelerators", str(start.size), "--master_port", "0", *rank]
     hostfile = folder / "hostfile"
     write_hostfile(start.hosts, hostfile)
     first = start.hosts[0].name
@@ -103,8 +105,8 @@ def launcher_command(start: Start, rank: Sequence[str], folder: Path) -> list[st
             raise UserError(
                 f"{Path.cwd()}: DeepSpeed's pdsh runner cannot start what lies in a folder with a space in its path"
             )
-        arguments = ["--launcher_args", start.launcher_args] if start.launcher_args else []
-        return [*runner, "--include", chosen, *arguments, *(_for_remote_shell(argument) for argument in rank)]
+        own = f"--launcher_args=-k {start.launcher_args}".rstrip()  # -k: do not wait where a host cannot start
+        return [*runner, "--include", chosen, own, *(_for_remote_shell(argument) for argument in rank)]
     if any(host.slots != tuple(range(len(host.slots))) for host in start.hosts):
         raise UserError(
             f"--launcher {start.launcher} fills slots from 0 on; use --launcher pdsh to choose slots of a host"
@@ -121,22 +123,33 @@ def launcher_command(start: Start, rank: Sequence[str], folder: Path) -> list[st
         if len(counts) > 1:
             raise UserError(f"--launcher slurm needs as many ranks on every node, not {sorted(counts)}")
         arguments = [f"--ntasks-per-node={counts.pop()}", "--distribution=block", "--kill-on-bad-exit=1"]
+        arguments += ["--mpi=none"]  # Slurm itself says which rank is which
         arguments += [f"--nodelist={','.join(host.name for host in start.hosts)}", f"--nodes={len(start.hosts)}"]
-    return [*runner, "--launcher_args", shlex.join([*arguments, *shlex.split(start.launcher_args)]), *rank]
+    return [*runner, f"--launcher_args={shlex.join([*arguments, *shlex.split(start.launcher_args)])}", *rank]
 
 
 def launcher_environment(start: Start, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of that command."""
-    # DeepSpeed hands on all that begins with MLFLOW, passwords included.
-    environment = {name: value for name, value in environ.items() if not name.startswith("MLFLOW")}
+    # DeepSpeed puts on command lines all that begins with MLFLOW, passwords included, and what is in ~/.deepspeed_env. A rank
+    # of another job, which this process may be, is none of this one. A list of devices is for the ranks.
+    not_for_it = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
+    environment = {k: v for k, v in environ.items() if not k.startswith("MLFLOW") and k not in not_for_it}
+    environment["DS_ENV_FILE"] = "/nowhere"
     if start.launcher == "pdsh" and start.ssh_args:
         environment["PDSH_SSH_ARGS_APPEND"] = start.ssh_args
     return environment
 
 
+def own_devices(start: Start, environ: Mapping[str, str]) -> dict[str, str]:
+    """What ranks of this host need to be told of its devices, as DeepSpeed's launcher overwrites it."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    return {} if start.launcher != "local" or chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
+
+
 def _for_remote_shell(argument: str) -> str:
     """Quoted for the shell of another host, through which DeepSpeed's pdsh runner sends it: it puts double quotes around what
-    has a space, and nothing around the rest."""
+    has a space, and nothing around the rest. And for pdsh, to which %h is a host's name."""
+    argument = argument.replace("%", "%%")
     if " " not in argument:
         return shlex.quote(argument)
     return "".join(f"\\{character}" if character in "\\$`" else character for character in argument)

@@ -1,8 +1,8 @@
 """The supervisor of one rank: starts it when all ranks can start, ends it when any rank of the job has failed.
 
 Every launcher starts supervisors in the place of ranks. Each is connected to the job's watch (watch.py), reports how its
-rank is doing, and does what the watch says to all at once. It needs only the standard library: a hundred of them must
-not cost a host its memory.
+rank is doing, and does what the watch says to all at once. It imports neither torch nor
+DeepSpeed: it must not cost a host its memory.
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
-from ldmole_dist.cluster.link import BEAT_SECONDS, LOST_SECONDS, Link
+import psutil
+
+from ldmole_dist.cluster.link import BEAT_SECONDS, LOST_SECONDS, Link, readable
 from ldmole_dist.cluster.network import interfaces
 from ldmole_dist.cluster.place import Place
 from ldmole_dist.cluster.relay import Relay
+from ldmole_dist.cluster.say import say
 from ldmole_dist.pulse import PULSE_FD
 
 STOPPED_SECONDS = 10.0  # that a rank may be stopped (SIGSTOP) before it counts as failed
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 # torchrun's: says that the store at MASTER_PORT exists already. Ours is made by rank 0.
 _NOT_FOR_RANKS = ("TORCHELASTIC_USE_AGENT_STORE",)
@@ -48,7 +51,7 @@ class Supervisor:
         self.place, self.command, self.exports, self.job, self.interface = place, command, exports, job, interface
         self.child: subprocess.Popen[bytes] | None = None
         self._relays: list[Relay] = []
-        self._pulses = self._pulses_end = -1
+        self._pulses, self._remote = -1, True
         self._pulse, self._pulse_time = "", time.monotonic()
         self._reported = self._asked = False
         self._parent = os.getppid()
@@ -67,10 +70,14 @@ class Supervisor:
         """
         link = self._connect(watch, patience)
         if link is None:
-            _say(f"rank {self.place.rank}: no answer from the watch of the job at {watch[0]}:{watch[1]}")
+            say(f"rank {self.place.rank}: no answer from the watch of the job at {watch[0]}:{watch[1]}")
             return 1
+        # A watch on this host is itself told what happens to the terminal.
+        self._remote = not watch[0].startswith("127.")
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+                signal.signal(number, self._note)
         with socket.socket() as s:  # rank 0's is where the ranks will meet
             s.bind(("", 0))
             port = s.getsockname()[1]
@@ -105,18 +112,16 @@ class Supervisor:
     def _serve(self, link: Link) -> int:
         heard = sent = looked = time.monotonic()
         while True:
-            sources: list[Any] = [link] if self.child is None else [link, self._pulses]
-            readable, _, _ = select.select(sources, [], [], 0.2)
+            ready = readable([link] if self.child is None else [link, self._pulses], 0.2)
             now = time.monotonic()
-            if (
-                now - looked > LOST_SECONDS / 2
-            ):  # this process did not run for a while (Ctrl-Z): that says nothing about others
+            if now - looked > LOST_SECONDS / 2:  # the host was suspended: nobody could be heard, nothing could be done
                 heard = now
+                self._pulse_time += now - looked
             looked = now
-            for message in link.receive() if link in readable else ():
+            for message in link.receive() if link in ready else ():
                 heard = now
                 if message["kind"] == "go":
-                    self._start(message["environment"])
+                    self._start(link, message["environment"])
                 elif message["kind"] == "stop" and self.child is not None:
                     self.child.terminate()
                 elif message["kind"] == "release":
@@ -126,13 +131,13 @@ class Supervisor:
                     return 1
             if link.closed or now - heard > LOST_SECONDS:
                 if not self._reported:
-                    _say(f"rank {self.place.rank} on {socket.gethostname()}: ended, the watch of the job is gone")
+                    say(f"rank {self.place.rank} on {socket.gethostname()}: ended, the watch of the job is gone")
                 return 1
             if self._asked:
                 # A launcher signals ranks one after another; the watch will tell all of them at once.
                 self._asked = False
                 link.send("asked")
-            if self._pulses in readable:
+            if self._pulses in ready:
                 self._read_pulses(now)
             if now - sent > BEAT_SECONDS:
                 link.send("beat", pulse=self._pulse, age=now - self._pulse_time)
@@ -140,19 +145,35 @@ class Supervisor:
             if not self._reported:
                 self._look(link, now)
 
-    def _start(self, environment: dict[str, str]) -> None:
-        self._pulses, self._pulses_end = os.pipe2(os.O_NONBLOCK)
-        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_RANKS}
-        self.child = subprocess.Popen(
-            self.command,
-            env=inherited | environment | dict(self.exports) | {PULSE_FD: str(self._pulses_end)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # so that all that it starts can be ended with it, and Ctrl-C comes here alone
-            pass_fds=[self._pulses_end],
-            preexec_fn=_die_with_parent,
-        )
+    def _start(self, link: Link, environment: dict[str, str]) -> None:
+        self._pulses, end = os.pipe2(os.O_NONBLOCK)
+        # What this host says of itself holds, except of its place in the job; what the user says holds before all.
+        own = {
+            name: value for name, value in os.environ.items() if name not in _NOT_FOR_RANKS and name not in environment
+        }
+        if self.interface is None and "GLOO_SOCKET_IFNAME" in os.environ:
+            environment.pop("GLOO_SOCKET_IFNAME", None)
+            own["GLOO_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"]
+        elif self.interface is not None:
+            environment["NCCL_SOCKET_IFNAME"] = self.interface
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (hard, hard)
+        )  # ranks of large jobs have a connection to each other one
+        try:
+            self.child = subprocess.Popen(
+                self.command,
+                env=own | environment | dict(self.exports) | {PULSE_FD: str(end)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # a Ctrl-C comes to the watch alone
+                pass_fds=[end],
+                preexec_fn=_die_with_parent,
+            )
+        except OSError as error:
+            self._fail(link, f"cannot be started: {error}", final=True)
+            return
         pipes: list[tuple[IO[bytes] | None, int]] = [(self.child.stdout, 1), (self.child.stderr, 2)]
         self._relays = [Relay(pipe, fd) for pipe, fd in pipes if pipe is not None]
         for relay in self._relays:
@@ -161,11 +182,11 @@ class Supervisor:
     def _look(self, link: Link, now: float) -> None:
         """Report what has become of the rank, once."""
         if self.child is not None and self.child.poll() is not None:
-            self._end_group(self.child)
+            self._end_all(self.child)
             out_of_memory = _oom_kills() > self._oom_kills
             link.send("exited", code=self.child.returncode, lines=self._last_lines(), out_of_memory=out_of_memory)
             self._reported = True
-        elif os.getppid() != self._parent or any(relay.broken for relay in self._relays) or _hung_up():
+        elif os.getppid() != self._parent or (self._remote and self._hung_up):
             self._fail(link, "the launcher's connection to this host is gone (its process or its ssh session ended)")
         elif self.child is not None and _is_stopped(self.child.pid):
             self._stopped_since = self._stopped_since or now
@@ -173,6 +194,14 @@ class Supervisor:
                 self._fail(link, f"stopped by a signal (SIGSTOP) for {STOPPED_SECONDS:.0f} s")
         else:
             self._stopped_since = None
+
+    @property
+    def _hung_up(self) -> bool:
+        """Whether nobody reads this process's output any more."""
+        poll = select.poll()
+        poll.register(1, 0)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+        return gone or any(relay.broken for relay in self._relays)
 
     def _fail(self, link: Link, how: str, final: bool = False) -> None:
         link.send("failed", how=how, lines=self._last_lines(), final=final)
@@ -192,20 +221,21 @@ class Supervisor:
         if stacks:
             self.child.send_signal(signal.SIGUSR1)
             time.sleep(1)
-        self._end_group(self.child)
+        self._end_all(self.child)
 
-    def _end_group(self, child: subprocess.Popen[bytes]) -> None:
-        """End the rank with all that it has started, and pass on what is left in its pipes."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait(5)
+    def _end_all(self, child: subprocess.Popen[bytes]) -> None:
+        """End the rank with all that it has started, which are this process's descendants whatever they did."""
+        while left := [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            _, alive = psutil.wait_procs(left, timeout=2)
+            if alive:  # in the kernel's hands, a device's or a file system's; they end when it lets go of them
+                break
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(1)
         for relay in self._relays:
-            relay.join(5)
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may be there to read it
-        print(f"launch: {text}", file=sys.stderr, flush=True)
+            relay.join(1)  # what is left in its pipes
 
 
 def _die_with_parent() -> None:
@@ -224,10 +254,3 @@ def _is_stopped(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
-
-
-def _hung_up() -> bool:
-    """Whether nobody reads this process's output any more."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -47,33 +48,39 @@ class Visit:
             options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *shlex.split(start.ssh_args)]
             argv = ["ssh", *options, host, remote]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-        self._timer = threading.Timer(PATIENCE_SECONDS, self._process.kill)
-        self._timer.start()
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `__exit__` closes it
+        self._process = subprocess.Popen(
+            argv, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, start_new_session=True
+        )
 
     def wait(self) -> None:
         """Until it has found out, or failed to."""
         line = self._answer()
-        if line is None:
-            _, errors = self._process.communicate()
-            said = [text for text in errors.splitlines() if text.strip()] or ["no answer"]
-            self.problem = said[-1]
-        else:
+        if line is not None:
             self.findings = json.loads(line)
+            return
+        self._process.wait()
+        self._errors.seek(0)
+        said = [text for text in self._errors.read().splitlines() if text.strip()]
+        self.problem = said[-1] if said else f"no answer within {PATIENCE_SECONDS:.0f} s"
 
-    def ask(self, question: str) -> str:
-        """One of those of `probe.answer`."""
+    def ask(self, question: str) -> str | None:
+        """One of those of `probe.answer`; None where no answer came."""
         assert self._process.stdin is not None
-        self._process.stdin.write(question + "\n")
-        self._process.stdin.flush()
-        return self._answer() or "no answer"
+        try:
+            self._process.stdin.write(question + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            return None
+        return self._answer()
 
     def clock_skew(self) -> float:
-        """Seconds that its clock is ahead of ours; of three readings, the one with the shortest way."""
+        """Seconds that its clock is ahead of ours; of three readings, the one with the shortest way. Not a number where it
+        does not answer."""
         readings = []
         for _ in range(3):
             before = time.time()
-            there = float(self.ask("time"))
+            there = float(self.ask("time") or "nan")
             after = time.time()
             readings.append((after - before, there - (before + after) / 2))
         return min(readings)[1]
@@ -84,13 +91,18 @@ class Visit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timer.cancel()
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        self._errors.close()
 
     def _answer(self) -> str | None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                return line.removeprefix(MARK).rstrip("\n")
-        return None
+        timer = threading.Timer(PATIENCE_SECONDS, self._process.kill)
+        timer.start()
+        try:
+            for line in self._process.stdout:
+                if line.startswith(MARK):
+                    return line.removeprefix(MARK).rstrip("\n")
+            return None
+        finally:
+            timer.cancel()

@@ -20,7 +20,7 @@ def srun() -> int:
         parser.add_argument(option, nargs="?", const="1")
     parser.add_argument("-n", "--ntasks", type=int)
     parser.add_argument("--ntasks-per-node", type=int)
-    for option in ("--nodes", "--nodelist", "--distribution", "--export"):
+    for option in ("--nodes", "--nodelist", "--distribution", "--export", "--mpi"):
         parser.add_argument(option)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
@@ -38,6 +38,7 @@ def srun() -> int:
             "SLURM_STEP_ID": "0",
             "SLURM_PROCID": str(task),
             "SLURM_NTASKS": str(args.ntasks),
+            "SLURM_STEP_NUM_TASKS": str(args.ntasks),
             "SLURM_LOCALID": str(task % each),
             "SLURM_NODEID": str(HOSTS.index(host)),
             "SLURMD_NODENAME": host,

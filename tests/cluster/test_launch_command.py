@@ -11,7 +11,7 @@ import pytest
 from ldmole_dist.cli import main
 from ldmole_dist.cluster.environment import exported
 from ldmole_dist.cluster.hosts import Host
-from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment
+from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment, own_devices
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 
 CONFIG = "launch/configs/quickstart.yaml"
@@ -74,6 +74,11 @@ def test_overrides_may_stand_after_options(capsys: pytest.CaptureFixture[str]) -
         (["--max-restarts", "1"], "set run.save_every=N"),
         (["--max-restarts", "1", "run.save_every=1", "run.resume=never"], "contradict"),
         (["--export", "HF_TOKEN"], "process lists"),
+        (
+            ["--hostfile", "launch/hostfile.example", "--launcher", "pdsh", "--ranks", "4"],
+            "--ranks is of a host without",
+        ),
+        (["--launcher-args=-v"], "none of which is used on one host"),
         (["--hostfile", "none", "--launcher", "pdsh"], "none"),
     ],
 )
@@ -88,7 +93,7 @@ def test_what_cannot_be_is_refused(
 def test_inside_srun_it_says_where_to_call_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}.items():
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(name, value)
     code, _, err = launch(capsys, "--dry-run")
     assert code == EXIT_EXPLAINED and "from the batch script" in err
@@ -112,7 +117,7 @@ def test_pdsh(tmp_path: Path) -> None:
     assert "--launcher pdsh" in command and "--include a:0,2@b:1" in command and command.endswith(shlex.join(RANK))
     assert (tmp_path / "hostfile").read_text() == "a slots=3\nb slots=2\n"
     environment = launcher_environment(start, {"MLFLOW_TRACKING_PASSWORD": "x", "PATH": "/bin"})
-    assert environment == {"PATH": "/bin", "PDSH_SSH_ARGS_APPEND": "-p 2222"}
+    assert environment == {"PATH": "/bin", "DS_ENV_FILE": "/nowhere", "PDSH_SSH_ARGS_APPEND": "-p 2222"}
 
 
 def test_what_pdsh_sends_arrives(tmp_path: Path) -> None:
@@ -121,9 +126,16 @@ def test_what_pdsh_sends_arrives(tmp_path: Path) -> None:
 
     argv = launcher_command(Start("pdsh", [Host("a", (0,))]), [*RANK, *NASTY], tmp_path)
     runner = PDSHRunner(parse_args(argv[3:]), "")  # after python -m deepspeed.launcher.runner
-    sent = " ".join(runner.parse_user_args())  # as pdsh gives it to ssh, and ssh to a shell
+    sent = " ".join(runner.parse_user_args()).replace("%%", "%")  # as pdsh gives it to ssh, and ssh to a shell
     arrived = subprocess.run(["sh", "-c", f"printf '%s\\n' {sent}"], capture_output=True, text=True, check=True).stdout
     assert arrived.split("\n")[:-1] == [*RANK[1:], *NASTY]
+
+
+def test_devices_that_were_chosen_stay_chosen(tmp_path: Path) -> None:
+    start = Start("local", [Host("here", (0, 1))])
+    environ = {"CUDA_VISIBLE_DEVICES": "2,3"}  # which DeepSpeed's launcher makes 0,1
+    assert own_devices(start, environ) == environ and "CUDA_VISIBLE_DEVICES" not in launcher_environment(start, environ)
+    assert own_devices(Start("pdsh", [Host("a", (0, 1))]), environ) == {}
 
 
 def test_openmpi_and_slurm(tmp_path: Path) -> None:
@@ -133,7 +145,7 @@ def test_openmpi_and_slurm(tmp_path: Path) -> None:
         assert text in command
     assert (tmp_path / "hostfile").read_text() == "a slots=2\nb slots=2\n"
     command = commands(Start("slurm", hosts), tmp_path)
-    assert "--ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 --nodelist=a,b --nodes=2" in command
+    assert "--ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 --mpi=none --nodelist=a,b --nodes=2" in command
     for launcher in ("openmpi", "slurm"):
         with pytest.raises(UserError, match="fills slots from 0 on"):
             commands(Start(launcher, [Host("a", (1, 2))]), tmp_path)

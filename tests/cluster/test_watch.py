@@ -135,7 +135,8 @@ def test_one_that_only_follows_is_not_blamed(jobs: Callable[..., Job]) -> None:
 
 
 def test_a_killed_rank_takes_its_own_children_and_all_others_with_it(jobs: Callable[..., Job], tmp_path: Path) -> None:
-    job = jobs(f'sh -c "{FOREVER}; true" sh "$1" & touch "$1/up_$RANK"; wait')
+    # One of them in a session of its own.
+    job = jobs(f'setsid sh -c "{FOREVER}; true" sh "$1" & sh -c "{FOREVER}; true" sh "$1" & touch "$1/up_$RANK"; wait')
     job.when(lambda: job.all_run, lambda: job.ranks[2].kill())
     verdict = job.serve()
     assert verdict.failure is not None and "killed by signal 9 (SIGKILL)" in verdict.failure.how
@@ -204,7 +205,7 @@ def test_asked_to_end_all_are_told_at_once(jobs: Callable[..., Job]) -> None:
     job = jobs(f'trap "exit {EXIT_PREEMPTED}" TERM; touch "$1/up_$RANK"; {FOREVER} & wait')
     # As a launcher would, one after the other: the first is enough.
     job.when(lambda: job.all_run, lambda: job.supervisors[2].send_signal(signal.SIGTERM))
-    assert job.serve() == Verdict(EXIT_PREEMPTED)
+    assert job.serve() == Verdict(EXIT_PREEMPTED, stopped=True)
     assert job.end() == [EXIT_PREEMPTED] * SIZE
 
 
@@ -212,13 +213,45 @@ def test_asked_twice_all_end_at_once(jobs: Callable[..., Job]) -> None:
     job = jobs(f'trap "" TERM; touch "$1/up_$RANK"; {FOREVER}')
 
     def ask_twice() -> None:
-        job.watch.request_stop()
-        job.watch.request_stop()
+        for _ in range(2):
+            job.watch.request_stop()
+            time.sleep(1.2)  # sooner, it would be the same request
 
     job.when(lambda: job.all_run, ask_twice)
     verdict = job.serve()
     assert verdict.failure is not None and verdict.failure.how == "asked twice to end"
     assert job.end() == [1] * SIZE
+
+
+def test_signals_that_come_together_are_one_request(jobs: Callable[..., Job]) -> None:
+    job = jobs(f'trap "exit {EXIT_PREEMPTED}" TERM; touch "$1/up_$RANK"; {FOREVER} & wait')
+
+    def end_of_a_session() -> None:
+        for process in job.supervisors:
+            process.send_signal(signal.SIGHUP)
+        job.watch.request_stop()
+        job.watch.request_stop()
+
+    job.when(lambda: job.all_run, end_of_a_session)
+    assert job.serve() == Verdict(EXIT_PREEMPTED, stopped=True)
+
+
+def test_a_rank_that_has_nothing_to_save_yet_can_be_started_again(jobs: Callable[..., Job]) -> None:
+    job = jobs(f'touch "$1/up_$RANK"; exec {FOREVER}')
+    job.when(lambda: job.all_run, job.watch.request_stop)
+    verdict = job.serve()
+    assert verdict.code == EXIT_PREEMPTED and verdict.failure is not None and "anything to save" in verdict.failure.how
+
+
+def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
+    watch = Watch("127.0.0.1", "job", 1, 60.0, lambda text: None)
+    at = ["--watch", f"127.0.0.1:{watch.address[1]}", "--job", "job"]
+    argv = [sys.executable, *supervised(["/no/such/python"], at, {}, None)]
+    process = subprocess.Popen(argv, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"})
+    verdict = watch.serve(lambda: None)
+    watch.close()
+    assert verdict.failure is not None and "cannot be started" in verdict.failure.how
+    assert process.wait(20) == 1
 
 
 def test_a_launcher_that_ends_before_its_ranks_start(jobs: Callable[..., Job]) -> None:
@@ -238,7 +271,13 @@ def test_strangers_are_turned_away(jobs: Callable[..., Job]) -> None:
     import socket
 
     job = jobs("true")
-    strangers: Sequence[bytes] = [b"GET / HTTP/1.1\r\n\r\n", b'{"kind": "hello", "job": "another"}\n', b"[1]\n", b""]
+    strangers: Sequence[bytes] = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[" * 200_000 + b"\n",
+        b'{"kind": "hello", "job": "another"}\n',
+        b"[1]\n",
+        b"",
+    ]
     for data in strangers:
         with socket.create_connection(job.watch.address) as s:
             s.sendall(data)
