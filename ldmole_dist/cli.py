@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from ldmole_dist.errors import (
     Preempted,
     UserError,
 )
-from ldmole_dist.pulse import show_stacks_when_asked
+from ldmole_dist.leave import leave
+from ldmole_dist.pulse import show_stacks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
+    """Run a subcommand; `train` does not return, but ends the process.
 
     Returns:
         0; EXIT_EXPLAINED where something failed that the message explains; EXIT_PEER where the message is another rank's;
@@ -37,6 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     elif rest:
         args.overrides += rest  # argparse does not take up a list again after an option
+    if args.call is not _train:
+        return _explained(args)
+    try:
+        code = _explained(args)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    leave(code)
+
+
+def _explained(args: argparse.Namespace) -> int:
+    """Call the subcommand; of errors that a user can act on, only the message is printed."""
     call: Callable[[argparse.Namespace], int] = args.call
     try:
         return call(args)
@@ -166,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> int:
     from ldmole_dist.config import load_config
 
-    show_stacks_when_asked()
+    show_stacks()
     config = load_config(args.config, args.overrides)
     from ldmole_dist.training import train
 

@@ -19,6 +19,7 @@ def pulse(doing: str) -> None:
             os.write(int(fd), doing.encode() + b"\n")
 
 
-def show_stacks_when_asked() -> None:
-    """On SIGUSR1, as from the supervisor of a rank that stalls, every thread's stack is printed."""
+def show_stacks() -> None:
+    """Have every thread's stack printed on a crash outside Python, and on SIGUSR1, as from a supervisor whose rank stalls."""
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)

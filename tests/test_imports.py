@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "ldmole_dist"
 # A room may import from its own floor and from those below it; what is on the ground floor, everybody but method and
 # parallel, which stay readable beside the paper.
 FLOORS = [
-    ["errors", "config", "stop", "pulse"],
+    ["errors", "config", "stop", "pulse", "leave"],
     ["method"],
     ["parallel"],
     ["peft_config", "peft_method", "input_groups", "backbone", "objective", "data"],

@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 
 from ldmole_dist.engine.startup import start
-from ldmole_dist.pulse import pulse, show_stacks_when_asked
+from ldmole_dist.leave import leave
+from ldmole_dist.pulse import pulse, show_stacks
 
 MEGABYTES = 16
 
 
 def main() -> None:
     """All-to-all and all-reduce, checked and timed; rank 0 prints."""
-    show_stacks_when_asked()
+    show_stacks()
     pulse("meeting the other ranks")
     process = start(timeout_minutes=2)
     size = process.world_size
@@ -51,3 +52,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

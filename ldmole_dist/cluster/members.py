@@ -25,7 +25,8 @@ class Member:
         port: that was free there.
         interface: of the network with that address; "" if unknown.
         link: to its supervisor.
-        heard: when something last came from there; a time of `time.monotonic`, as all here.
+        came: when it was made; a time of `time.monotonic`, as all here.
+        heard: when something last came from there.
         code: exit code, once it has ended.
         pulse: what it said last that it was doing, and
         pulse_time: when; None before the first time.
@@ -38,6 +39,7 @@ class Member:
     port: int
     interface: str
     link: Link
+    came: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     code: int | None = None
     pulse: str = ""

@@ -105,8 +105,8 @@ def launcher_command(start: Start, rank: Sequence[str], folder: Path) -> list[st
             raise UserError(
                 f"{Path.cwd()}: DeepSpeed's pdsh runner cannot start what lies in a folder with a space in its path"
             )
-        own = f"--launcher_args=-k {start.launcher_args}".rstrip()  # -k: do not wait where a host cannot start
-        return [*runner, "--include", chosen, own, *(_for_remote_shell(argument) for argument in rank)]
+        own = [f"--launcher_args={start.launcher_args}"] if start.launcher_args else []
+        return [*runner, "--include", chosen, *own, *(_for_remote_shell(argument) for argument in rank)]
     if any(host.slots != tuple(range(len(host.slots))) for host in start.hosts):
         raise UserError(
             f"--launcher {start.launcher} fills slots from 0 on; use --launcher pdsh to choose slots of a host"

@@ -16,7 +16,8 @@ from ldmole_dist.cluster.members import Member, Members
 from ldmole_dist.cluster.verdict import Failure, Verdict, code_of, failure_of_exit, first_of
 from ldmole_dist.errors import EXIT_PREEMPTED
 
-START_SECONDS = 300.0  # for all supervisors to come
+START_SECONDS = 300.0  # for the first supervisor to come
+LATE_SECONDS = 120.0  # for each further one: some hosts are slower than others, but not by so much
 LOADING_SECONDS = 3600.0  # for a rank to load its model and begin
 GRACE_SECONDS = 2.0  # after a failure, for others to say what they see: the cause may come second
 ENDING_SECONDS = 8.0  # for the supervisors to end their ranks
@@ -169,6 +170,8 @@ class Watch:
 
     def _gather(self, seconds: float, launcher_code: int | None) -> None:
         members = self.members.of_rank
+        waited = min([seconds, *(time.monotonic() - member.came for member in members.values())])
+        patience = LATE_SECONDS if members else START_SECONDS
         for member in [*members.values(), *self.members.twice]:
             if member.size != self.size or member in self.members.twice:
                 how = (
@@ -183,8 +186,8 @@ class Watch:
         elif launcher_code is not None:
             how = f"ended with exit code {launcher_code} and rank(s) {missing} never started; see its messages above"
             self._failures.append(Failure("the launcher", how))
-        elif seconds > START_SECONDS:
-            how = f"never started within {START_SECONDS:.0f} s: is the host up, and can it reach {self.address[0]}?"
+        elif waited > patience:
+            how = f"did not start: for {patience:.0f} s none has; is the host up, and can it reach {self.address[0]}?"
             self._failures.append(Failure(f"rank(s) {missing}", how))
 
     @property
@@ -203,6 +206,9 @@ class Watch:
         how = "its supervisor is gone: killed, or the host went down"
         if not first.link.closed:
             how = f"no sign of life for {LOST_SECONDS:.0f} s: the host cannot be reached, or hangs"
+            # Its other ranks were last heard at about the same time.
+            late = LOST_SECONDS - 2 * BEAT_SECONDS
+            lost = [member for member in self._running if member.host == first.host and now - member.heard > late]
         for member in lost:
             member.link.close()  # nothing more is expected of it; if it lives, it ends its rank now
         ranks = ", ".join(str(member.rank) for member in lost if member.host == first.host)

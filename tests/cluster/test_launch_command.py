@@ -145,7 +145,9 @@ def test_openmpi_and_slurm(tmp_path: Path) -> None:
         assert text in command
     assert (tmp_path / "hostfile").read_text() == "a slots=2\nb slots=2\n"
     command = commands(Start("slurm", hosts), tmp_path)
-    assert "--ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 --mpi=none --nodelist=a,b --nodes=2" in command
+    assert (
+        "--ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 --mpi=none --nodelist=a,b --nodes=2" in command
+    )
     for launcher in ("openmpi", "slurm"):
         with pytest.raises(UserError, match="fills slots from 0 on"):
             commands(Start(launcher, [Host("a", (1, 2))]), tmp_path)

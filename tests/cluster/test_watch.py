@@ -188,7 +188,7 @@ def test_a_stopped_rank_counts_as_failed(jobs: Callable[..., Job]) -> None:
 
 def test_a_stall_is_told_with_stacks_of_all(jobs: Callable[..., Job], tmp_path: Path) -> None:
     program = (
-        "import os, sys, time; from ldmole_dist.pulse import pulse, show_stacks_when_asked; show_stacks_when_asked()\n"
+        "import os, sys, time; from ldmole_dist.pulse import pulse, show_stacks; show_stacks()\n"
         "def training_step(): time.sleep(1000)\n"
         "for step in range(4): pulse(f'step {step}'); time.sleep(0.3 if os.environ['RANK'] != '1' or step < 2 else 1000)\n"
         "training_step()\n"
