@@ -9,8 +9,8 @@ from typing import NoReturn
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without the interpreter's own end: gloo's threads may still hold tensors then, and releasing one aborts a
-    process whose run went well (seen with torch 2.13, once in some dozens of runs; pytorch issue 190489)."""
+    """End this process without the interpreter's own end: gloo's threads may still hold tensors then, and releasing one aborts
+    a process whose run went well (seen with torch 2.13, once in some dozens of runs; pytorch issue 190489)."""
     for thread in threading.enumerate():  # one may be removing an old checkpoint
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
