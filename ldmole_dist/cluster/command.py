@@ -140,7 +140,8 @@ def find_start(args: argparse.Namespace, config: Config | None) -> Start:
     in_slurm = "SLURM_JOB_ID" in os.environ and args.hostfile is None and args.launcher in (None, "slurm")
     if not in_slurm and args.hostfile is None:
         if args.launcher not in (None, "local"):
-            raise UserError(f"--launcher {args.launcher} needs --hostfile FILE" + _slurm_hint(args.launcher))
+            where = "an allocation (sbatch, salloc)" if args.launcher == "slurm" else "--hostfile FILE"
+            raise UserError(f"--launcher {args.launcher} needs {where}")
         if args.include or args.exclude:
             raise UserError(
                 "--include and --exclude choose among the hosts of a --hostfile; here, set CUDA_VISIBLE_DEVICES"
@@ -157,10 +158,6 @@ def find_start(args: argparse.Namespace, config: Config | None) -> Start:
     if launcher != "slurm":  # which has an order of its own
         hosts = keep_groups_within(hosts, ep_size)
     return Start(launcher, hosts, **common)
-
-
-def _slurm_hint(launcher: str) -> str:
-    return ", or an allocation (sbatch, salloc)" if launcher == "slurm" else ""
 
 
 def _check(config: Config, size: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldmole_dist.cluster.hosts import Host, write_hostfile
+from ldmole_dist.cluster.network import address_towards, interface_with
 from ldmole_dist.errors import UserError
 
 LAUNCHERS = ("local", "pdsh", "openmpi", "slurm", "torchrun")
@@ -74,58 +75,77 @@ def launcher_command(start: Start, rank: Sequence[str], folder: Path) -> list[st
         UserError: for what the launcher cannot do.
     """
     if start.launcher == "torchrun":
-        address, _, port = start.master.rpartition(":")
-        return [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", str(start.nodes)),
-            *("--node-rank", str(start.node_rank), "--nproc-per-node", str(len(start.hosts[0].slots))),
-            *("--master-addr", address, "--master-port", port, *shlex.split(start.launcher_args), *rank),
-        ]
+        return _torchrun(start, rank)
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--no_local_rank"]
-    if start.launcher == "local":
-        # No hostfile, not even /job/hostfile, where DeepSpeed would look.
-        none = ["--hostfile", str(folder / "none")]
-        return [*runner, *none, "--num_accelerators", str(start.size), "--master_port", "0", *rank]
     hostfile = folder / "hostfile"
+    runner += ["--hostfile", str(hostfile)]
+    if start.launcher == "local":  # with no such file; else DeepSpeed would look for /job/hostfile
+        return [*runner, "--num_accelerators", str(start.size), "--master_port", "0", *rank]
     write_hostfile(start.hosts, hostfile)
-    first = start.hosts[0].name
-    runner += [
-        "--hostfile",
-        str(hostfile),
-        "--launcher",
-        start.launcher,
-        "--master_addr",
-        first,
-        "--no_ssh_check",
-        "--force_multi",
-    ]
+    runner += ["--launcher", start.launcher, "--master_addr", start.hosts[0].name, "--no_ssh_check", "--force_multi"]
     if start.launcher == "pdsh":
-        chosen = "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in start.hosts)
-        write_hostfile([Host(host.name, tuple(range(max(host.slots) + 1))) for host in start.hosts], hostfile)
-        if any(" " in path for path in (sys.executable, str(Path.cwd()), rank[0])):
-            raise UserError(
-                f"{Path.cwd()}: DeepSpeed's pdsh runner cannot start what lies in a folder with a space in its path"
-            )
-        own = [f"--launcher_args={start.launcher_args}"] if start.launcher_args else []
-        return [*runner, "--include", chosen, *own, *(_for_remote_shell(argument) for argument in rank)]
+        return [*runner, *_pdsh(start, rank, hostfile)]
     if any(host.slots != tuple(range(len(host.slots))) for host in start.hosts):
         raise UserError(
             f"--launcher {start.launcher} fills slots from 0 on; use --launcher pdsh to choose slots of a host"
         )
-    if start.launcher == "openmpi":
-        # Ranks of a host follow each other, and may use all its cores; MPI itself only says who is who.
-        arguments = ["--map-by", "slot", "--bind-to", "none", "--allow-run-as-root"]
-        if start.interface is not None:
-            arguments += ["--mca", "btl_tcp_if_include", start.interface]
-        if start.ssh_args:
-            arguments += ["--prtemca", "plm_ssh_agent", f"ssh {start.ssh_args}"]
-    else:
-        counts = {len(host.slots) for host in start.hosts}
-        if len(counts) > 1:
-            raise UserError(f"--launcher slurm needs as many ranks on every node, not {sorted(counts)}")
-        arguments = [f"--ntasks-per-node={counts.pop()}", "--distribution=block", "--kill-on-bad-exit=1"]
-        arguments += ["--mpi=none"]  # Slurm itself says which rank is which
-        arguments += [f"--nodelist={','.join(host.name for host in start.hosts)}", f"--nodes={len(start.hosts)}"]
+    arguments = _mpirun(start) if start.launcher == "openmpi" else _srun(start)
     return [*runner, f"--launcher_args={shlex.join([*arguments, *shlex.split(start.launcher_args)])}", *rank]
+
+
+def _torchrun(start: Start, rank: Sequence[str]) -> list[str]:
+    address, _, port = start.master.rpartition(":")
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", str(start.nodes)),
+        *("--node-rank", str(start.node_rank), "--nproc-per-node", str(len(start.hosts[0].slots))),
+        *("--master-addr", address, "--master-port", port, *shlex.split(start.launcher_args), *rank),
+    ]
+
+
+def _pdsh(start: Start, rank: Sequence[str], hostfile: Path) -> list[str]:
+    if any(" " in path for path in (sys.executable, str(Path.cwd()), rank[0])):
+        raise UserError(
+            f"{Path.cwd()}: DeepSpeed's pdsh runner cannot start what lies in a folder with a space in its path"
+        )
+    # It wants to see every slot up to those that are chosen.
+    write_hostfile([Host(host.name, tuple(range(max(host.slots) + 1))) for host in start.hosts], hostfile)
+    chosen = "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in start.hosts)
+    own = [f"--launcher_args={start.launcher_args}"] if start.launcher_args else []
+    return ["--include", chosen, *own, *(_for_remote_shell(argument) for argument in rank)]
+
+
+def _mpirun(start: Start) -> list[str]:
+    # Ranks of a host follow each other, and may use all its cores.
+    arguments = ["--map-by", "slot", "--bind-to", "none", "--allow-run-as-root"]
+    interface = start.interface or _interface_towards(start.hosts)
+    if interface is not None:  # DeepSpeed would take eth0, be it there or not
+        arguments += ["--mca", "btl_tcp_if_include", interface]
+    if start.ssh_args:
+        arguments += ["--prtemca", "plm_ssh_agent", f"ssh {start.ssh_args}"]
+    return arguments
+
+
+def _srun(start: Start) -> list[str]:
+    counts = {len(host.slots) for host in start.hosts}
+    if len(counts) > 1:
+        raise UserError(f"--launcher slurm needs as many ranks on every node, not {sorted(counts)}")
+    names = ",".join(host.name for host in start.hosts)
+    return [
+        *(f"--ntasks-per-node={counts.pop()}", "--distribution=block", "--kill-on-bad-exit=1"),
+        *("--mpi=none", f"--nodelist={names}", f"--nodes={len(start.hosts)}"),  # Slurm itself says which rank is which
+    ]
+
+
+def _interface_towards(hosts: Sequence[Host]) -> str | None:
+    """Of this host, to the first of the others that is known here."""
+    for host in hosts:
+        try:
+            address = address_towards(host.name)
+        except OSError:
+            continue
+        if not address.startswith("127.") and (name := interface_with(address)) not in (None, "lo"):
+            return name
+    return None
 
 
 def launcher_environment(start: Start, environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The supervisor of one rank: starts it when all ranks can start, ends it when any rank of the job has failed.
 
 Every launcher starts supervisors in the place of ranks. Each is connected to the job's watch (watch.py), reports how its
-rank is doing, and does what the watch says to all at once. It imports neither torch nor
-DeepSpeed: it must not cost a host its memory.
+rank is doing, and does what the watch says to all at once. It imports neither torch nor DeepSpeed: it must not cost a host its
+memory.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ldmole_dist.pulse import PULSE_FD
 STOPPED_SECONDS = 10.0  # that a rank may be stopped (SIGSTOP) before it counts as failed
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _libc = ctypes.CDLL(None)
-# torchrun's: says that the store at MASTER_PORT exists already. Ours is made by rank 0.
-_NOT_FOR_RANKS = ("TORCHELASTIC_USE_AGENT_STORE",)
+# What torchrun says to its processes: that there is a store at MASTER_PORT (rank 0 makes ours), and that one thread is enough.
+_OF_TORCHRUN = ("TORCHELASTIC_USE_AGENT_STORE", "OMP_NUM_THREADS")
 
 
 class Supervisor:
@@ -147,19 +147,15 @@ class Supervisor:
 
     def _start(self, link: Link, environment: dict[str, str]) -> None:
         self._pulses, end = os.pipe2(os.O_NONBLOCK)
-        # What this host says of itself holds, except of its place in the job; what the user says holds before all.
-        own = {
-            name: value for name, value in os.environ.items() if name not in _NOT_FOR_RANKS and name not in environment
-        }
-        if self.interface is None and "GLOO_SOCKET_IFNAME" in os.environ:
-            environment.pop("GLOO_SOCKET_IFNAME", None)
-            own["GLOO_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"]
-        elif self.interface is not None:
+        skipped = _OF_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else ()
+        own = {name: value for name, value in os.environ.items() if name not in skipped}
+        if self.interface is not None:
             environment["NCCL_SOCKET_IFNAME"] = self.interface
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (hard, hard)
-        )  # ranks of large jobs have a connection to each other one
+        elif "GLOO_SOCKET_IFNAME" in own:  # this host knows better
+            environment.pop("GLOO_SOCKET_IFNAME", None)
+        # Ranks of a large job have a connection to each other one.
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         try:
             self.child = subprocess.Popen(
                 self.command,
@@ -225,7 +221,7 @@ class Supervisor:
 
     def _end_all(self, child: subprocess.Popen[bytes]) -> None:
         """End the rank with all that it has started, which are this process's descendants whatever they did."""
-        while left := [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:
+        while left := [process for process in psutil.Process().children(recursive=True) if _is_alive(process)]:
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -236,6 +232,13 @@ class Supervisor:
             child.wait(1)
         for relay in self._relays:
             relay.join(1)  # what is left in its pipes
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _die_with_parent() -> None:

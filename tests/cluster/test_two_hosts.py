@@ -232,6 +232,39 @@ def test_asked_to_end_it_saves_and_the_same_command_goes_on(hosts: TwoHosts, tmp
     assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
+def test_hosts_of_different_sizes(hosts: TwoHosts, tmp_path: Path, reference: Path) -> None:
+    """DeepSpeed alone would number the three ranks of the second host 1, 2, 0."""
+    make_folder(tmp_path)
+    make_config(tmp_path, **EXACT, parallelism={"deepspeed": "zero1", "ep_size": 2})
+    sizes = tmp_path / "hostfile"
+    sizes.write_text(f"{NAMES[0]} slots=1\n{NAMES[1]} slots=3\n")
+    with Job(hosts, tmp_path, *pdsh(hosts), "--hostfile", str(sizes)) as job:
+        assert job.wait(120) == 0, job.said
+        assert "0 on ldmole0 (10.77.31.1); 1, 2, 3 on ldmole1 (10.77.31.2)" in job.said
+        assert "1 of 2 span hosts (ep_size 1 would keep all within)" in job.said
+    assert_equals(tmp_path / "run" / "adapter", reference)
+
+
+def test_by_hand_on_each_host_a_killed_run_is_restarted_on_both(
+    hosts: TwoHosts, tmp_path: Path, reference: Path
+) -> None:
+    make_folder(tmp_path)
+    make_config(tmp_path, **EXACT, run={"save_every": 1}, parallelism={"deepspeed": "zero3", "ep_size": 4})
+    by_hand = ["--nodes", "2", "--master-addr", NAMES[0], "--ranks", "2", "--max-restarts", "1"]
+    with (
+        Job(hosts, tmp_path, *by_hand, "--node-rank", "0") as first,
+        Job(hosts, tmp_path, *by_hand, "--node-rank", "1", name=NAMES[1]) as second,
+    ):
+        wait_for(lambda: (tmp_path / "run" / "checkpoints" / "latest").exists(), first)
+        first.ranks[2].kill()
+        assert (first.wait(120), second.wait(20)) == (0, 0), first.said + second.said
+        for job in (first, second):
+            assert (
+                "failed first: rank 2 on ldmole1: was killed by signal 9" in job.said and "restart 1 of 1" in job.said
+            )
+    assert_equals(tmp_path / "run" / "adapter", reference)
+
+
 def test_a_mistake_of_the_user_is_not_tried_again(hosts: TwoHosts, tmp_path: Path) -> None:
     make_folder(tmp_path)
     make_config(tmp_path, run={"save_every": 1})

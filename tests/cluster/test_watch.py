@@ -37,7 +37,9 @@ class Job:
             environment = os.environ | {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(SIZE),
+                "TORCHELASTIC_RUN_ID": "1",
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "OMP_NUM_THREADS": "1",
             }
             with (folder / f"said_{rank}").open("wb") as file:
                 process = subprocess.Popen(argv, env=environment, stdout=file, stderr=file, cwd=folder)
@@ -105,12 +107,12 @@ def no_process_in(folder: Path) -> bool:
 
 def test_all_ranks_start_and_end_together(jobs: Callable[..., Job], tmp_path: Path) -> None:
     job = jobs(
-        'echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE, $EXPORTED, ${TORCHELASTIC_USE_AGENT_STORE-none}"; '
+        'echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE, $EXPORTED, ${TORCHELASTIC_USE_AGENT_STORE-none} ${OMP_NUM_THREADS-none}"; '
         'echo "$MASTER_ADDR $MASTER_PORT ${GLOO_SOCKET_IFNAME-none}" > "$1/master_$RANK"'
     )
     assert job.serve() == Verdict(0) and job.end() == [0] * SIZE
     for rank in range(SIZE):
-        assert job.said(rank) == f"rank {rank} of {SIZE}, {rank} of {SIZE}, yes, none\n"
+        assert job.said(rank) == f"rank {rank} of {SIZE}, {rank} of {SIZE}, yes, none none\n"
     assert len({path.read_text() for path in tmp_path.glob("master_*")}) == 1
     assert (tmp_path / "master_0").read_text().startswith("127.0.0.1 ") and "none" in (
         tmp_path / "master_0"
