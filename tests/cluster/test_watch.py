@@ -106,8 +106,9 @@ def no_process_in(folder: Path) -> bool:
 
 
 def test_all_ranks_start_and_end_together(jobs: Callable[..., Job], tmp_path: Path) -> None:
+    not_for_ranks = "${TORCHELASTIC_USE_AGENT_STORE-none} ${OMP_NUM_THREADS-none}"
     job = jobs(
-        'echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE, $EXPORTED, ${TORCHELASTIC_USE_AGENT_STORE-none} ${OMP_NUM_THREADS-none}"; '
+        f'echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE, $EXPORTED, {not_for_ranks}"; '
         'echo "$MASTER_ADDR $MASTER_PORT ${GLOO_SOCKET_IFNAME-none}" > "$1/master_$RANK"'
     )
     assert job.serve() == Verdict(0) and job.end() == [0] * SIZE
