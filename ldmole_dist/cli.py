@@ -216,7 +216,7 @@ def _checkpoint_verify(args: argparse.Namespace) -> int:
 
     problems = verify(Path(args.checkpoint))
     print("\n".join(problems) if problems else f"{args.checkpoint} is whole")
-    return 1 if problems else 0
+    return EXIT_EXPLAINED if problems else 0
 
 
 def _checkpoint_inspect(args: argparse.Namespace) -> int:

@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_refused_and_auto_takes_an_older_one(
 ) -> None:
     said = damage(copy.last)
     assert said in copy.refused(f"run.resume={copy.last}")
-    assert main(["checkpoint", "verify", str(copy.last)]) == 1
+    assert main(["checkpoint", "verify", str(copy.last)]) == 2
     assert said in "".join(capsys.readouterr())
     assert main(["checkpoint", "verify", str(copy.first)]) == 0
     assert main(["checkpoint", "export", str(copy.last), str(copy.run / "exported")]) == 2
