@@ -85,6 +85,8 @@ class Trainer:
             except NonFiniteLoss:
                 self.saver.finish()  # what is being written is of before
                 raise
+            finally:
+                self.monitor.close()
 
     def _run(self) -> dict[str, float]:
         run = self.config.run
@@ -112,11 +114,9 @@ class Trainer:
                 self.saver.save(self.engine, step)
             if stopped:
                 self.saver.finish()
-                self.monitor.close()
                 again = "start it again with run.resume=auto" if run.resume == "never" else "the same command goes on"
                 raise Preempted(f"asked to end: saved after step {step} of {self.last_step}; {again}")
         self.saver.finish()
-        self.monitor.close()
         return result
 
     def _flags_of_all(self) -> tuple[bool, bool]:

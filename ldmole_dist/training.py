@@ -41,6 +41,7 @@ from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import is_expert_tensor, spread_experts, tuner_of
+from ldmole_dist.stop import StopRequest
 from ldmole_dist.trainer import Trainer
 
 
@@ -55,7 +56,8 @@ def train(config: Config) -> dict[str, float]:
     """
     trainer = prepare(config)
     result = trainer.run()
-    export_adapter(trainer.engine, Path(config.run.output_dir) / "adapter", trainer.process)
+    with StopRequest():  # asked to end now, it has done so as soon as the adapter is written
+        export_adapter(trainer.engine, Path(config.run.output_dir) / "adapter", trainer.process)
     return result
 
 

@@ -114,9 +114,9 @@ class Saver:
         writing, self._writing = self._writing, None
         if writing is None:
             return
-        pulse("waiting for a checkpoint to be written")
-        if writing.thread is not None:
-            writing.thread.join()
+        while writing.thread is not None and writing.thread.is_alive():
+            pulse("writing a checkpoint")  # again and again: a large one takes its time, and that is no stall
+            writing.thread.join(10)
         with agreed("writing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
             if writing.error is not None:
                 raise writing.error

@@ -14,7 +14,7 @@ import torch
 from ldmole_dist.cluster.doctor import doctor
 from ldmole_dist.cluster.environment import exported
 from ldmole_dist.cluster.hosts import Host, choose, describe_layout, keep_groups_within, read_hostfile, slurm_hosts
-from ldmole_dist.cluster.launch import attempt, attempts, become_rank, rank_command, supervised
+from ldmole_dist.cluster.launch import attempts, become_rank, rank_command, supervised
 from ldmole_dist.cluster.place import inside_mpi, inside_slurm_step
 from ldmole_dist.cluster.runners import LAUNCHERS, Start, find_launcher, launcher_command
 from ldmole_dist.cluster.say import say
@@ -97,10 +97,7 @@ def launch(args: argparse.Namespace) -> int:
     if len(start.hosts) > 1 and not args.no_doctor and doctor(start, exports, args.config, config):
         say("not started: see the remedies above, or start it with --no-doctor")
         return EXIT_EXPLAINED
-    stall_seconds = args.stall_minutes * 60
-    return attempts(
-        lambda number: attempt(start, rank_command(train), exports, stall_seconds, number), args.max_restarts
-    )
+    return attempts(start, rank_command(train), exports, args.stall_minutes * 60, args.max_restarts)
 
 
 def examine(args: argparse.Namespace) -> int:

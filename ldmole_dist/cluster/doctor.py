@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmole_dist.cluster.checks import CHECKS, Facts
-from ldmole_dist.cluster.launch import attempt
+from ldmole_dist.cluster.launch import EndRequests, attempt
 from ldmole_dist.cluster.runners import Start
 from ldmole_dist.cluster.visit import Visit
 from ldmole_dist.config import Config
@@ -34,7 +34,8 @@ def doctor(start: Start, exports: Mapping[str, str], config_path: str | None, co
     _print_table(["host", *CHECKS], rows)
     if not problems:
         command = [sys.executable, "-u", "-m", "ldmole_dist.cluster.collectives"]
-        verdict = attempt(start, command, exports, COLLECTIVE_SECONDS, number=-1)
+        with EndRequests() as requests:
+            verdict = attempt(start, command, exports, COLLECTIVE_SECONDS, requests)
         if verdict.stopped:
             raise KeyboardInterrupt
         failure = verdict.failure

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
 import psutil
 
@@ -24,7 +24,7 @@ from ldmole_dist.cluster.runners import Start, launcher_command, launcher_enviro
 from ldmole_dist.cluster.say import say
 from ldmole_dist.cluster.verdict import Verdict
 from ldmole_dist.cluster.watch import Watch
-from ldmole_dist.errors import UserError
+from ldmole_dist.errors import EXIT_PREEMPTED, UserError
 
 ENTRY = Path(__file__).with_name("entry.py")
 AGAIN_SECONDS = 3.0  # before another attempt
@@ -90,8 +90,44 @@ def own_address(start: Start) -> str:
     return next((address for address in found if not address.startswith("127.")), found[0])
 
 
+class EndRequests:
+    """Within it, SIGINT, SIGTERM and SIGHUP ask the job to save and end.
+
+    Attributes:
+        asked: whether one came.
+        watch: of the job that runs.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.watch: Watch | Observer | None = None
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> EndRequests:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+                self._usual[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if self.watch is not None:
+            self.watch.request_stop()
+
+
 def attempt(
-    start: Start, command: Sequence[str], exports: Mapping[str, str], stall_seconds: float, number: int
+    start: Start,
+    command: Sequence[str],
+    exports: Mapping[str, str],
+    stall_seconds: float,
+    requests: EndRequests,
+    number: int = 0,
 ) -> Verdict:
     """Start a job and see it to its end.
 
@@ -100,33 +136,16 @@ def attempt(
         command: of a rank.
         exports: environment variables for the ranks.
         stall_seconds: without progress, after which it counts as failed.
+        requests: to end it.
         number: of this attempt; the hosts of a job that is started by hand on each agree on it.
 
     Returns:
         How it ended; no process of it is left where a host can be reached.
     """
-    if start.launcher == "torchrun":
-        address, _, port = start.master.rpartition(":")
-        job, at = f"port {port}, attempt {number}", (address, int(port) + 1)  # hosts may spell the address differently
-        if start.node_rank > 0:
-            return _watched(Observer(at, job), start, command, exports)
-        return _watched(Watch(address, job, start.size, stall_seconds, say, at[1]), start, command, exports)
-    watch = Watch(own_address(start), secrets.token_hex(8), start.size, stall_seconds, say)
-    return _watched(watch, start, command, exports)
-
-
-def _watched(watch: Watch | Observer, start: Start, command: Sequence[str], exports: Mapping[str, str]) -> Verdict:
-    usual = {}
     launcher: subprocess.Popen[bytes] | None = None
-
-    def note(number: int, frame: FrameType | None) -> None:
-        watch.request_stop()
-
+    watch = requests.watch = _watch(start, stall_seconds, number)
     with tempfile.TemporaryDirectory(prefix="ldmole_") as folder:
         try:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
-                    usual[number] = signal.signal(number, note)
             at = ["--watch", f"{watch.address[0]}:{watch.address[1]}", "--job", watch.job]
             script = supervised(command, at, own_devices(start, os.environ) | dict(exports), start.interface)
             argv = launcher_command(start, script, Path(folder))
@@ -138,10 +157,19 @@ def _watched(watch: Watch | Observer, start: Start, command: Sequence[str], expo
             return watch.serve(launcher.poll)
         finally:
             watch.close()
+            requests.watch = None
             if launcher is not None:
                 _end_launcher(launcher)
-            for number, handler in usual.items():
-                signal.signal(number, handler)
+
+
+def _watch(start: Start, stall_seconds: float, number: int) -> Watch | Observer:
+    if start.launcher != "torchrun":
+        return Watch(own_address(start), secrets.token_hex(8), start.size, stall_seconds, say)
+    address, _, port = start.master.rpartition(":")
+    job, at = f"port {port}, attempt {number}", (address, int(port) + 1)  # hosts may spell the address differently
+    if start.node_rank > 0:
+        return Observer(at, job)
+    return Watch(address, job, start.size, stall_seconds, say, at[1])
 
 
 def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
@@ -160,19 +188,30 @@ def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def attempts(run: Callable[[int], Verdict], max_restarts: int) -> int:
+def attempts(
+    start: Start, command: Sequence[str], exports: Mapping[str, str], stall_seconds: float, max_restarts: int
+) -> int:
     """Run a job, again where it failed and that can help.
+
+    Args:
+        start, command, exports, stall_seconds: of `attempt`.
+        max_restarts: how often again.
 
     Returns:
         The exit code; the last lines printed name who failed first.
     """
-    for number in range(max_restarts + 1):
-        verdict = run(number)
-        if verdict.failure is None:
-            return verdict.code
-        say(verdict.failure.text())
-        if verdict.failure.final or verdict.stopped or number == max_restarts:
-            break
-        say(f"restart {number + 1} of {max_restarts}, from the last checkpoint")
-        time.sleep(AGAIN_SECONDS)
-    return verdict.code
+    with EndRequests() as requests:
+        number = 0
+        while True:
+            verdict = attempt(start, command, exports, stall_seconds, requests, number)
+            if verdict.failure is None:
+                return verdict.code
+            say(verdict.failure.text())
+            if verdict.failure.final or verdict.stopped or number == max_restarts:
+                return verdict.code
+            time.sleep(0 if requests.asked else AGAIN_SECONDS)
+            if requests.asked:
+                say("asked to end: it is not started again; the same command goes on from the last checkpoint")
+                return EXIT_PREEMPTED
+            number += 1
+            say(f"restart {number} of {max_restarts}, from the last checkpoint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import select
 import socket
 from collections.abc import Iterable
@@ -67,6 +68,12 @@ class Link:
         """End the connection."""
         self._socket.close()
         self.closed = True
+
+
+def allow_many_files() -> None:
+    """Let this process, and those that it starts, have as many files and connections open as the host permits."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def readable(sources: Iterable[Any], seconds: float) -> set[Any]:

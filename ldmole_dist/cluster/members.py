@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldmole_dist.cluster.link import Link, readable
+from ldmole_dist.cluster.link import Link, allow_many_files, readable
 from ldmole_dist.errors import UserError
 
 GREETING_SECONDS = 10.0  # for a new connection to say who it is
@@ -82,6 +82,7 @@ class Members:
             self._server = socket.create_server((address if address.startswith("127.") else "", port), backlog=1024)
         except OSError as error:
             raise UserError(f"port {port} of this host: {error.strerror}; choose another with --port") from error
+        allow_many_files()
         self.port = int(self._server.getsockname()[1])
         self.of_rank: dict[int, Member] = {}
         self.twice: list[Member] = []
@@ -146,12 +147,17 @@ class Members:
         if hello.pop("job", None) != self._job:
             self._turn_away(link)
             return []
-        del self._strangers[link]
         if kind == "observe":
+            del self._strangers[link]
             self._observers.append(link)
             link.send("beat")
             return [(None, message) for message in others]
-        member = Member(link=link, **hello)
+        try:
+            member = Member(link=link, **hello)
+        except TypeError:  # of another version of this package
+            self._turn_away(link)
+            return []
+        del self._strangers[link]
         if member.rank in self.of_rank:
             self.twice.append(member)
             return []

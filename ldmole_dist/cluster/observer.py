@@ -41,7 +41,10 @@ class Observer:
             launcher_code: exit code of the process that starts this host's supervisors, None while it runs.
         """
         deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and not self.stop_requested and launcher_code() is None:
+        while time.monotonic() < deadline and not self.stop_requested:
+            if launcher_code() is not None:
+                failure = Failure("the launcher of this host", f"ended with exit code {launcher_code()}")
+                return Verdict(1, failure, self.stop_requested)
             try:
                 link = Link(socket.create_connection(self.address, timeout=2))
             except OSError:
@@ -82,4 +85,4 @@ class Observer:
                     ended = now
 
     def _failed(self, why: str) -> Verdict:
-        return Verdict(1, Failure(f"the watch at {self.address[0]}:{self.address[1]}", why))
+        return Verdict(1, Failure(f"the watch at {self.address[0]}:{self.address[1]}", why), self.stop_requested)

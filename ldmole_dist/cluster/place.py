@@ -19,7 +19,7 @@ class Place:
 
 def inside_mpi(environ: Mapping[str, str]) -> bool:
     """Whether an MPI launcher started this process as one of several."""
-    return any(name in environ for name in _MPI)
+    return any(int(environ.get(name, 1)) > 1 for name in _MPI)
 
 
 def inside_slurm_step(environ: Mapping[str, str]) -> bool:

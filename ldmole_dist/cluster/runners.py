@@ -163,7 +163,8 @@ def launcher_environment(start: Start, environ: Mapping[str, str]) -> dict[str, 
 def own_devices(start: Start, environ: Mapping[str, str]) -> dict[str, str]:
     """What ranks of this host need to be told of its devices, as DeepSpeed's launcher overwrites it."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    return {} if start.launcher != "local" or chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
+    here = start.launcher in ("local", "torchrun")
+    return {"CUDA_VISIBLE_DEVICES": chosen} if here and chosen is not None else {}
 
 
 def _for_remote_shell(argument: str) -> str:

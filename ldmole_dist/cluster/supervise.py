@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 import select
 import signal
 import socket
@@ -22,7 +21,7 @@ from typing import IO
 
 import psutil
 
-from ldmole_dist.cluster.link import BEAT_SECONDS, LOST_SECONDS, Link, readable
+from ldmole_dist.cluster.link import BEAT_SECONDS, LOST_SECONDS, Link, allow_many_files, readable
 from ldmole_dist.cluster.network import interfaces
 from ldmole_dist.cluster.place import Place
 from ldmole_dist.cluster.relay import Relay
@@ -72,8 +71,8 @@ class Supervisor:
         if link is None:
             say(f"rank {self.place.rank}: no answer from the watch of the job at {watch[0]}:{watch[1]}")
             return 1
-        # A watch on this host is itself told what happens to the terminal.
-        self._remote = not watch[0].startswith("127.")
+        # What `ldmole launch` has started on this host hears from it what happens to the terminal.
+        self._remote = not watch[0].startswith("127.") and "TORCHELASTIC_RUN_ID" not in os.environ
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
@@ -153,9 +152,7 @@ class Supervisor:
             environment["NCCL_SOCKET_IFNAME"] = self.interface
         elif "GLOO_SOCKET_IFNAME" in own:  # this host knows better
             environment.pop("GLOO_SOCKET_IFNAME", None)
-        # Ranks of a large job have a connection to each other one.
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        allow_many_files()  # ranks of a large job have a connection to each other one
         try:
             self.child = subprocess.Popen(
                 self.command,
@@ -211,10 +208,10 @@ class Supervisor:
         self._pulse, self._pulse_time = last.decode(errors="replace"), now
 
     def _end_rank(self, stacks: bool = False) -> None:
-        """End the rank at once, if it runs: a peer is gone, nothing can be saved together any more."""
-        if self.child is None or self.child.poll() is not None:
+        """End the rank at once, and what it has started: a peer is gone, nothing can be saved together any more."""
+        if self.child is None:
             return
-        if stacks:
+        if stacks and self.child.poll() is None:
             self.child.send_signal(signal.SIGUSR1)
             time.sleep(1)
         self._end_all(self.child)

@@ -38,9 +38,10 @@ class StopRequests:
     def counts(self) -> bool:
         """Take note of a signal; whether it is a request of its own."""
         now = time.monotonic()
-        apart = now - self._last > TOGETHER_SECONDS
-        self.number, self._last = self.number + apart, now
-        return apart
+        if now - self._last <= TOGETHER_SECONDS:
+            return False
+        self.number, self._last = self.number + 1, now
+        return True
 
 
 class Watch:
@@ -135,7 +136,7 @@ class Watch:
             elif message["kind"] == "launcher ended":
                 how = f"ended with exit code {message['code']} before the ranks did"
                 self._failures.append(Failure(f"the launcher on {message['host']}", how))
-            else:
+            elif message["kind"] in ("asked", "asked twice"):
                 self._ask(again=message["kind"] == "asked twice")
 
     def _listen_for(self, seconds: float) -> None:
@@ -155,7 +156,7 @@ class Watch:
             self._failures.append(Failure(who, how, message["lines"], final=message["final"]))
         elif kind == "exited":
             member.code, lines = int(message["code"]), message["lines"]
-            if member.code == -signal.SIGTERM and self._stop_told:
+            if member.code == -signal.SIGTERM and self.stop_requested:
                 self._failures.append(Failure(who, "was asked to end before it had anything to save", asked=True))
             elif member.code not in (0, EXIT_PREEMPTED):
                 out_of_memory = message["out_of_memory"]

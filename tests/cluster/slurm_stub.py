@@ -66,5 +66,12 @@ def scontrol() -> int:
     return 0
 
 
+def squeue() -> int:
+    """The state of the job."""
+    assert sys.argv[1:] == ["--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%T"]
+    print("RUNNING")
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit({"srun": srun, "scontrol": scontrol, "sinfo": lambda: 0}[COMMAND]())
+    sys.exit({"srun": srun, "scontrol": scontrol, "squeue": squeue, "sinfo": lambda: 0}[COMMAND]())

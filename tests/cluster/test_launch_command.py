@@ -135,6 +135,7 @@ def test_devices_that_were_chosen_stay_chosen(tmp_path: Path) -> None:
     start = Start("local", [Host("here", (0, 1))])
     environ = {"CUDA_VISIBLE_DEVICES": "2,3"}  # which DeepSpeed's launcher makes 0,1
     assert own_devices(start, environ) == environ and "CUDA_VISIBLE_DEVICES" not in launcher_environment(start, environ)
+    assert own_devices(Start("torchrun", [Host("here", (0, 1))], nodes=2), environ) == environ
     assert own_devices(Start("pdsh", [Host("a", (0, 1))]), environ) == {}
 
 

@@ -22,7 +22,7 @@ class SlurmJob(Job):
     """A batch script on the first host of an allocation."""
 
     def __init__(self, hosts: TwoHosts, folder: Path, *arguments: str) -> None:  # noqa: F811
-        for name in ("srun", "scontrol", "sinfo"):
+        for name in ("srun", "scontrol", "squeue", "sinfo"):
             stub = hosts.folder / name
             stub.write_text(f"#!{sys.executable}\n" + (Path(__file__).parent / "slurm_stub.py").read_text())
             stub.chmod(0o755)

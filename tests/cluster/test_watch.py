@@ -191,12 +191,15 @@ def test_a_stopped_rank_counts_as_failed(jobs: Callable[..., Job]) -> None:
 
 def test_a_stall_is_told_with_stacks_of_all(jobs: Callable[..., Job], tmp_path: Path) -> None:
     program = (
-        "import os, sys, time; from ldmole_dist.pulse import pulse, show_stacks; show_stacks()\n"
+        "import os, pathlib, sys, time; from ldmole_dist.pulse import pulse, show_stacks; show_stacks()\n"
+        "rank, folder = os.environ['RANK'], pathlib.Path(sys.argv[1])\n"
         "def training_step(): time.sleep(1000)\n"
-        "for step in range(4): pulse(f'step {step}'); time.sleep(0.3 if os.environ['RANK'] != '1' or step < 2 else 1000)\n"
+        "(folder / f'up_{rank}').touch()\n"
+        "while len(list(folder.glob('up_*'))) < 3: time.sleep(0.1)\n"
+        "for step in range(6): pulse(f'step {step}'); time.sleep(0.7 if rank != '1' or step < 2 else 1000)\n"
         "training_step()\n"
     )
-    job = jobs(f"exec {sys.executable} -c '{program.replace(chr(39), chr(34))}'", stall_seconds=6.0)
+    job = jobs(f"exec {sys.executable} -c '{program.replace(chr(39), chr(34))}' \"$1\"", stall_seconds=6.0)
     verdict = job.serve()
     assert verdict.failure is not None and verdict.failure.who.startswith("rank 1 "), verdict
     assert "no progress for 6 s" in verdict.failure.how and "'step 2'" in verdict.failure.how
