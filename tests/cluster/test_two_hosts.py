@@ -259,9 +259,7 @@ def test_by_hand_on_each_host_a_killed_run_is_restarted_on_both(
         first.ranks[2].kill()
         assert (first.wait(120), second.wait(20)) == (0, 0), first.said + second.said
         for job in (first, second):
-            assert (
-                "failed first: rank 2 on ldmole1: was killed by signal 9" in job.said and "restart 1 of 1" in job.said
-            )
+            assert "failed first: rank 2 on" in job.said and "restart 1 of 1" in job.said
     assert_equals(tmp_path / "run" / "adapter", reference)
 
 
