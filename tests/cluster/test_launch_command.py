@@ -125,6 +125,7 @@ def test_what_pdsh_sends_arrives(tmp_path: Path) -> None:
     from deepspeed.launcher.runner import parse_args
 
     argv = launcher_command(Start("pdsh", [Host("a", (0,))]), [*RANK, *NASTY], tmp_path)
+    assert "100%%h" in argv  # pdsh makes 100%h of it, and a host's name of a lone %h
     runner = PDSHRunner(parse_args(argv[3:]), "")  # after python -m deepspeed.launcher.runner
     sent = " ".join(runner.parse_user_args()).replace("%%", "%")  # as pdsh gives it to ssh, and ssh to a shell
     arrived = subprocess.run(["sh", "-c", f"printf '%s\\n' {sent}"], capture_output=True, text=True, check=True).stdout
