@@ -19,6 +19,8 @@ BATCH = "optimisation.global_batch_size=128"
 RANK = ["entry.py", "--watch", "a:1", "--", "python", "train.py", "config.yaml"]
 NASTY = [
     "a=b",
+    "100%h",
+    "two 100%h",
     "data.labels=[ x, y]",
     "it's",
     'say "x"',
