@@ -16,7 +16,7 @@ import pytest
 
 from ldmole_dist.cluster import supervise
 from ldmole_dist.cluster.launch import supervised
-from ldmole_dist.cluster.verdict import Verdict
+from ldmole_dist.cluster.verdict import Failure, Verdict
 from ldmole_dist.cluster.watch import Watch
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED
 
@@ -249,15 +249,24 @@ def test_a_rank_that_has_nothing_to_save_yet_can_be_started_again(jobs: Callable
     assert verdict.code == EXIT_PREEMPTED and verdict.failure is not None and "anything to save" in verdict.failure.how
 
 
-def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
-    watch = Watch("127.0.0.1", "job", 1, 60.0, lambda text: None)
+def refused(command: list[str], place: tuple[int, int], size: int, interface: str | None = None) -> Failure:
+    """Why the watch of a job of some size ends it, whose only process was started as rank (of so many)."""
+    watch = Watch("127.0.0.1", "job", size, 60.0, lambda text: None)
     at = ["--watch", f"127.0.0.1:{watch.address[1]}", "--job", "job"]
-    argv = [sys.executable, *supervised(["/no/such/python"], at, {}, None)]
-    process = subprocess.Popen(argv, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"})
-    verdict = watch.serve(lambda: None)
-    watch.close()
-    assert verdict.failure is not None and "cannot be started" in verdict.failure.how
-    assert process.wait(20) == 1
+    environment = os.environ | {"RANK": str(place[0]), "WORLD_SIZE": str(place[1])}
+    process = subprocess.Popen([sys.executable, *supervised(command, at, {}, interface)], env=environment)
+    try:
+        failure = watch.serve(lambda: None).failure
+        watch.close()
+        assert process.wait(20) == 1 and failure is not None and failure.final
+        return failure
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_cannot_be_started_is_said() -> None:
+    assert "cannot be started" in refused(["/no/such/python"], (0, 1), size=1).how
 
 
 def test_a_launcher_that_ends_before_its_ranks_start(jobs: Callable[..., Job]) -> None:
@@ -290,25 +299,10 @@ def test_strangers_are_turned_away(jobs: Callable[..., Job]) -> None:
     assert job.serve() == Verdict(0)
 
 
-def test_a_job_of_another_size_is_refused(tmp_path: Path) -> None:
-    watch = Watch("127.0.0.1", "job", 8, 60.0, lambda text: None)
-    at = ["--watch", f"127.0.0.1:{watch.address[1]}", "--job", "job"]
-    argv = [sys.executable, *supervised(["true"], at, {}, None)]
-    process = subprocess.Popen(argv, env=os.environ | {"RANK": "0", "WORLD_SIZE": "4"})
-    verdict = watch.serve(lambda: None)
-    watch.close()
-    assert verdict.failure is not None and "rank 0 of 4, but the job has 8 ranks" in verdict.failure.how
-    assert process.wait(20) == 1
+def test_a_job_of_another_size_is_refused() -> None:
+    assert "rank 0 of 4, but the job has 8 ranks" in refused(["true"], (0, 4), size=8).how
 
 
-def test_an_interface_that_is_not_there_is_named(tmp_path: Path) -> None:
-    watch = Watch("127.0.0.1", "job", 1, 60.0, lambda text: None)
-    at = ["--watch", f"127.0.0.1:{watch.address[1]}", "--job", "job"]
-    process = subprocess.Popen(
-        [sys.executable, *supervised(["true"], at, {}, "eth9")], env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
-    )
-    verdict = watch.serve(lambda: None)
-    watch.close()
-    assert verdict.failure is not None and verdict.failure.final
-    assert "no network interface 'eth9'" in verdict.failure.how and "lo (127.0.0.1)" in verdict.failure.how
-    assert process.wait(20) == 1
+def test_an_interface_that_is_not_there_is_named() -> None:
+    how = refused(["true"], (0, 1), size=1, interface="eth9").how
+    assert "no network interface 'eth9'" in how and "lo (127.0.0.1)" in how
