@@ -9,6 +9,7 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,9 +19,12 @@ import torch
 from torch import Tensor
 
 from ldmole_dist.method.losses import load_balance_loss, router_z_loss, sparsity_loss
+from ldmole_dist.method.noise import RouterNoise
 from ldmole_dist.method.routers import Routing
 
 Tape = dict[Any, list[Any]]
+# Is told, of every adapted linear in every forward: its name, its routing of T tokens, and which of them are real (None: all).
+Observer = Callable[[str, Routing, Tensor | None], None]
 
 
 @dataclass
@@ -34,10 +38,18 @@ class LossWeights:
 
 
 class StepContext:
-    """State of the current micro-batch; nothing of it outlives the next `begin`."""
+    """State of the current micro-batch; nothing of it outlives the next `begin`.
+
+    Attributes:
+        weights: of the auxiliary losses.
+        noise: on the router scores of the next training forward; to be set for each micro-batch. None: none.
+        observer: is told what is routed, in training and evaluation, once (a recomputation is not a forward). None: nobody.
+    """
 
     def __init__(self) -> None:
         self.weights = LossWeights()
+        self.noise: RouterNoise | None = None
+        self.observer: Observer | None = None
         self.terms: dict[str, list[Tensor]] = {}
         self.stats: dict[str, Tensor] = {}
         self._mask: Tensor | None = None
@@ -100,6 +112,18 @@ class StepContext:
             if mask_T is not None:
                 active_T, lam_T = active_T.masked_fill(~mask_T, 0), lam_T.masked_fill(~mask_T, 0)
             self.stats[name] = torch.stack([active_T.sum().to(lam_T.dtype), lam_T.sum()])
+
+    def observe(self, name: str, routing: Routing, shape: torch.Size) -> None:
+        """An adapted linear shows what it routed to the observer, if there is one.
+
+        Args:
+            name: of the linear, unique in the model.
+            routing: of T tokens.
+            shape: the leading dimensions of the input, whose product is T.
+        """
+        if self.observer is not None and self._open:
+            with torch.no_grad():
+                self.observer(name, routing, self._token_mask(shape))
 
     def _token_mask(self, shape: torch.Size) -> Tensor | None:
         if self._mask is None:

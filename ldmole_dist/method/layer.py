@@ -114,6 +114,8 @@ class InputGroup:
         routers: list[Any] = [m.router[adapter] for m in members]
         banks = [ExpertBank(m.lora_A[adapter], m.lora_B[adapter], m.scaling[adapter]) for m in members]
         logits = [router(x_TD) for router in routers]
+        if leader.training and context.noise is not None:
+            logits = [context.noise.added(u_TE, m.name) for m, u_TE in zip(members, logits, strict=True)]
 
         decision = context.replayed(leader)
         repeated = decision is not None
@@ -125,9 +127,10 @@ class InputGroup:
             router.weigh(u_TE, lam_T, support_TE)
             for router, u_TE, support_TE in zip(routers, logits, decision.supports, strict=True)
         ]
-        if leader.training:
-            for m, routing in zip(members, routings, strict=True):
+        for m, routing in zip(members, routings, strict=True):
+            if leader.training:
                 context.report(m.name, routing, x.shape[:-1])
+            context.observe(m.name, routing, x.shape[:-1])
         return dispatch.start(x_TD, routings, banks, decision.plan, repeated)
 
 

@@ -7,12 +7,12 @@ Shapes: D in-features, O out-features, E experts in all, L experts held here, R 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ldmole_dist.method.noise import stream
 from ldmole_dist.method.routers import kaiming_uniform_
 
 
@@ -49,8 +49,7 @@ class Placement:
 
 def seeded(seed: int, *names: object) -> torch.Generator:
     """A CPU generator whose stream depends only on `seed` and `names`: not on process, device or order of creation."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.Generator().manual_seed(stream(seed, *names))
 
 
 def draw_bank(
