@@ -166,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     checkpointing = bench.add_parser("checkpoint", help="what a checkpoint in the background costs training")
     checkpointing.add_argument("--layers", type=int, default=11, help="of the model: 9.3 million parameters each")
     checkpointing.set_defaults(call=_bench_checkpoint)
+    monitoring = bench.add_parser("monitor", help="what watching a run costs it")
+    monitoring.add_argument("--turns", type=int, default=8, help="timed steps of each kind, interleaved")
+    monitoring.set_defaults(call=_bench_monitor)
     decide = bench.add_parser(
         "decide", help="what a dispatch decides to move over many shapes, and what deciding costs"
     )
@@ -276,6 +279,15 @@ def _bench_checkpoint(args: argparse.Namespace) -> int:
     from ldmole_dist.study.bench_checkpoint import Sizes, bench_checkpoint, print_measured
 
     print_measured(bench_checkpoint(Sizes(layers=args.layers)))
+    return 0
+
+
+def _bench_monitor(args: argparse.Namespace) -> int:
+    from ldmole_dist.config import Run
+    from ldmole_dist.study.bench_monitor import Sizes, bench_monitor, print_measured
+
+    ranks = 2
+    print_measured(bench_monitor(ranks, turns=args.turns), Sizes(), ranks, Run("").detail_every)
     return 0
 
 

@@ -105,6 +105,9 @@ class Optimisation:
         sparsity_coef: c_sp. 0 in the paper's main results.
         sparsity_target: k*, the number of experts that the sparsity loss steers to.
         z_coef: of the router z-loss.
+        router_noise: standard deviation of Gaussian noise on the router scores in training, at the first step; 0, as in the
+            paper, for none.
+        router_noise_share: of all steps, over which the noise falls linearly to 0.
     """
 
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -126,6 +129,8 @@ class Optimisation:
     sparsity_coef: Coefficient = 0.0
     sparsity_target: Positive = 2
     z_coef: Coefficient = 0.0
+    router_noise: Coefficient = 0.0
+    router_noise_share: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
 @dataclass(config=_strict_keys)
@@ -157,12 +162,13 @@ class Run:
     """Where results go and how often.
 
     Args:
-        output_dir: the run's folder (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl).
+        output_dir: the run's folder (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl, routing.jsonl).
         seed: of initial values, dropout and data order.
         eval_every: optimizer steps between evaluations; 0: only before and after training.
         save_every: optimizer steps between checkpoints; 0: none.
         keep_last: checkpoints that are kept.
-        detail_every: optimizer steps between reports of what each input group sent.
+        detail_every: optimizer steps between detailed reports: routing of each linear, gradient norms by part, time in
+            dispatch, what each input group sent.
         save_async: write checkpoints while training goes on, from a copy in host memory; false: stop for them, and copy
             nothing.
         resume: "auto" goes on from the newest whole checkpoint in output_dir, if there is one; "never" starts anew, and

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,15 +21,14 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.startup import Process
 from ldmole_dist.errors import NonFiniteLoss, Preempted
 from ldmole_dist.evaluate import Evaluator, batch_logits
-from ldmole_dist.monitor import Monitor
+from ldmole_dist.method.noise import RouterNoise, linear_decay
+from ldmole_dist.monitor.meter import Report, StepMeter
+from ldmole_dist.monitor.probe import Probe
+from ldmole_dist.monitor.writer import Monitor
 from ldmole_dist.objective import answer_count, answer_loss, next_tokens
-from ldmole_dist.parallel.wire import KINDS
 from ldmole_dist.peft_method import tuner_of
 from ldmole_dist.pulse import pulse
 from ldmole_dist.stop import StopRequest
-
-# What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
-SUMS = ("loss", "loss_task", "loss_balance", "loss_sparsity", "loss_z", "active", "lambda", "decisions", "tokens")
 
 
 class Trainer:
@@ -42,6 +40,7 @@ class Trainer:
         examples: of the training set, all of them on every rank.
         order: which of them when.
         evaluator: or None.
+        probe: of how routing changes.
         pad_id: for batches.
         process: of this rank.
         saver: of checkpoints.
@@ -56,6 +55,7 @@ class Trainer:
         examples: Sequence[Encoded],
         order: TrainingOrder,
         evaluator: Evaluator | None,
+        probe: Probe,
         pad_id: int,
         process: Process,
         saver: Saver,
@@ -64,7 +64,8 @@ class Trainer:
     ) -> None:
         self.config, self.engine, self.process = config, engine, process
         self.examples, self.order, self.pad_id = examples, order, pad_id
-        self.evaluator, self.first_step, self.last_step = evaluator, first_step, last_step
+        self.evaluator, self.probe = evaluator, probe
+        self.first_step, self.last_step = first_step, last_step
         self.saver, self.stop = saver, StopRequest()
         self.monitor = Monitor(Path(config.run.output_dir), process.is_main, first_step)
         self.context = tuner_of(engine.module).context
@@ -101,9 +102,10 @@ class Trainer:
             unit="step",
         )
         for step in steps:
-            metrics = self._step(step)
-            self.monitor.step(step, metrics)
-            steps.set_postfix(loss=f"{metrics['loss']:.3f}", experts=f"{metrics['experts_per_token']:.2f}")
+            report = self._step(step)
+            self.monitor.step(step, report)
+            loss, experts = report.metrics["loss"], report.metrics["experts_per_token"]
+            steps.set_postfix(loss=f"{loss:.3f}", experts=f"{experts:.2f}")
             if step == self.last_step or (run.eval_every and step % run.eval_every == 0):
                 result = self._evaluate(step)
             asked, written = self._flags_of_all()
@@ -127,40 +129,43 @@ class Trainer:
         return asked > 0, written == self.process.world_size
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        if self.evaluator is None:
-            return {}
-        result = self.evaluator(self.engine.module, f"evaluating after {step} steps")
-        if not math.isfinite(result["eval_loss"]):
-            batch = self._batches(max(step, 1))[0]
-            raise NonFiniteLoss(
-                f"the loss of the evaluation after {step} steps is {result['eval_loss']}; "
-                f"{explain_nonfinite(self.engine, batch, False)}"
-            )
-        self.monitor.evaluation(step, result)
-        if self.process.is_main:
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        changed = self.probe.changed(self.engine)
+        result: dict[str, float] = {}
+        if self.evaluator is not None:
+            result = self.evaluator(self.engine.module, f"evaluating after {step} steps")
+            if not math.isfinite(result["eval_loss"]):
+                batch = self._batches(max(step, 1))[0]
+                raise NonFiniteLoss(
+                    f"the loss of the evaluation after {step} steps is {result['eval_loss']}; "
+                    f"{explain_nonfinite(self.engine, batch, False)}"
+                )
+            if self.process.is_main:
+                tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        if result or changed:
+            self.monitor.evaluation(step, result, changed)
         return result
 
-    def _step(self, step: int) -> dict[str, Any]:
-        """One optimizer step: its reported numbers, the same on every rank."""
+    def _step(self, step: int) -> Report:
+        """One optimizer step: its report, the same on every rank."""
         started = time.perf_counter()
         engine = self.engine
-        engine.parallel.wire.clear()
+        meter = StepMeter(engine, self.process, detailed=step % self.config.run.detail_every == 0)
         batches = self._batches(step)
         share = self._task_share(batches)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.process.device)
         losses = []
         for turn, batch in enumerate(batches):
             pulse(f"step {step}")
+            self.context.noise = self._noise(step, turn)
             targets, logits = batch_logits(engine, batch)
             task = answer_loss(logits, targets, self.config.optimisation.label_smoothing) * share.to(logits.device)
             loss = task + self.context.auxiliary_loss()
             engine.backward(loss)
             losses.append(loss.detach())
-            sums += self._sums(loss.detach(), task.detach(), batch)
+            meter.add(loss.detach(), task.detach(), batch)
             if turn < len(batches) - 1:
                 engine.step()
-        metrics = self._reduced(sums, len(batches), detailed=step % self.config.run.detail_every == 0)
+        report = meter.report()
+        metrics = report.metrics
         if not math.isfinite(metrics["loss"]):
             bad = next((turn for turn, loss in enumerate(losses) if not loss.isfinite()), None)
             raise NonFiniteLoss(
@@ -178,7 +183,13 @@ class Trainer:
             )
         metrics["skipped_steps"] = engine.skipped_steps
         metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
-        return metrics
+        return report
+
+    def _noise(self, step: int, turn: int) -> RouterNoise | None:
+        """On the router scores of micro-batch `turn` of this rank."""
+        o, run = self.config.optimisation, self.config.run
+        std = linear_decay(o.router_noise, o.router_noise_share, step, self.last_step)
+        return RouterNoise(std, (run.seed, step, turn, self.process.rank)) if std > 0 else None
 
     def _batches(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of an optimizer step (from 1)."""
@@ -194,42 +205,3 @@ class Trainer:
         answers = torch.stack([answer_count(t) for t in targets]).sum()
         dist.all_reduce(answers)
         return self.process.world_size * len(batches) / answers.clamp_min(1).float()
-
-    def _sums(self, loss: Tensor, task: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """This micro-batch's contributions, in the order of SUMS."""
-        tokens = batch["attention_mask"].sum()
-        stats = list(self.context.stats.values())
-        active, lam = torch.stack(stats).sum(0)
-        auxiliary = [torch.as_tensor(self.context.mean(term)).detach() for term in ("balance", "sparsity", "z")]
-        values = [loss, task, *auxiliary, active, lam, tokens * len(stats), tokens]
-        return torch.stack([v.to(device=loss.device, dtype=torch.float64) for v in values])
-
-    def _reduced(self, sums: Tensor, micro_batches: int, detailed: bool) -> dict[str, Any]:
-        """Global means and sums of an optimizer step; if detailed, also what each input group sent."""
-        groups, table = self.engine.parallel.wire.table()
-        everything = torch.cat([sums, table.flatten().to(sums)])
-        dist.all_reduce(everything)
-        everything = everything.cpu()
-        total = dict(zip(SUMS, everything[: len(SUMS)].tolist(), strict=True))
-        elements, sizes = everything[len(SUMS) :].long().view(table.shape)
-        decisions = max(total.pop("decisions"), 1)
-        means = {
-            name: total[name] / (micro_batches * self.process.world_size) for name in SUMS if name.startswith("loss")
-        }
-        return means | {
-            "experts_per_token": total["active"] / decisions,
-            "lambda_mean": total["lambda"] / decisions,
-            "wire_elements": int(elements.sum()),
-            "wire_bytes": int(sizes.sum()),
-            **({"wire": dict(zip(KINDS, elements.sum(0).tolist(), strict=True))} if groups else {}),
-            **({"wire_by_group": _by_group(groups, elements)} if detailed and groups else {}),
-            "tokens": total["tokens"],
-        }
-
-
-def _by_group(groups: list[str], elements_GK: Tensor) -> dict[str, dict[str, int]]:
-    """Elements of each kind that each input group sent, where there were any."""
-    return {
-        group: {kind: number for kind, number in zip(KINDS, of_group, strict=True) if number}
-        for group, of_group in zip(groups, elements_GK.tolist(), strict=True)
-    }

@@ -38,6 +38,7 @@ from ldmole_dist.engine.startup import Process, agreed, start
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluate import Evaluator, single_token_choices
 from ldmole_dist.method.context import LossWeights
+from ldmole_dist.monitor.probe import Probe
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import is_expert_tensor, spread_experts, tuner_of
@@ -118,11 +119,12 @@ def prepare(config: Config) -> Trainer:
     evaluator = None
     if held_out is not None:
         evaluator = Evaluator(held_out, choices, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
+    probe = Probe(examples if held_out is None else held_out, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
     saver = Saver(folder / "checkpoints", config, process, data_order)
     if process.is_main:
         _announce(model, config, process, first_step, total_steps)
     pad_id = tokenizer.pad_token_id
-    return Trainer(config, engine, examples, order, evaluator, pad_id, process, saver, first_step, total_steps)
+    return Trainer(config, engine, examples, order, evaluator, probe, pad_id, process, saver, first_step, total_steps)
 
 
 def build_model(

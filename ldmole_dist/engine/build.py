@@ -104,6 +104,11 @@ class Engine:
         return int(self.deepspeed.skipped_steps)
 
     @property
+    def loss_scale(self) -> float:
+        """What the losses, and so the gradients until the step, are multiplied with; 1 but in fp16."""
+        return float(self.deepspeed.optimizer.loss_scaler.cur_scale) if self._scales_losses else 1.0
+
+    @property
     def learning_rate(self) -> float:
         """Of the next optimizer step."""
         return float(self.deepspeed.optimizer.param_groups[0]["lr"])

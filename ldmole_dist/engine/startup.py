@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import warnings
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ class Process:
     def is_main(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
+
+    def peak_memory(self) -> int:
+        """The most bytes in use at once since the start: of the device, on a CPU of the whole process."""
+        if self.device.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(get_accelerator().max_memory_allocated())
 
 
 def start(timeout_minutes: float = 30.0) -> Process:

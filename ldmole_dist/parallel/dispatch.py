@@ -109,6 +109,10 @@ class ExpertParallelDispatch:
 
     def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> Plan:
         """Decide what moves and tell every rank what will come from here and what is wanted of it."""
+        with self.wire.clock.measured("deciding", supports[0].device):
+            return self._plan(supports, banks, name)
+
+    def _plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> Plan:
         support_GTPL = torch.stack([s.unflatten(1, (self.size, -1)) for s in supports])
         shipped_PGL = self._ships(support_GTPL, banks)
         need_GTP = self._needed(support_GTPL, shipped_PGL)

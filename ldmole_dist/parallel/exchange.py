@@ -143,14 +143,22 @@ class _UnderWay:
         for kind, rows, to, _ in parcels:
             tally.add(kind, (sum(to) - to[own]) * rows.shape[1], rows)
         self._parcels = [(p.rows.dtype, p.rows.shape[1], p.recv) for p in parcels]
-        self._packed, sent, received = _packed(parcels)
-        self._arrived = self._packed.new_empty(sum(received), *self._packed.shape[1:])
-        self._work = dist.all_to_all_single(self._arrived, self._packed, received, sent, group=group, async_op=overlap)
+        self._clock = tally.wire.clock
+        with self._clock.measured("exchanging", parcels[0].rows.device):
+            self._packed, sent, received = _packed(parcels)
+            self._arrived = self._packed.new_empty(sum(received), *self._packed.shape[1:])
+            self._work = dist.all_to_all_single(
+                self._arrived, self._packed, received, sent, group=group, async_op=overlap
+            )
 
     def wait(self) -> list[Tensor]:
         """What came of each parcel."""
-        if self._work is not None:
-            self._work.wait()
+        with self._clock.measured("exchanging", self._arrived.device):
+            if self._work is not None:
+                self._work.wait()
+            return self._unpacked()
+
+    def _unpacked(self) -> list[Tensor]:
         if len(self._parcels) == 1:
             return [self._arrived]
         ranks = range(len(self._parcels[0][2]))

@@ -13,14 +13,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldmole_dist.parallel.stopwatch import Stopwatch
+
 FORWARD = ("rows", "gates", "weights", "sums")
 KINDS = ("counts", *FORWARD, *(f"grad_{kind}" for kind in FORWARD), *(f"again_{kind}" for kind in FORWARD))
 
 
+# What dispatching consists of, beside what the experts compute: deciding what moves (the exchange of counts included), and
+# packing, waiting for and unpacking it.
+TIMED = ("deciding", "exchanging")
+
+
 class Wire:
-    """What this rank sent since the last `clear`, by (input group, kind)."""
+    """What this rank sent since the last `clear`, by (input group, kind), and how long `TIMED` took if its clock is on."""
 
     def __init__(self) -> None:
+        self.clock = Stopwatch()
         self.elements: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
 
@@ -28,6 +36,7 @@ class Wire:
         """Begin again."""
         self.elements.clear()
         self.bytes.clear()
+        self.clock.clear()
 
     def table(self) -> tuple[list[str], Tensor]:
         """The input groups, the same on ranks with the same model, and (2, input groups, KINDS): elements and bytes."""

@@ -1,0 +1,116 @@
+"""Routing in TensorBoard, so that a model of many layers stays readable.
+
+"routing/<number>/<projection>" is the mean over layers, seven lines to look at; "layers/<projection>/<number>/<layer>" has each
+linear; a histogram for each projection shows how many experts tokens have, an image how experts (columns) of each layer (rows)
+are loaded. The custom scalars page puts the lines of one kind into one chart.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from ldmole_dist.method.statistics import place_of
+
+NUMBERS = ("lambda_mean", "lambda_std", "experts_per_token", "entropy", "max_load", "dead_experts")
+CHANGED = "support_changed"
+PIXELS = 16  # side of one (layer, expert) in an image
+
+HEADLINES = {
+    "loss": ["train/loss$", "train/loss_task$"],
+    "auxiliary losses": ["train/loss_balance$", "train/loss_sparsity$", "train/loss_z$"],
+    "evaluation": ["eval/eval_loss$", "eval/accuracy$"],
+    "experts per token": ["train/experts_per_token$"],
+    "lambda, mean and spread": ["train/lambda_mean$", "train/lambda_std$"],
+    "dead experts": ["train/dead_experts$"],
+    "tokens of the probe set whose experts changed": [f"eval/{CHANGED}$"],
+    "gradient norm, by part": ["train/grad_norm$", "grad_norm_by_part/"],
+    "tokens per second": ["train/tokens_per_second$"],
+    "seconds of a step in dispatch": ["dispatch_seconds/"],
+    "elements on the wire": ["train/wire_elements$", "^wire/"],
+    "peak memory, GB": ["train/peak_memory_gb$"],
+}
+
+
+def write_layout(board: SummaryWriter, linears: Iterable[str]) -> None:
+    """Tell TensorBoard's custom scalars page which lines belong into one chart."""
+    projections = sorted({place_of(name)[1] for name in linears})
+    numbers = [*NUMBERS, CHANGED]
+    layout = {
+        "1 headlines": {title: ["Multiline", tags] for title, tags in HEADLINES.items()},
+        "2 routing by projection": {number: ["Multiline", [f"^routing/{number}/"]] for number in numbers},
+        "3 routing by layer": {
+            f"{projection}: {number}": ["Multiline", [f"^layers/{projection}/{number}/"]]
+            for projection in projections
+            for number in numbers
+        },
+    }
+    board.add_custom_scalars(layout)
+
+
+def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, Any]]) -> None:
+    """Everything that one detailed report says of the linears.
+
+    Args:
+        board: of the run.
+        step: optimizer step, from 1.
+        routing: name of a linear -> `statistics.summarize`.
+    """
+    for number in NUMBERS:
+        _write_by_place(board, step, number, {name: summary[number] for name, summary in routing.items()})
+    for projection, places in _by_projection(routing).items():
+        summaries = [routing[name] for _, name in places]
+        _write_histogram(board, step, projection, np.mean([s["histogram"] for s in summaries], axis=0))
+        board.add_image(f"load/{projection}", _heat_map([s["load"] for s in summaries]), step, dataformats="HWC")
+
+
+def write_changes(board: SummaryWriter, step: int, changed: dict[str, float]) -> None:
+    """The share of the probe set's tokens whose experts changed, for each linear."""
+    _write_by_place(board, step, CHANGED, changed)
+
+
+def _write_by_place(board: SummaryWriter, step: int, number: str, values: dict[str, float]) -> None:
+    for projection, places in _by_projection(values).items():
+        board.add_scalar(f"routing/{number}/{projection}", np.mean([values[name] for _, name in places]), step)
+        for layer, name in places:
+            if layer is not None:
+                board.add_scalar(f"layers/{projection}/{number}/{layer:03}", values[name], step)
+
+
+def _by_projection(linears: Iterable[str]) -> dict[str, list[tuple[int | None, str]]]:
+    """Projection -> (layer, name) of its linears, in the order of the layers."""
+    found: defaultdict[str, list[tuple[int | None, str]]] = defaultdict(list)
+    for name in linears:
+        layer, projection = place_of(name)
+        found[projection].append((layer, name))
+    return {projection: sorted(places, key=lambda place: place[0] or 0) for projection, places in found.items()}
+
+
+def _write_histogram(board: SummaryWriter, step: int, projection: str, share_of_count: np.ndarray) -> None:
+    """How many tokens have 0, 1, ..., E experts, one bucket for each."""
+    counts = np.arange(len(share_of_count))
+    board.add_histogram_raw(
+        f"experts_per_token/{projection}",
+        min=0,
+        max=counts[-1],
+        num=1,
+        sum=float(share_of_count @ counts),
+        sum_squares=float(share_of_count @ counts**2),
+        bucket_limits=(counts + 0.5).tolist(),
+        bucket_counts=share_of_count.tolist(),
+        global_step=step,
+    )
+
+
+def _heat_map(load_NE: list[list[float]]) -> np.ndarray:
+    """(height, width, 3) from 0 to 1: white for an expert without a token, the darker the more load; black from four times
+    its even share on."""
+    even = 1 / len(load_NE[0])
+    darkness = np.clip(np.asarray(load_NE) / (4 * even), 0, 1)
+    colours = np.stack([1 - darkness, 1 - 0.9 * darkness, 1 - 0.6 * np.sqrt(darkness)], axis=-1)
+    colours[darkness == 1] = 0
+    return colours.repeat(PIXELS, axis=0).repeat(PIXELS, axis=1)

@@ -1,0 +1,128 @@
+"""What one optimizer step reports: losses and counts of every micro-batch, added up and reduced over the ranks once.
+
+Every rank reports the same kinds of numbers in the same steps, so the reductions are the same everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldmole_dist.engine.build import Engine
+from ldmole_dist.engine.grad_norms import gradient_norms
+from ldmole_dist.engine.startup import Process
+from ldmole_dist.method.statistics import RoutingSums, summarize
+from ldmole_dist.parallel.wire import KINDS, TIMED
+from ldmole_dist.peft_method import tuner_of
+
+# What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
+SUMS = ("loss", "loss_task", "loss_balance", "loss_sparsity", "loss_z", "active", "lambda", "decisions", "tokens")
+
+
+class Report(NamedTuple):
+    """Of an optimizer step, the same on every rank.
+
+    Args:
+        metrics: name -> number, or a dictionary of them.
+        routing: name of a linear -> what it routed (`statistics.summarize`); empty unless the step is reported in detail.
+    """
+
+    metrics: dict[str, Any]
+    routing: dict[str, dict[str, Any]]
+
+
+class StepMeter:
+    """Collects one optimizer step; every rank makes one.
+
+    Args:
+        engine: that runs the step.
+        process: of this rank.
+        detailed: whether routing by linear, gradient norms by part, times and memory are reported too.
+    """
+
+    def __init__(self, engine: Engine, process: Process, detailed: bool) -> None:
+        self.engine, self.process, self.detailed = engine, process, detailed
+        self.context, self.wire = tuner_of(engine.module).context, engine.parallel.wire
+        self.wire.clear()
+        self.wire.clock.on = detailed
+        self._routed = RoutingSums()
+        self.context.observer = self._routed if detailed else None
+        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=process.device)
+        self._micro_batches = 0
+
+    def add(self, loss: Tensor, task: Tensor, batch: dict[str, Tensor]) -> None:
+        """Count a micro-batch, after its forward.
+
+        Args:
+            loss: all of it, a detached scalar.
+            task: the part of the task, likewise.
+            batch: from `collate`.
+        """
+        tokens = batch["attention_mask"].sum()
+        stats = list(self.context.stats.values())
+        active, lam = torch.stack(stats).sum(0)
+        auxiliary = [torch.as_tensor(self.context.mean(term)).detach() for term in ("balance", "sparsity", "z")]
+        values = [loss, task, *auxiliary, active, lam, tokens * len(stats), tokens]
+        self._sums += torch.stack([v.to(device=loss.device, dtype=torch.float64) for v in values])
+        self._micro_batches += 1
+
+    def report(self) -> Report:
+        """Global means and sums; every rank calls it, after the last backward and before the update."""
+        self.context.observer, self.wire.clock.on = None, False
+        groups, table = self.wire.table()
+        routed = self._routed.by_linear
+        everything = torch.cat([self._sums, table.flatten().to(self._sums), *routed.values()])
+        dist.all_reduce(everything)
+        sums, sent, rest = everything.cpu().split(
+            [len(SUMS), table.numel(), len(everything) - len(SUMS) - table.numel()]
+        )
+        metrics = self._means(dict(zip(SUMS, sums.tolist(), strict=True)))
+        elements, sizes = sent.long().view(table.shape)
+        metrics |= {"wire_elements": int(elements.sum()), "wire_bytes": int(sizes.sum())}
+        if groups:
+            metrics["wire"] = dict(zip(KINDS, elements.sum(0).tolist(), strict=True))
+        if not self.detailed:
+            return Report(metrics, {})
+        if groups:
+            metrics["wire_by_group"] = _by_group(groups, elements)
+        by_linear = dict(zip(routed, rest.split([len(s) for s in routed.values()]), strict=True))
+        routing = {name: summarize(linear_sums) for name, linear_sums in by_linear.items()}
+        # Experts of different linears have nothing to do with each other, but lambdas do.
+        metrics["lambda_std"] = summarize(torch.stack(list(by_linear.values())).sum(0))["lambda_std"]
+        metrics["dead_experts"] = sum(summary["dead_experts"] for summary in routing.values())
+        metrics["grad_norm_by_part"] = gradient_norms(self.engine)
+        return Report(metrics | self._extremes(), routing)
+
+    def _means(self, total: dict[str, float]) -> dict[str, Any]:
+        decisions = max(total["decisions"], 1)
+        means = {
+            name: total[name] / (self._micro_batches * self.process.world_size)
+            for name in SUMS
+            if name.startswith("loss")
+        }
+        return means | {
+            "experts_per_token": total["active"] / decisions,
+            "lambda_mean": total["lambda"] / decisions,
+            "tokens": total["tokens"],
+        }
+
+    def _extremes(self) -> dict[str, Any]:
+        """What the slowest and the fullest rank needed."""
+        values = [self.process.peak_memory(), *(self.wire.clock.seconds(part) for part in TIMED)]
+        worst = torch.tensor(values, dtype=torch.float64, device=self.process.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        memory, *seconds = worst.tolist()
+        return {"peak_memory_gb": memory / 1e9} | (
+            {"dispatch_seconds": dict(zip(TIMED, seconds, strict=True))} if self.engine.parallel.size > 1 else {}
+        )
+
+
+def _by_group(groups: list[str], elements_GK: Tensor) -> dict[str, dict[str, int]]:
+    """Elements of each kind that each input group sent, where there were any."""
+    return {
+        group: {kind: number for kind, number in zip(KINDS, of_group, strict=True) if number}
+        for group, of_group in zip(groups, elements_GK.tolist(), strict=True)
+    }

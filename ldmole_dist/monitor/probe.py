@@ -1,0 +1,88 @@
+"""A few fixed sequences whose routing is compared from evaluation to evaluation: has the router settled?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldmole_dist.data.batches import collate
+from ldmole_dist.data.encode import Encoded
+from ldmole_dist.engine.build import Engine
+from ldmole_dist.engine.startup import Process
+from ldmole_dist.evaluate import batch_logits
+from ldmole_dist.method.routers import Routing
+from ldmole_dist.peft_method import tuner_of
+
+SEQUENCES = 16  # of up to 1024 tokens and 8 experts, in 224 linears: 4 MB
+
+
+class Probe:
+    """Remembers which experts every real token of the probe set had in every linear.
+
+    Args:
+        examples: of which the first `SEQUENCES` are the probe set; on every rank the same.
+        pad_id: for batches.
+        batch_size: sequences of one forward.
+        process: of this rank, which keeps its share.
+    """
+
+    def __init__(self, examples: Sequence[Encoded], pad_id: int, batch_size: int, process: Process) -> None:
+        chosen = list(examples[:SEQUENCES])
+        share = -(-len(chosen) // process.world_size)
+        mine = chosen[process.rank :: process.world_size]
+        self.counted = len(mine)
+        # A rank with fewer runs as many forwards, with sequences that it does not count.
+        self.examples = (mine + chosen[:1] * share)[:share]
+        self.pad_id, self.batch_size, self.process = pad_id, batch_size, process
+        self._before: dict[str, np.ndarray] = {}
+
+    @torch.no_grad()
+    def changed(self, engine: Engine) -> dict[str, float]:
+        """Route the probe set; every rank calls it.
+
+        Returns:
+            For each linear the share (0 to 1) of real tokens whose active experts are others than at the last call; empty at
+            the first.
+        """
+        now = self._supports(engine)
+        counts = torch.zeros(2, len(now), dtype=torch.float64)  # changed tokens, tokens
+        if self._before:
+            for i, (name, support) in enumerate(now.items()):
+                counts[0, i] = int((support != self._before[name]).any(1).sum())
+                counts[1, i] = len(support)
+        first, self._before = not self._before, now
+        if first:
+            return {}
+        counts = counts.to(self.process.device)
+        dist.all_reduce(counts)
+        changed, tokens = counts.tolist()
+        return {name: c / max(t, 1) for name, c, t in zip(now, changed, tokens, strict=True)}
+
+    def _supports(self, engine: Engine) -> dict[str, np.ndarray]:
+        """For each linear the support of this rank's real tokens, packed into (tokens, ceil(E / 8)) bytes."""
+        found: dict[str, list[np.ndarray]] = {}
+        counted_T: Tensor
+
+        def observe(name: str, routing: Routing, _: Tensor | None) -> None:
+            active = (routing.p_TE != 0)[counted_T].cpu().numpy()
+            found.setdefault(name, []).append(np.packbits(active, axis=1))
+
+        model, context = engine.module, tuner_of(engine.module).context
+        was_training = model.training
+        model.eval()
+        context.observer = observe
+        try:
+            for start in range(0, len(self.examples), self.batch_size):
+                batch = collate(self.examples[start : start + self.batch_size], self.pad_id, self.process.device)
+                mask = batch["attention_mask"].bool()
+                mask[max(self.counted - start, 0) :] = False
+                counted_T = mask.flatten()
+                batch_logits(model, batch)
+        finally:
+            context.observer = None
+            model.train(was_training)
+        return {name: np.concatenate(supports) for name, supports in found.items()}

@@ -1,0 +1,163 @@
+"""What a run says of its routing: every number that is promised, the same for any number of ranks, true by other means."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ldmole_dist.engine.grad_norms import PARTS
+from ldmole_dist.ranks import LocalRanks
+from tests.small_run import COLOURS, make_config, make_data, make_folder, run_training
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NUMBERS = ["lambda_mean", "lambda_std", "experts_per_token", "entropy", "max_load", "dead_experts"]
+EXPERTS, LAYERS = 4, 2
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def config_of(folder: Path, **sections: dict[str, Any]) -> Path:
+    optimisation = {"max_steps": 4, "global_batch_size": 8} | sections.pop("optimisation", {})
+    return make_config(
+        folder,
+        adapter={"lora_dropout": 0.0},
+        optimisation=optimisation,
+        run={"detail_every": 2, "eval_every": 2},
+        **sections,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("monitor"))
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, ranks2: LocalRanks) -> Path:
+    ranks2.run(run_training, str(config_of(folder)))
+    return folder / "run"
+
+
+def test_tensorboard_has_every_promised_tag(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()
+    promised = {
+        f"train/{name}" for name in ("loss", "loss_task", "loss_balance", "loss_sparsity", "loss_z", "grad_norm")
+    }
+    promised |= {f"train/{name}" for name in ("experts_per_token", "lambda_mean", "lambda_std", "dead_experts", "lr")}
+    promised |= {f"train/{name}" for name in ("tokens_per_second", "peak_memory_gb", "wire_elements", "wire_bytes")}
+    promised |= {f"eval/{name}" for name in ("eval_loss", "accuracy", "support_changed")}
+    promised |= {f"grad_norm_by_part/{part}" for part in PARTS}
+    promised |= {"dispatch_seconds/deciding", "dispatch_seconds/exchanging", "wire/rows", "wire/grad_sums"}
+    for projection in PROJECTIONS:
+        for number in [*NUMBERS, "support_changed"]:
+            promised.add(f"routing/{number}/{projection}")
+            promised |= {f"layers/{projection}/{number}/{layer:03}" for layer in range(LAYERS)}
+    assert promised <= set(tags["scalars"])
+    assert set(tags["histograms"]) == {f"experts_per_token/{projection}" for projection in PROJECTIONS}
+    assert set(tags["images"]) == {f"load/{projection}" for projection in PROJECTIONS}
+    assert [event.step for event in events.Scalars("layers/q_proj/entropy/001")] == [2, 4]
+    (image, _) = events.Images("load/q_proj")
+    assert (image.width, image.height) == (16 * EXPERTS, 16 * LAYERS)
+    # What the charts of the layout show is there.
+    assert "custom_scalars__config__" in tags["tensors"]
+
+
+def test_the_layout_names_lines_that_exist(run: Path) -> None:
+    import re
+
+    from ldmole_dist.monitor.board import HEADLINES
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    for title, patterns in HEADLINES.items():
+        for pattern in patterns:
+            assert any(re.search(pattern, tag) for tag in scalars), f"{title}: nothing matches {pattern}"
+
+
+def test_routing_agrees_with_what_every_step_counts(run: Path) -> None:
+    steps = {step["step"]: step for step in lines(run / "metrics.jsonl")}
+    routing = lines(run / "routing.jsonl")
+    assert [report["step"] for report in routing] == [2, 4]
+    for report in routing:
+        linears, metrics = report["linears"], steps[report["step"]]
+        assert len(linears) == LAYERS * len(PROJECTIONS)
+        for summary in linears.values():
+            assert sum(summary["load"]) == pytest.approx(1, abs=1e-4)
+            assert sum(summary["histogram"]) == pytest.approx(1, abs=1e-4)
+            mean = sum(k * share for k, share in enumerate(summary["histogram"]))
+            assert mean == pytest.approx(summary["experts_per_token"], abs=1e-3)
+        for number, metric in (("experts_per_token", "experts_per_token"), ("lambda_mean", "lambda_mean")):
+            mean = sum(summary[number] for summary in linears.values()) / len(linears)
+            assert mean == pytest.approx(metrics[metric], rel=1e-4)
+        assert metrics["dead_experts"] == sum(summary["dead_experts"] for summary in linears.values())
+        assert metrics["peak_memory_gb"] > 0.1 and metrics["dispatch_seconds"]["exchanging"] > 0
+    assert "dead_experts" not in steps[1]
+
+
+def test_one_rank_reports_what_two_do(run: Path, folder: Path) -> None:
+    with LocalRanks(1) as alone:
+        overrides = ["parallelism.ep_size=1", f"run.output_dir={folder / 'alone'}"]
+        alone.run(run_training, str(config_of(folder)), *overrides)
+    for one, two in zip(lines(folder / "alone" / "routing.jsonl"), lines(run / "routing.jsonl"), strict=True):
+        for name, summary in one["linears"].items():
+            assert summary["tokens"] == two["linears"][name]["tokens"]
+            for number in NUMBERS:
+                assert summary[number] == pytest.approx(two["linears"][name][number], rel=0.02, abs=0.01), (
+                    name,
+                    number,
+                )
+    changed = [[e.get("support_changed") for e in lines(r / "evaluations.jsonl")] for r in (folder / "alone", run)]
+    assert changed[0][0] is None and all(share > 0 for share in changed[0][1:])
+    assert changed[0][1:] == pytest.approx(changed[1][1:], rel=0.02)
+
+
+GRADIENTS = [
+    pytest.param(*case, marks=() if case in (("zero0", 2, "fp32"), ("zero2", 2, "fp32")) else pytest.mark.full)
+    for case in (
+        *((f"zero{stage}", ep_size, "fp32") for stage in range(4) for ep_size in (1, 2)),
+        *((name, 2, "fp32") for name in ("zero2_offload", "zero3_offload")),
+        *((name, ep_size, "fp16") for name, ep_size in (("zero2", 2), ("zero3", 1))),
+    )
+]
+
+
+@pytest.mark.parametrize(("ds_config", "ep_size", "precision"), GRADIENTS)
+def test_the_parts_of_the_gradient_make_the_whole(
+    folder: Path, ranks2: LocalRanks, ds_config: str, ep_size: int, precision: str
+) -> None:
+    out = folder / f"{ds_config}_{ep_size}_{precision}"
+    overrides = [f"run.output_dir={out}", f"parallelism.deepspeed={ds_config}", f"parallelism.ep_size={ep_size}"]
+    overrides += [f"parallelism.precision={precision}", "data.eval=null", "optimisation.max_grad_norm=0.01"]
+    ranks2.run(run_training, str(config_of(folder)), *overrides, "optimisation.max_steps=2")
+    metrics = lines(out / "metrics.jsonl")[1]
+    parts = metrics["grad_norm_by_part"]
+    assert math.sqrt(sum(part**2 for part in parts.values())) == pytest.approx(metrics["grad_norm"], rel=1e-4)
+    assert parts["head"] == 0 and all(parts[part] > 0 for part in PARTS if part != "head")
+
+
+def test_a_trained_head_is_a_part(tmp_path: Path, ranks2: LocalRanks) -> None:
+    make_folder(tmp_path)
+    make_data(tmp_path / "train.jsonl", 60, "sequence_classification")
+    make_data(tmp_path / "eval.jsonl", 12, "sequence_classification")
+    config = config_of(tmp_path, backbone={"task": "sequence_classification"}, data={"labels": COLOURS})
+    ranks2.run(run_training, str(config), "optimisation.max_steps=2")
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")[1]
+    assert metrics["grad_norm_by_part"]["head"] > 0
+    total = math.sqrt(sum(part**2 for part in metrics["grad_norm_by_part"].values()))
+    assert total == pytest.approx(metrics["grad_norm"], rel=1e-4)
+
+
+def test_without_an_evaluation_set_the_probe_is_of_the_training_set(folder: Path, ranks2: LocalRanks) -> None:
+    out = folder / "no_eval"
+    ranks2.run(run_training, str(config_of(folder)), "data.eval=null", f"run.output_dir={out}")
+    assert [set(line) for line in lines(out / "evaluations.jsonl")] == [{"step", "support_changed"}] * 2

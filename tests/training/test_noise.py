@@ -1,0 +1,36 @@
+"""Noise on the router scores of a run: from the seed, falling, replayed under recomputation and by a run that goes on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ldmole_dist.ranks import LocalRanks
+from tests.small_run import make_config, make_folder, run_training
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    optimisation = {"max_steps": 4, "router_noise": 1.0, "router_noise_share": 0.75}
+    return make_config(make_folder(tmp_path_factory.mktemp("noise")), data={"eval": None}, optimisation=optimisation)
+
+
+def losses(ranks: LocalRanks, config: Path, name: str, *overrides: str) -> list[float]:
+    run = config.parent / name
+    ranks.run(run_training, str(config), *overrides, f"run.output_dir={run}")
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_noise_is_of_the_seed_and_the_same_in_a_recomputation(ranks2: LocalRanks, config: Path) -> None:
+    recomputed = losses(ranks2, config, "recomputed")
+    kept = losses(ranks2, config, "kept", "parallelism.gradient_checkpointing=false")
+    assert recomputed == pytest.approx(kept, rel=1e-6)
+    quiet = losses(ranks2, config, "quiet", "optimisation.router_noise=0")
+    assert recomputed[0] != quiet[0]
+
+
+def test_a_run_that_goes_on_draws_what_it_would_have(ranks2: LocalRanks, config: Path) -> None:
+    whole = losses(ranks2, config, "whole", "run.save_every=2")
+    shutil.rmtree(config.parent / "whole" / "checkpoints" / "step_00000004")
+    assert losses(ranks2, config, "whole", "run.save_every=2") == whole
