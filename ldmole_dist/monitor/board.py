@@ -23,7 +23,8 @@ PIXELS = 16  # side of one (layer, expert) in an image
 HEADLINES = {
     "loss": ["train/loss$", "train/loss_task$"],
     "auxiliary losses": ["train/loss_balance$", "train/loss_sparsity$", "train/loss_z$"],
-    "evaluation": ["eval/eval_loss$", "eval/accuracy$"],
+    "evaluation loss": ["eval/eval_loss$"],
+    "evaluation accuracy": ["eval/accuracy$"],
     "experts per token": ["train/experts_per_token$"],
     "lambda, mean and spread": ["train/lambda_mean$", "train/lambda_std$"],
     "dead experts": ["train/dead_experts$"],
@@ -31,7 +32,7 @@ HEADLINES = {
     "gradient norm, by part": ["train/grad_norm$", "grad_norm_by_part/"],
     "tokens per second": ["train/tokens_per_second$"],
     "seconds of a step in dispatch": ["dispatch_seconds/"],
-    "elements on the wire": ["train/wire_elements$", "^wire/"],
+    "elements on the wire": ["train/wire_elements$"],
     "peak memory, GB": ["train/peak_memory_gb$"],
 }
 
@@ -95,8 +96,8 @@ def _write_histogram(board: SummaryWriter, step: int, projection: str, share_of_
     counts = np.arange(len(share_of_count))
     board.add_histogram_raw(
         f"experts_per_token/{projection}",
-        min=0,
-        max=counts[-1],
+        min=-0.5,
+        max=counts[-1] + 0.5,
         num=1,
         sum=float(share_of_count @ counts),
         sum_squares=float(share_of_count @ counts**2),
@@ -107,10 +108,9 @@ def _write_histogram(board: SummaryWriter, step: int, projection: str, share_of_
 
 
 def _heat_map(load_NE: list[list[float]]) -> np.ndarray:
-    """(height, width, 3) from 0 to 1: white for an expert without a token, the darker the more load; black from four times
-    its even share on."""
-    even = 1 / len(load_NE[0])
-    darkness = np.clip(np.asarray(load_NE) / (4 * even), 0, 1)
-    colours = np.stack([1 - darkness, 1 - 0.9 * darkness, 1 - 0.6 * np.sqrt(darkness)], axis=-1)
-    colours[darkness == 1] = 0
+    """(height, width, 3) from 0 to 1: from white to dark blue at twice the even share of the load; red without a token."""
+    load = np.asarray(load_NE)
+    darkness = np.clip(load * load.shape[1] / 2, 0, 1)
+    colours = np.stack([1 - 0.95 * darkness, 1 - 0.75 * darkness, 1 - 0.4 * darkness], axis=-1)
+    colours[load == 0] = (0.8, 0.1, 0.1)
     return colours.repeat(PIXELS, axis=0).repeat(PIXELS, axis=1)
