@@ -27,15 +27,17 @@ setup(
         "psutil",
         "gguf>=0.19,<0.20",
         "numpy",
+        "scipy>=1.17,<2",
+        "matplotlib>=3.11,<4",
     ],
     extras_require={
         "dev": [
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",
             "hypothesis>=6.170,<7",
-            "scipy>=1.17,<2",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",
+            "pillow",
             "types-PyYAML>=6,<7",
             "types-tqdm>=4.70,<5",
             "types-psutil",
