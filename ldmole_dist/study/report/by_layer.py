@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure as Drawing
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from ldmole_dist.study.html import Figure
 from ldmole_dist.study.report.linears import Linears
@@ -15,7 +17,6 @@ from ldmole_dist.study.report.style import (
     AROUND_A_CENTRE,
     GREY,
     MISSING,
-    PALETTE,
     WIDTH,
     expert_ticks,
     layer_ticks,
@@ -42,24 +43,28 @@ def lambda_by_layer(linears: Linears, of: Summaries) -> Figure:
     with styled():
         figure, axes = panels(len(groups), 3.2, sharex=True, sharey=True)
         x = np.arange(len(linears.layers))
-        for index, (group, ax) in enumerate(zip(groups, axes, strict=True)):
+        for group, ax in zip(groups, axes, strict=True):
             mean, std = means[group[0]], stds[group[0]]
-            style = line_style(index)
+            style = line_style(linears.projections.index(group[0]))
             ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.22, linewidth=0)
-            ax.errorbar(x, mean, std, color=style["color"], linewidth=0, elinewidth=0.8, alpha=0.6)
+            if len(x) == 1:  # a band has no width there
+                ax.errorbar(x, mean, std, color=style["color"], capsize=6)
             ax.plot(x, mean, **style)
-            ax.set_title(", ".join(group), color=style["color"] if style["color"] != "#000000" else None)
+            ax.set_title(", ".join(group))
             layer_ticks(ax.xaxis, linears, most=8)
             ax.set_xlabel("layer")
         axes[0].set_ylabel("λ")
-        shared = [group for group in groups if len(group) > 1]
         return Figure(
             "lambda_by_layer",
             "λ by layer",
             "Mean of λ over all tokens (line) ± one standard deviation over tokens (band), by layer. λ has no unit, is below "
             "0.99, and decides how sharp the mixture is: towards 1 one expert, at 0 sparsemax of the router's scores, the "
             "lower the more experts with the more equal weights."
-            + (" Projections in one panel read the same tensor and so have the same λ." if shared else ""),
+            + (
+                " Projections in one panel read the same tensor and so have the same λ."
+                if len(groups) < len(means)
+                else ""
+            ),
             png(figure),
         )
 
@@ -78,21 +83,16 @@ def experts_by_layer(linears: Linears, of: Summaries) -> Figure:
                 label=projection,
                 **line_style(index),
             )
-        ax.axhline(experts, color=GREY, linewidth=1, linestyle="--")
-        ax.annotate(
-            f"all {experts} experts",
-            (0, experts),
-            (2, -3),
-            textcoords="offset points",
-            color=GREY,
-            va="top",
-            fontsize=9,
-        )
-        ax.set_ylim(0, experts * 1.04)
+        means = [summary["experts_per_token"] for summary in of.values()]
+        top = max(means)
+        if top > experts / 2:
+            ax.axhline(experts, color=GREY, linewidth=1, linestyle="--", label=f"all {experts} experts")
+            top = experts
+        ax.set_ylim(min(1.0, *means) - 0.03 * top, 1.04 * top)
         ax.set_xlabel("layer")
         ax.set_ylabel("active experts per token")
         layer_ticks(ax.xaxis, linears, most=20)
-        figure.legend(loc="outside right upper", title="projection")
+        figure.legend(loc="outside right upper", title="projection", alignment="left")
         return Figure(
             "experts_by_layer",
             "Experts per token by layer",
@@ -108,25 +108,28 @@ def experts_histogram(linears: Linears, of: Summaries) -> Figure:
     with styled():
         figure, axes = panels(len(linears.projections), 2.7, sharex=True, sharey=True)
         numbers = np.arange(experts + 1)
+        shares = {p: np.mean([of[name]["histogram"] for name in linears.of(p)], axis=0) for p in linears.projections}
+        some = np.flatnonzero(np.sum(list(shares.values()), axis=0))
+        first, last = min(int(some[0]), 1), int(some[-1])
         for index, (projection, ax) in enumerate(zip(linears.projections, axes, strict=True)):
-            share = np.mean([of[name]["histogram"] for name in linears.of(projection)], axis=0)
-            first = 0 if share[0] > 0 else 1
-            ax.bar(numbers[first:], 100 * share[first:], width=0.85, color=line_style(index)["color"])
+            share = shares[projection]
+            ax.bar(numbers, 100 * share, width=0.85, color=line_style(index)["color"])
             mean = float(share @ numbers)
-            ax.axvline(mean, color="#000000", linewidth=1.2, linestyle="--")
+            outline = withStroke(linewidth=3, foreground="white")
+            ax.axvline(mean, color="#000000", linewidth=1.2, linestyle="--", path_effects=[outline])
             ax.set_title(f"{projection}  (mean {mean:.2f})")
             ax.set_xlabel("active experts")
             ax.grid(False, axis="x")
-            step = max(1, -(-experts // 8))
-            ax.set_xticks(range(step if step > 1 else first, experts + 1, step))
+            ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            ax.set_xlim(first - 0.6, max(last, first + 1) + 0.6)
         for ax in axes[::4]:
             ax.set_ylabel("share of tokens, %")
         return Figure(
             "experts_histogram",
             "Distribution of experts per token",
-            "Share of tokens (in %, all layers of a projection together) that use so many experts; the dashed line is the "
-            "mean. A single tall bar is a router that takes a fixed number whatever the token, a wide shape one that "
-            "decides by token.",
+            "Share of tokens (in %, all layers of a projection together) that use so many experts, up to the most that any "
+            "token uses; the dashed line is the mean. A single tall bar is a router that takes a fixed number whatever the "
+            "token, a wide shape one that decides by token.",
             png(figure),
         )
 
@@ -140,7 +143,7 @@ def load_map(linears: Linears, of: Summaries) -> Figure:
         ratios = {p: np.log2(grid * experts) for p, grid in grids.items()}
     limit = log2_limit(np.concatenate([r.ravel() for r in ratios.values()]), 0.25, 3)
     with styled():
-        figure, axes = panels(len(ratios), float(np.clip(1.1 + 0.13 * layers, 1.9, 8)), sharey=True)
+        figure, axes = panels(len(ratios), float(np.clip(1.1 + 0.13 * layers, 2.4, 7)), sharey=True)
         for projection, ax in zip(linears.projections, axes, strict=True):
             image = ax.imshow(
                 np.ma.masked_invalid(ratios[projection]),
@@ -150,7 +153,7 @@ def load_map(linears: Linears, of: Summaries) -> Figure:
                 interpolation="nearest",
             )
             y, x = np.nonzero(grids[projection] == 0)
-            ax.plot(x, y, "x", color=PALETTE[1], markersize=6, markeredgewidth=1.6)
+            ax.plot(x, y, "x", color="#000000", markersize=6, markeredgewidth=1.5)
             ax.set_facecolor(MISSING)
             ax.set_title(projection)
             ax.set_xlabel("expert")

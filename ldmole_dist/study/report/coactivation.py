@@ -81,8 +81,8 @@ def coactivation(linears: Linears, together: Mapping[str, Tensor], tokens: int) 
                     size = 6 if columns > 4 else 9
                     ax.text(expert, expert, f"{share:.0f}", ha="center", va="center", fontsize=size, color="#333333")
             ax.set_title(projection if layer is None else f"{projection}\nlayer {layer}", fontsize=10)
-            expert_ticks(ax.xaxis, experts)
-            expert_ticks(ax.yaxis, experts)
+            for axis in (ax.xaxis, ax.yaxis):
+                expert_ticks(axis, experts, most=4 if experts > 10 else 10)
             map_axes(ax)
         bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=30)
         ticks = np.linspace(-limit, limit, 5)

@@ -31,24 +31,25 @@ def movement_map(linears: Linears, movement: Movement) -> Figure:
     grids = [
         np.stack([linears.values(p, now.changed.__getitem__) for p in linears.projections], axis=1) for _, now in moves
     ]
-    height = float(np.clip(1.9 + 0.11 * len(linears.layers), 2.4, 7))
+    columns = -(-len(moves) // -(-len(moves) // 6))  # rows of like length, of at most 6
+    height = float(np.clip(2.0 + 0.09 * len(linears.layers), 2.7, 5.5))
     with styled():
-        figure, axes = panels(len(moves), height, sharey=True)
+        figure, axes = panels(len(moves), height, columns, sharey=True)
         for (before, now), grid, ax in zip(moves, grids, axes, strict=True):
             image = ax.imshow(100 * grid, vmin=0, vmax=100, cmap=FROM_ZERO, aspect="auto", interpolation="nearest")
             ax.set_facecolor(MISSING)
-            ax.set_title(f"step {before.label} → {now.label}: {100 * np.nanmean(grid):.0f} %")
+            ax.set_title(f"{before.label} → {now.label}: {100 * np.nanmean(grid):.0f} %")
             ax.set_xticks(range(width), linears.projections, rotation=90)
             layer_ticks(ax.yaxis, linears)
             map_axes(ax)
-        for ax in axes[::4]:
+        for ax in axes[::columns]:
             ax.set_ylabel("layer")
-        figure.colorbar(image, ax=axes, fraction=0.03, aspect=30).set_label("tokens with other experts, %")
+        figure.colorbar(image, ax=axes, fraction=0.03, aspect=30).set_label("share of tokens, %")
         return Figure(
             "movement",
             "How routing moved between checkpoints",
             f"Share (in %) of {movement.tokens:,} fixed tokens of the data whose set of active experts is not the same before "
-            "and after: one expert more, less or another counts. One panel from each state of the run to the next, the mean "
+            "and after: one expert more, less or another counts. One panel from each saved step to the next, with the mean "
             f"over all linears in its title. {_states_said(movement)} Bright late panels are routers that have not settled.",
             png(figure),
         )
@@ -79,8 +80,8 @@ def movement_lines(linears: Linears, movement: Movement) -> Figure:
             "movement_lines",
             "Routing at the checkpoints",
             "Means over the layers of each projection and over the same tokens as above: the share of tokens whose set of "
-            "active experts is not yet that of the final adapter, active experts per token, and λ. The steps stand at equal "
-            "distances, whatever lies between them.",
+            "active experts is not yet that of the final adapter, active experts per token, and λ, which is the same for "
+            "projections that read the same tensor. The steps stand at equal distances, whatever lies between them.",
             png(figure),
         )
 

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ldmole_dist.study.report.linears import Linears
 
@@ -76,10 +77,12 @@ def panels(count: int, height: float, columns: int = 4, **options: Any) -> tuple
     """
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH if columns > 1 else WIDTH * 0.7, rows * height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, rows * height), layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.06))
     axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
     for unused in axes[count:]:
         unused.set_axis_off()
+    for ax in axes[:count]:
+        ax.tick_params(labelbottom=True)  # also where the axis below is shared, or there is none
     return figure, axes[:count]
 
 
@@ -98,10 +101,9 @@ def map_axes(axes: Axes) -> None:
         spine.set_color(GREY)
 
 
-def expert_ticks(axis: Any, experts: int) -> None:
+def expert_ticks(axis: Any, experts: int, most: int = 8) -> None:
     """Mark experts, from 0."""
-    step = max(1, -(-experts // 8))
-    axis.set_ticks(range(0, experts, step))
+    axis.set_ticks(range(0, experts, -(-experts // most)))
 
 
 def log2_limit(values: np.ndarray | Sequence[float], least: float, most: float) -> float:

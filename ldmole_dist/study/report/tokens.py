@@ -14,6 +14,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
@@ -60,6 +61,9 @@ def tokens_figure(observed: Observed, tokenizer: PreTrainedTokenizerBase) -> Fig
                 )
         ax.axhline(overall, color=GREY, linestyle="--", linewidth=1.2, label=f"mean of all tokens, {overall:.2f}")
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=[1, 2, 5]))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.margins(x=0.06, y=0.08)
         ax.set_xlabel("occurrences in the data (logarithmic)")
         ax.set_ylabel("active experts per token, mean over linears")
