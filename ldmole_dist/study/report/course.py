@@ -95,16 +95,15 @@ def curves(linears: Linears, lines: Sequence[Mapping[str, Any]]) -> Figure:
         ("dead_experts", "experts without a token, number", np.sum),
     ]
     steps = [line["step"] for line in lines]
+    recorded = set.intersection(*(set(line["linears"]) for line in lines))
     with styled():
         figure, axes = panels(4, 3.4, columns=2, sharex=True)
         for (key, label, over_layers), ax in zip(drawn, axes, strict=True):
             for index, projection in enumerate(linears.projections):
-                names = linears.of(projection)
-                values = [
-                    over_layers([line["linears"][n][key] for n in names if n in line["linears"]]) for line in lines
-                ]
-                style = line_style(index)
-                ax.plot(steps, values, label=projection, **(style if len(steps) <= 40 else style | {"marker": None}))
+                names = [name for name in linears.of(projection) if name in recorded]
+                values = [over_layers([line["linears"][name][key] for name in names]) for line in lines if names]
+                style = line_style(index) if len(steps) <= 40 else line_style(index) | {"marker": None}
+                ax.plot(steps[: len(values)], values, label=projection, **style)
             ax.set_title(label)
         for ax in axes[2:]:
             ax.set_xlabel("optimizer step")

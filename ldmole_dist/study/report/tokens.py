@@ -71,14 +71,20 @@ def tokens_figure(observed: Observed, tokenizer: PreTrainedTokenizerBase) -> Fig
         canvas = FigureCanvasAgg(figure)
         canvas.draw()  # labels are placed in pixels, which the layout decides
         _label(ax, x_N, y_N, texts, canvas.get_renderer())
-        said = "is not defined" if rank is None else f"is {rank:+.2f}"
+        said = (
+            ""
+            if rank is None
+            else f" The rank correlation (Spearman's) of frequency and experts among them is {rank:+.2f}"
+        )
+        said += (
+            "" if rank is None else ": below 0, frequent tokens use fewer experts; near 0, frequency does not matter."
+        )
         return Figure(
             "tokens",
             "Experts per token and token frequency",
             f"The {len(ids_N)} commonest tokens of the data: how often each is there, and how many experts it uses in the mean "
             f"over its occurrences and over all {linears} linears. Labelled are the commonest and the most extreme, as far as "
-            "there is room; ␣ is a space, ⏎ a line break. The rank correlation (Spearman's) of frequency and experts among "
-            f"them {said}: below 0, frequent tokens use fewer experts; near 0, frequency does not matter.",
+            f"there is room; ␣ is a space, ⏎ a line break.{said}",
             png(figure),
         )
 
