@@ -26,7 +26,7 @@ from ldmole_dist.method.statistics import summarize
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import tuner_of
 from ldmole_dist.ranks import LocalRanks
-from ldmole_dist.study.report import movement
+from ldmole_dist.study.report import cost, movement
 from ldmole_dist.study.report.collect import collect
 from ldmole_dist.study.report.linears import Linears
 from ldmole_dist.study.report.movement import trace_movement
@@ -306,3 +306,13 @@ def test_tokens_are_decoded(run: Path) -> None:
     assert text("$") == ("$", "punctuation, digits") and text("</s>") == ("</s>", "special, white space")
     part = tokenizer("é")["input_ids"][0]
     assert token_text(tokenizer, part) == f"#{part}"
+
+
+def test_the_cost_of_observing_is_printed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cost", str(run), "--batch-size", "4"])
+    cost.main()
+    assert re.search(
+        r"with \d+ tokens, .*: \d+ ms for 1,000 tokens; with the observer \d+\.\d\d times", capsys.readouterr().out
+    )

@@ -128,7 +128,7 @@ def batches(
 
 
 @torch.no_grad()
-def route(model: PeftModel, batch: Mapping[str, Tensor], observer: Observer) -> None:
+def route(model: PeftModel, batch: Mapping[str, Tensor], observer: Observer | None) -> None:
     """One forward that shows the routing of every adapted linear to `observer`.
 
     Args:

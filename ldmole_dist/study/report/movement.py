@@ -27,7 +27,7 @@ from ldmole_dist.method.statistics import RoutingSums
 from ldmole_dist.study.report.collect import batches, route
 from ldmole_dist.study.report.subject import Subject, adapter_config
 
-PROBE_TOKENS = 2048  # 200 linears of 64 experts: 3 MB of supports for each state
+PROBE_TOKENS = 1024  # 200 linears of 64 experts: 2 MB of supports for each state
 MOST_CHECKPOINTS = 12
 
 

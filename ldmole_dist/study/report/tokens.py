@@ -48,7 +48,12 @@ def tokens_figure(observed: Observed, tokenizer: PreTrainedTokenizerBase) -> Fig
     overall = active_V.sum() / max(counts_V.sum(), 1) / linears
     texts = [token_text(tokenizer, int(token)) for token in ids_N]
     kinds = [kind_of(tokenizer, int(token), text) for token, text in zip(ids_N, texts, strict=True)]
-    rank = rank_correlation(x_N, y_N)
+    rank, said = rank_correlation(x_N, y_N), ""
+    if rank is not None:
+        said = (
+            f" The rank correlation (Spearman's) of frequency and experts among them is {rank:+.2f}: below 0, frequent "
+            "tokens use fewer experts; near 0, frequency does not matter."
+        )
     with styled():
         figure = Drawing(figsize=(WIDTH, 6.6), dpi=DPI, layout="constrained")
         ax = figure.subplots()
@@ -71,14 +76,6 @@ def tokens_figure(observed: Observed, tokenizer: PreTrainedTokenizerBase) -> Fig
         canvas = FigureCanvasAgg(figure)
         canvas.draw()  # labels are placed in pixels, which the layout decides
         _label(ax, x_N, y_N, texts, canvas.get_renderer())
-        said = (
-            ""
-            if rank is None
-            else f" The rank correlation (Spearman's) of frequency and experts among them is {rank:+.2f}"
-        )
-        said += (
-            "" if rank is None else ": below 0, frequent tokens use fewer experts; near 0, frequency does not matter."
-        )
         return Figure(
             "tokens",
             "Experts per token and token frequency",
