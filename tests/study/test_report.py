@@ -29,7 +29,7 @@ from ldmole_dist.ranks import LocalRanks
 from ldmole_dist.study.report import cost, movement
 from ldmole_dist.study.report.collect import collect
 from ldmole_dist.study.report.linears import Linears
-from ldmole_dist.study.report.movement import trace_movement
+from ldmole_dist.study.report.movement import Supports, trace_movement
 from ldmole_dist.study.report.subject import find_subject
 from tests.small_run import LABELS, make_backbone, make_config, make_data, make_folder, run_training
 
@@ -145,6 +145,21 @@ def test_movement_is_that_by_hand(run: Path, monkeypatch: pytest.MonkeyPatch, tm
     assert model.active_adapters == ["default"] and list(model.peft_config) == ["default"]
     after = active_sets(model, examples[0])
     assert after == routed[-1][0]
+
+
+def test_a_set_of_many_experts_changed_if_any_of_them_did() -> None:
+    before = torch.zeros(3, 12)
+    before[:, 0] = 1
+    now = before.clone()
+    now[1, 11] = now[2, 4] = now[2, 10] = 1
+    seen = []
+    for p_TE in before, now:
+        seen.append(Supports())
+        for part in slice(0, 2), slice(2, 4):  # the fourth token is padding, and changes
+            rows = torch.cat([p_TE, torch.full((1, 12), len(seen) - 1.0)])[part]
+            mask_T = torch.tensor([True, True, True, False])[part]
+            seen[-1]("x", Routing(rows, rows, rows[:, 0]), mask_T)
+    assert seen[1].changed_from(seen[0]) == {"x": pytest.approx(2 / 3)}
 
 
 def test_a_run_that_ended_with_a_checkpoint_has_no_other_end(run: Path, tmp_path: Path) -> None:
