@@ -36,10 +36,10 @@ def lambda_by_layer(linears: Linears, of: Summaries) -> Figure:
     means = {p: linears.values(p, lambda n: of[n]["lambda_mean"]) for p in linears.projections}
     stds = {p: linears.values(p, lambda n: of[n]["lambda_std"]) for p in linears.projections}
     # Projections that read the same tensor have the same lambda: one panel for them.
-    groups: list[list[str]] = []
+    same: dict[bytes, list[str]] = {}
     for projection in linears.projections:
-        same = [g for g in groups if np.array_equal(means[g[0]], means[projection], equal_nan=True)]
-        (same[0] if same else groups).append(projection if same else [projection])  # type: ignore[arg-type]
+        same.setdefault(means[projection].tobytes(), []).append(projection)
+    groups = list(same.values())
     with styled():
         figure, axes = panels(len(groups), 3.2, sharex=True, sharey=True)
         x = np.arange(len(linears.layers))
@@ -54,17 +54,18 @@ def lambda_by_layer(linears: Linears, of: Summaries) -> Figure:
             layer_ticks(ax.xaxis, linears, most=8)
             ax.set_xlabel("layer")
         axes[0].set_ylabel("λ")
+        joined = len(groups) < len(linears.projections)
+        shared = (
+            " Projections in one panel have the same λ everywhere, as those have that read the same tensor."
+            if joined
+            else ""
+        )
         return Figure(
             "lambda_by_layer",
             "λ by layer",
-            "Mean of λ over all tokens (line) ± one standard deviation over tokens (band), by layer. λ has no unit, is below "
-            "0.99, and decides how sharp the mixture is: towards 1 one expert, at 0 sparsemax of the router's scores, the "
-            "lower the more experts with the more equal weights."
-            + (
-                " Projections in one panel read the same tensor and so have the same λ."
-                if len(groups) < len(means)
-                else ""
-            ),
+            "Mean of λ over all tokens (line) ± one standard deviation over tokens (band), by layer. λ has no unit and is "
+            "below 0.99 (a band may reach above). It decides how sharp the mixture is: towards 1 one expert, at 0 sparsemax of "
+            f"the router's scores, the lower the more experts with the more equal weights.{shared}",
             png(figure),
         )
 

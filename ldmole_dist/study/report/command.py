@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-import warnings
 from datetime import datetime
 from pathlib import Path
 
@@ -28,8 +27,6 @@ def report(args: argparse.Namespace) -> int:
     Raises:
         UserError: where the folder, the data or the output is not as it must be.
     """
-    # PEFT 0.21 asks transformers 5.23 for an attribute by its old name, at every injection; a user can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
     subject = find_subject(args.subject, args.backbone)
     tokenizer = load_tokenizer(subject.backbone)
     data = read_data(subject, args.data, args.limit, tokenizer)

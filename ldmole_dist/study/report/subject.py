@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ def load_model(subject: Subject, precision: str, tokenizer: PreTrainedTokenizerB
     Raises:
         UserError: where they cannot be loaded or do not go together.
     """
+    # PEFT 0.21 asks transformers 5.23 for an attribute by its old name, at every injection; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
     task = _task(subject)
     classes = _class_names(subject.adapter) if task == "sequence_classification" else None
     attention = subject.config.backbone.attention if subject.config else None
