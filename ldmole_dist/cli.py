@@ -24,6 +24,7 @@ from ldmole_dist.errors import (
 )
 from ldmole_dist.leave import leave
 from ldmole_dist.pulse import show_stacks
+from ldmole_dist.study.report import arguments as report_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     generate.set_defaults(call=_generate)
 
+    report = commands.add_parser(
+        "report", help="what the routers of a run or an adapter do", description=report_arguments.DESCRIPTION
+    )
+    report_arguments.add_arguments(report)
+    report.set_defaults(call=_report)
+
     convert = commands.add_parser("convert", help="make a model folder from a GGUF file")
     convert.add_argument("gguf", help="GGUF file")
     convert.add_argument("folder", help="folder to make")
@@ -243,6 +250,12 @@ def _generate(args: argparse.Namespace) -> int:
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompts]
     generate(args.adapter, prompts, args.max_new_tokens, args.backbone, args.precision)
     return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from ldmole_dist.study.report.command import report
+
+    return report(args)
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -21,11 +21,13 @@ class Row:
         source: what the model reads: a prompt, or the text to classify.
         target: what it should answer: a completion, or a class name.
         where: file and line, for messages.
+        domain: what kind of text it is ("code"), where the file says; the routing report groups by it.
     """
 
     source: str
     target: str
     where: str
+    domain: str | None = None
 
 
 def read_rows(path: str, task: str, labels: Sequence[str] | None, limit: int | None = None) -> list[Row]:
@@ -33,7 +35,8 @@ def read_rows(path: str, task: str, labels: Sequence[str] | None, limit: int | N
 
     Args:
         path: of a file with one JSON object a line; blank lines are passed over.
-        task: "causal_lm" (fields prompt, completion) or "sequence_classification" (text, label).
+        task: "causal_lm" (fields prompt, completion) or "sequence_classification" (text, label);
+            each row may have a "domain" too.
         labels: if given, every target must be one of them.
         limit: read so many rows only.
 
@@ -59,7 +62,10 @@ def read_rows(path: str, task: str, labels: Sequence[str] | None, limit: int | N
                         f"{where}: {target_field} {row[target_field]!r} is none of data.labels {list(labels)}: "
                         "correct the row or add the label"
                     )
-                rows.append(Row(row[source_field], row[target_field], where))
+                domain = row.get("domain")
+                if not (domain is None or isinstance(domain, str)):
+                    raise UserError(f"{where}: 'domain' must be a text, is {domain!r}")
+                rows.append(Row(row[source_field], row[target_field], where, domain))
                 if len(rows) == limit:
                     break
     except OSError as error:

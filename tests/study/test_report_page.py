@@ -1,0 +1,72 @@
+"""The report's page as a browser draws it: every chart is really there."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from ldmole_dist.cli import main
+from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.study.report.style import PALETTE
+from tests.browser import screenshot
+from tests.small_run import make_config, make_folder, run_training
+
+WIDTH, HEIGHT = 1300, 9000
+
+
+def near(picture: np.ndarray, colour: str) -> int:
+    """Pixels whose red, green and blue differ by at most 12 from a colour's."""
+    return int((np.abs(picture - 255 * np.array(to_rgb(colour))) <= 12).all(axis=2).sum())
+
+
+def drawn(page: Path, picture: Path) -> np.ndarray:
+    """(height, width, 3) of a page as the browser draws it."""
+    screenshot(page.as_uri(), picture, WIDTH, HEIGHT)
+    return np.asarray(Image.open(picture).convert("RGB")).astype(int)
+
+
+@pytest.mark.full
+def test_every_chart_is_drawn(tmp_path: Path, ranks1: LocalRanks) -> None:
+    config = make_config(
+        make_folder(tmp_path),
+        optimisation={"max_steps": 2},
+        parallelism={"ep_size": 1},
+        run={"save_every": 1},
+    )
+    ranks1.run(run_training, str(config))
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = tmp_path / "run" / "report" / "index.html"
+    text = page.read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
+    assert len(pictures) == 8
+    bare = tmp_path / "bare.html"
+    bare.write_text(re.sub(r'src="data:[^"]*"', "", text))
+    with_charts, without = drawn(page, tmp_path / "page.png"), drawn(bare, tmp_path / "bare.png")
+    assert with_charts.shape == without.shape == (HEIGHT, WIDTH, 3)
+
+    # Each chart is found again in the page below the one before, at the width at which the page shows it.
+    begin = 0
+    for data in pictures:
+        chart = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+        width = 1160  # of the page's body
+        scaled = np.asarray(chart.resize((width, round(chart.height * width / chart.width)))).astype(int)
+        left = (WIDTH - width) // 2
+        column = with_charts[:, left : left + width]
+        ink = np.abs(scaled - 255).mean()
+        differences = [
+            np.abs(column[top : top + len(scaled) : 16, ::16] - scaled[::16, ::16]).mean()
+            for top in range(begin, HEIGHT - len(scaled))
+        ]
+        place = int(np.argmin(differences))
+        assert ink > 1 and differences[place] < 0.35 * ink, (place, differences[place], ink)
+        begin += place + len(scaled)
+
+    for colour in PALETTE[:6]:  # black is the text's, too
+        assert near(with_charts, colour) > 300 > 30 > near(without, colour), colour
