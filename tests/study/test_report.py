@@ -319,6 +319,7 @@ def test_tokens_are_decoded(run: Path) -> None:
     assert text(" blue") == ("␣blue", "begins a word") and text("The") == ("The", "begins a word")
     assert text("d") == ("d", "goes on in a word") and text("\n") == ("⏎", "special, white space")
     assert text("$") == ("$", "punctuation, digits") and text("</s>") == ("</s>", "special, white space")
+    assert {kind_of(tokenizer, 5, shown) for shown in ("⏎␣␣", "␣␣")} == {"special, white space"}
     part = tokenizer("é")["input_ids"][0]
     assert token_text(tokenizer, part) == f"#{part}"
 

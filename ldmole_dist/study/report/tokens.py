@@ -98,8 +98,8 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 def kind_of(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> str:
     """One of `KINDS`."""
-    letters = text.lstrip("␣")
-    if token in tokenizer.all_special_ids or not letters.strip("⏎→"):
+    letters = text.lstrip("␣⏎→")
+    if token in tokenizer.all_special_ids or not letters:
         return "special, white space"
     if not any(unicodedata.category(c).startswith("L") for c in letters):
         return "punctuation, digits"
