@@ -56,13 +56,6 @@ def routing_sums(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     return torch.cat([scalars, histogram[:-1], active_TE.sum(0).double(), p_TE.sum(0)])
 
 
-def place_of(name: str) -> tuple[int | None, str]:
-    """(layer, projection) of a linear: (3, "q_proj") for "model.layers.3.self_attn.q_proj"; a name without a number is in no
-    layer."""
-    *path, projection = name.split(".")
-    return next((int(part) for part in path if part.isdigit()), None), projection
-
-
 def summarize(sums_S: Tensor) -> dict[str, Any]:
     """What one linear did, from its sums over any number of micro-batches and ranks.
 

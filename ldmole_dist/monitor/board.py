@@ -7,14 +7,13 @@ are loaded. The custom scalars page puts the lines of one kind into one chart.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from ldmole_dist.method.statistics import place_of
+from ldmole_dist.monitor.linears import Linears
 
 NUMBERS = ("lambda_mean", "lambda_std", "experts_per_token", "entropy", "max_load", "dead_experts")
 CHANGED = "support_changed"
@@ -39,7 +38,7 @@ HEADLINES = {
 
 def write_layout(board: SummaryWriter, linears: Iterable[str]) -> None:
     """Tell TensorBoard's custom scalars page which lines belong into one chart."""
-    projections = sorted({place_of(name)[1] for name in linears})
+    projections = Linears(linears).projections
     numbers = [*NUMBERS, CHANGED]
     layout = {
         "1 headlines": {title: ["Multiline", tags] for title, tags in HEADLINES.items()},
@@ -63,8 +62,9 @@ def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, 
     """
     for number in NUMBERS:
         _write_by_place(board, step, number, {name: summary[number] for name, summary in routing.items()})
-    for projection, places in _by_projection(routing).items():
-        summaries = [routing[name] for _, name in places]
+    linears = Linears(routing)
+    for projection in linears.projections:
+        summaries = [routing[name] for name in linears.of(projection)]
         _write_histogram(board, step, projection, np.mean([s["histogram"] for s in summaries], axis=0))
         board.add_image(f"load/{projection}", _heat_map([s["load"] for s in summaries]), step, dataformats="HWC")
 
@@ -75,20 +75,14 @@ def write_changes(board: SummaryWriter, step: int, changed: dict[str, float]) ->
 
 
 def _write_by_place(board: SummaryWriter, step: int, number: str, values: dict[str, float]) -> None:
-    for projection, places in _by_projection(values).items():
-        board.add_scalar(f"routing/{number}/{projection}", np.mean([values[name] for _, name in places]), step)
-        for layer, name in places:
+    linears = Linears(values)
+    for projection in linears.projections:
+        names = linears.of(projection)
+        board.add_scalar(f"routing/{number}/{projection}", np.mean([values[name] for name in names]), step)
+        for name in names:
+            layer = linears.place[name].layer
             if layer is not None:
                 board.add_scalar(f"layers/{projection}/{number}/{layer:03}", values[name], step)
-
-
-def _by_projection(linears: Iterable[str]) -> dict[str, list[tuple[int | None, str]]]:
-    """Projection -> (layer, name) of its linears, in the order of the layers."""
-    found: defaultdict[str, list[tuple[int | None, str]]] = defaultdict(list)
-    for name in linears:
-        layer, projection = place_of(name)
-        found[projection].append((layer, name))
-    return {projection: sorted(places, key=lambda place: place[0] or 0) for projection, places in found.items()}
 
 
 def _write_histogram(board: SummaryWriter, step: int, projection: str, share_of_count: np.ndarray) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +14,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.startup import Process
 from ldmole_dist.evaluate import batch_logits
 from ldmole_dist.method.routers import Routing
+from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.peft_method import tuner_of
 
 SEQUENCES = 16  # of up to 1024 tokens and 8 experts, in 224 linears: 4 MB
@@ -38,7 +38,7 @@ class Probe:
         # A rank with fewer runs as many forwards, with sequences that it does not count.
         self.examples = (mine + chosen[:1] * share)[:share]
         self.pad_id, self.batch_size, self.process = pad_id, batch_size, process
-        self._before: dict[str, np.ndarray] = {}
+        self._before: Supports | None = None
 
     @torch.no_grad()
     def changed(self, engine: Engine) -> dict[str, float]:
@@ -48,30 +48,22 @@ class Probe:
             For each linear the share (0 to 1) of real tokens whose active experts are others than at the last call; empty at
             the first.
         """
-        now = self._supports(engine)
-        counts = torch.zeros(2, len(now), dtype=torch.float64)  # changed tokens, tokens
-        if self._before:
-            for i, (name, support) in enumerate(now.items()):
-                counts[0, i] = int((support != self._before[name]).any(1).sum())
-                counts[1, i] = len(support)
-        first, self._before = not self._before, now
-        if first:
+        before, self._before = self._before, self._supports(engine)
+        if before is None:
             return {}
-        counts = counts.to(self.process.device)
-        dist.all_reduce(counts)
-        changed, tokens = counts.tolist()
-        return {name: c / max(t, 1) for name, c, t in zip(now, changed, tokens, strict=True)}
+        counts = self._before.changed_from(before)
+        total = torch.tensor(list(counts.values()), dtype=torch.float64, device=self.process.device)
+        dist.all_reduce(total)
+        return {name: changed / max(tokens, 1) for name, (changed, tokens) in zip(counts, total.tolist(), strict=True)}
 
-    def _supports(self, engine: Engine) -> dict[str, np.ndarray]:
-        """For each linear the support of this rank's real tokens, packed into (tokens, ceil(E / 8)) bytes."""
-        found: dict[str, list[np.ndarray]] = {}
+    def _supports(self, engine: Engine) -> Supports:
+        model, context = engine.module, tuner_of(engine.module).context
+        supports = Supports()
         counted_T: Tensor
 
         def observe(name: str, routing: Routing, _: Tensor | None) -> None:
-            active = (routing.p_TE != 0)[counted_T].cpu().numpy()
-            found.setdefault(name, []).append(np.packbits(active, axis=1))
+            supports(name, routing, counted_T)
 
-        model, context = engine.module, tuner_of(engine.module).context
         was_training = model.training
         model.eval()
         context.observer = observe
@@ -85,4 +77,4 @@ class Probe:
         finally:
             context.observer = None
             model.train(was_training)
-        return {name: np.concatenate(supports) for name, supports in found.items()}
+        return supports

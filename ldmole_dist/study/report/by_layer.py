@@ -11,8 +11,8 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.study.html import Figure
-from ldmole_dist.study.report.linears import Linears
 from ldmole_dist.study.report.style import (
     AROUND_A_CENTRE,
     GREY,

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.colors import CenteredNorm
 from torch import Tensor
 
+from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.study.html import Figure
-from ldmole_dist.study.report.linears import Linears
 from ldmole_dist.study.report.style import (
     AROUND_A_CENTRE,
     MISSING,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ldmole_dist.method.statistics import summarize
+from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.study.html import Figure
-from ldmole_dist.study.report.linears import Linears
 from ldmole_dist.study.report.movement import Movement
 from ldmole_dist.study.report.style import (
     FROM_ZERO,

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import RoutingSums
+from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.study.report.collect import batches, route
 from ldmole_dist.study.report.subject import Subject, adapter_config
 
@@ -64,28 +64,21 @@ class Movement:
     left_out: int
 
 
-class Supports:
-    """An observer that keeps which experts are active, one bit for each token and expert, and counts."""
+class _Seen:
+    """An observer of one state: sums and supports."""
 
     def __init__(self) -> None:
-        self.sums = RoutingSums()
-        self._packed: dict[str, list[np.ndarray]] = {}
+        self.sums, self.supports = RoutingSums(), Supports()
 
     def __call__(self, name: str, routing: Routing, mask_T: Tensor | None) -> None:
         """See `context.Observer`."""
         self.sums(name, routing, mask_T)
-        active_TE = routing.p_TE != 0
-        if mask_T is not None:
-            active_TE = active_TE[mask_T]
-        self._packed.setdefault(name, []).append(np.packbits(active_TE.cpu().numpy(), axis=1))
+        self.supports(name, routing, mask_T)
 
-    def changed_from(self, other: Supports) -> dict[str, float]:
+    def changed_from(self, other: _Seen) -> dict[str, float]:
         """Linear -> share of tokens whose set of active experts is not the same."""
-        shares = {}
-        for name, packed in self._packed.items():
-            mine_TN, others_TN = np.concatenate(packed), np.concatenate(other._packed[name])
-            shares[name] = float((mine_TN != others_TN).any(axis=1).mean())
-        return shares
+        counts = self.supports.changed_from(other.supports)
+        return {name: changed / tokens for name, (changed, tokens) in counts.items()}
 
 
 def trace_movement(
@@ -113,13 +106,13 @@ def trace_movement(
     probe = _probe(examples)
     device = next(model.parameters()).device
 
-    def supports() -> Supports:
-        observer = Supports()
+    def supports() -> _Seen:
+        observer = _Seen()
         for batch in batches(probe, pad_id, batch_size, device):
             route(model, batch, observer)
         return observer
 
-    def other(attach: Callable[[str], Any]) -> Supports:
+    def other(attach: Callable[[str], Any]) -> _Seen:
         """The supports of another adapter, which `attach` adds to the model under the name given."""
         (own,) = model.active_adapters
         attach("other")
@@ -133,9 +126,9 @@ def trace_movement(
 
     final = supports()
     states: list[State] = []
-    before: Supports | None = None
+    before: _Seen | None = None
 
-    def add(label: str, now: Supports) -> None:
+    def add(label: str, now: _Seen) -> None:
         nonlocal before
         changed = {} if before is None else now.changed_from(before)
         states.append(State(label, now.sums.by_linear, changed, now.changed_from(final)))

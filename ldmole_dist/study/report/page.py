@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ldmole_dist.method.statistics import summarize
+from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.study.html import Figure, Section, Table, page
 from ldmole_dist.study.report.by_layer import experts_by_layer, experts_histogram, lambda_by_layer, load_map
@@ -16,7 +17,6 @@ from ldmole_dist.study.report.coactivation import coactivation
 from ldmole_dist.study.report.collect import Observed, added
 from ldmole_dist.study.report.course import curves, movement_lines, movement_map
 from ldmole_dist.study.report.domains import domain_figure, domain_table
-from ldmole_dist.study.report.linears import Linears
 from ldmole_dist.study.report.movement import Movement
 from ldmole_dist.study.report.subject import DataSet, Subject
 from ldmole_dist.study.report.tokens import tokens_figure

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from ldmole_dist.study.report.linears import Linears
+from ldmole_dist.monitor.linears import Linears
 
 # Okabe and Ito's palette without its yellow, which is too light for lines.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
