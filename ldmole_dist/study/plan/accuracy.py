@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ class Compared(NamedTuple):
         return self.predicted / self.measured - 1 if self.measured else float(self.predicted != 0)
 
 
-def _backbone(kind: type[PretrainedConfig], layers: int) -> PretrainedConfig:
+def _backbone(kind: Callable[..., PretrainedConfig], layers: int) -> PretrainedConfig:
     return kind(
         vocab_size=1000,
         hidden_size=128,

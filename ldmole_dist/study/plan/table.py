@@ -93,7 +93,7 @@ def _detail(line: Line) -> Iterable[str]:
     yield f"  a step: {line.step:.2f} s = {seconds} (at the assumed rates)"
     total = sum(line.flops.values())
     yield "  FLOPs: " + ", ".join(f"{part} {value / total:.1%}" for part, value in line.flops.items() if value)
-    sent = {kind: value for kind, value in line.traffic.items() if value >= 0.5}
+    sent = {kind: value for kind, value in line.traffic.items() if value >= 5000}
     if sent:
         yield "  sent by a rank, million elements: " + ", ".join(
             f"{kind} {value / 1e6:,.2f}" for kind, value in sent.items()

@@ -96,8 +96,8 @@ def test_rates_change_what_is_recommended(capsys: pytest.CaptureFixture[str]) ->
     assert plan["recommended"]["bytes_sent"] <= 1.05 * fewest
     assert plan["recommended"]["seconds"]["wire"] > plan["recommended"]["seconds"]["compute"]
     # With little memory, what would be faster does not fit.
-    small = ["--seq", "4096", "--answer-tokens", "64"]
-    wide, narrow = (planned(capsys, *small, "--gpu-memory", size)["recommended"] for size in ("80GB", "24GB"))
+    small = ["--micro-batch", "2", "--answer-tokens", "64"]
+    wide, narrow = (planned(capsys, *small, "--gpu-memory", size)["recommended"] for size in ("80GB", "8GB"))
     assert not wide["strategy"]["checkpointing"] and narrow["strategy"]["checkpointing"]
     assert wide["step_seconds"] < narrow["step_seconds"]
 
