@@ -10,7 +10,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ldmole_dist", "ldmole_dist.*"]),
     data_files=[("share/ldmole_dist/ds_configs", sorted(glob("ds_configs/*.json")))],
-    package_data={"ldmole_dist.data.wordnet": ["*.jsonl", "LICENSE", "README.md"]},
+    package_data={
+        "ldmole_dist.data.wordnet": ["*.jsonl", "LICENSE", "README.md"],
+        "ldmole_dist.study.plan": ["presets/*.json"],
+    },
     entry_points={"console_scripts": ["ldmole = ldmole_dist.cli:main"]},
     install_requires=[
         "torch>=2.13,<2.14",

@@ -24,6 +24,7 @@ from ldmole_dist.errors import (
 )
 from ldmole_dist.leave import leave
 from ldmole_dist.pulse import show_stacks
+from ldmole_dist.study.plan import command as planning
 from ldmole_dist.study.report import arguments as report_arguments
 
 
@@ -159,6 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("folder", help="folder to make")
     convert.set_defaults(call=_convert)
 
+    plan = commands.add_parser("plan", help="what training needs, before anybody runs it", description=planning.PLAN)
+    planning.add_arguments(plan)
+    plan.set_defaults(call=planning.plan)
+
     selftest = commands.add_parser("selftest", help="check this installation: many ranks against one process")
     selftest.add_argument("--ranks", type=int, help="number of ranks; default: one for each GPU, or 4 on the CPU")
     selftest.set_defaults(call=_selftest)
@@ -176,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     monitoring = bench.add_parser("monitor", help="what watching a run costs it")
     monitoring.add_argument("--turns", type=int, default=8, help="timed steps of each kind, interleaved")
     monitoring.set_defaults(call=_bench_monitor)
+    bench.add_parser("plan", help="the planner's numbers against real engines").set_defaults(call=_bench_plan)
     decide = bench.add_parser(
         "decide", help="what a dispatch decides to move over many shapes, and what deciding costs"
     )
@@ -301,6 +307,13 @@ def _bench_monitor(args: argparse.Namespace) -> int:
 
     ranks = 2
     print_measured(bench_monitor(ranks, turns=args.turns), Sizes(), ranks, Run("").detail_every)
+    return 0
+
+
+def _bench_plan(args: argparse.Namespace) -> int:
+    from ldmole_dist.study.plan.accuracy import bench_plan, print_table
+
+    print_table(bench_plan())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Measuring how many bytes of tensors are alive at the same time, at the most."""
+"""How many bytes of tensors are alive at the same time, on any device; on the meta device, how many would be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations make while it is active, until they are freed.
 
     Attributes:
-        peak: the most bytes alive at a time, of storages made since it became active.
+        now: bytes alive.
+        peak: the most at a time since it became active, or since it was set to `now`.
     """
 
     def __init__(self) -> None:
