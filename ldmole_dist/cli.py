@@ -24,6 +24,7 @@ from ldmole_dist.errors import (
 )
 from ldmole_dist.leave import leave
 from ldmole_dist.pulse import show_stacks
+from ldmole_dist.study.plan import command as planning
 from ldmole_dist.study.scaling import command as scaling_command
 
 
@@ -152,6 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("gguf", help="GGUF file")
     convert.add_argument("folder", help="folder to make")
     convert.set_defaults(call=_convert)
+
+    plan = commands.add_parser("plan", help="what training needs, before anybody runs it", description=planning.PLAN)
+    planning.add_arguments(plan)
+    plan.set_defaults(call=planning.plan)
 
     selftest = commands.add_parser("selftest", help="check this installation: many ranks against one process")
     selftest.add_argument("--ranks", type=int, help="number of ranks; default: one for each GPU, or 4 on the CPU")

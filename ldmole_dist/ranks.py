@@ -76,7 +76,7 @@ class LocalRanks:
                     continue
                 try:
                     ok, results[rank] = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):  # the latter where it had not read all that it was sent
                     ok, results[rank] = False, "the process ended"
                 if not ok:
                     self.close()

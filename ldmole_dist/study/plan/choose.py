@@ -1,0 +1,236 @@
+"""Which of all strategies fit, how long a step of each would take at given rates, and which one to take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ldmole_dist.errors import UserError
+from ldmole_dist.study.plan.flops import flops
+from ldmole_dist.study.plan.memory import host_memory, memory
+from ldmole_dist.study.plan.traffic import collectives, dispatched, messages, traffic, traffic_bytes
+from ldmole_dist.study.plan.workload import SHIPPED, Strategy, Workload
+from ldmole_dist.study.plan.zero import piece, shards
+
+SIMILAR = 1.02  # a step that takes so much longer is no reason for a more complicated line
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks run on; the defaults are assumptions to be replaced by what was measured.
+
+    Args:
+        gpus: in all.
+        memory: bytes of each.
+        reserved: share of it for context, communication library and fragmentation.
+        gpus_per_node: consecutive ranks that are in one host.
+        tflops: that a rank achieves, of its peak; 1e12 a second.
+        bandwidth: GB a second that a rank sends within a host.
+        inter_bandwidth: to another host.
+        host_bandwidth: between device and host memory.
+        latency: microseconds that a collective takes beyond its bytes.
+    """
+
+    gpus: int
+    memory: int
+    reserved: float = 0.1
+    gpus_per_node: int = 8
+    tflops: float = 150.0
+    bandwidth: float = 150.0
+    inter_bandwidth: float = 20.0
+    host_bandwidth: float = 20.0
+    latency: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "memory", "gpus_per_node", "tflops", "bandwidth", "inter_bandwidth", "host_bandwidth"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0 <= self.reserved < 1:
+            raise UserError(f"reserved={self.reserved} must lie in [0, 1)")
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a GPU that a step may take."""
+        return int(self.memory * (1 - self.reserved))
+
+    def speed(self, consecutive: int, of: int) -> float:
+        """Bytes a second of a group of `of` ranks that lie `consecutive` ranks apart from its first to its last."""
+        inside = consecutive <= self.gpus_per_node and self.gpus_per_node % consecutive == 0
+        return 1e9 * (self.bandwidth if inside or self.gpus <= self.gpus_per_node or of == 1 else self.inter_bandwidth)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One strategy, with what it takes."""
+
+    workload: Workload
+    strategy: Strategy
+    machine: Machine
+
+    @cached_property
+    def memory(self) -> dict[str, int]:
+        """Bytes on a GPU by part."""
+        return memory(self.workload, self.strategy)
+
+    @cached_property
+    def host(self) -> int:
+        """Bytes in host memory for each rank."""
+        return sum(host_memory(self.workload, self.strategy).values())
+
+    @cached_property
+    def total(self) -> int:
+        """Bytes on a GPU."""
+        return sum(self.memory.values())
+
+    @property
+    def lacks(self) -> int:
+        """Bytes that are missing; 0 or less if it fits."""
+        return self.total - self.machine.usable
+
+    @property
+    def fits(self) -> bool:
+        """Whether a step fits into the usable memory."""
+        return self.lacks <= 0
+
+    @cached_property
+    def traffic(self) -> dict[str, float]:
+        """Elements that a rank sends, by kind."""
+        return traffic(self.workload, self.strategy)
+
+    @cached_property
+    def flops(self) -> dict[str, float]:
+        """Of a rank, by part."""
+        return flops(self.workload, self.strategy)
+
+    @cached_property
+    def sent(self) -> float:
+        """Bytes that a rank sends."""
+        return sum(traffic_bytes(self.workload, self.strategy).values())
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Of an optimizer step: "compute", "wire" and "host", added up as if nothing overlapped."""
+        w, s, m = self.workload, self.strategy, self.machine
+        sizes = traffic_bytes(w, s)
+        wire = sum(sizes[kind] for kind in dispatched(w, s)) / m.speed(s.ep_size, s.ep_size)
+        for c in collectives(w, s):
+            # Ranks of a smaller group than all are neighbours, or one of each group of neighbours.
+            across = s.ep_size if c.ranks == s.ep_size and c.kind == "norm" else s.ranks
+            width = sizes[c.kind] / self.traffic[c.kind] if self.traffic[c.kind] else 0
+            wire += c.sent * width / m.speed(across, c.ranks)
+        wire += sum(messages(w, s).values()) * m.latency * 1e-6
+        return {"compute": sum(self.flops.values()) / (m.tflops * 1e12), "wire": wire, "host": self._host_seconds()}
+
+    def _host_seconds(self) -> float:
+        """Gradients out, parameters in, and Adam's seven passes over float32 in host memory; under ZeRO-3 the pieces of
+        weights go in for every gathering."""
+        if self.strategy.offload == "none":
+            return 0.0
+        w, s = self.workload, self.strategy
+        moved: float = sum(piece(shard, s.stage) for shard in shards(w, s)) * 4 * (2 + 7)
+        if s.offload == "optimizer+params":
+            sizes = traffic_bytes(w, s)
+            moved += sum(
+                sizes[k] / max(s.ranks - 1, 1) for k in ("gather", "gather_adapter", "gather_experts") if k in sizes
+            )
+        return moved / (self.machine.host_bandwidth * 1e9)
+
+    @property
+    def step(self) -> float:
+        """Seconds of an optimizer step."""
+        return sum(self.seconds.values())
+
+    def name(self) -> str:
+        """As in "ZeRO 2, ep_size 1, gradient checkpointing"."""
+        s = self.strategy
+        parts = [f"ZeRO {s.stage}", f"ep_size {s.ep_size}"]
+        parts += [f"dispatch {s.dispatch}"] if s.ep_size > 1 and s.dispatch != "auto" else []
+        parts += ["gradient checkpointing" if s.checkpointing else "no gradient checkpointing"]
+        return ", ".join(parts + ([f"{s.offload} offloaded"] if s.offload != "none" else []))
+
+
+def all_lines(workload: Workload, machine: Machine) -> list[Line]:
+    """Every ZeRO stage, expert-parallel size, gradient checkpointing and offload that can run."""
+    sizes = [p for p in range(1, machine.gpus + 1) if machine.gpus % p == 0 and workload.num_experts % p == 0]
+    return [
+        Line(workload, Strategy(machine.gpus, stage, ep_size, "auto", checkpointing, offload), machine)
+        for stage, offload in SHIPPED
+        for ep_size in sizes
+        for checkpointing in (False, True)
+        if not (workload.precision == "fp16" and stage == 0)
+    ]
+
+
+def ordered(lines: Sequence[Line]) -> list[Line]:
+    """Those that fit by the time of a step, the simpler first where that is alike; then the others by what they lack."""
+    fitting = sorted((line for line in lines if line.fits), key=lambda line: line.step)
+    if fitting:
+        alike = [line for line in fitting if line.step <= SIMILAR * fitting[0].step]
+        alike.sort(key=_complication)
+        fitting = alike + fitting[len(alike) :]
+    return fitting + sorted((line for line in lines if not line.fits), key=lambda line: line.lacks)
+
+
+def _complication(line: Line) -> tuple[bool, int, int, int]:
+    s = line.strategy
+    # Stage 2 before 1: it takes no more on the wire without accumulation, and leaves more room.
+    return s.offload != "none", s.ep_size, s.stage == 3, line.total
+
+
+def neighbours(line: Line, lines: Sequence[Line]) -> dict[str, Line]:
+    """The best line that differs from this one in one thing only, by that thing."""
+    found: dict[str, Line] = {}
+    for thing in ("checkpointing", "ep_size", "stage", "offload"):
+        others = [other for other in lines if _differs_in(line.strategy, other.strategy) == {thing}]
+        if thing == "stage":
+            others = [o for o in others if o.strategy.stage < line.strategy.stage] or others
+        if others:
+            found[thing] = ordered(others)[0]
+    return found
+
+
+def _differs_in(a: Strategy, b: Strategy) -> set[str]:
+    things = {t for t in ("checkpointing", "ep_size", "stage", "offload") if getattr(a, t) != getattr(b, t)}
+    # Offloading goes with a stage of its own file.
+    return {"offload"} if things == {"offload", "stage"} else things
+
+
+def smaller(line: Line) -> list[tuple[str, Line]]:
+    """What would make a line fit that does not: one change of the workload or the machine each, those that suffice."""
+    w, m = line.workload, line.machine
+    found: list[tuple[str, dict[str, Any]]] = []
+    for micro_batch in _halved(w.micro_batch):
+        found.append((f"--micro-batch {micro_batch} (instead of {w.micro_batch})", {"micro_batch": micro_batch}))
+    for answers in _halved(w.answer_tokens or w.seq):
+        found.append(
+            (f"--answer-tokens {answers}, if no more positions than that have a label", {"answer_tokens": answers})
+        )
+    for seq in _halved(w.seq):
+        found.append((f"--seq {seq}", {"seq": seq, "answer_tokens": None}))
+    if w.precision == "fp32":
+        found.append(("--precision bf16", {"precision": "bf16"}))
+    sufficient: dict[str, tuple[str, Line]] = {}
+    for text, change in found:
+        knob = text.split()[0]
+        if knob not in sufficient:
+            other = Line(replace(w, **change), line.strategy, m)
+            if other.fits:
+                sufficient[knob] = (text, other)
+    if line.strategy.stage:
+        for times in (2, 4, 8, 16):
+            more = replace(m, gpus=m.gpus * times)
+            other = Line(w, replace(line.strategy, ranks=more.gpus), more)
+            if other.fits:
+                sufficient["--gpus"] = (f"--gpus {more.gpus}", other)
+                break
+    return list(sufficient.values())
+
+
+def _halved(number: int) -> list[int]:
+    found = []
+    while number > 1:
+        number //= 2
+        found.append(number)
+    return found

@@ -1,0 +1,162 @@
+"""In which order ZeRO-3's hooks see the modules of a model in a micro-batch, traced on the meta device.
+
+DeepSpeed fetches the weights of a module before its forward and its backward, and may release them after each. A model of three
+decoder layers is traced; a deeper one repeats the middle one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ldmole_dist.peft_method import LdMoleLinear
+from ldmole_dist.study.plan.activations import last_layer, on_meta, run_forward, traced_model
+from ldmole_dist.study.plan.workload import Workload
+
+
+class Event(NamedTuple):
+    """A module is about to run, or has run.
+
+    Args:
+        what: "fetch" or "release".
+        module: its name.
+        forward: whether in a forward, a recomputed one included, or in the backward.
+        recomputing: whether in a recomputed forward.
+    """
+
+    what: Literal["fetch", "release"]
+    module: str
+    forward: bool
+    recomputing: bool = False
+
+
+class Order(NamedTuple):
+    """Events of a micro-batch, and the names of the parameters that each module uses itself."""
+
+    events: tuple[Event, ...]
+    uses: dict[str, tuple[str, ...]]
+
+
+@lru_cache(maxsize=16)
+def module_order(workload: Workload, checkpointing: bool) -> Order:
+    """Of the whole model."""
+    small = workload if workload.seq <= 16 else _small(workload)
+    depth = workload.backbone.num_hidden_layers
+    layers = min(depth, 3)
+    model = traced_model(small, layers, checkpointing, partitioned=True)
+    names = {module: name for name, module in model.named_modules()}
+    uses = {name: tuple(_own(module, name)) for module, name in names.items()}
+    for module, name in names.items():
+        if isinstance(module, LdMoleLinear):
+            (group,) = module.groups.values()
+            if group.members[0] is module:  # as engine.build registers them
+                uses[name] += tuple(
+                    f"{names[m]}.{bank}.{adapter}"
+                    for m in group.members
+                    for bank in ("lora_A", "lora_B")
+                    for adapter in m.lora_A
+                )
+    events: list[Event] = []
+    in_backward = False
+    for module, name in names.items():
+        _watch(module, name, events, lambda: in_backward)
+    with on_meta(partitioned=True):
+        loss = run_forward(model, small)
+        in_backward = True
+        loss.backward()
+    prefix = names[last_layer(model)].rpartition(".")[0]
+    return Order(tuple(_deepened(events, prefix, layers, depth)), _all_layers(uses, prefix, layers, depth))
+
+
+def _small(workload: Workload) -> Workload:
+    from dataclasses import replace
+
+    return replace(workload, seq=16, micro_batch=1, answer_tokens=None)
+
+
+def _own(module: nn.Module, name: str) -> list[str]:
+    return [f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)]
+
+
+def _watch(module: nn.Module, name: str, events: list[Event], in_backward: Callable[[], bool]) -> None:
+    """Hooks as DeepSpeed registers them, which write down that they ran."""
+    remaining = [0]
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        remaining[0] = 0
+        events.append(Event("fetch", name, True, in_backward()))
+
+        def counted(tensor: Tensor) -> Tensor:
+            remaining[0] += tensor.requires_grad
+            return _Through.apply(tensor, released)
+
+        return tree_map_only(Tensor, counted, inputs)
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> Any:
+        events.append(Event("release", name, True, in_backward()))
+        return tree_map_only(Tensor, lambda tensor: _Through.apply(tensor, fetched), output)
+
+    def fetched() -> None:
+        events.append(Event("fetch", name, False))
+
+    def released() -> None:
+        remaining[0] -= 1
+        if remaining[0] == 0:
+            events.append(Event("release", name, False))
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+class _Through(torch.autograd.Function):
+    """The same tensor; `then` is called when its gradient arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, then: Callable[[], None]) -> Tensor:
+        ctx.then = then
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.then()
+        return grad, None
+
+
+def _deepened(events: list[Event], prefix: str, layers: int, depth: int) -> list[Event]:
+    """The events of the middle layer as often as a model of `depth` layers has them."""
+    if depth == layers:
+        return events
+    starts_forward = [events.index(Event("fetch", f"{prefix}.{i}", True)) for i in range(3)]
+    starts_backward = [events.index(Event("fetch", f"{prefix}.{i}", False)) for i in range(3)]
+    first, middle, last = starts_forward
+    forward = [*events[:middle]]
+    for i in range(1, depth - 1):
+        forward += _renamed(events[middle:last], prefix, 1, i)
+    forward += _renamed(events[last : starts_backward[2]], prefix, 2, depth - 1)
+    backward = _renamed(events[starts_backward[2] : starts_backward[1]], prefix, 2, depth - 1)
+    for i in reversed(range(1, depth - 1)):
+        backward += _renamed(events[starts_backward[1] : starts_backward[0]], prefix, 1, i)
+    return [*forward, *backward, *events[starts_backward[0] :]]
+
+
+def _renamed(events: list[Event], prefix: str, old: int, new: int) -> list[Event]:
+    return [event._replace(module=_rename(event.module, prefix, old, new)) for event in events]
+
+
+def _rename(name: str, prefix: str, old: int, new: int) -> str:
+    return re.sub(rf"^{re.escape(prefix)}\.{old}(?=\.|$)", f"{prefix}.{new}", name)
+
+
+def _all_layers(uses: dict[str, tuple[str, ...]], prefix: str, layers: int, depth: int) -> dict[str, tuple[str, ...]]:
+    found = dict(uses)
+    for i in range(layers, depth):
+        for name, parameters in uses.items():
+            if name.startswith(f"{prefix}.1.") or name == f"{prefix}.1":
+                found[_rename(name, prefix, 1, i)] = tuple(_rename(p, prefix, 1, i) for p in parameters)
+    return found

@@ -1,0 +1,113 @@
+"""The parameters and input groups of an adapted model, from its config alone: nothing is allocated on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from ldmole_dist.backbone import DTYPES
+from ldmole_dist.errors import UserError
+from ldmole_dist.method.context import LossWeights
+from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.peft_method import LdMoleLinear, is_expert_tensor, tuner_of
+from ldmole_dist.study.plan.workload import Workload
+
+
+class Parameter(NamedTuple):
+    """One parameter: its elements with all experts, and which kind it is of."""
+
+    name: str
+    elements: int
+    expert: bool
+    trainable: bool
+
+
+class Group(NamedTuple):
+    """An input group: D, the O of each of its linears, and its name."""
+
+    name: str
+    in_features: int
+    out_features: tuple[int, ...]
+
+
+class Shapes(NamedTuple):
+    """All parameters in the order of the model, and its input groups."""
+
+    parameters: tuple[Parameter, ...]
+    groups: tuple[Group, ...]
+
+    def frozen(self) -> int:
+        """Elements of the backbone."""
+        return sum(p.elements for p in self.parameters if not p.trainable)
+
+    def experts(self) -> int:
+        """Elements of all banks."""
+        return sum(p.elements for p in self.parameters if p.expert)
+
+    def dense(self) -> int:
+        """Trainable elements that every rank holds: routers and lambda-MLPs."""
+        return sum(p.elements for p in self.parameters if p.trainable and not p.expert)
+
+
+def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
+    """The adapted model without memory.
+
+    Args:
+        workload: backbone and adapter.
+        layers: decoder layers instead of the backbone's own number.
+
+    Raises:
+        UserError: where the backbone cannot be built or adapted.
+    """
+    config = copy.deepcopy(workload.backbone)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    adapter = LdMoleConfig(
+        num_experts=workload.num_experts,
+        r=workload.rank,
+        lambda_hidden=workload.lambda_hidden,
+        lora_dropout=workload.dropout,
+        target_modules=list(workload.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.device("meta"):
+            backbone = AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[workload.precision], attn_implementation="sdpa"
+            )
+            model = get_peft_model(backbone, adapter)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"this backbone cannot be planned for: {str(error).strip().partition(chr(10))[0]}") from error
+    tuner_of(model).context.weights = LossWeights(balance=1.0)
+    return model.train()
+
+
+@lru_cache(maxsize=32)
+def shapes_of(workload: Workload) -> Shapes:
+    """Parameters and input groups of the whole model."""
+    model = meta_model(workload)
+    parameters = tuple(
+        Parameter(name, p.numel(), is_expert_tensor(name) and p.requires_grad, p.requires_grad)
+        for name, p in model.named_parameters()
+    )
+    return Shapes(parameters, tuple(input_groups(model)))
+
+
+def input_groups(model: PeftModel) -> Sequence[Group]:
+    """Of an adapted model, in the order of their leaders."""
+    groups = []
+    for module in model.modules():
+        if isinstance(module, LdMoleLinear):
+            (group,) = module.groups.values()
+            if group.members[0] is module:
+                widths = tuple(int(m.base_layer.out_features) for m in group.members)  # type: ignore[arg-type]
+                groups.append(Group(module.name, int(module.base_layer.in_features), widths))  # type: ignore[arg-type]
+    return groups
