@@ -79,14 +79,14 @@ class Cell:
         Raises:
             UserError: where it cannot run, naming the value.
         """
-        for name, value in asdict(self).items():
-            if isinstance(value, int) and value < (0 if name == "stage" else 1):
-                raise UserError(f"{name}={value} must be at least 1")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"{name}={getattr(self, name)} is not known: choose from {', '.join(map(str, allowed))}"
                 )
+        for name, value in asdict(self).items():
+            if name not in CHOICES and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
         if self.ranks % self.ep_size or self.experts % self.ep_size:
             raise UserError(f"ep_size={self.ep_size} must divide ranks={self.ranks} and experts={self.experts}")
         if self.hidden % 64:
