@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
             return EXIT_PREEMPTED
     from ldmole_dist.study.scaling.page import write_page
 
+    # Nobody can do anything about PEFT asking transformers for an attribute by its old name, at every injection.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
     for line in write_page(store):
         print(line)
     return 0
