@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ldmole_dist.study.bench_latency import Latency
 from ldmole_dist.study.scaling.series import Point, replicated, spread
@@ -55,7 +56,7 @@ def by_axis(series: Mapping[str, Mapping[str, Sequence[Point]]]) -> Figure:
             axes.plot(x, [p.measured.seconds for p in points], marker="o", color=colour, label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(values, [str(value) for value in values])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(p.measured.seconds for points in lines.values() for p in points))
         axes.set(xlabel=NAMES.get(axis, axis), ylabel="seconds per optimizer step")
         axes.legend()
     return figure
@@ -120,7 +121,12 @@ def predictions(kinds: Mapping[str, Sequence[Sample]]) -> Figure:
     every = [value for samples in kinds.values() for sample in samples for value in sample if value > 0]
     ends = [0.8 * min(every), 1.25 * max(every)]
     axes.plot(ends, ends, color="black", linewidth=0.8, label="predicted = measured")
-    axes.set(xscale="log", yscale="log", xlabel="measured seconds per optimizer step", ylabel="predicted seconds")
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    axes.set(xlabel="measured seconds per optimizer step", ylabel="predicted seconds")
     axes.legend()
     return figure
 
@@ -150,6 +156,6 @@ def _ideal(axes: Any, ranks: list[int], ideal: list[float], shared: list[float] 
 def _over_ranks(axes: Any, ranks: list[int], quantity: str, title: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(n) for n in ranks])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * max(max(line.get_ydata()) for line in axes.lines))
     axes.set(xlabel="ranks", ylabel=quantity, title=title)
     axes.legend()

@@ -14,7 +14,8 @@ def weak_scaling(study: Study, page: Page) -> None:
         return
     page.heading("Weak scaling")
     fixed = f"Every rank has {study.base.tokens_per_rank} tokens in an optimizer step, however many ranks there are."
-    page.text(fixed, *throughput(study), study.crowd())
+    page.text(fixed, study.crowd())
+    page.points(throughput(study))
     page.figure(figures.weak_scaling(study.weak, study.cores), "tokens per second over ranks")
     result_table(page, study.weak)
 
@@ -25,14 +26,15 @@ def strong_scaling(study: Study, page: Page) -> None:
         return
     first = study.strong[0]
     page.heading("Strong scaling")
-    said = [f"The batch of an optimizer step is {first.cell.tokens} tokens on any number of ranks."]
+    page.text(f"The batch of an optimizer step is {first.cell.tokens} tokens on any number of ranks.", study.crowd())
+    said = []
     for label, series, _ in figures.SERIES:
         for cell, m in series(study.strong)[1:]:
-            faster = first.measured.seconds / m.seconds
             said.append(
-                f"{cell.ranks} ranks, {label}: {m.seconds:.2f} s, {faster:.2f} times as fast as {first.cell.ranks}."
+                f"{cell.ranks} ranks with {label} take {m.seconds:.2f} s, {first.cell.ranks} rank(s) "
+                f"{first.measured.seconds:.2f} s: {first.measured.seconds / m.seconds:.2f} times as fast."
             )
-    page.text(*said, study.crowd())
+    page.points(said)
     page.figure(figures.strong_scaling(study.strong, study.cores), "seconds per optimizer step over ranks")
     result_table(page, study.strong)
 
@@ -112,7 +114,7 @@ def stages(study: Study, page: Page) -> None:
     peak = "what is allocated on the GPU of the rank that needs most"
     if study.cores:
         peak = "what a process has in memory beyond what it had before the model, buffers of DeepSpeed included"
-    page.text(*said, f"The peak is {peak}; models as small as these are dominated by fixed buffers.")
+    page.text(*said, f"The peak is {peak}.")
     panels = {
         "seconds per optimizer step": [p.measured.seconds for p in points],
         "peak memory of a rank, MB": [p.measured.peak_bytes / 1e6 for p in points],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -17,7 +16,8 @@ def summary(study: Study, page: Page) -> None:
     m, failed = study.machine, len(study.rows) - len(study.points)
     said = [
         f"{len(study.points)} configurations were trained on {m['device']} ({m['processor']}, {m['cores']} cores); "
-        f"{failed} failed."
+        f"{failed} failed.",
+        study.disturbance(),
     ]
     said += throughput(study) + generation(study.latencies)
     if not isinstance(study.prediction, str):
@@ -43,14 +43,6 @@ def method(study: Study, page: Page) -> None:
     )
     page.text(
         f"The base cell: {_settings(study.base)}. Where nothing else is said, a cell differs from it in one setting."
-    )
-    elsewhere = [p.measured.cores_elsewhere for p in study.points]
-    disturbed = statistics.median(elsewhere)
-    page.text(
-        f"Other programs kept {disturbed:.2f} cores busy while the median cell was timed, and {max(elsewhere):.2f} at worst.",
-        "Times are longer than on an idle machine, and differences between cells less certain."
-        if disturbed > 0.1
-        else "",
     )
     page.table(["", "measured on"], list(study.machine.items()))
 

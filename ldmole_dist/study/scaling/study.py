@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -53,6 +54,19 @@ class Study:
         one = next((p.cell for p in self.weak if p.cell.ranks == 1), None)
         return along(self.points, one, axis) if one else []
 
+    def disturbance(self) -> str:
+        """What else the machine did."""
+        elsewhere = [p.measured.cores_elsewhere for p in self.points]
+        usual = statistics.median(elsewhere)
+        said = (
+            f"Other programs kept {usual:.2f} cores busy while the median cell was timed, {max(elsewhere):.2f} at worst"
+        )
+        return (
+            f"{said}: times are longer than on an idle machine, and their ratios less certain."
+            if usual > 0.1
+            else f"{said}."
+        )
+
     def crowd(self) -> str:
         """What ranks beyond the cores mean, where there were any."""
         if self.cores is None or all(p.cell.ranks <= self.cores for p in self.weak):
@@ -70,7 +84,7 @@ def throughput(study: Study) -> list[str]:
             where = f", on {study.cores} cores" if study.cores and p.cell.ranks > study.cores else ""
             said.append(
                 f"{p.cell.ranks} ranks with {label} process {many:,.0f} tokens/s{where}: {many / one:.2f} times the "
-                f"{one:,.0f} of {chosen[0].cell.ranks}."
+                f"{one:,.0f} of {chosen[0].cell.ranks} rank(s)."
             )
     return said
 
@@ -83,7 +97,7 @@ def generation(latencies: Sequence[Latency]) -> list[str]:
         for r in chosen if len(chosen) == 1 else (chosen[0], chosen[-1]):
             shares = r.shares()
             said.append(
-                f"{shape}, one token for each of {r.batch} sequence(s): of {1e3 * r.whole:.1f} ms the lambda-MLP has "
+                f"{shape}, a token for each of {r.batch} sequence(s): of {1e3 * r.whole:.1f} ms the lambda-MLP has "
                 f"{shares['lambda-MLP']:.1%}, the router {shares['router']:.1%}, the experts {shares['experts']:.1%} and the "
                 f"frozen model {shares['frozen model']:.1%}."
             )
