@@ -109,6 +109,20 @@ def test_what_cannot_be_run_is_said_before_anything_runs(
     assert not (tmp_path / "study").exists()
 
 
+def test_a_study_is_on_gpus_or_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert command._on_one_kind_of_device(None, (1, 2, 4)) == [1, 2]
+    with pytest.raises(UserError, match="--ranks 4 needs as many GPUs, here are 2"):
+        command._on_one_kind_of_device([2, 4], (1, 2, 4))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert command._on_one_kind_of_device(None, (1, 2, 4)) == [1, 2, 4]
+
+
+def test_where_nothing_is_dispatched_dispatch_is_no_axis() -> None:
+    cells = grids.overridden(GRID, [1], {}).cells()
+    assert {c.dispatch for c in cells} == {"auto"} and {c.ranks for c in cells} == {1}
+
+
 def test_ranks_and_axes_can_be_chosen() -> None:
     grid = grids.overridden(GRID, [1, 3], {"experts": [6], "layers": [1, 3], "dispatch": ["gather"]})
     cells = grid.cells()

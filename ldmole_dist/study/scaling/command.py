@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ldmole_dist.errors import EXIT_PREEMPTED, UserError
 from ldmole_dist.study.scaling.cells import AXES, Cell
 from ldmole_dist.study.scaling.grids import full, overridden, quick
@@ -56,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     if args.page_only:
         store = Store(folder, None)
     else:
-        grid = overridden((full if args.full else quick)(_precision()), chosen.pop("ranks", None), chosen)
-        cells = grid.cells()
+        grid = (full if args.full else quick)("bf16" if torch.cuda.is_available() else "fp32")
+        ranks = _on_one_kind_of_device(chosen.pop("ranks", None), grid.ranks)
+        cells = overridden(grid, ranks, chosen).cells()
         store = Store(folder, environment())
         try:
             _measure_missing(store, cells, args.steps, args.timeout)
@@ -82,9 +85,9 @@ def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: f
     from ldmole_dist.study.scaling.store import done, failed
 
     known = {row.cell for row in store.rows()}
-    progress = tqdm(cells, unit="cell", initial=0)
+    progress = tqdm(cells, unit="cell")
     for cell in progress:
-        progress.set_description(f"{cell.ranks} rank(s)")
+        progress.set_description(f"ranks {cell.ranks}")
         if cell in known:
             continue
         try:
@@ -102,10 +105,14 @@ def _measure_latency(store: Store, thorough: bool) -> None:
         store.add_latencies(bench_latency(Settings() if thorough else QUICK))
 
 
-def _precision() -> str:
-    import torch
-
-    return "bf16" if torch.cuda.is_available() else "fp32"
+def _on_one_kind_of_device(asked: list[int] | None, usual: Sequence[int]) -> list[int]:
+    """Ranks go to the CPU where GPUs are too few: a study must not mix the two."""
+    gpus = torch.cuda.device_count()
+    if asked and gpus and max(asked) > gpus:
+        raise UserError(
+            f"--ranks {max(asked)} needs as many GPUs, here are {gpus}: leave it out, or hide them to use the CPU"
+        )
+    return asked or [n for n in usual if not gpus or n <= gpus]
 
 
 def _values(axis: str, text: str) -> list[Any]:

@@ -30,7 +30,9 @@ class Grid:
         largest = [(axis, value) for axis in ALONE for value in self.axes.get(axis, ())[-1:]]
         alone = [replace(self.base, **{axis: value, "ranks": 1, "ep_size": 1}) for axis, value in largest]
         cells = [self.base, *self.weak(), *self.strong(), *around, *alone, *self.far()]
-        return [cell.checked() for cell in dict.fromkeys(cells)]
+        # Where nothing is dispatched, how it would be makes no other cell.
+        distinct = dict.fromkeys(c if c.ep_size > 1 else replace(c, dispatch="auto") for c in cells)
+        return [cell.checked() for cell in distinct]
 
     def weak(self) -> list[Cell]:
         """Tokens of a rank fixed; experts on every rank, and spread over all ranks."""

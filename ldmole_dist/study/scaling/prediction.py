@@ -77,6 +77,10 @@ def rate(term: str, seconds_per: float) -> str:
     """A fitted rate in units that can be read."""
     if seconds_per == 0:
         return "costs nothing that could be told from the other terms"
-    if UNITS[term] in ("FLOP", "byte"):
-        return f"{1e-9 / seconds_per:.3g} G{UNITS[term]}/s"
-    return f"{1e6 * seconds_per:.3g} µs for each {UNITS[term]}"
+    unit = UNITS[term]
+    if unit in ("FLOP", "byte"):
+        return f"{1e-9 / seconds_per:.3g} {'GFLOP' if unit == 'FLOP' else 'GB'}/s"
+    scale, name = next(
+        (scale, name) for scale, name in ((1e3, "ms"), (1e6, "µs"), (1e9, "ns")) if seconds_per * scale >= 1
+    )
+    return f"{scale * seconds_per:.3g} {name} for each {unit}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ldmole_dist.study.bench_latency import SEQ
 from ldmole_dist.study.scaling import figures
 from ldmole_dist.study.scaling.series import replicated
-from ldmole_dist.study.scaling.study import Page, Study, generation, megabytes, result_table, throughput
+from ldmole_dist.study.scaling.study import Page, Study, generation, megabytes, plural, result_table, throughput
 
 
 def weak_scaling(study: Study, page: Page) -> None:
@@ -31,7 +31,7 @@ def strong_scaling(study: Study, page: Page) -> None:
     for label, series, _ in figures.SERIES:
         for cell, m in series(study.strong)[1:]:
             said.append(
-                f"{cell.ranks} ranks with {label} take {m.seconds:.2f} s, {first.cell.ranks} rank(s) "
+                f"{cell.ranks} ranks with {label} take {m.seconds:.2f} s, {plural(first.cell.ranks, 'rank')} "
                 f"{first.measured.seconds:.2f} s: {first.measured.seconds / m.seconds:.2f} times as fast."
             )
     page.points(said)
@@ -52,7 +52,7 @@ def backbone(study: Study, page: Page) -> None:
 def _by_size(study: Study, page: Page, heading: str, axes: tuple[str, ...]) -> None:
     series = {}
     for axis in axes:
-        lines = {f"{study.base.ranks} rank(s), ep_size {study.base.ep_size}": study.around(axis)}
+        lines = {f"{plural(study.base.ranks, 'rank')}, ep_size {study.base.ep_size}": study.around(axis)}
         if study.base.ranks > 1:
             lines = {"1 rank": study.alone(axis)} | lines
         lines = {label: points for label, points in lines.items() if len(points) > 1}

@@ -61,11 +61,8 @@ class Study:
         said = (
             f"Other programs kept {usual:.2f} cores busy while the median cell was timed, {max(elsewhere):.2f} at worst"
         )
-        return (
-            f"{said}: times are longer than on an idle machine, and their ratios less certain."
-            if usual > 0.1
-            else f"{said}."
-        )
+        meaning = ": times are longer than on an idle machine, and their ratios less certain" if usual > 0.1 else ""
+        return f"{said}{meaning}."
 
     def crowd(self) -> str:
         """What ranks beyond the cores mean, where there were any."""
@@ -83,8 +80,8 @@ def throughput(study: Study) -> list[str]:
             one, many = chosen[0].measured.tokens_per_second, p.measured.tokens_per_second
             where = f", on {study.cores} cores" if study.cores and p.cell.ranks > study.cores else ""
             said.append(
-                f"{p.cell.ranks} ranks with {label} process {many:,.0f} tokens/s{where}: {many / one:.2f} times the "
-                f"{one:,.0f} of {chosen[0].cell.ranks} rank(s)."
+                f"{plural(p.cell.ranks, 'rank')} with {label} process {many:,.0f} tokens/s{where}: {many / one:.2f} times the "
+                f"{one:,.0f} of {plural(chosen[0].cell.ranks, 'rank')}."
             )
     return said
 
@@ -97,7 +94,7 @@ def generation(latencies: Sequence[Latency]) -> list[str]:
         for r in chosen if len(chosen) == 1 else (chosen[0], chosen[-1]):
             shares = r.shares()
             said.append(
-                f"{shape}, a token for each of {r.batch} sequence(s): of {1e3 * r.whole:.1f} ms the lambda-MLP has "
+                f"{shape}, one token at batch {r.batch}: of {1e3 * r.whole:.1f} ms the lambda-MLP has "
                 f"{shares['lambda-MLP']:.1%}, the router {shares['router']:.1%}, the experts {shares['experts']:.1%} and the "
                 f"frozen model {shares['frozen model']:.1%}."
             )
@@ -127,3 +124,8 @@ def result_table(page: Page, points: Sequence[Point], axes: Sequence[str] | None
 def megabytes(number: float) -> str:
     """Of bytes."""
     return f"{number / 1e6:.2f}"
+
+
+def plural(number: int, what: str) -> str:
+    """ "1 rank", "2 ranks"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
