@@ -175,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     checkpointing = bench.add_parser("checkpoint", help="what a checkpoint in the background costs training")
     checkpointing.add_argument("--layers", type=int, default=11, help="of the model: 9.3 million parameters each")
     checkpointing.set_defaults(call=_bench_checkpoint)
+    bench.add_parser("plan", help="the planner's numbers against real engines").set_defaults(call=_bench_plan)
     decide = bench.add_parser(
         "decide", help="what a dispatch decides to move over many shapes, and what deciding costs"
     )
@@ -288,6 +289,13 @@ def _bench_checkpoint(args: argparse.Namespace) -> int:
     from ldmole_dist.study.bench_checkpoint import Sizes, bench_checkpoint, print_measured
 
     print_measured(bench_checkpoint(Sizes(layers=args.layers)))
+    return 0
+
+
+def _bench_plan(args: argparse.Namespace) -> int:
+    from ldmole_dist.study.plan.accuracy import bench_plan, print_table
+
+    print_table(bench_plan())
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ldmole_dist.backbone import enable_gradient_checkpointing
@@ -25,6 +25,7 @@ from ldmole_dist.method.layer import Finish
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.objective import answer_loss
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
+from ldmole_dist.study.plan.layers import last_layer
 from ldmole_dist.study.plan.live import LiveBytes
 from ldmole_dist.study.plan.shapes import meta_model
 from ldmole_dist.study.plan.workload import Workload
@@ -138,12 +139,6 @@ def _recompute_on_meta(context: Any, partitioned: bool) -> None:
         return first, again(recomputation)
 
     context.checkpoint_contexts = both
-
-
-def last_layer(model: PeftModel) -> nn.Module:
-    """The last decoder layer: of the last adapted linear the outermost element of a list of modules."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    return next(m for m in lists if any(isinstance(s, LdMoleLinear) for s in m[-1].modules()))[-1]
 
 
 def _at_backward(output: Any, live: LiveBytes, reached: dict[str, int]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from ldmole_dist.errors import UserError
 from ldmole_dist.study.plan.flops import flops
@@ -197,35 +197,39 @@ def _differs_in(a: Strategy, b: Strategy) -> set[str]:
     return {"offload"} if things == {"offload", "stage"} else things
 
 
-def smaller(line: Line) -> list[tuple[str, Line]]:
-    """What would make a line fit that does not: one change of the workload or the machine each, those that suffice."""
-    w, m = line.workload, line.machine
-    found: list[tuple[str, dict[str, Any]]] = []
-    for micro_batch in _halved(w.micro_batch):
-        found.append((f"--micro-batch {micro_batch} (instead of {w.micro_batch})", {"micro_batch": micro_batch}))
-    for answers in _halved(w.answer_tokens or w.seq):
-        found.append(
-            (f"--answer-tokens {answers}, if no more positions than that have a label", {"answer_tokens": answers})
-        )
-    for seq in _halved(w.seq):
-        found.append((f"--seq {seq}", {"seq": seq, "answer_tokens": None}))
-    if w.precision == "fp32":
-        found.append(("--precision bf16", {"precision": "bf16"}))
-    sufficient: dict[str, tuple[str, Line]] = {}
-    for text, change in found:
-        knob = text.split()[0]
-        if knob not in sufficient:
-            other = Line(replace(w, **change), line.strategy, m)
-            if other.fits:
-                sufficient[knob] = (text, other)
-    if line.strategy.stage:
-        for times in (2, 4, 8, 16):
-            more = replace(m, gpus=m.gpus * times)
-            other = Line(w, replace(line.strategy, ranks=more.gpus), more)
-            if other.fits:
-                sufficient["--gpus"] = (f"--gpus {more.gpus}", other)
-                break
-    return list(sufficient.values())
+def smaller(line: Line) -> list[str]:
+    """What would make a line fit that does not: the mildest value of each single setting that suffices; where none does, of
+    each together with the smallest micro-batch."""
+    single = _sufficient(line, line.workload, "")
+    if single or line.workload.micro_batch == 1:
+        return single
+    return _sufficient(line, replace(line.workload, micro_batch=1), "--micro-batch 1 and ")
+
+
+def _sufficient(line: Line, w: Workload, before: str) -> list[str]:
+    answers = w.answer_tokens or w.seq
+    knobs: list[list[tuple[str, Workload, int]]] = [
+        [(f"--micro-batch {n}", replace(w, micro_batch=n), 1) for n in _halved(w.micro_batch)],
+        [
+            (f"--answer-tokens {n} if no more positions have a label", replace(w, answer_tokens=n), 1)
+            for n in _halved(answers)
+        ],
+        [(f"--seq {n}", replace(w, seq=n, answer_tokens=min(n, answers)), 1) for n in _halved(w.seq)],
+        [("--precision bf16", replace(w, precision="bf16"), 1)] if w.precision == "fp32" else [],
+        [(f"--gpus {line.machine.gpus * n}", w, n) for n in (2, 4, 8, 16, 32)] if line.strategy.stage else [],
+    ]
+    found = []
+    for values in knobs:
+        # Each is smaller than the one before.
+        first = bisect_left(values, True, key=lambda value: _fits(line, value[1], value[2]))
+        if first < len(values):
+            found.append(before + values[first][0])
+    return found
+
+
+def _fits(line: Line, workload: Workload, times: int) -> bool:
+    machine = replace(line.machine, gpus=line.machine.gpus * times)
+    return Line(workload, replace(line.strategy, ranks=machine.gpus), machine).fits
 
 
 def _halved(number: int) -> list[int]:

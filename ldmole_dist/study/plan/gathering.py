@@ -8,8 +8,10 @@ and released after the module unless it is used again within `stage3_max_reuse_d
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,7 +31,7 @@ class Gather(NamedTuple):
 
 
 class Gathering(NamedTuple):
-    """What is gathered in an optimizer step, and the most bytes that are whole at a time without being so always."""
+    """What is gathered in a micro-batch and after the update, and the most bytes that are whole only for a time."""
 
     gathers: tuple[Gather, ...]
     peak: int
@@ -38,12 +40,25 @@ class Gathering(NamedTuple):
 def gathers(workload: Workload, strategy: Strategy) -> tuple[Gather, ...]:
     """Of an optimizer step at stage 3: "gather" frozen weights, "gather_adapter" dense trained ones, "gather_experts", and
     "update", the small ones after it."""
-    return gathering(workload, strategy).gathers
+    found = gathering(*_relevant(workload, strategy)).gathers
+    times = workload.accumulation
+    # Small ones are gathered once, after the update.
+    return tuple(
+        g if g.kind.startswith("update") else g._replace(elements=g.elements * times, calls=g.calls * times)
+        for g in found
+    )
 
 
 def gathered(workload: Workload, strategy: Strategy) -> int:
     """Bytes of weights that are whole at a time, at the most."""
-    return gathering(workload, strategy).peak
+    return gathering(*_relevant(workload, strategy)).peak
+
+
+def _relevant(workload: Workload, strategy: Strategy) -> tuple[Workload, Strategy]:
+    """Without what makes no difference here, so that nothing is played through twice."""
+    return replace(workload, seq=16, micro_batch=1, accumulation=1, answer_tokens=None), replace(
+        strategy, dispatch="auto"
+    )
 
 
 @lru_cache(maxsize=256)
@@ -51,9 +66,7 @@ def gathering(workload: Workload, strategy: Strategy) -> Gathering:
     """See `Gathering`."""
     coordinator = _Coordinator(workload, strategy)
     coordinator.micro_batch(module_order(workload, strategy.checkpointing).events)
-    found = []
-    for (kind, ranks), (elements, calls) in coordinator.gathered.items():
-        found.append(Gather(kind, ranks, elements * workload.accumulation, calls * workload.accumulation))
+    found = [Gather(*key, *numbers) for key, numbers in coordinator.gathered.items()]
     return Gathering((*found, *coordinator.updates()), coordinator.peak)
 
 
@@ -203,7 +216,8 @@ class _Ahead:
         """Those of `names` that a module from `step` on uses before `distance` elements have been passed."""
         found = set()
         for name in names:
-            following = next((s for s in self.steps[name] if s >= step), None)
+            index = bisect_left(self.steps[name], step)
+            following = self.steps[name][index] if index < len(self.steps[name]) else None
             if following is not None and self.until[following] - self.until[step] < distance:
                 found.add(name)
         return found

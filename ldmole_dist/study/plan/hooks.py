@@ -6,8 +6,8 @@ decoder layers is traced; a deeper one repeats the middle one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ldmole_dist.peft_method import LdMoleLinear
-from ldmole_dist.study.plan.activations import last_layer, on_meta, run_forward, traced_model
+from ldmole_dist.study.plan.activations import on_meta, run_forward, traced_model
+from ldmole_dist.study.plan.layers import in_layer, layer_prefix, rename
 from ldmole_dist.study.plan.workload import Workload
 
 
@@ -46,12 +47,14 @@ class Order(NamedTuple):
 @lru_cache(maxsize=16)
 def module_order(workload: Workload, checkpointing: bool) -> Order:
     """Of the whole model."""
-    small = workload if workload.seq <= 16 else _small(workload)
+    # The order does not depend on the number of tokens.
+    small = replace(workload, seq=16, micro_batch=1, answer_tokens=None)
     depth = workload.backbone.num_hidden_layers
     layers = min(depth, 3)
     model = traced_model(small, layers, checkpointing, partitioned=True)
     names = {module: name for name, module in model.named_modules()}
-    uses = {name: tuple(_own(module, name)) for module, name in names.items()}
+    first = {parameter: name for name, parameter in model.named_parameters()}  # a tied head is the embedding
+    uses = {name: tuple(first[p] for p in module.parameters(recurse=False)) for module, name in names.items()}
     for module, name in names.items():
         if isinstance(module, LdMoleLinear):
             (group,) = module.groups.values()
@@ -70,18 +73,8 @@ def module_order(workload: Workload, checkpointing: bool) -> Order:
         loss = run_forward(model, small)
         in_backward = True
         loss.backward()
-    prefix = names[last_layer(model)].rpartition(".")[0]
+    prefix = layer_prefix(model)
     return Order(tuple(_deepened(events, prefix, layers, depth)), _all_layers(uses, prefix, layers, depth))
-
-
-def _small(workload: Workload) -> Workload:
-    from dataclasses import replace
-
-    return replace(workload, seq=16, micro_batch=1, answer_tokens=None)
-
-
-def _own(module: nn.Module, name: str) -> list[str]:
-    return [f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)]
 
 
 def _watch(module: nn.Module, name: str, events: list[Event], in_backward: Callable[[], bool]) -> None:
@@ -146,17 +139,13 @@ def _deepened(events: list[Event], prefix: str, layers: int, depth: int) -> list
 
 
 def _renamed(events: list[Event], prefix: str, old: int, new: int) -> list[Event]:
-    return [event._replace(module=_rename(event.module, prefix, old, new)) for event in events]
-
-
-def _rename(name: str, prefix: str, old: int, new: int) -> str:
-    return re.sub(rf"^{re.escape(prefix)}\.{old}(?=\.|$)", f"{prefix}.{new}", name)
+    return [event._replace(module=rename(event.module, prefix, old, new)) for event in events]
 
 
 def _all_layers(uses: dict[str, tuple[str, ...]], prefix: str, layers: int, depth: int) -> dict[str, tuple[str, ...]]:
     found = dict(uses)
     for i in range(layers, depth):
         for name, parameters in uses.items():
-            if name.startswith(f"{prefix}.1.") or name == f"{prefix}.1":
-                found[_rename(name, prefix, 1, i)] = tuple(_rename(p, prefix, 1, i) for p in parameters)
+            if in_layer(name, prefix, 1):
+                found[rename(name, prefix, 1, i)] = tuple(rename(p, prefix, 1, i) for p in parameters)
     return found

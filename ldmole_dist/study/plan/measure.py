@@ -97,10 +97,8 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
                 loss = _loss(engine, workload, batch)
             measured.bytes["activations"] = kept.size()
             engine.backward(loss)
-            if turn < workload.accumulation - 1:
-                engine.step()
-        measured.bytes["gradients"] = size_of(_gradients(engine))
-        engine.step()
+            measured.bytes["gradients"] = max(measured.bytes.get("gradients", 0), size_of(_gradients(engine)))
+            engine.step()
     measured.bytes["optimizer"] = size_of(_optimizer(engine))
     measured.wire = engine.parallel.wire.by_kind()
     measured.collectives, measured.calls = counted.elements, counted.calls

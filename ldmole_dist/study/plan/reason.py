@@ -102,5 +102,6 @@ def nothing_fits(closest: Line) -> str:
         f"no line fits into {gb(closest.machine.usable)} a GPU. The closest, {closest.name()}, needs {gb(closest.total)}: "
         f"{gb(closest.lacks)} more ({parts})."
     )
-    knobs = [text for text, _ in smaller(closest)]
-    return f"{text} {'It would fit with ' + '; or '.join(knobs) if knobs else 'No single smaller setting would make it fit'}"
+    knobs = smaller(closest)
+    advice = f"It would fit with {'; or with '.join(knobs)}" if knobs else "No smaller setting alone would make it fit"
+    return f"{text} {advice}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,6 +17,7 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import LdMoleLinear, is_expert_tensor, tuner_of
+from ldmole_dist.study.plan.layers import in_layer, layer_prefix, rename
 from ldmole_dist.study.plan.workload import Workload
 
 
@@ -34,6 +36,9 @@ class Group(NamedTuple):
     name: str
     in_features: int
     out_features: tuple[int, ...]
+
+
+Named = TypeVar("Named", Parameter, Group)
 
 
 class Shapes(NamedTuple):
@@ -90,15 +95,49 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
     return model.train()
 
 
-@lru_cache(maxsize=32)
 def shapes_of(workload: Workload) -> Shapes:
     """Parameters and input groups of the whole model."""
-    model = meta_model(workload)
+    return _shapes_of(replace(workload, seq=16, micro_batch=1, accumulation=1, answer_tokens=None))
+
+
+@lru_cache(maxsize=32)
+def _shapes_of(workload: Workload) -> Shapes:
+    depth = workload.backbone.num_hidden_layers
+    if depth > 2:
+        # Adapters are injected into two layers only, which takes a hundredth of the time where there are a hundred.
+        shallow = meta_model(workload, 2)
+        shapes = _deepened(_shapes(shallow), layer_prefix(shallow), depth)
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(workload.backbone)
+        if shapes.frozen() == sum(p.numel() for p in bare.parameters()):
+            return shapes
+    return _shapes(meta_model(workload))  # layers differ
+
+
+def _shapes(model: PeftModel) -> Shapes:
     parameters = tuple(
         Parameter(name, p.numel(), is_expert_tensor(name) and p.requires_grad, p.requires_grad)
         for name, p in model.named_parameters()
     )
     return Shapes(parameters, tuple(input_groups(model)))
+
+
+def _deepened(shapes: Shapes, prefix: str, depth: int) -> Shapes:
+    """With the second layer as often as a model of `depth` layers has it."""
+    inner = prefix.removeprefix("base_model.model.")  # input groups go by the names of the bare model
+    return Shapes(
+        tuple(_repeated(shapes.parameters, prefix, depth)),
+        tuple(_repeated(shapes.groups, inner, depth)),
+    )
+
+
+def _repeated(things: Sequence[Named], prefix: str, depth: int) -> Iterator[Named]:
+    second = [thing for thing in things if in_layer(thing.name, prefix, 1)]
+    for thing in things:
+        yield thing
+        if thing is second[-1]:
+            for i in range(2, depth):
+                yield from (of._replace(name=rename(of.name, prefix, 1, i)) for of in second)
 
 
 def input_groups(model: PeftModel) -> Sequence[Group]:

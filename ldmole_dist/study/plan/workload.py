@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Literal
 
 from transformers import PretrainedConfig
@@ -61,6 +62,17 @@ class Workload:
             raise UserError(f"answer_tokens={self.answer_tokens} must lie between 1 and seq={self.seq}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must lie in [0, 1)")
+
+    @cached_property
+    def _key(self) -> tuple[object, ...]:
+        values = [getattr(self, field.name) for field in fields(self) if field.name != "backbone"]
+        return self.backbone.to_json_string(), *values
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Workload) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     @property
     def tokens(self) -> int:

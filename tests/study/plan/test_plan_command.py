@@ -1,0 +1,186 @@
+"""`ldmole plan` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldmole_dist.cli import main
+from ldmole_dist.config import load_config
+from ldmole_dist.engine.ds_config import resolve_run
+from ldmole_dist.errors import EXIT_EXPLAINED
+from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.study.plan.command import parse_memory
+from ldmole_dist.study.plan.memory import PARTS
+from ldmole_dist.study.plan.presets import load_backbone_config, preset_names
+from ldmole_dist.study.plan.shapes import shapes_of
+from ldmole_dist.study.plan.workload import Workload
+from tests.small_run import make_folder, run_training
+
+BASE = ["plan", "--backbone", "Llama-3.2-1B", "--gpus", "8", "--gpu-memory", "80GB"]
+
+# Of the weights that are published; Qwen's small models tie their heads, which their files hold all the same.
+PUBLISHED = {
+    "SmolLM2-135M": 134_515_008,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
+    "Qwen3-0.6B": 751_632_384 - 151_936 * 1024,
+    "Qwen3-1.7B": 2_031_739_904 - 151_936 * 2048,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+}
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*BASE, *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_presets_have_the_published_number_of_parameters() -> None:
+    assert set(preset_names()) == set(PUBLISHED)
+    for name, number in PUBLISHED.items():
+        assert shapes_of(Workload(load_backbone_config(name))).frozen() == number, name
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backbone", "micro_batch"), [("8", "Llama-3.1-8B", "16"), ("64", "Llama-3.1-70B", "4")]
+)
+def test_plan_and_what_it_writes(
+    gpus: str, backbone: str, micro_batch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--backbone", backbone, "--gpus", gpus, "--gpu-memory", "80GB", "--micro-batch", micro_batch]
+    written = ["--write", str(tmp_path / "plan"), "--train", "train.jsonl", "--accumulation", "2"]
+    assert main([*arguments, *written]) == 0
+    printed = capsys.readouterr().out
+    assert "recommended: ZeRO" in printed and "assumed rates: 150 TFLOP/s" in printed
+    assert f"{PUBLISHED[backbone]:,} frozen parameters" in printed
+    for sentence in ("it takes", "ep_size", "gradient checkpointing", "ZeRO", "offload"):
+        assert any(line.startswith("  - ") and sentence in line for line in printed.splitlines()), sentence
+    assert "still to be filled in: backbone.path, run.output_dir" in printed
+    config = load_config(str(tmp_path / "plan" / "run.yaml"), [])
+    resolved = resolve_run(config, int(gpus))
+    assert resolved["train_micro_batch_size_per_gpu"] == int(micro_batch)
+    assert resolved["gradient_accumulation_steps"] == 2
+    assert config.data.train == "train.jsonl" and config.backbone.path == "FILL_IN"
+    stage = resolved["zero_optimization"]["stage"]
+    assert f"recommended: ZeRO {stage}, ep_size {config.parallelism.ep_size}," in printed
+    assert json.loads((tmp_path / "plan" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == stage
+
+
+def test_json_has_every_line_and_the_best_first(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, "--experts", "8")
+    lines = plan["lines"]
+    assert len(lines) == 6 * 4 * 2  # shipped configs, ep_size 1 2 4 8, recomputation or not
+    assert plan["recommended"]["strategy"] == lines[0]["strategy"] and plan["recommended"]["reasons"]
+    fits = [line["fits"] for line in lines]
+    assert fits == sorted(fits, reverse=True)
+    for line in lines:
+        assert set(line["bytes"]) == set(PARTS) and line["total_bytes"] == sum(line["bytes"].values())
+        assert line["fits"] == (line["total_bytes"] <= plan["machine"]["usable"])
+        assert line["step_seconds"] == pytest.approx(sum(line["seconds"].values()))
+    times = [line["step_seconds"] for line in lines if line["fits"]]
+    assert times[0] <= 1.02 * min(times)
+
+
+def test_rates_change_what_is_recommended(capsys: pytest.CaptureFixture[str]) -> None:
+    # Where next to nothing but bytes counts, the line that sends fewest is taken.
+    plan = planned(capsys, "--bandwidth", "0.001")
+    fewest = min(line["bytes_sent"] for line in plan["lines"] if line["fits"])
+    assert plan["recommended"]["bytes_sent"] <= 1.05 * fewest
+    assert plan["recommended"]["seconds"]["wire"] > plan["recommended"]["seconds"]["compute"]
+    # With little memory, what would be faster does not fit.
+    small = ["--seq", "4096", "--answer-tokens", "64"]
+    wide, narrow = (planned(capsys, *small, "--gpu-memory", size)["recommended"] for size in ("80GB", "24GB"))
+    assert not wide["strategy"]["checkpointing"] and narrow["strategy"]["checkpointing"]
+    assert wide["step_seconds"] < narrow["step_seconds"]
+
+
+def test_all_shows_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BASE, "--gpu-memory", "24GB", "--seq", "4096", "--answer-tokens", "64"]) == 0
+    short = capsys.readouterr().out
+    assert main([*BASE, "--gpu-memory", "24GB", "--seq", "4096", "--answer-tokens", "64", "--all"]) == 0
+    everything = capsys.readouterr().out
+    assert "lines do not fit, by" in short and " lacks " not in short.partition("recommended")[0]
+    assert " lacks " in everything and len(everything.splitlines()) > len(short.splitlines())
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BASE, "--gpu-memory", "8GB", "--micro-batch", "16"]) == EXIT_EXPLAINED
+    out, error = capsys.readouterr()
+    assert "recommended" not in out and " lacks " in out
+    assert error.startswith("error: no line fits into 7.2 GB a GPU. The closest, ") and error.count("\n") == 1
+    assert "more (" in error
+    # What is said to help does.
+    advice = error.partition("It would fit with ")[2]
+    option, number = advice.split()[:2]
+    assert option == "--micro-batch"
+    assert main([*BASE, "--gpu-memory", "8GB", option, number.strip(";\n")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--backbone", "Lama-8B"], "nor one of ['SmolLM2-135M', 'Qwen3-0.6B', 'Llama-3.2-1B'"),
+        (["--gpu-memory", "80 apples"], "--gpu-memory '80 apples' is no size: write it like 80GB"),
+        (["--gpu-memory", "0GB"], "is no size"),
+        (["--active", "0.5"], "active=0.5 must lie between 1 and num_experts=8"),
+        (["--answer-tokens", "2000"], "answer_tokens=2000 must lie between 1 and seq=1024"),
+        (["--tflops", "0"], "tflops=0.0 must be above 0"),
+        (["--reserve", "1"], "reserved=1.0 must lie in [0, 1)"),
+        (["--target-modules", "query"], "query"),
+        (["--write", "{folder}"], "run.yaml is there already"),
+    ],
+)
+def test_bad_input(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").touch()
+    assert main([*BASE, *(a.format(folder=tmp_path) for a in arguments)]) == EXIT_EXPLAINED
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1
+
+
+def test_no_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--backbone", "Llama-3.2-1B", "--gpus", "0", "--gpu-memory", "80GB"])
+    assert stopped.value.code == 2 and "'0' is not a number from 1 on" in capsys.readouterr().err
+
+
+def test_a_config_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("{}", '{"model_type": "unheard-of"}', "not JSON", '{"model_type": "t5"}'):
+        (tmp_path / "config.json").write_text(text)
+        assert main([*BASE, "--backbone", str(tmp_path)]) == EXIT_EXPLAINED
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_experts_are_spread_only_where_that_is_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = planned(capsys, "--experts", "6")["lines"]
+    assert {line["strategy"]["ep_size"] for line in lines} == {1, 2}
+
+
+def test_sizes() -> None:
+    assert (
+        parse_memory("80GB") == 80 * 10**9
+        and parse_memory(" 79 GiB ") == 79 * 2**30
+        and parse_memory("1.5tb") == 15 * 10**11
+    )
+
+
+@pytest.mark.full
+def test_what_is_written_trains(ranks2: LocalRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path)
+    arguments = ["--experts", "4", "--rank", "2", "--lambda-hidden", "16", "--seq", "32", "--micro-batch", "2"]
+    where = ["--gpus", "2", "--gpu-memory", "2GB", "--precision", "fp32", "--write", str(tmp_path / "plan")]
+    given = ["--train", str(tmp_path / "train.jsonl"), "--output-dir", str(tmp_path / "run")]
+    assert main(["plan", "--backbone", str(tmp_path / "backbone"), *arguments, *where, *given]) == 0
+    assert "still to be filled in" not in capsys.readouterr().out
+    steps = ["optimisation.epochs=null", "optimisation.max_steps=1"]
+    ranks2.run(run_training, str(tmp_path / "plan" / "run.yaml"), *steps)
+    (metrics,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert metrics["loss"] > 0
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()

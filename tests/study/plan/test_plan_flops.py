@@ -1,0 +1,75 @@
+"""FLOPs against torch's counter on a small model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import LlamaConfig
+
+from ldmole_dist.backbone import enable_gradient_checkpointing
+from ldmole_dist.study.plan.activations import on_meta, run_forward
+from ldmole_dist.study.plan.flops import PARTS, flops
+from ldmole_dist.study.plan.shapes import meta_model
+from ldmole_dist.study.plan.workload import Strategy, Workload
+
+TOLERANCE = 0.03  # the first layer needs no gradient of its input, which the closed forms leave in
+
+LLAMA = LlamaConfig(
+    vocab_size=500,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+)
+WORKLOAD = Workload(LLAMA, num_experts=4, rank=4, lambda_hidden=64, micro_batch=2, seq=64, active=4.0, precision="fp32")
+# torch counts the attention kernels of GPUs and leaves out the CPU's.
+CPU_ATTENTION: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_as_torch_counts(checkpointing: bool) -> None:
+    predicted = flops(WORKLOAD, Strategy(1, 0, 1, checkpointing=checkpointing))
+    assert set(predicted) == set(PARTS) and (predicted["recompute"] > 0) == checkpointing
+    with torch.device("cpu"):
+        model = meta_model(WORKLOAD).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    ids = torch.randint(0, 500, (2, 64))
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        model(input_ids=ids, use_cache=False).logits.float().mean().backward()
+    counted = counter.get_total_flops()
+    assert abs(sum(predicted.values()) / counted - 1) < TOLERANCE, (predicted, counted)
+
+
+def test_parts_scale_as_they_should() -> None:
+    one = flops(WORKLOAD, Strategy(1, 0, 1, checkpointing=False))
+    twice = flops(replace(WORKLOAD, accumulation=2), Strategy(1, 0, 1, checkpointing=False))
+    assert twice == {part: 2 * value for part, value in one.items()}
+    longer = flops(replace(WORKLOAD, seq=128), Strategy(1, 0, 1, checkpointing=False))
+    assert longer["attention"] == 4 * one["attention"] and longer["base"] == 2 * one["base"]
+    answers = flops(replace(WORKLOAD, answer_tokens=16), Strategy(1, 0, 1, checkpointing=False))
+    assert answers["head"] == one["head"] / 4 and answers["base"] == one["base"]
+    # Rows that another rank's experts compute are computed there, no more and no less.
+    spread = flops(replace(WORKLOAD, num_experts=64, rank=16, active=2.0), Strategy(2, 0, 2, "all_to_all"))
+    whole = flops(replace(WORKLOAD, num_experts=64, rank=16, active=2.0), Strategy(2, 0, 1))
+    assert spread["experts"] == pytest.approx(whole["experts"])
+
+
+def test_on_the_meta_device_too() -> None:
+    """What the planner traces is the model that it counts."""
+    model = meta_model(WORKLOAD, 1)
+    with on_meta():
+        assert run_forward(model, WORKLOAD).device.type == "meta"

@@ -1,0 +1,140 @@
+"""What no single number of an engine shows: the peak, what a deep model repeats, DeepSpeed's pieces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from ldmole_dist.backbone import enable_gradient_checkpointing
+from ldmole_dist.engine.ds_config import load_ds_config
+from ldmole_dist.errors import UserError
+from ldmole_dist.objective import answer_loss
+from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.study.plan.live import LiveBytes
+from ldmole_dist.study.plan.memory import host_memory, memory, step_activations
+from ldmole_dist.study.plan.shapes import _shapes, meta_model, shapes_of
+from ldmole_dist.study.plan.workload import SHIPPED, Strategy, Workload
+from ldmole_dist.study.plan.zero import DEFAULTS, Shard, flushes, padded, settings, touched
+
+
+def llama(vocabulary: int, layers: int = 3) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+
+
+SMALL = Workload(
+    llama(300), num_experts=8, rank=4, lambda_hidden=32, micro_batch=4, seq=64, active=8.0, precision="fp32"
+)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("vocabulary", [300, 8000])  # the peak is in a decoder layer, or at the loss
+def test_peak_of_forward_and_backward(vocabulary: int, checkpointing: bool) -> None:
+    """Measured on a real model; the estimate of what a layer needs for a moment must not be below, nor far above."""
+    workload = replace(SMALL, backbone=llama(vocabulary))
+    model = meta_model(workload).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    for mlp in (p for name, p in model.named_parameters() if name.endswith("fc2.bias")):
+        torch.nn.init.constant_(mlp, -1e4)  # lambda goes to -inf: all experts are active
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    ids = torch.randint(0, vocabulary, (4, 64))
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+
+    def loss() -> torch.Tensor:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return answer_loss(logits, ids) + tuner_of(model).context.auxiliary_loss()
+
+    loss().backward()  # gradients are there from now on
+    with LiveBytes() as live:
+        loss().backward()
+    kept, working = step_activations(workload, Strategy(1, 0, checkpointing=checkpointing))
+    assert 0.98 < (kept + working) / live.peak < 1.2
+
+
+def test_a_deep_model_repeats_a_shallow_one() -> None:
+    workload = replace(SMALL, backbone=llama(300, layers=5))
+    assert shapes_of(workload) == _shapes(meta_model(workload))
+
+
+def test_offload_moves_to_the_host() -> None:
+    device, offloaded = (memory(SMALL, Strategy(2, 3, offload=o)) for o in ("none", "optimizer+params"))
+    host = host_memory(SMALL, Strategy(2, 3, offload="optimizer+params"))
+    assert offloaded["optimizer"] == offloaded["gradients"] == 0 and host["optimizer"] == device["optimizer"]
+    # What ZeRO-3 keeps whole stays on the device.
+    assert offloaded["backbone"] + host["backbone"] == device["backbone"] and offloaded["backbone"] > 0
+    assert host_memory(SMALL, Strategy(2, 3)) == {}
+
+
+def test_frozen_parameters_have_no_gradient_and_no_optimizer() -> None:
+    sizes, shapes = memory(SMALL, Strategy(1, 0)), shapes_of(SMALL)
+    trained = shapes.experts() + shapes.dense()
+    assert sizes["gradients"] == 4 * trained and sizes["optimizer"] == 8 * trained
+    assert sizes["backbone"] == 4 * shapes.frozen()
+    assert memory(replace(SMALL, precision="bf16"), Strategy(1, 0))["backbone"] == 2 * shapes.frozen()
+
+
+def test_pieces() -> None:
+    shard = Shard((10, 7, 3), 4)
+    assert padded(shard, 1) == 24 and padded(shard, 3) == 4 * (3 + 2 + 1)
+    assert touched(shard) == 10 + 7  # of the rank that has elements 6 to 11
+    assert flushes((10, 7, 3), 10) == 2 and flushes((10, 7, 3), 100) == 1 and flushes((10, 7, 3), 1) == 3
+
+
+def test_settings_are_those_of_the_shipped_files() -> None:
+    for (stage, offload), name in SHIPPED.items():
+        shipped = load_ds_config(name)["zero_optimization"]
+        assert shipped["stage"] == stage and ("offload_optimizer" in shipped) == (offload != "none")
+        found = settings(Strategy(4, stage, offload=offload, zero=(("sub_group_size", 5),)))
+        assert found["sub_group_size"] == 5 and {k: found[k] for k in shipped} == shipped
+
+
+def test_defaults_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    theirs = DeepSpeedZeroConfig(stage=2).model_dump(by_alias=True)
+    assert {k: theirs[k] for k in DEFAULTS if k != "overlap_comm"} == {
+        k: v for k, v in DEFAULTS.items() if k != "overlap_comm"
+    }
+    assert not theirs["overlap_comm"] and DeepSpeedZeroConfig(stage=3).overlap_comm
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"active": 9.0}, "active=9.0 must lie between 1 and num_experts=8"),
+        ({"seq": 0}, "seq=0 must be at least 1"),
+        ({"answer_tokens": 65}, "answer_tokens=65 must lie between 1 and seq=64"),
+        ({"dropout": 1.0}, "dropout=1.0 must lie in"),
+    ],
+)
+def test_bad_workload(change: dict[str, float], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"ranks": 0}, "ranks=0 must be at least 1"),
+        ({"ranks": 6, "ep_size": 4}, "ep_size=4 does not divide the 6 ranks"),
+        ({"ranks": 6, "ep_size": 3}, "num_experts=8 is no multiple of ep_size=3"),
+        ({"ranks": 2, "stage": 4}, "stage=4 must be 0, 1, 2 or 3"),
+        ({"ranks": 2, "stage": 1, "offload": "optimizer"}, "offload='optimizer' at stage 1 is not shipped"),
+    ],
+)
+def test_bad_strategy(values: dict[str, int], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        memory(SMALL, Strategy(**values))
