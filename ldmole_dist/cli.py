@@ -26,6 +26,7 @@ from ldmole_dist.leave import leave
 from ldmole_dist.pulse import show_stacks
 from ldmole_dist.study.plan import command as planning
 from ldmole_dist.study.report import arguments as report_arguments
+from ldmole_dist.study.scaling import command as scaling_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,6 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_argument("--ranks", type=int, help="number of ranks; default: one for each GPU, or 4 on the CPU")
     selftest.set_defaults(call=_selftest)
 
+    scaling = commands.add_parser("scaling", help="how training scales here", description=scaling_command.SCALING)
+    scaling_command.add_arguments(scaling)
+
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     layer = bench.add_parser("layer", help="the experts of one linear against the authors' formulation")
     layer.add_argument("--repeats", type=int, default=5, help="timed runs of each, interleaved")
@@ -187,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     decide.add_argument("--repeats", type=int, default=5, help="timed runs of each")
     decide.set_defaults(call=_bench_decide)
+    latency = bench.add_parser("latency", help="the adapter's parts in the latency of training and of generation")
+    latency.add_argument("--turns", type=command.positive, default=5, help="timed runs of each, interleaved")
+    latency.set_defaults(call=_bench_latency)
     return parser
 
 
@@ -321,6 +328,13 @@ def _bench_decide(args: argparse.Namespace) -> int:
     from ldmole_dist.study.bench_decide import CELLS, decide, print_table
 
     print_table(decide(cell, args.repeats) for cell in CELLS)
+    return 0
+
+
+def _bench_latency(args: argparse.Namespace) -> int:
+    from ldmole_dist.study.bench_latency import Settings, bench_latency, print_table
+
+    print_table(bench_latency(Settings(turns=args.turns)))
     return 0
 
 

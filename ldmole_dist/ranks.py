@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -74,7 +76,7 @@ class LocalRanks:
                     continue
                 try:
                     ok, results[rank] = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):  # the latter where it had not read all that it was sent
                     ok, results[rank] = False, "the process ended"
                 if not ok:
                     self.close()
@@ -103,7 +105,7 @@ class LocalRanks:
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         port = free_port()
-        with _environment(_CPU if torch.cuda.device_count() < self.size else {}):
+        with _environment(_CPU if torch.cuda.device_count() < self.size else {}), _deaf_to_interrupts():
             for rank in range(self.size):
                 ours, theirs = spawn.Pipe()
                 process = spawn.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
@@ -126,6 +128,17 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C goes to every process of a terminal: those started within leave it to this one, which ends them."""
+    multiprocessing.resource_tracker.ensure_running()  # started later, it would undo the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:

@@ -1,0 +1,8 @@
+"""How training scales on this machine: `launch/scaling_study.py [--full] [--output FOLDER] ...`. Same as `ldmole scaling`."""
+
+import sys
+
+from ldmole_dist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["scaling", *sys.argv[1:]]))

@@ -1,0 +1,61 @@
+"""The rows of a study that belong together, found by their settings: what scales over ranks, what varies one axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+from ldmole_dist.study.scaling.cells import AXES, Cell
+from ldmole_dist.study.scaling.store import Measured
+
+
+class Point(NamedTuple):
+    """A cell that was measured."""
+
+    cell: Cell
+    measured: Measured
+
+
+def distance(a: Cell, b: Cell) -> set[str]:
+    """The axes in which two cells differ."""
+    x, y = asdict(a), asdict(b)
+    return {axis for axis in AXES if x[axis] != y[axis]}
+
+
+def base_of(points: Sequence[Point]) -> Cell:
+    """The cell around which the others vary one axis: the one with most such neighbours."""
+    cells = [point.cell for point in points]
+    return max(cells, key=lambda cell: sum(len(distance(cell, other)) == 1 for other in cells))
+
+
+def along(points: Sequence[Point], base: Cell, axis: str) -> list[Point]:
+    """The base and what differs from it in this axis only, in order of the axis."""
+    chosen = [p for p in points if distance(p.cell, base) <= {axis}]
+    return sorted(chosen, key=lambda p: str(value) if isinstance(value := getattr(p.cell, axis), str) else value)
+
+
+def weak(points: Sequence[Point], base: Cell) -> list[Point]:
+    """Tokens of a rank as in the base."""
+    return _over_ranks(points, base, lambda cell: cell.accumulation == base.accumulation)
+
+
+def strong(points: Sequence[Point], base: Cell) -> list[Point]:
+    """The batch that the most ranks have at once."""
+    most = max((p.cell.ranks for p in weak(points, base)), default=1)
+    return _over_ranks(points, base, lambda cell: cell.ranks * cell.accumulation == most * base.accumulation)
+
+
+def replicated(points: Sequence[Point]) -> list[Point]:
+    """Of a series over ranks, those with all experts on every rank."""
+    return [p for p in points if p.cell.ep_size == 1]
+
+
+def spread(points: Sequence[Point]) -> list[Point]:
+    """Of a series over ranks, those with the experts spread over all ranks; alone, a rank has them all."""
+    return [p for p in points if p.cell.ep_size == p.cell.ranks]
+
+
+def _over_ranks(points: Sequence[Point], base: Cell, belongs: Callable[[Cell], bool]) -> list[Point]:
+    free = {"ranks", "ep_size", "accumulation"}
+    return sorted((p for p in points if distance(p.cell, base) <= free and belongs(p.cell)), key=lambda p: p.cell.ranks)

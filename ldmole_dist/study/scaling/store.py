@@ -1,0 +1,195 @@
+"""The study's folder: what it was measured on, and one CSV row a cell, on the disk as soon as the cell is done.
+
+One folder is one machine, one set of versions and one state of the code: figures of two would be compared as if they were
+of one. An interrupted study goes on where it stopped. To have a cell measured again, delete its line.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import ldmole_dist
+from ldmole_dist.errors import UserError
+from ldmole_dist.study.bench_latency import Latency
+from ldmole_dist.study.scaling.cells import AXES, Cell
+from ldmole_dist.study.scaling.measure import Measured
+
+LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
+_DONE = "ok"
+_RESULTS = tuple(field.name for field in fields(Measured))
+COLUMNS = (*AXES, "status", *_RESULTS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell and what became of it: `measured` is None where it failed, and `status` says why."""
+
+    cell: Cell
+    status: str
+    measured: Measured | None
+
+
+def done(cell: Cell, measured: Measured) -> Row:
+    """The row of a cell that was measured."""
+    return Row(cell, _DONE, measured)
+
+
+def failed(cell: Cell, reason: str) -> Row:
+    """The row of a cell that was not; of the reason the last line counts, which in a traceback is the error."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    return Row(cell, lines[-1][:300] if lines else "failed", None)
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on beside the settings."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    memory = psutil.virtual_memory().total / 2**30
+    return {
+        "device": f"{len(gpus)} x {gpus[0]}" if gpus else "CPU",
+        "processor": _processor(),
+        "cores": str(cores()),
+        "memory": f"{memory:.0f} GB",
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+        "code": _code(),
+    }
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Store:
+    """See the head of this file.
+
+    Args:
+        folder: of the study; made if need be.
+        machine: as `environment` says it; None only reads, whatever machine that was.
+
+    Raises:
+        UserError: where the folder cannot be written or read, or holds a study of something else.
+    """
+
+    def __init__(self, folder: Path, machine: dict[str, str] | None) -> None:
+        self.folder = folder
+        self.table, self.latency, about = folder / "cells.csv", folder / "latency.json", folder / "machine.json"
+        if machine is None and not about.is_file():
+            raise UserError(
+                f"{folder} holds no study: run one first, without --page-only, or give its folder as --output"
+            )
+        try:
+            if not about.is_file():
+                if self.table.exists():
+                    raise UserError(f"{folder} holds {self.table.name} but not {about.name}: choose another --output")
+                folder.mkdir(parents=True, exist_ok=True)
+                about.write_text(json.dumps(machine, indent=2) + "\n")
+            self.machine: dict[str, str] = json.loads(about.read_text())
+            self._begin(writes=machine is not None)
+        except OSError as error:
+            raise UserError(
+                f"--output {folder}: {error.strerror} ({error.filename}); choose a folder that can be written"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"{about} is damaged ({error}): choose another --output") from error
+        if machine is not None and (differing := [k for k in machine if machine[k] != self.machine.get(k)]):
+            was = ", ".join(f"{k} {self.machine.get(k)}, here {machine[k]}" for k in differing)
+            raise UserError(
+                f"{folder} holds a study of something else ({was}): choose another --output, or --page-only for its page"
+            )
+
+    def _begin(self, writes: bool) -> None:
+        if not self.table.exists():
+            self.table.write_text(",".join(COLUMNS) + "\n")
+        text = self.table.read_text()
+        if text.partition("\n")[0] != ",".join(COLUMNS):
+            raise UserError(
+                f"{self.table} was written by another version of this study: choose another --output, or remove it"
+            )
+        if writes and not text.endswith("\n"):  # interrupted within a row: that cell is measured again
+            self.table.write_text(text[: text.rfind("\n") + 1])
+
+    def rows(self) -> list[Row]:
+        """All whole rows, in the order in which they were measured.
+
+        Raises:
+            UserError: naming a line that cannot be read.
+        """
+        lines = self.table.read_text().splitlines(keepends=True)
+        rows = []
+        for number, values in enumerate(csv.reader(line for line in lines if line.endswith("\n")), start=1):
+            if number == 1:
+                continue
+            try:
+                rows.append(_parsed(values))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{self.table}, line {number} cannot be read ({error}): delete that line") from error
+        return rows
+
+    def add(self, row: Row) -> None:
+        """Append a row; it is on the disk when this returns."""
+        measured = dict.fromkeys(_RESULTS, "") if row.measured is None else asdict(row.measured)
+        values = {**asdict(row.cell), "status": row.status, **measured}
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(
+            json.dumps(value) if isinstance(value, (dict, list)) else value for value in values.values()
+        )
+        with self.table.open("a") as file:
+            file.write(line.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def latencies(self) -> list[Latency] | None:
+        """What `bench_latency` measured for this study, or None if it has not."""
+        if not self.latency.is_file():
+            return None
+        try:
+            return [Latency(**values) for values in json.loads(self.latency.read_text())]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.latency} cannot be read ({error}): delete it") from error
+
+    def add_latencies(self, latencies: list[Latency]) -> None:
+        """Keep them; the file appears whole or not at all."""
+        unfinished = self.latency.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps([latency._asdict() for latency in latencies], indent=2) + "\n")
+        unfinished.rename(self.latency)
+
+
+def _parsed(values: list[str]) -> Row:
+    row = dict(zip(COLUMNS, values, strict=True))
+    cell = Cell(**{name: _value(row[name]) for name in AXES})
+    if row["status"] != _DONE:
+        return Row(cell, row["status"], None)
+    return Row(cell, _DONE, Measured(**{name: json.loads(row[name]) for name in _RESULTS}))
+
+
+def _value(text: str) -> Any:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _code() -> str:
+    """A hash of the sources that the figures depend on: of the studies, what measures only."""
+    package = Path(ldmole_dist.__file__).parent
+    ours = [path for path in package.rglob("*.py") if package / "study" not in path.parents]
+    ours += [package / "study" / name for name in ("scaling/cells.py", "scaling/measure.py", "bench_latency.py")]
+    digest = hashlib.sha256()
+    for path in sorted(ours):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
