@@ -24,6 +24,7 @@ from ldmole_dist.errors import (
 )
 from ldmole_dist.leave import leave
 from ldmole_dist.pulse import show_stacks
+from ldmole_dist.study import bench
 from ldmole_dist.study.plan import command as planning
 from ldmole_dist.study.report import arguments as report_arguments
 from ldmole_dist.study.scaling import command as scaling_command
@@ -172,28 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     scaling = commands.add_parser("scaling", help="how training scales here", description=scaling_command.SCALING)
     scaling_command.add_arguments(scaling)
 
-    bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
-    layer = bench.add_parser("layer", help="the experts of one linear against the authors' formulation")
-    layer.add_argument("--repeats", type=int, default=5, help="timed runs of each, interleaved")
-    layer.set_defaults(call=_bench_layer)
-    dispatch = bench.add_parser("dispatch", help="strategies that bring tokens and experts together, on 2 and 4 ranks")
-    dispatch.add_argument("--turns", type=int, default=5, help="timed runs of each, interleaved")
-    dispatch.set_defaults(call=_bench_dispatch)
-    checkpointing = bench.add_parser("checkpoint", help="what a checkpoint in the background costs training")
-    checkpointing.add_argument("--layers", type=int, default=11, help="of the model: 9.3 million parameters each")
-    checkpointing.set_defaults(call=_bench_checkpoint)
-    monitoring = bench.add_parser("monitor", help="what watching a run costs it")
-    monitoring.add_argument("--turns", type=int, default=8, help="timed steps of each kind, interleaved")
-    monitoring.set_defaults(call=_bench_monitor)
-    bench.add_parser("plan", help="the planner's numbers against real engines").set_defaults(call=_bench_plan)
-    decide = bench.add_parser(
-        "decide", help="what a dispatch decides to move over many shapes, and what deciding costs"
-    )
-    decide.add_argument("--repeats", type=int, default=5, help="timed runs of each")
-    decide.set_defaults(call=_bench_decide)
-    latency = bench.add_parser("latency", help="the adapter's parts in the latency of training and of generation")
-    latency.add_argument("--turns", type=command.positive, default=5, help="timed runs of each, interleaved")
-    latency.set_defaults(call=_bench_latency)
+    bench.add_commands(commands.add_parser("bench", help="measure"))
     return parser
 
 
@@ -282,60 +262,6 @@ def _selftest(args: argparse.Namespace) -> int:
     from ldmole_dist.selftest.run import selftest
 
     return 0 if selftest(args.ranks) else 1
-
-
-def _bench_layer(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench_layer import DEFAULT_CASES, bench_layer, print_table
-
-    print_table(bench_layer(DEFAULT_CASES, args.repeats))
-    return 0
-
-
-def _bench_dispatch(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench_dispatch import Sizes, bench_dispatch, print_table
-
-    print_table(bench_dispatch(turns=args.turns), Sizes())
-    from ldmole_dist.study.bench_overlap import bench_overlap, print_overlap
-
-    print_overlap(bench_overlap(turns=args.turns))
-    return 0
-
-
-def _bench_checkpoint(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench_checkpoint import Sizes, bench_checkpoint, print_measured
-
-    print_measured(bench_checkpoint(Sizes(layers=args.layers)))
-    return 0
-
-
-def _bench_monitor(args: argparse.Namespace) -> int:
-    from ldmole_dist.config import Run
-    from ldmole_dist.study.bench_monitor import Sizes, bench_monitor, print_measured
-
-    ranks = 2
-    print_measured(bench_monitor(ranks, turns=args.turns), Sizes(), ranks, Run("").detail_every)
-    return 0
-
-
-def _bench_plan(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.plan.accuracy import bench_plan, print_table
-
-    print_table(bench_plan())
-    return 0
-
-
-def _bench_decide(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench_decide import CELLS, decide, print_table
-
-    print_table(decide(cell, args.repeats) for cell in CELLS)
-    return 0
-
-
-def _bench_latency(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench_latency import Settings, bench_latency, print_table
-
-    print_table(bench_latency(Settings(turns=args.turns)))
-    return 0
 
 
 if __name__ == "__main__":

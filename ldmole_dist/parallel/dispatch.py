@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ldmole_dist.method.experts import ExpertBank, apply_experts
 from ldmole_dist.method.layer import Dispatch, Finish, LocalDispatch
@@ -200,7 +201,7 @@ class ExpertParallelDispatch:
                     for need_TP, of_linear in zip(need_GTP, plan.send_linear_rows, strict=True)
                 ]
                 returned = back.arrived()
-            return [_added(*parts) for parts in zip(outputs, tokens, returned, strict=True)]
+            return [_Added.apply(*parts) for parts in zip(outputs, tokens, returned, strict=True)]
 
         return finish
 
@@ -277,8 +278,19 @@ class ExpertParallelDispatch:
         return sums
 
 
-def _added(y_TO: Tensor, token_N: Tensor, returned_NO: Tensor) -> Tensor:
-    """One partial sum from each remote rank: added above half precision. Also where none came: the ranks that sent them wait
-    for their gradients."""
-    wide = at_least_float32(y_TO.dtype) if len(token_N) else y_TO.dtype
-    return y_TO.to(wide).index_add_(0, token_N, returned_NO.to(wide)).to(y_TO.dtype)
+class _Added(torch.autograd.Function):
+    """One partial sum from each remote rank, added above half precision; also where none came, as the ranks that sent them wait
+    for their gradients. Keeps whose the sums are; torch's index_add would keep the sums too."""
+
+    @staticmethod
+    def forward(ctx: Any, y_TO: Tensor, token_N: Tensor, returned_NO: Tensor) -> Tensor:
+        ctx.save_for_backward(token_N)
+        ctx.dtype = returned_NO.dtype
+        wide = at_least_float32(y_TO.dtype) if len(token_N) else y_TO.dtype
+        return y_TO.to(wide, copy=True).index_add_(0, token_N, returned_NO.to(wide)).to(y_TO.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, None, Tensor]:
+        (token_N,) = ctx.saved_tensors
+        return grad_TO, None, grad_TO.index_select(0, token_N).to(ctx.dtype)

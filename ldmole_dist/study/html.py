@@ -13,7 +13,7 @@ body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans
   background: #fff; max-width: 1160px; margin: 0 auto; padding: 24px 28px 64px; }
 h1 { font-size: 28px; margin: 8px 0 4px; }
 h2 { font-size: 21px; margin: 44px 0 8px; padding-top: 12px; border-top: 1px solid #ddd; }
-p { max-width: 860px; }
+p, ul { max-width: 860px; }
 .lead { color: #555; margin-top: 0; }
 nav { margin: 16px 0; font-size: 15px; }
 nav a { margin-right: 18px; white-space: nowrap; }
@@ -25,9 +25,9 @@ figcaption b { color: #111; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 15px; margin: 12px 0; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: #333; padding-bottom: 6px; max-width: 860px; }
-th, td { padding: 5px 14px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
+th, td { padding: 5px 14px 5px 6px; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
 th { font-weight: 600; white-space: nowrap; }
-td.number, th.number { text-align: right; padding: 5px 0 5px 22px; }
+td.number, th.number { text-align: right; }
 footer { margin-top: 48px; color: #666; font-size: 14px; border-top: 1px solid #ddd; padding-top: 12px; }
 @media print { nav { display: none; } figure, table { break-inside: avoid; } }
 """
@@ -92,11 +92,22 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Points:
+    """A list of sentences of plain text."""
+
+    sentences: Sequence[str]
+
+    def html(self) -> str:
+        """As an element."""
+        return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in self.sentences) + "</ul>"
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading and what is below it: paragraphs of plain text, figures, tables."""
+    """A heading and what is below it: paragraphs of plain text, lists, figures, tables."""
 
     title: str
-    parts: Sequence[str | Figure | Table]
+    parts: Sequence[str | Points | Figure | Table]
 
 
 def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
@@ -111,7 +122,7 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str
     Returns:
         HTML.
     """
-    links = "".join(f'<a href="#section{i}">{escape(s.title)}</a>' for i, s in enumerate(sections))
+    links = " ".join(f'<a href="#section{i}">{escape(s.title)}</a>' for i, s in enumerate(sections))
     out = [
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{CSS}</style>\n</head>\n<body>',
@@ -125,7 +136,7 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str
                 figures += 1
                 out.append(part.html(figures))
             else:
-                out.append(part.html() if isinstance(part, Table) else f"<p>{escape(part)}</p>")
+                out.append(f"<p>{escape(part)}</p>" if isinstance(part, str) else part.html())
         out.append("</section>")
     out.append(f"<footer>{escape(footer)}</footer>\n</body>\n</html>\n")
     return "\n".join(out)

@@ -116,8 +116,7 @@ def kept(group: Group, workload: Workload, strategy: Strategy) -> float:
     G, L = len(group.out_features), sizes.experts
     rows = m.rows * (16 + 8 * G)  # which token, and its place among the weights of each linear
     came = m.rows * (group.in_features * a + G * L * 4)
-    # Adding the sums up keeps which tokens they are of, and (torch's index_add_) the sums themselves, in float32.
-    sums = G * m.linear_rows * 16 + m.linear_rows * sum(group.out_features) * 4
+    sums = G * m.linear_rows * 16  # which tokens they are of
     if m.linear_rows < m.rows:
         sums += G * m.linear_rows * 8  # which of the rows received are answered
     lent = 0.0

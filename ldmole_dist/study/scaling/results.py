@@ -5,7 +5,8 @@ from __future__ import annotations
 from ldmole_dist.study.bench_latency import SEQ
 from ldmole_dist.study.scaling import figures
 from ldmole_dist.study.scaling.series import replicated
-from ldmole_dist.study.scaling.study import Page, Study, generation, megabytes, plural, result_table, throughput
+from ldmole_dist.study.scaling.sheet import Page
+from ldmole_dist.study.scaling.study import Study, generation, megabytes, plural, result_table, throughput
 
 
 def weak_scaling(study: Study, page: Page) -> None:

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from ldmole_dist.study.scaling import figures, results
 from ldmole_dist.study.scaling.cells import ANSWERS, AXES, LAMBDA_HIDDEN, VOCABULARY, Cell
 from ldmole_dist.study.scaling.prediction import SEEN, rate
-from ldmole_dist.study.scaling.study import Page, Study, generation, result_table, throughput
+from ldmole_dist.study.scaling.sheet import Page
+from ldmole_dist.study.scaling.study import Study, generation, result_table, throughput
 
 
 def summary(study: Study, page: Page) -> None:

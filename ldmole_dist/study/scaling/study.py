@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Protocol
-
-from matplotlib.figure import Figure
 
 from ldmole_dist.errors import UserError
 from ldmole_dist.study.bench_latency import Latency
 from ldmole_dist.study.scaling.cells import AXES
 from ldmole_dist.study.scaling.prediction import predict
 from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak
+from ldmole_dist.study.scaling.sheet import Page
 from ldmole_dist.study.scaling.store import Store
-
-
-class Page(Protocol):
-    """What sections are written on (`page.Page`)."""
-
-    def heading(self, text: str) -> None: ...
-    def text(self, *sentences: str) -> None: ...
-    def points(self, sentences: Sequence[str]) -> None: ...
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None: ...
-    def figure(self, figure: Figure, says: str) -> None: ...
 
 
 class Study:
