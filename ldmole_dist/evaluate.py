@@ -5,11 +5,12 @@ Every rank runs the same number of forwards: a rank whose share is shorter repea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -17,7 +18,9 @@ from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.engine.startup import Process
 from ldmole_dist.errors import UserError
+from ldmole_dist.method.context import Observer
 from ldmole_dist.objective import IGNORED, answer_loss, answer_positions, next_tokens
+from ldmole_dist.peft_method import LdMoleLinear, tuner_of
 from ldmole_dist.pulse import pulse
 
 
@@ -105,6 +108,28 @@ def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     targets = next_tokens(batch["labels"])
     positions = answer_positions(targets)
     return targets[:, positions], model(**inputs, logits_to_keep=positions).logits
+
+
+@torch.no_grad()
+def route(model: PeftModel, batch: Mapping[str, Tensor], observer: Observer | None) -> None:
+    """One forward that shows the routing of every adapted linear to `observer`, and computes no more logits than it must.
+
+    Args:
+        model: in evaluation mode.
+        batch: from `collate`.
+        observer: see `StepContext`.
+    """
+    base: Any = model.get_base_model()
+    inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask")} | {"use_cache": False}
+    # A causal model's head is the widest product of a small model: one position is enough, unless the head is adapted.
+    if batch["labels"].dim() == 2 and not isinstance(base.get_output_embeddings(), LdMoleLinear):
+        inputs["logits_to_keep"] = 1
+    context = tuner_of(model).context
+    context.observer = observer
+    try:
+        model(**inputs)
+    finally:
+        context.observer = None
 
 
 def single_token_choices(labels: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int]:

@@ -85,7 +85,9 @@ class LdMoleModel(BaseTuner):
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        self.context.begin(given.get("attention_mask"))
+        # A number of positions, from the end, needs no telling: masks are taken from there anyway.
+        positions = given.get("logits_to_keep", given.get("kwargs", {}).get("logits_to_keep"))
+        self.context.begin(given.get("attention_mask"), positions if isinstance(positions, Tensor) else None)
 
     def _end(self, *_: Any) -> None:
         self.context.end()

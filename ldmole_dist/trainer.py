@@ -18,7 +18,7 @@ from ldmole_dist.data.batches import TrainingOrder, collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.diagnose import explain_nonfinite
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.startup import Process
+from ldmole_dist.engine.startup import Process, agreed
 from ldmole_dist.errors import NonFiniteLoss, Preempted
 from ldmole_dist.evaluate import Evaluator, batch_logits
 from ldmole_dist.method.noise import RouterNoise, linear_decay
@@ -67,7 +67,8 @@ class Trainer:
         self.evaluator, self.probe = evaluator, probe
         self.first_step, self.last_step = first_step, last_step
         self.saver, self.stop = saver, StopRequest()
-        self.monitor = Monitor(Path(config.run.output_dir), process.is_main, first_step)
+        with agreed("opening the files that the run reports in"):
+            self.monitor = Monitor(Path(config.run.output_dir), process.is_main, first_step)
         self.context = tuner_of(engine.module).context
 
     def run(self) -> dict[str, float]:
@@ -91,8 +92,9 @@ class Trainer:
 
     def _run(self) -> dict[str, float]:
         run = self.config.run
-        finished = self.first_step >= self.last_step
-        result = self._evaluate(self.first_step) if self.first_step == 0 or finished else {}
+        if self.first_step >= self.last_step:  # it has reported that already
+            return self._evaluate(self.first_step)
+        result = self._observe(0) if self.first_step == 0 else {}
         steps = tqdm(
             range(self.first_step + 1, self.last_step + 1),
             desc="training",
@@ -107,7 +109,7 @@ class Trainer:
             loss, experts = report.metrics["loss"], report.metrics["experts_per_token"]
             steps.set_postfix(loss=f"{loss:.3f}", experts=f"{experts:.2f}")
             if step == self.last_step or (run.eval_every and step % run.eval_every == 0):
-                result = self._evaluate(step)
+                result = self._observe(step)
             asked, written = self._flags_of_all()
             if written:
                 self.saver.finish()
@@ -128,21 +130,25 @@ class Trainer:
         asked, written = flags.tolist()
         return asked > 0, written == self.process.world_size
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _observe(self, step: int) -> dict[str, float]:
+        """Evaluate, see how routing has changed, and report both."""
         changed = self.probe.changed(self.engine)
-        result: dict[str, float] = {}
-        if self.evaluator is not None:
-            result = self.evaluator(self.engine.module, f"evaluating after {step} steps")
-            if not math.isfinite(result["eval_loss"]):
-                batch = self._batches(max(step, 1))[0]
-                raise NonFiniteLoss(
-                    f"the loss of the evaluation after {step} steps is {result['eval_loss']}; "
-                    f"{explain_nonfinite(self.engine, batch, False)}"
-                )
-            if self.process.is_main:
-                tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        result = self._evaluate(step)
         if result or changed:
             self.monitor.evaluation(step, result, changed)
+        return result
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        result = self.evaluator(self.engine.module, f"evaluating after {step} steps")
+        if not math.isfinite(result["eval_loss"]):
+            raise NonFiniteLoss(
+                f"the loss of the evaluation after {step} steps is {result['eval_loss']}; "
+                f"{explain_nonfinite(self.engine, self._batches(max(step, 1))[0], False)}"
+            )
+        if self.process.is_main:
+            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
         return result
 
     def _step(self, step: int) -> Report:
@@ -168,6 +174,7 @@ class Trainer:
         metrics = report.metrics
         if not math.isfinite(metrics["loss"]):
             bad = next((turn for turn, loss in enumerate(losses) if not loss.isfinite()), None)
+            self.context.noise = self._noise(step, bad or 0)
             raise NonFiniteLoss(
                 f"the loss is {metrics['loss']} at step {step}; {explain_nonfinite(engine, batches[bad or 0], bad is not None)}"
             )
@@ -176,11 +183,13 @@ class Trainer:
         engine.step()
         metrics["grad_norm"] = engine.grad_norm
         if not math.isfinite(engine.grad_norm) and not engine.overflowed:
+            self.context.noise = self._noise(step, 0)
             raise NonFiniteLoss(
                 f"the gradient norm is {engine.grad_norm} at step {step} although the loss was {metrics['loss']}: "
                 "go on from the last checkpoint with a smaller learning rate; "
                 f"{explain_nonfinite(engine, batches[0], False)}"
             )
+        self.context.noise = None
         metrics["skipped_steps"] = engine.skipped_steps
         metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
         return report

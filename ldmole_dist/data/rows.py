@@ -63,9 +63,7 @@ def read_rows(path: str, task: str, labels: Sequence[str] | None, limit: int | N
                         "correct the row or add the label"
                     )
                 domain = row.get("domain")
-                if not (domain is None or isinstance(domain, str)):
-                    raise UserError(f"{where}: 'domain' must be a text, is {domain!r}")
-                rows.append(Row(row[source_field], row[target_field], where, domain))
+                rows.append(Row(row[source_field], row[target_field], where, None if domain is None else str(domain)))
                 if len(rows) == limit:
                     break
     except OSError as error:

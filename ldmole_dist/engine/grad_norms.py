@@ -56,7 +56,7 @@ def _squares(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
     if engine.stage == 0:
         for parameter in engine.module.parameters():
             if parameter.grad is not None:
-                yield parameter, parameter.grad.double().square().sum()
+                yield parameter, _square(parameter.grad)
         return
     optimizer: Any = engine.deepspeed.optimizer
     groups = optimizer.fp16_groups if engine.stage == 3 else optimizer.params_in_partition
@@ -72,4 +72,9 @@ def _squares(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
         else:
             pieces = [g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
             for parameter, piece in zip(parameters, pieces, strict=False):  # behind them may be one of padding
-                yield parameter, piece.double().square().sum()
+                yield parameter, _square(piece)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """Sum of squares in float64, without a copy of the gradient in it."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()

@@ -38,7 +38,7 @@ class LossWeights:
 
 
 class StepContext:
-    """State of the current micro-batch; nothing of it outlives the next `begin`.
+    """State of the current micro-batch.
 
     Attributes:
         weights: of the auxiliary losses.
@@ -53,19 +53,21 @@ class StepContext:
         self.terms: dict[str, list[Tensor]] = {}
         self.stats: dict[str, Tensor] = {}
         self._mask: Tensor | None = None
+        self._positions: Tensor | None = None
         self._open = False
         self._differentiable = False
         self._region: _Region | None = None
 
-    def begin(self, mask: Tensor | None) -> None:
-        """Start a micro-batch: forget the last one.
+    def begin(self, mask: Tensor | None, positions: Tensor | None = None) -> None:
+        """Start a micro-batch: forget what the last one reported.
 
         Args:
             mask: (B, S) attention mask, nonzero for real tokens; None counts every token.
+            positions: (S') those of which the model computes logits, if not of all: what an adapted head reads.
         """
         self.terms = {"balance": [], "sparsity": [], "z": []}
         self.stats = {}
-        self._mask = mask
+        self._mask, self._positions = mask, positions
         self._open, self._differentiable = True, torch.is_grad_enabled()
 
     def end(self) -> None:
@@ -133,6 +135,8 @@ class StepContext:
                 f"attention_mask has shape {tuple(self._mask.shape)}: the auxiliary losses need one value per token; "
                 "pass a (batch, sequence) mask, or none if every token is real"
             )
+        if self._positions is not None and shape[-1] == len(self._positions):
+            return self._mask[:, self._positions].reshape(-1) != 0
         # With a key-value cache the mask also covers tokens of earlier calls; the rows of this one are its last columns.
         return self._mask[:, -shape[-1] :].reshape(-1) != 0
 

@@ -1,16 +1,18 @@
 """Routing in TensorBoard, so that a model of many layers stays readable.
 
-"routing/<number>/<projection>" is the mean over layers, seven lines to look at; "layers/<projection>/<number>/<layer>" has each
+"routing/<number>/<projection>" is the mean over layers, a few lines to look at; "layers/<projection>/<number>/<layer>" has each
 linear; a histogram for each projection shows how many experts tokens have, an image how experts (columns) of each layer (rows)
 are loaded. The custom scalars page puts the lines of one kind into one chart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from ldmole_dist.monitor.linears import Linears
@@ -38,18 +40,26 @@ HEADLINES = {
 
 def write_layout(board: SummaryWriter, linears: Iterable[str]) -> None:
     """Tell TensorBoard's custom scalars page which lines belong into one chart."""
-    projections = Linears(linears).projections
+    table = Linears(linears)
+    layered = [p for p in table.projections if any(table.place[name].layer is not None for name in table.of(p))]
     numbers = [*NUMBERS, CHANGED]
     layout = {
         "1 headlines": {title: ["Multiline", tags] for title, tags in HEADLINES.items()},
-        "2 routing by projection": {number: ["Multiline", [f"^routing/{number}/"]] for number in numbers},
+        "2 routing by projection": {number: ["Multiline", [f"routing/{number}/"]] for number in numbers},
         "3 routing by layer": {
-            f"{projection}: {number}": ["Multiline", [f"^layers/{projection}/{number}/"]]
-            for projection in projections
+            f"{projection}: {number}": ["Multiline", [f"layers/{re.escape(projection)}/{number}/"]]
+            for projection in layered
             for number in numbers
         },
     }
     board.add_custom_scalars(layout)
+
+
+def write_scalars(board: SummaryWriter, step: int, values: Mapping[str, float]) -> None:
+    """Numbers by tag, as one event: one for each would make the writer's queue wait, and with it all ranks."""
+    assert board.file_writer is not None, "the board is closed"
+    scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+    board.file_writer.add_summary(Summary(value=scalars), step)
 
 
 def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, Any]]) -> None:
@@ -60,9 +70,11 @@ def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, 
         step: optimizer step, from 1.
         routing: name of a linear -> `statistics.summarize`.
     """
-    for number in NUMBERS:
-        _write_by_place(board, step, number, {name: summary[number] for name, summary in routing.items()})
     linears = Linears(routing)
+    scalars: dict[str, float] = {}
+    for number in NUMBERS:
+        scalars |= _by_place(linears, number, {name: summary[number] for name, summary in routing.items()})
+    write_scalars(board, step, scalars)
     for projection in linears.projections:
         summaries = [routing[name] for name in linears.of(projection)]
         _write_histogram(board, step, projection, np.mean([s["histogram"] for s in summaries], axis=0))
@@ -71,18 +83,20 @@ def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, 
 
 def write_changes(board: SummaryWriter, step: int, changed: dict[str, float]) -> None:
     """The share of the probe set's tokens whose experts changed, for each linear."""
-    _write_by_place(board, step, CHANGED, changed)
+    write_scalars(board, step, _by_place(Linears(changed), CHANGED, changed))
 
 
-def _write_by_place(board: SummaryWriter, step: int, number: str, values: dict[str, float]) -> None:
-    linears = Linears(values)
+def _by_place(linears: Linears, number: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Tag -> value: the mean of each projection, and each linear of a numbered layer."""
+    tags: dict[str, float] = {}
     for projection in linears.projections:
         names = linears.of(projection)
-        board.add_scalar(f"routing/{number}/{projection}", np.mean([values[name] for name in names]), step)
+        tags[f"routing/{number}/{projection}"] = float(np.mean([values[name] for name in names]))
         for name in names:
             layer = linears.place[name].layer
             if layer is not None:
-                board.add_scalar(f"layers/{projection}/{number}/{layer:03}", values[name], step)
+                tags[f"layers/{projection}/{number}/{layer:03}"] = values[name]
+    return tags
 
 
 def _write_histogram(board: SummaryWriter, step: int, projection: str, share_of_count: np.ndarray) -> None:

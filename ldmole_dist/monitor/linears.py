@@ -60,7 +60,7 @@ class Linears:
 
 
 def _places(names: list[str]) -> dict[str, Place]:
-    """The last whole number of a name is its layer and its last part its projection; where two would stand in one place
+    """The first whole number of a name is its layer and its last part its projection; where two would stand in one place
     (an encoder's and a decoder's), the projection is the whole name without the layer."""
     split = {name: _split(name) for name in names}
     taken = Counter((pattern.rsplit(".", 1)[-1], layer) for pattern, layer in split.values())
@@ -75,7 +75,7 @@ def _places(names: list[str]) -> dict[str, Place]:
 def _split(name: str) -> tuple[str, int | None]:
     """("model.layers.*.q_proj", 3) of "model.layers.3.q_proj"."""
     parts = name.split(".")
-    for index in reversed(range(len(parts) - 1)):
+    for index in range(len(parts) - 1):
         if parts[index].isdigit():
             return ".".join([*parts[:index], "*", *parts[index + 1 :]]), int(parts[index])
     return name, None

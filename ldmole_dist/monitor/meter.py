@@ -93,8 +93,9 @@ class StepMeter:
         # Experts of different linears have nothing to do with each other, but lambdas do.
         metrics["lambda_std"] = summarize(torch.stack(list(by_linear.values())).sum(0))["lambda_std"]
         metrics["dead_experts"] = sum(summary["dead_experts"] for summary in routing.values())
+        metrics |= self._extremes()  # before the norms, which need some memory of their own
         metrics["grad_norm_by_part"] = gradient_norms(self.engine)
-        return Report(metrics | self._extremes(), routing)
+        return Report(metrics, routing)
 
     def _means(self, total: dict[str, float]) -> dict[str, Any]:
         decisions = max(total["decisions"], 1)

@@ -12,10 +12,10 @@ from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.startup import Process
-from ldmole_dist.evaluate import batch_logits
+from ldmole_dist.evaluate import route
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.monitor.supports import Supports
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.pulse import pulse
 
 SEQUENCES = 16  # of up to 1024 tokens and 8 experts, in 224 linears: 4 MB
 
@@ -40,7 +40,6 @@ class Probe:
         self.pad_id, self.batch_size, self.process = pad_id, batch_size, process
         self._before: Supports | None = None
 
-    @torch.no_grad()
     def changed(self, engine: Engine) -> dict[str, float]:
         """Route the probe set; every rank calls it.
 
@@ -57,8 +56,7 @@ class Probe:
         return {name: changed / max(tokens, 1) for name, (changed, tokens) in zip(counts, total.tolist(), strict=True)}
 
     def _supports(self, engine: Engine) -> Supports:
-        model, context = engine.module, tuner_of(engine.module).context
-        supports = Supports()
+        model, supports = engine.module, Supports()
         counted_T: Tensor
 
         def observe(name: str, routing: Routing, _: Tensor | None) -> None:
@@ -66,15 +64,12 @@ class Probe:
 
         was_training = model.training
         model.eval()
-        context.observer = observe
-        try:
-            for start in range(0, len(self.examples), self.batch_size):
-                batch = collate(self.examples[start : start + self.batch_size], self.pad_id, self.process.device)
-                mask = batch["attention_mask"].bool()
-                mask[max(self.counted - start, 0) :] = False
-                counted_T = mask.flatten()
-                batch_logits(model, batch)
-        finally:
-            context.observer = None
-            model.train(was_training)
+        for start in range(0, len(self.examples), self.batch_size):
+            pulse("routing the probe set")
+            batch = collate(self.examples[start : start + self.batch_size], self.pad_id, self.process.device)
+            mask = batch["attention_mask"].bool()
+            mask[max(self.counted - start, 0) :] = False
+            counted_T = mask.flatten()
+            route(model, batch, observe)
+        model.train(was_training)
         return supports

@@ -287,7 +287,9 @@ class _Added(torch.autograd.Function):
         ctx.save_for_backward(token_N)
         ctx.dtype = returned_NO.dtype
         wide = at_least_float32(y_TO.dtype) if len(token_N) else y_TO.dtype
-        return y_TO.to(wide, copy=True).index_add_(0, token_N, returned_NO.to(wide)).to(y_TO.dtype)
+        if wide == y_TO.dtype:
+            ctx.mark_dirty(y_TO)
+        return y_TO.to(wide).index_add_(0, token_N, returned_NO.to(wide)).to(y_TO.dtype)
 
     @staticmethod
     @once_differentiable

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from ldmole_dist.engine.grad_norms import PARTS
 from ldmole_dist.ranks import LocalRanks
@@ -69,21 +71,16 @@ def test_tensorboard_has_every_promised_tag(run: Path) -> None:
     assert [event.step for event in events.Scalars("layers/q_proj/entropy/001")] == [2, 4]
     (image, _) = events.Images("load/q_proj")
     assert (image.width, image.height) == (16 * EXPERTS, 16 * LAYERS)
-    # What the charts of the layout show is there.
-    assert "custom_scalars__config__" in tags["tensors"]
 
 
-def test_the_layout_names_lines_that_exist(run: Path) -> None:
-    import re
-
-    from ldmole_dist.monitor.board import HEADLINES
-
+def test_every_line_of_the_layout_exists(run: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    scalars = events.Tags()["scalars"]
-    for title, patterns in HEADLINES.items():
-        for pattern in patterns:
-            assert any(re.search(pattern, tag) for tag in scalars), f"{title}: nothing matches {pattern}"
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = [(chart.title, pattern) for c in layout.category for chart in c.chart for pattern in chart.multiline.tag]
+    assert len(charts) > 7 * len(PROJECTIONS)
+    for title, pattern in charts:  # matched as TensorBoard does it
+        assert any(re.match(pattern, tag) for tag in events.Tags()["scalars"]), f"{title}: nothing matches {pattern}"
 
 
 def test_routing_agrees_with_what_every_step_counts(run: Path) -> None:
@@ -102,7 +99,7 @@ def test_routing_agrees_with_what_every_step_counts(run: Path) -> None:
             mean = sum(summary[number] for summary in linears.values()) / len(linears)
             assert mean == pytest.approx(metrics[metric], rel=1e-4)
         assert metrics["dead_experts"] == sum(summary["dead_experts"] for summary in linears.values())
-        assert metrics["peak_memory_gb"] > 0.1 and metrics["dispatch_seconds"]["exchanging"] > 0
+        assert metrics["peak_memory_gb"] > 0.1 and min(metrics["dispatch_seconds"].values()) > 0
     assert "dead_experts" not in steps[1]
 
 
@@ -163,3 +160,14 @@ def test_without_an_evaluation_set_the_probe_is_of_the_training_set(folder: Path
     out = folder / "no_eval"
     ranks2.run(run_training, str(config_of(folder)), "data.eval=null", f"run.output_dir={out}")
     assert [set(line) for line in lines(out / "evaluations.jsonl")] == [{"step", "support_changed"}] * 2
+
+
+def test_an_adapted_head_reads_the_positions_of_answers_only(tmp_path: Path, ranks2: LocalRanks) -> None:
+    config = config_of(make_folder(tmp_path), optimisation={"max_steps": 2})
+    ranks2.run(run_training, str(config), "adapter.target_modules=[q_proj, lm_head]", "parallelism.deepspeed=zero1")
+    (routing,) = lines(tmp_path / "run" / "routing.jsonl")
+    linears = routing["linears"]
+    assert linears["lm_head"]["tokens"] < linears["model.layers.0.self_attn.q_proj"]["tokens"]
+    # Every row has one answer of one token, whose position is a real token: none of those rows is lost as padding.
+    assert linears["lm_head"]["tokens"] >= 8
+    assert len(lines(tmp_path / "run" / "evaluations.jsonl")) == 2

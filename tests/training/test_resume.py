@@ -36,6 +36,17 @@ def test_resume_with_a_trained_head(tmp_path: Path, ranks2: LocalRanks, ds_confi
     check_resume(tmp_path, ranks2, ds_config, 2, "fp32", **changes)
 
 
+def reported(run: Path) -> tuple[list[float], list[Any], list[Any]]:
+    """Losses, routing and evaluations, as a reader who knows no NaN reads them."""
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        text = (run / name).read_text()
+        return [json.loads(line, parse_constant=lambda value: pytest.fail(value)) for line in text.splitlines()]
+
+    evaluations = [(line["step"], line["eval_loss"], line["accuracy"]) for line in lines("evaluations.jsonl")]
+    return [line["loss"] for line in lines("metrics.jsonl")], lines("routing.jsonl"), evaluations
+
+
 def check_resume(
     folder: Path, ranks2: LocalRanks, ds_config: str, ep_size: int, precision: str, **changes: dict[str, Any]
 ) -> None:
@@ -47,11 +58,13 @@ def check_resume(
         f"parallelism.ep_size={ep_size}",
         f"parallelism.precision={precision}",
         "run.save_every=3",
+        "run.detail_every=1",
+        "run.eval_every=2",
     ]
     uninterrupted = ranks2.run(run_training, str(config), *overrides)
     whole = load_file(run / "adapter" / "adapter_model.safetensors")
-    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 6
+    losses, routing, evaluations = reported(run)
+    assert [len(losses), len(routing), len(evaluations)] == [6, 6, 4]
 
     # As after a crash between the checkpoint and the end.
     shutil.rmtree(run / "checkpoints" / "step_00000006")
@@ -61,7 +74,7 @@ def check_resume(
     resumed = ranks2.run(run_training, str(config), *overrides)
 
     assert resumed == uninterrupted
-    assert [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] == losses
+    assert reported(run) == (losses, routing, evaluations)
     again = load_file(run / "adapter" / "adapter_model.safetensors")
     assert again.keys() == whole.keys()
     for name, tensor in whole.items():

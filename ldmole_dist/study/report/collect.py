@@ -17,10 +17,9 @@ from tqdm import tqdm
 from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
-from ldmole_dist.method.context import Observer
+from ldmole_dist.evaluate import route
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import RoutingSums
-from ldmole_dist.peft_method import LdMoleLinear, tuner_of
 
 
 @dataclass(frozen=True)
@@ -125,25 +124,3 @@ def batches(
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     for start in range(0, len(by_length), batch_size):
         yield collate(by_length[start : start + batch_size], pad_id, device)
-
-
-@torch.no_grad()
-def route(model: PeftModel, batch: Mapping[str, Tensor], observer: Observer | None) -> None:
-    """One forward that shows the routing of every adapted linear to `observer`.
-
-    Args:
-        model: in evaluation mode.
-        batch: from `collate`.
-        observer: see `StepContext`.
-    """
-    base: Any = model.get_base_model()
-    inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask")} | {"use_cache": False}
-    # A causal model's head is the widest product of a small model: one position is enough, unless the head is adapted.
-    if batch["labels"].dim() == 2 and not isinstance(base.get_output_embeddings(), LdMoleLinear):
-        inputs["logits_to_keep"] = 1
-    context = tuner_of(model).context
-    context.observer = observer
-    try:
-        model(**inputs)
-    finally:
-        context.observer = None

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ldmole_dist.backbone import load_tokenizer
+from ldmole_dist.evaluate import route
 from ldmole_dist.method.context import Observer
 from ldmole_dist.study.report.arguments import add_arguments
-from ldmole_dist.study.report.collect import Counter, batches, route
+from ldmole_dist.study.report.collect import Counter, batches
 from ldmole_dist.study.report.subject import find_subject, load_model, read_data
 
 PAIRS = 8

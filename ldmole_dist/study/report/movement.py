@@ -21,12 +21,15 @@ from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
+from ldmole_dist.evaluate import route
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import RoutingSums
+from ldmole_dist.monitor.lines import read_lines
 from ldmole_dist.monitor.supports import Supports
-from ldmole_dist.study.report.collect import batches, route
+from ldmole_dist.study.report.collect import batches
 from ldmole_dist.study.report.subject import Subject, adapter_config
 
+CURVES = ("lambda_mean", "experts_per_token", "max_load", "dead_experts")  # of a linear, over the steps of a run
 PROBE_TOKENS = 1024  # 200 linears of 64 experts: 2 MB of supports for each state
 MOST_CHECKPOINTS = 12
 
@@ -154,29 +157,31 @@ def trace_movement(
 
 
 def read_curves(run: Path | None) -> list[dict[str, Any]]:
-    """The lines of the run's routing.jsonl, `{"step": ..., "linears": {name: summary}}`; empty where there is none.
+    """The lines of the run's routing.jsonl, `{"step": ..., "linears": {name: numbers}}`, of the numbers those that are drawn;
+    empty where there is none.
 
     Raises:
         UserError: naming the line that is not as above.
     """
-    path = None if run is None else run / "routing.jsonl"
-    if path is None or not path.is_file():
+    if run is None:
         return []
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    path, lines = run / "routing.jsonl", []
+    for number, line in enumerate(read_lines(path), start=1):
         try:
             read = json.loads(line)
-            lines.append({"step": int(read["step"]), "linears": dict(read["linears"])})
-        except (ValueError, KeyError, TypeError) as error:
+            linears = {name: {key: summary[key] for key in CURVES} for name, summary in read["linears"].items()}
+            lines.append({"step": int(read["step"]), "linears": linears})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number} is damaged: remove the line, or the file") from error
     return lines
 
 
 def last_step(run: Path) -> int | None:
     """Optimizer steps that the run did, where its metrics.jsonl says."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return json.loads(lines[-1])["step"] if lines else None
+    last = None
+    for line in read_lines(run / "metrics.jsonl"):
+        last = line
+    return None if last is None else json.loads(last)["step"]
 
 
 def _load(model: PeftModel, folder: str, name: str) -> None:

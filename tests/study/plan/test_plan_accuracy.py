@@ -27,7 +27,7 @@ def check(rows: list[Compared]) -> None:
 
 @pytest.fixture(scope="module")
 def fresh(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
-    """Ranks in which no engine of ZeRO-3 was made: DeepSpeed replaces torch's linear there, for good, by one that keeps more."""
+    """Ranks in which no engine of ZeRO-3 was made: DeepSpeed leaves a linear behind there that keeps its input."""
     with LocalRanks(request.param, timeout=290) as ranks:
         yield ranks
 

@@ -1,0 +1,48 @@
+"""JSON lines of a run: what a crash may leave, and what a full disk does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ldmole_dist.monitor.lines import JsonLines, read_lines
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in read_lines(path)]
+
+
+def test_later_lines_and_one_cut_off_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, 0)
+    for step in (1, 2, 3):
+        first.append(step, {"loss": 1.0 / step})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert steps(path) == [1, 2, 3]
+    again = JsonLines(path, 2)
+    again.append(3, {"loss": 0.5})
+    again.close()
+    assert steps(path) == [1, 2, 3] and json.loads(path.read_text().splitlines()[-1])["loss"] == 0.5
+    JsonLines(path, 9).close()
+    assert steps(path) == [1, 2, 3]
+
+
+def test_what_is_no_number_is_null_however_deep(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "x.jsonl", 0)
+    lines.append(1, {"norm": float("inf"), "parts": {"A": float("nan"), "B": [1.0, float("-inf")]}})
+    lines.close()
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == {
+        "step": 1,
+        "norm": None,
+        "parts": {"A": None, "B": [1.0, None]},
+    }
+
+
+def test_a_full_disk_is_an_error_once() -> None:
+    lines = JsonLines.__new__(JsonLines)
+    lines._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        lines.append(1, {"loss": 1.0})
+    lines.close()  # nothing was kept back that would fail again
