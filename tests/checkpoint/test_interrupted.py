@@ -83,7 +83,9 @@ def fresh(tmp_path: Path, like: Run) -> Run:
     return run
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.full)]
+)
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(
     tmp_path: Path, whole: Run, number: signal.Signals, rank: int
 ) -> None:

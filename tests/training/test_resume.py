@@ -17,9 +17,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("resume"))
 
 
-CASES = [(f"zero{stage}", ep_size, "fp32") for stage in (0, 1, 2, 3) for ep_size in (1, 2)]
-CASES += [(f"zero{stage}", 2, precision) for stage in (2, 3) for precision in ("bf16", "fp16")]
-CASES += [("zero2_offload", 2, "fp32"), ("zero3_offload", 2, "fp32")]
+CASES: list[Any] = [(f"zero{stage}", ep_size, "fp32") for stage in (0, 1, 2, 3) for ep_size in (1, 2)]
+CASES += [(f"zero{stage}", 2, "fp16") for stage in (2, 3)]
+CASES += [
+    pytest.param(*case, marks=pytest.mark.full)
+    for case in [("zero2", 2, "bf16"), ("zero3", 2, "bf16"), ("zero2_offload", 2, "fp32"), ("zero3_offload", 2, "fp32")]
+]
 
 
 @pytest.mark.parametrize(("ds_config", "ep_size", "precision"), CASES)
