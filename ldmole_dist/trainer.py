@@ -83,12 +83,14 @@ class Trainer:
         """
         with self.stop:
             try:
-                return self._run()
+                result = self._run()
             except NonFiniteLoss:
                 self.saver.finish()  # what is being written is of before
                 raise
             finally:
                 self.monitor.close()
+            self._check_reports()
+        return result
 
     def _run(self) -> dict[str, float]:
         run = self.config.run
@@ -110,9 +112,11 @@ class Trainer:
             steps.set_postfix(loss=f"{loss:.3f}", experts=f"{experts:.2f}")
             if step == self.last_step or (run.eval_every and step % run.eval_every == 0):
                 result = self._observe(step)
-            asked, written = self._flags_of_all()
-            if written:
+            asked, written, unreported = self._flags_of_all()
+            if written or unreported:
                 self.saver.finish()
+            if unreported:
+                self._check_reports()
             stopped = asked and step < self.last_step
             if stopped or (run.save_every and step % run.save_every == 0):
                 self.saver.save(self.engine, step)
@@ -123,12 +127,18 @@ class Trainer:
         self.saver.finish()
         return result
 
-    def _flags_of_all(self) -> tuple[bool, bool]:
-        """Whether some rank was asked to end, and whether all have written the checkpoint that is under way."""
-        flags = torch.tensor([int(self.stop.requested), int(self.saver.done)], device=self.process.device)
+    def _flags_of_all(self) -> tuple[bool, bool, bool]:
+        """Whether some rank was asked to end, all have written the checkpoint that is under way, some could not report."""
+        own = [self.stop.requested, self.saver.done, self.monitor.failed]
+        flags = torch.tensor(own, dtype=torch.int64, device=self.process.device)
         dist.all_reduce(flags)
-        asked, written = flags.tolist()
-        return asked > 0, written == self.process.world_size
+        asked, written, unreported = flags.tolist()
+        return asked > 0, written == self.process.world_size, unreported > 0
+
+    def _check_reports(self) -> None:
+        """Every rank calls it. Raises UserError on the rank that could not write, PeerError on the others."""
+        with agreed("reporting"):
+            self.monitor.check()
 
     def _observe(self, step: int) -> dict[str, float]:
         """Evaluate, see how routing has changed, and report both."""

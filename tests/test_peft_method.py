@@ -253,6 +253,21 @@ def test_the_attention_mask_reaches_the_auxiliary_losses() -> None:
     assert len(context.stats) == 14
 
 
+def test_an_adapted_head_is_told_which_of_the_positions_that_it_reads_are_real() -> None:
+    model = adapt(target_modules=["q_proj", "lm_head"]).eval()
+    seen: dict[str, Tensor | None] = {}
+    context = tuner_of(model).context
+    context.observer = lambda name, routing, mask_T: seen.update({name: mask_T})
+    batch = micro_batch(0, CPU)
+    mask = torch.ones_like(batch["attention_mask"])
+    mask[1, 2:] = 0
+    positions = torch.tensor([1, 3])
+    model(input_ids=batch["input_ids"], attention_mask=mask, logits_to_keep=positions)
+    head = seen["lm_head"]
+    assert head is not None and head.equal(mask[:, positions].reshape(-1) != 0)
+    assert head.any() and not head.all()
+
+
 def test_unknown_targets_are_named() -> None:
     with pytest.raises(ValueError, match=r"\['query', 'value'\] name no module .*'q_proj'"):
         adapt(target_modules=["q_proj", "query", "value"])

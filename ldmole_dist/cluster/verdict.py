@@ -55,9 +55,9 @@ class Verdict:
 
 
 def first_of(failures: Sequence[Failure]) -> Failure:
-    """The cause, among failures within seconds of each other: a sudden one, else one that was asked for, else the first that
-    does not say of itself that it follows another."""
-    return min(failures, key=lambda failure: (not failure.sudden, not failure.asked, failure.follows))
+    """The cause, among failures within seconds of each other: a sudden one, else one that was asked for, else one that explains
+    itself, else the first that does not say of itself that it follows another."""
+    return min(failures, key=lambda f: (not f.sudden, not f.asked, not f.final, f.follows))
 
 
 def code_of(failure: Failure) -> int:

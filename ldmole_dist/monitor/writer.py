@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from ldmole_dist.checkpoint.files import explained
+from ldmole_dist.errors import UserError
 from ldmole_dist.monitor.board import write_changes, write_layout, write_routing, write_scalars
 from ldmole_dist.monitor.lines import JsonLines
 from ldmole_dist.monitor.meter import Report
@@ -18,6 +19,9 @@ from ldmole_dist.monitor.meter import Report
 class Monitor:
     """Writes on one rank; on the others it does nothing.
 
+    Only one rank can fail to write, and the others must not be left behind in a collective: an error is kept, what comes after
+    it is not written, and `check` raises it once all ranks have been told.
+
     Args:
         folder: of the run.
         writes: whether this rank does.
@@ -25,14 +29,15 @@ class Monitor:
             checkpoint and are dropped.
 
     Raises:
-        UserError: where the files cannot be written.
+        UserError: where the files cannot be opened.
     """
 
     def __init__(self, folder: Path, writes: bool, first_step: int) -> None:
-        self.writes, self._folder = writes, folder
+        self._writes, self._what = writes, f"what the run in {folder} reports"
+        self._error: UserError | None = None
         if not writes:
             return
-        with self._explained():
+        with explained(self._what):
             self._metrics = JsonLines(folder / "metrics.jsonl", first_step)
             self._evaluations = JsonLines(folder / "evaluations.jsonl", first_step)
             self._routing = JsonLines(folder / "routing.jsonl", first_step)
@@ -41,9 +46,9 @@ class Monitor:
 
     def step(self, step: int, report: Report) -> None:
         """Report optimizer step `step` (from 1)."""
-        if not self.writes:
+        if not self._writes or self.failed:
             return
-        with self._explained():
+        with self._keeping_an_error():
             self._metrics.append(step, report.metrics)
             write_scalars(self._tensorboard, step, dict(_scalars(report.metrics, "train")))
             if report.routing:
@@ -61,29 +66,39 @@ class Monitor:
             values: name -> number.
             changed: name of a linear -> share of the probe set's tokens whose experts changed; empty if not known.
         """
-        if not self.writes:
+        if not self._writes or self.failed:
             return
-        with self._explained():
+        with self._keeping_an_error():
             if changed:
                 values = values | {"support_changed": sum(changed.values()) / len(changed)}
                 write_changes(self._tensorboard, step, changed)
             self._evaluations.append(step, values)
             write_scalars(self._tensorboard, step, dict(_scalars(values, "eval")))
 
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be written, on this rank."""
+        return self._error is not None
+
+    def check(self) -> None:
+        """Raises UserError where something could not be written, on this rank."""
+        if self._error is not None:
+            raise self._error
+
     def close(self) -> None:
-        """Write out what TensorBoard has pending.
+        """Write out what TensorBoard has pending."""
+        if self._writes:
+            with self._keeping_an_error():
+                for file in (self._metrics, self._evaluations, self._routing, self._tensorboard):
+                    file.close()
 
-        Raises:
-            UserError: where that cannot be written.
-        """
-        if self.writes:
-            for file in (self._metrics, self._evaluations, self._routing):
-                file.close()
-            with self._explained():
-                self._tensorboard.close()
-
-    def _explained(self) -> AbstractContextManager[None]:
-        return explained(f"what the run in {self._folder} reports")
+    @contextmanager
+    def _keeping_an_error(self) -> Iterator[None]:
+        try:
+            with explained(self._what):
+                yield
+        except UserError as error:
+            self._error = self._error or error
 
 
 def _scalars(values: dict[str, Any], section: str, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -83,6 +83,7 @@ def measure(sizes: Sizes, turns: int) -> Measured:
                 if turn:  # the first warms up
                     seconds[kind].append(clock() - begun)
         monitor.close()
+        monitor.check()
     return Measured(**seconds)
 
 

@@ -12,8 +12,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
+from ldmole_dist.checkpoint.load import newest
+from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.engine.grad_norms import PARTS
+from ldmole_dist.monitor.lines import read_lines
 from ldmole_dist.ranks import LocalRanks
+from tests.checkpoint.test_damaged import write_no_more_than
 from tests.small_run import COLOURS, make_config, make_data, make_folder, run_training
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -22,7 +26,7 @@ EXPERTS, LAYERS = 4, 2
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in read_lines(path)]
 
 
 def config_of(folder: Path, **sections: dict[str, Any]) -> Path:
@@ -33,7 +37,7 @@ def config_of(folder: Path, **sections: dict[str, Any]) -> Path:
         folder,
         adapter={"lora_dropout": 0.0},
         optimisation=optimisation,
-        run={"detail_every": 2, "eval_every": 2},
+        run={"detail_every": 2, "eval_every": 2} | sections.pop("run", {}),
         **sections,
     )
 
@@ -167,7 +171,18 @@ def test_an_adapted_head_reads_the_positions_of_answers_only(tmp_path: Path, ran
     ranks2.run(run_training, str(config), "adapter.target_modules=[q_proj, lm_head]", "parallelism.deepspeed=zero1")
     (routing,) = lines(tmp_path / "run" / "routing.jsonl")
     linears = routing["linears"]
-    assert linears["lm_head"]["tokens"] < linears["model.layers.0.self_attn.q_proj"]["tokens"]
-    # Every row has one answer of one token, whose position is a real token: none of those rows is lost as padding.
-    assert linears["lm_head"]["tokens"] >= 8
+    assert 8 <= linears["lm_head"]["tokens"] < linears["model.layers.0.self_attn.q_proj"]["tokens"]
     assert len(lines(tmp_path / "run" / "evaluations.jsonl")) == 2
+
+
+def test_where_reports_cannot_be_written_all_ranks_stop_and_nothing_is_lost(tmp_path: Path, ranks2: LocalRanks) -> None:
+    config = config_of(make_folder(tmp_path), optimisation={"max_steps": 50}, run={"save_every": 2})
+    said = ranks2.run(write_no_more_than, 200_000, str(config), "data.eval=null", "run.detail_every=1")
+    assert said[0].startswith("UserError: what the run in ") and "cannot be written: File too large" in said[0]
+    assert said[1].startswith("PeerError: rank 0 failed while reporting")
+    reported = len(lines(tmp_path / "run" / "metrics.jsonl"))
+    assert 2 < reported < 50
+    # The step whose report failed is not saved, every one before it is.
+    assert read_manifest(newest(tmp_path / "run")[0]).step == (reported - 1) // 2 * 2
+    ranks2.run(run_training, str(config), f"optimisation.max_steps={reported + 2}", "run.resume=auto")
+    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, reported + 3))
