@@ -19,7 +19,7 @@ from ldmole_dist.study.scaling.cells import Cell
 from ldmole_dist.study.scaling.fit import Sample, errors, fit, held_out
 from ldmole_dist.study.scaling.measure import Measured, run_cell, summary
 from ldmole_dist.study.scaling.page import write_page
-from ldmole_dist.study.scaling.prediction import SEEN, predict
+from ldmole_dist.study.scaling.prediction import SEEN, predict, rate
 from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak
 from ldmole_dist.study.scaling.store import Store, done, failed
 from ldmole_dist.study.scaling.terms import UNITS, terms
@@ -273,6 +273,23 @@ def test_the_fit_does_not_see_what_is_held_out() -> None:
 
 def test_too_few_cells_are_no_model() -> None:
     assert "too few" in str(predict([Point(TINY, measured(1.0))], cores=2))
+
+
+def test_a_rate_can_be_read_however_small() -> None:
+    assert rate("trained parameters", 1e-11) == "10 ps for each parameter"
+    assert rate("trained parameters", 1e-14) == "0.01 ps for each parameter"
+    assert rate("constant", 0.03) == "30 ms for each step" and rate("sent by ZeRO", 5e-10) == "2 GB/s"
+
+
+@pytest.mark.parametrize(("experts", "spread"), [(12, [4, 4, 4, 4]), (8, [8, 8, 8, 8]), (64, [8, 16, 32, 64]), (1, [])])
+def test_the_outlook_can_be_planned_with_any_number_of_experts(experts: int, spread: list[int]) -> None:
+    base = replace(GRID.base, experts=experts, ep_size=1)
+    samples = planned_samples(dict.fromkeys(UNITS, 1e-9))
+    fitted = predict([Point(cell, measured(sample.seconds)) for cell, sample in samples], cores=2)
+    assert not isinstance(fitted, str)
+    cells = fitted.outlook(base)
+    assert len(set(cells)) == len(cells) and [c.ep_size for c in cells if c.ep_size > 1] == spread
+    assert all(fitted.seconds(cell, None) > 0 for cell in cells)
 
 
 def test_ranks_that_share_cores_take_longer_by_as_much() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -47,9 +48,8 @@ class Prediction(NamedTuple):
 
     def outlook(self, base: Cell, ranks: Iterable[int] = (8, 16, 32, 64)) -> list[Cell]:
         """Weak scaling beyond this machine: experts on every rank, and spread as widely as they can be."""
-        spread = max(n for n in range(1, base.experts + 1) if base.experts % n == 0)
         return [
-            replace(base, ranks=n, ep_size=ep) for n in ranks for ep in (1, min(n, spread)) if n % min(n, spread) == 0
+            replace(base, ranks=n, ep_size=ep) for n in ranks for ep in dict.fromkeys((1, math.gcd(n, base.experts)))
         ]
 
 
@@ -80,7 +80,6 @@ def rate(term: str, seconds_per: float) -> str:
     unit = UNITS[term]
     if unit in ("FLOP", "byte"):
         return f"{1e-9 / seconds_per:.3g} {'GFLOP' if unit == 'FLOP' else 'GB'}/s"
-    scale, name = next(
-        (scale, name) for scale, name in ((1e3, "ms"), (1e6, "µs"), (1e9, "ns")) if seconds_per * scale >= 1
-    )
+    units = ((1e3, "ms"), (1e6, "µs"), (1e9, "ns"), (1e12, "ps"))
+    scale, name = next((u for u in units if seconds_per * u[0] >= 1), units[-1])
     return f"{scale * seconds_per:.3g} {name} for each {unit}"
