@@ -1,10 +1,13 @@
 """The scaling study: what it runs, that it loses nothing, that its model is honest, that its page says what rows say."""
 
+import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,15 @@ import pytest
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
 from ldmole_dist.ranks import LocalRanks, RankFailed
 from ldmole_dist.study.scaling import command, grids, measure
+from ldmole_dist.study.scaling.active import fit_active
 from ldmole_dist.study.scaling.cells import Cell
 from ldmole_dist.study.scaling.fit import Sample, errors, fit, held_out
 from ldmole_dist.study.scaling.measure import Measured, run_cell, summary
 from ldmole_dist.study.scaling.page import write_page
 from ldmole_dist.study.scaling.prediction import SEEN, predict, rate
 from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak
-from ldmole_dist.study.scaling.store import Store, done, failed
+from ldmole_dist.study.scaling.store import Row, Store, done, failed
+from ldmole_dist.study.scaling.study import Study
 from ldmole_dist.study.scaling.terms import UNITS, terms
 
 ROOT = Path(__file__).parents[2]
@@ -239,8 +244,8 @@ def test_known_rates_are_recovered() -> None:
     samples = planned_samples(rates)
     reasons = held_out([cell for cell, _ in samples])
     model = fit([sample for cell, sample in samples if cell not in reasons])
-    for name, rate in rates.items():
-        assert model.seconds_per[name] == pytest.approx(rate, rel=1e-3), name
+    for name, seconds_per in rates.items():
+        assert model.seconds_per[name] == pytest.approx(seconds_per, rel=1e-3), name
     assert errors(model, [sample for cell, sample in samples if cell in reasons]).worst < 1e-3
 
 
@@ -256,14 +261,17 @@ def test_the_fit_does_not_see_what_is_held_out() -> None:
     assert set(reasons.values()) == {"ranks=4", "experts=64"}
     assert all(cell in reasons for cell, _ in samples if cell.ranks == 4 or cell.experts == 64)
 
-    def prediction(factor: float) -> Any:
+    def prediction(factor: float, active: float = 5.9) -> Any:
         points = []
         for cell, sample in samples:
-            seconds = sample.seconds * (factor if cell in reasons else 1.0)
-            points.append(Point(cell, measured(seconds, experts_per_token=min(5.9, cell.experts))))
+            unseen = cell in reasons
+            values = measured(sample.seconds * (factor if unseen else 1.0), experts_per_token=active if unseen else 5.9)
+            points.append(Point(cell, values))
         return predict(points, cores=2)
 
-    plain, doubled = prediction(1.0), prediction(2.0)
+    plain, doubled, routed_otherwise = prediction(1.0), prediction(2.0), prediction(1.0, active=1.5)
+    assert routed_otherwise.samples == plain.samples and routed_otherwise.model == plain.model
+    assert routed_otherwise.active_held_out == {8: 1.5, 64: 1.5}  # shown beside what was taken for it
     assert plain.model == doubled.model
     assert plain.errors()[SEEN] == doubled.errors()[SEEN]
     for kind in ("ranks=4", "experts=64"):
@@ -271,8 +279,27 @@ def test_the_fit_does_not_see_what_is_held_out() -> None:
         assert any(f"held out: {kind}" in line for line in plain.lines())
 
 
-def test_too_few_cells_are_no_model() -> None:
-    assert "too few" in str(predict([Point(TINY, measured(1.0))], cores=2))
+def test_active_experts_are_carried_on_from_the_fitted_cells() -> None:
+    def points(*active: tuple[int, float]) -> list[Point]:
+        return [Point(replace(GRID.base, experts=e), measured(1.0, experts_per_token=k)) for e, k in active]
+
+    power = fit_active(points((4, 3.0), (16, 6.0), (64, 12.0)))
+    assert [power.of(e) for e in (8, 256)] == pytest.approx([3 * 2**0.5, 24.0]) and power.of(1) == 1.0
+    share = fit_active(points((8, 5.0), (8, 7.2)))
+    assert share.of(8) == pytest.approx(6.0) and share.of(64) == pytest.approx(48.0)
+    assert fit_active(points((4, 1.0), (16, 16.0))).of(2) == 1.0  # not below one
+
+
+def test_no_more_cells_than_rates_are_no_model() -> None:
+    assert "1 cells that are not held out are too few" in str(predict([Point(TINY, measured(1.0))], cores=2))
+    assert "0 cells that are not held out" in str(
+        predict([Point(replace(TINY, ranks=2), measured(1.0)), Point(replace(TINY, experts=8), measured(1.0))], cores=2)
+    )
+    samples = [Sample({"a": 1.0, "b": float(n), "none": 0.0}, 1.0 + n) for n in range(3)]
+    with pytest.raises(UserError, match="2 cells .* are too few to fit 2 rates"):
+        fit(samples[:2])
+    assert fit(samples).seconds_per == pytest.approx({"a": 1.0, "b": 1.0})  # what none of them has gets no rate
+    assert fit(samples).predict({"a": 2.0, "b": 1.0, "none": 5.0}) == pytest.approx(3.0)
 
 
 def test_a_rate_can_be_read_however_small() -> None:
@@ -314,10 +341,30 @@ def test_the_planners_elements_are_those_that_were_counted() -> None:
 # Its page
 
 
+def recorded(tmp_path: Path, keep: Callable[[Row], bool] = lambda row: True) -> Store:
+    """A copy of the recorded study with some of its rows."""
+    for name in ("machine.json", "latency.json"):
+        shutil.copy(RECORDED / name, tmp_path)
+    machine = json.loads((tmp_path / "machine.json").read_text())
+    store = Store(tmp_path, machine)
+    for row in Store(RECORDED, None).rows():
+        if keep(row):
+            store.add(row)
+    return store
+
+
+def test_the_page_says_whether_the_model_was_tried(tmp_path: Path) -> None:
+    lines = write_page(recorded(tmp_path, lambda row: row.cell.ranks == 2 and row.cell.experts == 8))
+    assert not any("held out" in line for line in lines) and lines[0].startswith("model, fitted to")
+    page = (tmp_path / "scaling.html").read_text()
+    assert "No cell was held out" in page and "how far the model can be trusted is not known" in page
+    assert "the model has to extrapolate" not in page and "errors are those of the cells held out" not in page
+    assert "held-out" not in page
+
+
 def test_the_page_is_one_file_that_says_what_was_measured(tmp_path: Path) -> None:
-    for file in RECORDED.iterdir():
-        (tmp_path / file.name).write_text(file.read_text())
-    lines = write_page(Store(tmp_path, None))
+    store = recorded(tmp_path)
+    lines = write_page(store)
     assert lines[-1] == f"page: {tmp_path / 'scaling.html'}" and any("held out" in line for line in lines)
     page = (tmp_path / "scaling.html").read_text()
     headings = re.findall("<h2>(.*?)</h2>", page)
@@ -327,6 +374,10 @@ def test_the_page_is_one_file_that_says_what_was_measured(tmp_path: Path) -> Non
     assert f"{len(rows)} configurations were trained on CPU" in page
     for row in rows:
         assert row.measured is not None and f">{row.measured.seconds:.3f}</td>" in page
+    fitted = Study(store).prediction
+    assert not isinstance(fitted, str)
+    for experts, active in fitted.active_held_out.items():
+        assert f"{fitted.active.of(experts):.1f} for E = {experts} (measured there: {active:.1f})" in page
     two = next(row.measured for row in rows if row.cell == replace(GRID.base, ep_size=1))
     assert f"2 ranks with experts on every rank process {two.tokens_per_second:,.0f} tokens/s" in page
 
@@ -339,7 +390,8 @@ def test_a_page_of_one_cell_claims_nothing(tmp_path: Path) -> None:
     store.add(done(TINY, measured(1.0)))
     (reason, _) = write_page(store)
     page = (tmp_path / "scaling.html").read_text()
-    assert "too few to fit" in reason and reason in page
+    assert reason.startswith("no model was fitted: 1 cells") and page.count(reason.partition(": ")[2]) == 2
+    assert "held out;" not in page
     assert "Weak scaling" not in page and "times" not in page.split("<h2>Method")[0].split("</nav>")[1]
     assert "RuntimeError: &lt;no memory&gt;" in page and "layers 9" in page
 
