@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,9 @@ import pytest
 
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
 from ldmole_dist.ranks import LocalRanks, RankFailed
-from ldmole_dist.study.scaling import command, grids, measure
+from ldmole_dist.study import bench_latency
+from ldmole_dist.study.bench_latency import PARTS, Latency, Settings
+from ldmole_dist.study.scaling import command, figures, grids, measure
 from ldmole_dist.study.scaling.active import fit_active
 from ldmole_dist.study.scaling.cells import Cell
 from ldmole_dist.study.scaling.fit import Sample, errors, fit, held_out
@@ -25,8 +28,8 @@ from ldmole_dist.study.scaling.measure import Measured, run_cell, summary
 from ldmole_dist.study.scaling.page import write_page
 from ldmole_dist.study.scaling.prediction import SEEN, predict, rate
 from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak
-from ldmole_dist.study.scaling.store import Row, Store, done, failed
-from ldmole_dist.study.scaling.study import Study
+from ldmole_dist.study.scaling.store import COLUMNS, Row, Store, done, failed
+from ldmole_dist.study.scaling.study import Study, speedup, throughput
 from ldmole_dist.study.scaling.terms import UNITS, terms
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +103,7 @@ def test_the_grid_varies_one_axis_at_a_time() -> None:
         (["--experts", "8,seven"], "--experts '8,seven' must be numbers"),
         (["--hidden", "100,256"], "hidden=100 must be a multiple of 64"),
         (["--layers", "0,4"], "layers=0 must be at least 1"),
+        (["--ranks", "0,2"], "ranks=0 must be at least 1"),
         (["--page-only"], "holds no study"),
     ],
 )
@@ -168,7 +172,10 @@ def test_an_interrupted_study_runs_only_the_rest(tmp_path: Path, monkeypatch: py
 
 def test_a_row_is_read_as_it_was_written_and_half_a_row_is_none(tmp_path: Path) -> None:
     store = Store(tmp_path, MACHINE)
-    rows = [done(TINY, measured(0.25, wire={"rows": 3.5})), failed(replace(TINY, layers=2), 'x\n\nError: "a, b"\n')]
+    rows = [
+        done(TINY, measured(0.25, wire={"rows": 3.5})),
+        failed(replace(TINY, layers=2), RankFailed('x\n\nError: "a, b"\n')),
+    ]
     for row in rows:
         store.add(row)
     whole = store.table.read_text()
@@ -177,6 +184,64 @@ def test_a_row_is_read_as_it_was_written_and_half_a_row_is_none(tmp_path: Path) 
     assert Store(tmp_path, None).rows() == rows
     assert Store(tmp_path, MACHINE).rows() == rows and store.table.read_text() == whole
     assert rows[1].status == 'Error: "a, b"'
+    assert failed(TINY, OSError(12, "Cannot allocate memory")).status == "OSError: [Errno 12] Cannot allocate memory"
+    for cut in (5, 0):  # killed while it began
+        store.table.write_text(store.table.read_text()[:cut])
+        assert Store(tmp_path, None).rows() == Store(tmp_path, MACHINE).rows() == []
+        assert store.table.read_text() == ",".join(COLUMNS) + "\n"
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path, MACHINE)
+    store.add(done(TINY, measured(0.25)))
+    whole, limits = store.table.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))  # as a full disk, takes a part of the row
+    try:
+        with pytest.raises(
+            UserError, match=r"cells\.csv cannot be written to \(File too large\).* the same command goes on"
+        ):
+            store.add(done(replace(TINY, layers=2), measured(0.5)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.table.stat().st_size == len(whole) + 20
+    assert len(store.rows()) == 1
+    again = Store(tmp_path, MACHINE)
+    assert store.table.read_text() == whole
+    again.add(done(replace(TINY, layers=3), measured(0.5)))
+    assert [row.cell.layers for row in again.rows()] == [1, 3]
+    store.latency.with_suffix(".unfinished").mkdir()
+    with pytest.raises(UserError, match=r"latency\.json cannot be written to \(Is a directory\)"):
+        store.add_latencies("why")
+    assert store.latencies() is None
+
+
+def test_the_page_is_not_lost_where_latency_fails_and_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raised: list[Exception] = [RankFailed("measure_shape failed on rank 0:\nTraceback\nOutOfMemoryError: tried <all>")]
+    found = [Latency("small", "generation", 1, 10.0, dict.fromkeys(PARTS, 1.0), "float32")]
+    runs = []
+
+    def bench(settings: Settings) -> list[Latency]:
+        runs.append(settings)
+        if raised:
+            raise raised.pop()
+        return found
+
+    monkeypatch.setattr(bench_latency, "bench_latency", bench)
+    store = Store(tmp_path, MACHINE)
+    store.add(done(TINY, measured(1.0)))
+    command._measure_latency(store, thorough=False)
+    assert "OutOfMemoryError" in capsys.readouterr().err
+    write_page(Store(tmp_path, None))
+    page = (tmp_path / "scaling.html").read_text()
+    assert "This was not measured: OutOfMemoryError: tried &lt;all&gt;. The same command tries it again." in page
+    raised.append(ValueError("odd"))
+    command._measure_latency(Store(tmp_path, MACHINE), thorough=False)
+    assert Store(tmp_path, None).latencies() == "ValueError: odd"
+    for _ in range(2):
+        command._measure_latency(Store(tmp_path, MACHINE), thorough=False)
+        assert Store(tmp_path, None).latencies() == found and len(runs) == 3
 
 
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(
@@ -380,6 +445,28 @@ def test_the_page_is_one_file_that_says_what_was_measured(tmp_path: Path) -> Non
         assert f"{fitted.active.of(experts):.1f} for E = {experts} (measured there: {active:.1f})" in page
     two = next(row.measured for row in rows if row.cell == replace(GRID.base, ep_size=1))
     assert f"2 ranks with experts on every rank process {two.tokens_per_second:,.0f} tokens/s" in page
+
+
+def test_without_one_rank_each_placement_is_compared_with_its_own_first(tmp_path: Path) -> None:
+    store = Store(tmp_path, MACHINE)
+    seconds = {(2, 1): 1.0, (2, 2): 4.0, (4, 1): 0.8, (4, 4): 2.0}
+    grid = grids.overridden(GRID, [2, 4], {})
+    for cell in [*grid.strong(), *grid.weak()]:
+        if (cell.ranks, cell.ep_size) in seconds and cell not in {row.cell for row in store.rows()}:
+            store.add(done(cell, measured(seconds[cell.ranks, cell.ep_size])))
+    study = Study(store)
+    assert speedup(study) == [
+        "4 ranks with experts on every rank take 0.80 s, 2 ranks 1.00 s: 1.25 times as fast.",
+        "4 ranks with the experts spread over all ranks take 2.00 s, 2 ranks 4.00 s: 2.00 times as fast.",
+    ]
+    assert [said.partition(": ")[2][:10] for said in throughput(study)] == ["1.25 times", "2.00 times"]
+    # Ideal lines of both: seconds halve from each placement's own first; on two cores they stay.
+    lines = figures.strong_scaling(study.strong, 2).axes[0].lines[2:]
+    assert [list(line.get_ydata()) for line in lines] == [[1.0, 0.5], [1.0, 1.0], [4.0, 2.0], [4.0, 4.0]]
+    lines = figures.weak_scaling(study.weak, 3).axes[0].lines[2:]
+    assert [list(line.get_ydata()) for line in lines] == [[1.0, 2.0], [1.0, 1.5], [0.25, 0.5], [0.25, 0.375]]
+    one = [Point(GRID.base, measured(1.0)), Point(replace(GRID.base, ranks=1, ep_size=1), measured(1.0))]
+    assert len(figures.strong_scaling(sorted(one, key=lambda p: p.cell.ranks), None).axes[0].lines) == 3
 
 
 def test_a_page_of_one_cell_claims_nothing(tmp_path: Path) -> None:

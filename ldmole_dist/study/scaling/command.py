@@ -91,18 +91,26 @@ def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: f
         if cell in known:
             continue
         try:
-            store.add(done(cell, measure(cell, steps, warmup=2, timeout=timeout)))
-        except RankFailed as error:
-            row = failed(cell, str(error))
-            store.add(row)
+            row = done(cell, measure(cell, steps, warmup=2, timeout=timeout))
+        except (RankFailed, OSError) as error:  # the latter where no process can be started
+            row = failed(cell, error)
             tqdm.write(f"failed: {cell}: {row.status}", file=sys.stderr)
+        store.add(row)
 
 
 def _measure_latency(store: Store, thorough: bool) -> None:
-    from ldmole_dist.study.bench_latency import QUICK, Settings, bench_latency
+    from ldmole_dist.study import bench_latency
+    from ldmole_dist.study.scaling.store import reason
 
-    if store.latencies() is None:
-        store.add_latencies(bench_latency(Settings() if thorough else QUICK))
+    if isinstance(store.latencies(), list):
+        return
+    latencies: list[bench_latency.Latency] | str
+    try:
+        latencies = bench_latency.bench_latency(bench_latency.Settings() if thorough else bench_latency.QUICK)
+    except Exception as error:  # whatever it is, the page of the cells is not lost for it, and says it
+        latencies = reason(error)
+        print(f"failed: latency of the adapter's parts: {latencies}", file=sys.stderr)
+    store.add_latencies(latencies)
 
 
 def _on_one_kind_of_device(asked: list[int] | None, usual: Sequence[int]) -> list[int]:

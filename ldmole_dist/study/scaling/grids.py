@@ -80,10 +80,12 @@ def overridden(grid: Grid, ranks: Sequence[int] | None, axes: Mapping[str, Seque
     """The grid on other ranks or with other values of an axis; an axis that is given one value has it in every cell.
 
     Raises:
-        UserError: where an axis is not known.
+        UserError: where an axis is not known, or there are no such ranks.
     """
     base, kept = grid.base, dict(grid.axes)
     numbers = tuple(sorted(set(ranks or grid.ranks)))
+    if numbers[0] < 1:
+        raise UserError(f"ranks={numbers[0]} must be at least 1")
     if base.ranks not in numbers:
         base = replace(base, ranks=numbers[-1], ep_size=numbers[-1])
     for axis, values in axes.items():

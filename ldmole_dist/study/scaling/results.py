@@ -6,7 +6,7 @@ from ldmole_dist.study.bench_latency import SEQ
 from ldmole_dist.study.scaling import figures
 from ldmole_dist.study.scaling.series import replicated
 from ldmole_dist.study.scaling.sheet import Page
-from ldmole_dist.study.scaling.study import Study, generation, megabytes, plural, result_table, throughput
+from ldmole_dist.study.scaling.study import Study, generation, megabytes, plural, result_table, speedup, throughput
 
 
 def weak_scaling(study: Study, page: Page) -> None:
@@ -25,17 +25,10 @@ def strong_scaling(study: Study, page: Page) -> None:
     """The batch fixed."""
     if len({p.cell.ranks for p in study.strong}) < 2:
         return
-    first = study.strong[0]
     page.heading("Strong scaling")
-    page.text(f"The batch of an optimizer step is {first.cell.tokens} tokens on any number of ranks.", study.crowd())
-    said = []
-    for label, series, _ in figures.SERIES:
-        for cell, m in series(study.strong)[1:]:
-            said.append(
-                f"{cell.ranks} ranks with {label} take {m.seconds:.2f} s, {plural(first.cell.ranks, 'rank')} "
-                f"{first.measured.seconds:.2f} s: {first.measured.seconds / m.seconds:.2f} times as fast."
-            )
-    page.points(said)
+    batch = f"The batch of an optimizer step is {study.strong[0].cell.tokens} tokens on any number of ranks."
+    page.text(batch, study.crowd())
+    page.points(speedup(study))
     page.figure(figures.strong_scaling(study.strong, study.cores), "seconds per optimizer step over ranks")
     result_table(page, study.strong)
 
@@ -126,9 +119,12 @@ def stages(study: Study, page: Page) -> None:
 
 def latency(study: Study, page: Page) -> None:
     """The adapter's parts."""
-    if not study.latencies:
+    if not study.latencies and not study.latency_failed:
         return
     page.heading("What the adapter's parts cost, in training and at generation")
+    if study.latency_failed:
+        page.text(f"This was not measured: {study.latency_failed}. The same command tries it again.")
+        return
     page.text(
         f"One process, E = 8, r = 8, a lambda-MLP of 256. Training is a forward and backward of sequences of {SEQ} tokens",
         f"without gradient checkpointing; generation is one token for each sequence after {SEQ} in the cache.",

@@ -21,6 +21,8 @@ def summary(study: Study, page: Page) -> None:
         study.disturbance(),
     ]
     said += throughput(study) + generation(study.latencies)
+    if study.latency_failed:
+        said.append(f"What the adapter's parts cost was not measured: {study.latency_failed}.")
     if isinstance(study.prediction, str):
         said.append(f"No model was fitted: {study.prediction}.")
     else:

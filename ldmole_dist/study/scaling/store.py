@@ -12,6 +12,8 @@ import io
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 
 import ldmole_dist
 from ldmole_dist.errors import UserError
+from ldmole_dist.ranks import RankFailed
 from ldmole_dist.study.bench_latency import Latency
 from ldmole_dist.study.scaling.cells import AXES, Cell
 from ldmole_dist.study.scaling.measure import Measured
@@ -46,10 +49,16 @@ def done(cell: Cell, measured: Measured) -> Row:
     return Row(cell, _DONE, measured)
 
 
-def failed(cell: Cell, reason: str) -> Row:
-    """The row of a cell that was not; of the reason the last line counts, which in a traceback is the error."""
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    return Row(cell, lines[-1][:300] if lines else "failed", None)
+def failed(cell: Cell, error: Exception) -> Row:
+    """The row of a cell that was not."""
+    return Row(cell, reason(error), None)
+
+
+def reason(error: Exception) -> str:
+    """Of a failure, in a line: a rank's own error is the last line of its traceback."""
+    text = str(error) if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "failed"
 
 
 def environment() -> dict[str, str]:
@@ -95,9 +104,8 @@ class Store:
                 if self.table.exists():
                     raise UserError(f"{folder} holds {self.table.name} but not {about.name}: choose another --output")
                 folder.mkdir(parents=True, exist_ok=True)
-                about.write_text(json.dumps(machine, indent=2) + "\n")
+                _write_whole(about, json.dumps(machine, indent=2) + "\n")
             self.machine: dict[str, str] = json.loads(about.read_text())
-            self._begin(writes=machine is not None)
         except OSError as error:
             raise UserError(
                 f"--output {folder}: {error.strerror} ({error.filename}); choose a folder that can be written"
@@ -109,17 +117,21 @@ class Store:
             raise UserError(
                 f"{folder} holds a study of something else ({was}): choose another --output, or --page-only for its page"
             )
+        self._begin(writes=machine is not None)
 
     def _begin(self, writes: bool) -> None:
-        if not self.table.exists():
-            self.table.write_text(",".join(COLUMNS) + "\n")
-        text = self.table.read_text()
-        if text.partition("\n")[0] != ",".join(COLUMNS):
+        text, head = self.table.read_bytes() if self.table.exists() else b"", (",".join(COLUMNS) + "\n").encode()
+        if not head.startswith(text[: len(head)]):
             raise UserError(
                 f"{self.table} was written by another version of this study: choose another --output, or remove it"
             )
-        if writes and not text.endswith("\n"):  # interrupted within a row: that cell is measured again
-            self.table.write_text(text[: text.rfind("\n") + 1])
+        whole = text.rfind(b"\n") + 1  # interrupted within a row: that cell is measured again
+        if writes and (not whole or whole < len(text)):
+            with _writing(self.table):
+                if whole:
+                    os.truncate(self.table, whole)  # to write the rest again could fail on a full disk
+                else:
+                    self.table.write_bytes(head)
 
     def rows(self) -> list[Row]:
         """All whole rows, in the order in which they were measured.
@@ -127,9 +139,12 @@ class Store:
         Raises:
             UserError: naming a line that cannot be read.
         """
-        lines = self.table.read_text().splitlines(keepends=True)
+        if not self.table.exists():
+            return []
+        lines = self.table.read_bytes().splitlines(keepends=True)
+        whole = (line.decode(errors="replace") for line in lines if line.endswith(b"\n"))
         rows = []
-        for number, values in enumerate(csv.reader(line for line in lines if line.endswith("\n")), start=1):
+        for number, values in enumerate(csv.reader(whole), start=1):
             if number == 1:
                 continue
             try:
@@ -139,32 +154,58 @@ class Store:
         return rows
 
     def add(self, row: Row) -> None:
-        """Append a row; it is on the disk when this returns."""
+        """Append a row; it is on the disk when this returns.
+
+        Raises:
+            UserError: where it cannot be written; those before it are kept.
+        """
         measured = dict.fromkeys(_RESULTS, "") if row.measured is None else asdict(row.measured)
         values = {**asdict(row.cell), "status": row.status, **measured}
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(
             json.dumps(value) if isinstance(value, (dict, list)) else value for value in values.values()
         )
-        with self.table.open("a") as file:
-            file.write(line.getvalue())
+        with _writing(self.table), self.table.open("ab") as file:
+            file.write(line.getvalue().encode())
             file.flush()
             os.fsync(file.fileno())
 
-    def latencies(self) -> list[Latency] | None:
-        """What `bench_latency` measured for this study, or None if it has not."""
+    def latencies(self) -> list[Latency] | str | None:
+        """What `bench_latency` measured for this study, why it failed, or None if it has not run."""
         if not self.latency.is_file():
             return None
         try:
-            return [Latency(**values) for values in json.loads(self.latency.read_text())]
-        except (ValueError, TypeError) as error:
+            kept = json.loads(self.latency.read_text())
+            return kept["failed"] if isinstance(kept, dict) else [Latency(**values) for values in kept]
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.latency} cannot be read ({error}): delete it") from error
 
-    def add_latencies(self, latencies: list[Latency]) -> None:
-        """Keep them; the file appears whole or not at all."""
-        unfinished = self.latency.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps([latency._asdict() for latency in latencies], indent=2) + "\n")
-        unfinished.rename(self.latency)
+    def add_latencies(self, latencies: list[Latency] | str) -> None:
+        """Keep them, or why there are none; the file appears whole or not at all.
+
+        Raises:
+            UserError: where it cannot be written.
+        """
+        kept = {"failed": latencies} if isinstance(latencies, str) else [each._asdict() for each in latencies]
+        with _writing(self.latency):
+            _write_whole(self.latency, json.dumps(kept, indent=2) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written to ({error.strerror}): what was measured before is kept, and the same command goes on "
+            "once there is room on the disk and leave to write"
+        ) from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.rename(path)
 
 
 def _parsed(values: list[str]) -> Row:

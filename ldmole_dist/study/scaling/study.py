@@ -13,6 +13,8 @@ from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, 
 from ldmole_dist.study.scaling.sheet import Page
 from ldmole_dist.study.scaling.store import Store
 
+PLACEMENTS = (("experts on every rank", replicated), ("the experts spread over all ranks", spread))
+
 
 class Study:
     """What all sections draw from.
@@ -26,7 +28,9 @@ class Study:
         self.points = [Point(row.cell, row.measured) for row in self.rows if row.measured is not None]
         if not self.points:
             raise UserError(f"{store.table} holds no cell that was measured: its column status says why")
-        self.latencies = store.latencies() or []
+        latencies = store.latencies()
+        self.latencies = latencies if isinstance(latencies, list) else []
+        self.latency_failed = latencies if isinstance(latencies, str) else ""
         # Ranks on a GPU have it for themselves; on the CPU they share its cores.
         self.cores = int(self.machine["cores"]) if self.machine["device"] == "CPU" else None
         self.base = base_of(self.points)
@@ -62,7 +66,7 @@ class Study:
 def throughput(study: Study) -> list[str]:
     """Of weak scaling, a sentence for each number of ranks and placement."""
     said = []
-    for label, series in (("experts on every rank", replicated), ("the experts spread over all ranks", spread)):
+    for label, series in PLACEMENTS:
         chosen = series(study.weak)
         for p in chosen[1:]:
             one, many = chosen[0].measured.tokens_per_second, p.measured.tokens_per_second
@@ -70,6 +74,20 @@ def throughput(study: Study) -> list[str]:
             said.append(
                 f"{plural(p.cell.ranks, 'rank')} with {label} process {many:,.0f} tokens/s{where}: {many / one:.2f} times the "
                 f"{one:,.0f} of {plural(chosen[0].cell.ranks, 'rank')}."
+            )
+    return said
+
+
+def speedup(study: Study) -> list[str]:
+    """Of strong scaling, a sentence for each number of ranks and placement."""
+    said = []
+    for label, series in PLACEMENTS:
+        chosen = series(study.strong)
+        for p in chosen[1:]:
+            one, many = chosen[0].measured.seconds, p.measured.seconds
+            said.append(
+                f"{plural(p.cell.ranks, 'rank')} with {label} take {many:.2f} s, {plural(chosen[0].cell.ranks, 'rank')} "
+                f"{one:.2f} s: {one / many:.2f} times as fast."
             )
     return said
 
