@@ -23,6 +23,7 @@ from ldmole_dist.study.bench_latency import PARTS, Latency, Settings
 from ldmole_dist.study.scaling import command, figures, grids, measure
 from ldmole_dist.study.scaling.active import fit_active
 from ldmole_dist.study.scaling.cells import Cell
+from ldmole_dist.study.scaling.code import MEASURED_BY, PACKAGE, code, imported
 from ldmole_dist.study.scaling.fit import Sample, errors, fit, held_out
 from ldmole_dist.study.scaling.measure import Measured, run_cell, summary
 from ldmole_dist.study.scaling.page import write_page
@@ -35,7 +36,15 @@ from ldmole_dist.study.scaling.terms import UNITS, terms
 ROOT = Path(__file__).parents[2]
 RECORDED = Path(__file__).with_name("recorded_study")  # launch/scaling_study.py --output tests/study/recorded_study
 TINY = Cell(ranks=1, ep_size=1, hidden=64, layers=1, experts=4, lora_rank=2, micro_batch=1, seq=16)
-MACHINE = {"device": "CPU", "processor": "any", "cores": "2", "torch": "1", "code": "abc"}
+MACHINE = {
+    "device": "CPU",
+    "processor": "any",
+    "cores": "2",
+    "torch": "1",
+    "code": "abc",
+    "warmup_steps": "4",
+    "timed_steps": "7",
+}
 GRID = grids.quick("fp32")
 
 
@@ -275,10 +284,64 @@ def test_a_folder_is_of_one_machine_and_version(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"something else \(torch 1, here 2\): choose another --output"):
         Store(tmp_path, MACHINE | {"torch": "2"})
     assert len(Store(tmp_path, None).rows()) == 1  # its page can be made anywhere
+    said = r"something else \(timed_steps 7, here 5\): give --steps 7, choose another --output"
+    with pytest.raises(UserError, match=said):
+        Store(tmp_path, MACHINE | {"timed_steps": "5"})
     table = tmp_path / "cells.csv"
     table.write_text(table.read_text().replace("dispatch", "transport", 1))
     with pytest.raises(UserError, match="another version of this study: choose another --output"):
         Store(tmp_path, MACHINE)
+
+
+def test_steps_are_recorded_and_are_those_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(measure, "measure", lambda cell, *steps: ran.append(steps) or measured(1.0))
+    monkeypatch.setattr(command, "_measure_latency", lambda *_: None)
+    from ldmole_dist.cli import main
+
+    study = ["scaling", "--output", str(tmp_path), "--ranks", "1", "--layers", "1", "--timeout", "9"]
+    assert main([*study, "--steps", "3"]) == 0 and set(ran) == {(3, measure.WARMUP, 9.0)}
+    machine = json.loads((tmp_path / "machine.json").read_text())
+    assert machine["timed_steps"] == "3" and machine["warmup_steps"] == str(measure.WARMUP)
+    assert "the median of 3 timed steps, after 4 that warm up" in (tmp_path / "scaling.html").read_text()
+    assert main([*study, "--steps", "4"]) == EXIT_EXPLAINED
+
+
+def test_the_code_of_a_study_is_what_a_cell_runs(tmp_path: Path) -> None:
+    ours = {str(path.relative_to(PACKAGE)) for path in imported(PACKAGE, MEASURED_BY)}
+    assert ours >= {"method/layer.py", "parallel/dispatch.py", "engine/build.py", "study/scaling/cells.py"}
+    assert ours >= {"study/bench_latency.py", "study/bench_dispatch.py", "ranks.py", "__init__.py"}
+    others = ("cli.py", "cluster/", "monitor/", "checkpoint/", "study/report/", "study/plan/", "study/scaling/page.py")
+    assert not [name for name in ours if name.startswith(others)]
+
+    package, configs = tmp_path / "package", tmp_path / "configs"
+    sources = {
+        "measure.py": "import os\nfrom package.room import helper\n\n\ndef f():\n    import package.lazy as lazy\n",
+        "room/__init__.py": "",
+        "room/helper.py": "from package.deep import value\nfrom package.measure import f\n",
+        "room/other.py": "",
+        "deep.py": "value = 1\n",
+        "lazy.py": "",
+        "cli.py": "from package.measure import f\n",
+    }
+    for name, text in sources.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    configs.mkdir()
+    (configs / "zero2.json").write_text("{}")
+
+    def hashed() -> str:
+        return code(package, (package / "measure.py",), configs)
+
+    before, matters = hashed(), set()
+    for path in [*package.rglob("*.py"), configs / "zero2.json"]:
+        text = path.read_text()
+        path.write_text(text + " \n")
+        if hashed() != before:
+            matters.add(path.name)
+        path.write_text(text)
+        assert hashed() == before
+    assert matters == {"measure.py", "__init__.py", "helper.py", "deep.py", "lazy.py", "zero2.json"}
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/scaling", help="folder of the study (default: %(default)s)")
     parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page of what is there")
     parser.add_argument(
-        "--steps", type=_positive, default=5, help="timed optimizer steps of a cell (default: %(default)s)"
+        "--steps", type=_positive, default=7, help="timed optimizer steps of a cell (default: %(default)s)"
     )
     parser.add_argument(
         "--timeout", type=float, default=300.0, help="seconds after which a cell has failed (default: %(default)s)"
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         grid = (full if args.full else quick)("bf16" if torch.cuda.is_available() else "fp32")
         ranks = _on_one_kind_of_device(chosen.pop("ranks", None), grid.ranks)
         cells = overridden(grid, ranks, chosen).cells()
-        store = Store(folder, environment())
+        store = Store(folder, environment(args.steps))
         try:
             _measure_missing(store, cells, args.steps, args.timeout)
             _measure_latency(store, args.full)
@@ -81,7 +81,7 @@ def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: f
     from tqdm import tqdm
 
     from ldmole_dist.ranks import RankFailed
-    from ldmole_dist.study.scaling.measure import measure
+    from ldmole_dist.study.scaling.measure import WARMUP, measure
     from ldmole_dist.study.scaling.store import done, failed
 
     known = {row.cell for row in store.rows()}
@@ -91,7 +91,7 @@ def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: f
         if cell in known:
             continue
         try:
-            row = done(cell, measure(cell, steps, warmup=2, timeout=timeout))
+            row = done(cell, measure(cell, steps, WARMUP, timeout))
         except (RankFailed, OSError) as error:  # the latter where no process can be started
             row = failed(cell, error)
             tqdm.write(f"failed: {cell}: {row.status}", file=sys.stderr)

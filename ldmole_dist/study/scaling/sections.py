@@ -38,18 +38,19 @@ def summary(study: Study, page: Page) -> None:
 
 def method(study: Study, page: Page) -> None:
     """What was done, on what."""
+    m = study.machine
     page.heading("Method")
     page.text(
         "Each configuration (a cell) ran in processes of its own, one for each rank, through the DeepSpeed engine that",
         f"training uses. The model is a Hugging Face Llama with random weights and a vocabulary of {VOCABULARY}, all seven",
         f"linears of every layer adapted, a lambda-MLP of {LAMBDA_HIDDEN}, gradient checkpointing, AdamW, and the loss on the",
         f"last {ANSWERS} tokens of each sequence. All ranks start a step together and the slowest counts; a cell's time is",
-        f"the median of its {len(study.points[0].measured.steps)} timed steps, after others that warm up.",
+        f"the median of {m['timed_steps']} timed steps, after {m['warmup_steps']} that warm up.",
     )
     page.text(
         f"The base cell: {_settings(study.base)}. Where nothing else is said, a cell differs from it in one setting."
     )
-    page.table(["", "measured on"], list(study.machine.items()))
+    page.table(["", "measured on"], list(m.items()))
 
 
 def model(study: Study, page: Page) -> None:

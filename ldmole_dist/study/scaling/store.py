@@ -1,13 +1,12 @@
 """The study's folder: what it was measured on, and one CSV row a cell, on the disk as soon as the cell is done.
 
-One folder is one machine, one set of versions and one state of the code: figures of two would be compared as if they were
-of one. An interrupted study goes on where it stopped. To have a cell measured again, delete its line.
+One folder is one machine, one set of versions, one state of the code and one number of steps: figures of two would be
+compared as if they were of one. An interrupted study goes on where it stopped. To have a cell measured again, delete its line.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -22,12 +21,12 @@ from typing import Any
 import psutil
 import torch
 
-import ldmole_dist
 from ldmole_dist.errors import UserError
 from ldmole_dist.ranks import RankFailed
 from ldmole_dist.study.bench_latency import Latency
 from ldmole_dist.study.scaling.cells import AXES, Cell
-from ldmole_dist.study.scaling.measure import Measured
+from ldmole_dist.study.scaling.code import code
+from ldmole_dist.study.scaling.measure import WARMUP, Measured
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 _DONE = "ok"
@@ -61,8 +60,12 @@ def reason(error: Exception) -> str:
     return lines[-1][:300] if lines else "failed"
 
 
-def environment() -> dict[str, str]:
-    """What the figures depend on beside the settings."""
+def environment(steps: int) -> dict[str, str]:
+    """What the figures depend on beside the settings of a cell.
+
+    Args:
+        steps: that are timed.
+    """
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory().total / 2**30
     return {
@@ -72,7 +75,9 @@ def environment() -> dict[str, str]:
         "memory": f"{memory:.0f} GB",
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
-        "code": _code(),
+        "code": code(),
+        "warmup_steps": str(WARMUP),
+        "timed_steps": str(steps),
     }
 
 
@@ -114,8 +119,9 @@ class Store:
             raise UserError(f"{about} is damaged ({error}): choose another --output") from error
         if machine is not None and (differing := [k for k in machine if machine[k] != self.machine.get(k)]):
             was = ", ".join(f"{k} {self.machine.get(k)}, here {machine[k]}" for k in differing)
+            asked = f"give --steps {self.machine.get('timed_steps')}, " if differing == ["timed_steps"] else ""
             raise UserError(
-                f"{folder} holds a study of something else ({was}): choose another --output, or --page-only for its page"
+                f"{folder} holds a study of something else ({was}): {asked}choose another --output, or --page-only for its page"
             )
         self._begin(writes=machine is not None)
 
@@ -223,14 +229,3 @@ def _value(text: str) -> Any:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _code() -> str:
-    """A hash of the sources that the figures depend on: of the studies, what measures only."""
-    package = Path(ldmole_dist.__file__).parent
-    ours = [path for path in package.rglob("*.py") if package / "study" not in path.parents]
-    ours += [package / "study" / name for name in ("scaling/cells.py", "scaling/measure.py", "bench_latency.py")]
-    digest = hashlib.sha256()
-    for path in sorted(ours):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
