@@ -30,7 +30,7 @@ from ldmole_dist.study.scaling.page import write_page
 from ldmole_dist.study.scaling.prediction import SEEN, predict, rate
 from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak
 from ldmole_dist.study.scaling.store import COLUMNS, Row, Store, done, failed
-from ldmole_dist.study.scaling.study import Study, speedup, throughput
+from ldmole_dist.study.scaling.study import Study, placements, speedup, throughput
 from ldmole_dist.study.scaling.terms import UNITS, terms
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +101,7 @@ def test_the_grid_varies_one_axis_at_a_time() -> None:
     assert {p.cell.tokens for p in strong(points, base)} == {4 * base.tokens_per_rank}
     for series in (weak(points, base), strong(points, base)):
         assert [p.cell.ranks for p in replicated(series)] == [p.cell.ranks for p in spread(series)] == [1, 2, 4]
+        assert [p.cell.ep_size for p in series if p.cell.ranks == 4] == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -530,6 +531,28 @@ def test_without_one_rank_each_placement_is_compared_with_its_own_first(tmp_path
     assert [list(line.get_ydata()) for line in lines] == [[1.0, 2.0], [1.0, 1.5], [0.25, 0.5], [0.25, 0.375]]
     one = [Point(GRID.base, measured(1.0)), Point(replace(GRID.base, ranks=1, ep_size=1), measured(1.0))]
     assert len(figures.strong_scaling(sorted(one, key=lambda p: p.cell.ranks), None).axes[0].lines) == 3
+
+
+def test_what_has_done_the_same_differs_by_noise(tmp_path: Path) -> None:
+    store = Store(tmp_path, MACHINE)
+    other = replace(GRID.base, stage=0)  # sends the same for its experts and still does something else
+    rows = [(GRID.base, 1.1, 5.0), (replace(GRID.base, dispatch="all_to_all"), 3.0, 9.0), (other, 2.0, 5.0)]
+    for cell, seconds, elements in rows:
+        store.add(done(cell, measured(seconds, wire={"rows": elements})))
+    assert Study(store).noise() == ""
+    store.add(done(replace(GRID.base, dispatch="gather"), measured(1.0, wire={"rows": 5.0})))
+    write_page(store)
+    page = (tmp_path / "scaling.html").read_text()
+    assert "auto and gather send the same, 0.00 MB for each rank and step, and take 1.10 and 1.00 s: the 10.0%" in page
+    assert "all_to_all sends" in page and "auto sends" not in page and "gather sends" not in page
+    assert "Cells that did and sent the same differed by 10.0%" in page.split("<h2>Method")[0]
+
+
+def test_what_lies_between_every_rank_and_all_ranks_is_said(tmp_path: Path) -> None:
+    store = Store(tmp_path, MACHINE)
+    for cell in GRID.weak():
+        store.add(done(cell, measured(1.0, tokens_per_second=1000.0 * cell.ranks / cell.ep_size)))
+    assert placements(Study(store)) == ["4 ranks with ep_size 1, 2, 4: 4,000; 2,000; 1,000 tokens/s."]
 
 
 def test_a_page_of_one_cell_claims_nothing(tmp_path: Path) -> None:

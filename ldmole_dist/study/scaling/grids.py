@@ -35,8 +35,8 @@ class Grid:
         return [cell.checked() for cell in distinct]
 
     def weak(self) -> list[Cell]:
-        """Tokens of a rank fixed; experts on every rank, and spread over all ranks."""
-        cells = [replace(self.base, ranks=n, ep_size=ep) for n in self.ranks for ep in dict.fromkeys((1, n))]
+        """Tokens of a rank fixed; experts on every rank, spread over all ranks, and over groups of ranks between the two."""
+        cells = [replace(self.base, ranks=n, ep_size=ep) for n in self.ranks for ep in range(1, n + 1) if n % ep == 0]
         return [cell for cell in cells if cell.experts % cell.ep_size == 0]
 
     def strong(self) -> list[Cell]:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from ldmole_dist.study.bench_latency import SEQ
 from ldmole_dist.study.scaling import figures
-from ldmole_dist.study.scaling.series import replicated
+from ldmole_dist.study.scaling.series import alike, apart, replicated
 from ldmole_dist.study.scaling.sheet import Page
-from ldmole_dist.study.scaling.study import Study, generation, megabytes, plural, result_table, speedup, throughput
+from ldmole_dist.study.scaling.study import (
+    Study,
+    generation,
+    megabytes,
+    placements,
+    plural,
+    result_table,
+    speedup,
+    throughput,
+)
 
 
 def weak_scaling(study: Study, page: Page) -> None:
@@ -16,7 +25,7 @@ def weak_scaling(study: Study, page: Page) -> None:
     page.heading("Weak scaling")
     fixed = f"Every rank has {study.base.tokens_per_rank} tokens in an optimizer step, however many ranks there are."
     page.text(fixed, study.crowd())
-    page.points(throughput(study))
+    page.points(throughput(study) + placements(study))
     page.figure(figures.weak_scaling(study.weak, study.cores), "tokens per second over ranks")
     result_table(page, study.weak)
 
@@ -75,10 +84,18 @@ def dispatch(study: Study, page: Page) -> None:
         return
     page.heading("Dispatch")
     said = ["all_to_all moves tokens to experts, gather moves experts to tokens, auto whichever is lighter."]
-    for cell, m in points:
-        said.append(
-            f"{cell.dispatch} sends {megabytes(m.wire_bytes)} MB for each rank and step and takes {m.seconds:.2f} s."
-        )
+    for group in alike(points):
+        (cell, m), *others = group
+        if others:
+            names, seconds = (cell.dispatch, *(p.cell.dispatch for p in others)), [p.measured.seconds for p in group]
+            said.append(
+                f"{' and '.join(names)} send the same, {megabytes(m.wire_bytes)} MB for each rank and step, and take "
+                f"{' and '.join(f'{s:.2f}' for s in seconds)} s: the {apart(group):.1%} between them is noise."
+            )
+        else:
+            said.append(
+                f"{cell.dispatch} sends {megabytes(m.wire_bytes)} MB for each rank and step and takes {m.seconds:.2f} s."
+            )
     labels = [p.cell.dispatch for p in points]
     for p in replicated(study.weak):
         if p.cell.ranks == study.base.ranks and study.base.ep_size > 1:

@@ -9,7 +9,7 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.study.bench_latency import Latency
 from ldmole_dist.study.scaling.cells import AXES
 from ldmole_dist.study.scaling.prediction import predict
-from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak
+from ldmole_dist.study.scaling.series import Point, alike, along, apart, base_of, replicated, spread, strong, weak
 from ldmole_dist.study.scaling.sheet import Page
 from ldmole_dist.study.scaling.store import Store
 
@@ -56,6 +56,14 @@ class Study:
         meaning = ": times are longer than on an idle machine, and their ratios less certain" if usual > 0.1 else ""
         return f"{said}{meaning}."
 
+    def noise(self) -> str:
+        """How far cells were apart that have done the same, where there were such cells."""
+        repeated = [group for group in alike(self.points) if len(group) > 1]
+        if not repeated:
+            return ""
+        widest = max(map(apart, repeated))
+        return f"Cells that did and sent the same differed by {widest:.1%}: differences that are no larger are noise."
+
     def crowd(self) -> str:
         """What ranks beyond the cores mean, where there were any."""
         if self.cores is None or all(p.cell.ranks <= self.cores for p in self.weak):
@@ -75,6 +83,18 @@ def throughput(study: Study) -> list[str]:
                 f"{plural(p.cell.ranks, 'rank')} with {label} process {many:,.0f} tokens/s{where}: {many / one:.2f} times the "
                 f"{one:,.0f} of {plural(chosen[0].cell.ranks, 'rank')}."
             )
+    return said
+
+
+def placements(study: Study) -> list[str]:
+    """Of weak scaling, a sentence for each number of ranks whose experts were spread in more than two ways."""
+    said = []
+    for ranks in sorted({p.cell.ranks for p in study.weak}):
+        chosen = sorted((p for p in study.weak if p.cell.ranks == ranks), key=lambda p: p.cell.ep_size)
+        if len(chosen) > 2:
+            sizes = ", ".join(str(p.cell.ep_size) for p in chosen)
+            speeds = "; ".join(f"{p.measured.tokens_per_second:,.0f}" for p in chosen)
+            said.append(f"{ranks} ranks with ep_size {sizes}: {speeds} tokens/s.")
     return said
 
 
