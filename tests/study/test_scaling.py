@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ import pytest
 
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
 from ldmole_dist.ranks import LocalRanks, RankFailed
-from ldmole_dist.study import bench_latency
+from ldmole_dist.study import bench_latency, html
 from ldmole_dist.study.bench_latency import PARTS, Latency, Settings
-from ldmole_dist.study.scaling import command, figures, grids, measure
-from ldmole_dist.study.scaling.active import fit_active
+from ldmole_dist.study.scaling import command, figures, grids, measure, results, sections
+from ldmole_dist.study.scaling.active import ActiveExperts, fit_active
 from ldmole_dist.study.scaling.cells import Cell
 from ldmole_dist.study.scaling.code import MEASURED_BY, PACKAGE, code, imported
-from ldmole_dist.study.scaling.fit import Sample, errors, fit, held_out
+from ldmole_dist.study.scaling.fit import Model, Sample, errors, fit, held_out
 from ldmole_dist.study.scaling.measure import Measured, run_cell, summary
 from ldmole_dist.study.scaling.page import write_page
-from ldmole_dist.study.scaling.prediction import SEEN, predict, rate
+from ldmole_dist.study.scaling.prediction import SEEN, Prediction, predict, rate
 from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak
+from ldmole_dist.study.scaling.sheet import Page
 from ldmole_dist.study.scaling.store import COLUMNS, Row, Store, done, failed
 from ldmole_dist.study.scaling.study import Study, placements, speedup, throughput
 from ldmole_dist.study.scaling.terms import UNITS, terms
@@ -243,8 +245,7 @@ def test_the_page_is_not_lost_where_latency_fails_and_it_is_tried_again(
     store.add(done(TINY, measured(1.0)))
     command._measure_latency(store, thorough=False)
     assert "OutOfMemoryError" in capsys.readouterr().err
-    write_page(Store(tmp_path, None))
-    page = (tmp_path / "scaling.html").read_text()
+    page = said_by(Study(Store(tmp_path, None)), *sections.ALL)
     assert "This was not measured: OutOfMemoryError: tried &lt;all&gt;. The same command tries it again." in page
     raised.append(ValueError("odd"))
     command._measure_latency(Store(tmp_path, MACHINE), thorough=False)
@@ -298,13 +299,14 @@ def test_steps_are_recorded_and_are_those_that_run(tmp_path: Path, monkeypatch: 
     ran = []
     monkeypatch.setattr(measure, "measure", lambda cell, *steps: ran.append(steps) or measured(1.0))
     monkeypatch.setattr(command, "_measure_latency", lambda *_: None)
+    monkeypatch.setattr("ldmole_dist.study.scaling.page.write_page", lambda store: [])
     from ldmole_dist.cli import main
 
     study = ["scaling", "--output", str(tmp_path), "--ranks", "1", "--layers", "1", "--timeout", "9"]
     assert main([*study, "--steps", "3"]) == 0 and set(ran) == {(3, measure.WARMUP, 9.0)}
     machine = json.loads((tmp_path / "machine.json").read_text())
     assert machine["timed_steps"] == "3" and machine["warmup_steps"] == str(measure.WARMUP)
-    assert "the median of 3 timed steps, after 4 that warm up" in (tmp_path / "scaling.html").read_text()
+    assert "the median of 3 timed steps, after 4 that warm up" in said_by(Study(Store(tmp_path, None)), sections.method)
     assert main([*study, "--steps", "4"]) == EXIT_EXPLAINED
 
 
@@ -358,12 +360,16 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 # Its model
 
 
+@cache
+def terms_of_grid() -> list[tuple[Cell, dict[str, float]]]:
+    return [(cell, terms(cell, 5.9, cores=2)) for cell in GRID.cells()]
+
+
 def planned_samples(rates: dict[str, float], noise: float = 0.0) -> list[tuple[Cell, Sample]]:
     random = np.random.default_rng(0)
-    every = [(cell, terms(cell, min(5.9, cell.experts), cores=2)) for cell in GRID.cells()]
     return [
         (cell, Sample(t, sum(rates[k] * v for k, v in t.items()) * random.uniform(1 - noise, 1 + noise)))
-        for cell, t in every
+        for cell, t in terms_of_grid()
     ]
 
 
@@ -440,9 +446,7 @@ def test_a_rate_can_be_read_however_small() -> None:
 @pytest.mark.parametrize(("experts", "spread"), [(12, [4, 4, 4, 4]), (8, [8, 8, 8, 8]), (64, [8, 16, 32, 64]), (1, [])])
 def test_the_outlook_can_be_planned_with_any_number_of_experts(experts: int, spread: list[int]) -> None:
     base = replace(GRID.base, experts=experts, ep_size=1)
-    samples = planned_samples(dict.fromkeys(UNITS, 1e-9))
-    fitted = predict([Point(cell, measured(sample.seconds)) for cell, sample in samples], cores=2)
-    assert not isinstance(fitted, str)
+    fitted = Prediction(Model(dict.fromkeys(UNITS, 1e-9)), {}, 2, ActiveExperts(1.7, 0.6), {})
     cells = fitted.outlook(base)
     assert len(set(cells)) == len(cells) and [c.ep_size for c in cells if c.ep_size > 1] == spread
     assert all(fitted.seconds(cell, None) > 0 for cell in cells)
@@ -482,10 +486,20 @@ def recorded(tmp_path: Path, keep: Callable[[Row], bool] = lambda row: True) -> 
     return store
 
 
+def said_by(study: Study, *chosen: Callable[[Study, Page], None]) -> str:
+    """What some sections of the page say, without its plots."""
+    page = Page()
+    for section in chosen:
+        section(study, page)
+    return html.page("title", "lead", page.sections, "footer")
+
+
 def test_the_page_says_whether_the_model_was_tried(tmp_path: Path) -> None:
-    lines = write_page(recorded(tmp_path, lambda row: row.cell.ranks == 2 and row.cell.experts == 8))
-    assert not any("held out" in line for line in lines) and lines[0].startswith("model, fitted to")
-    page = (tmp_path / "scaling.html").read_text()
+    study = Study(recorded(tmp_path, lambda row: row.cell.ranks == 2 and row.cell.experts == 8))
+    assert not isinstance(study.prediction, str)
+    (line,) = study.prediction.lines()
+    assert line.startswith("model, fitted to")
+    page = said_by(study, sections.summary, sections.model, sections.limits)
     assert "No cell was held out" in page and "how far the model can be trusted is not known" in page
     assert "the model has to extrapolate" not in page and "errors are those of the cells held out" not in page
     assert "held-out" not in page
@@ -541,8 +555,7 @@ def test_what_has_done_the_same_differs_by_noise(tmp_path: Path) -> None:
         store.add(done(cell, measured(seconds, wire={"rows": elements})))
     assert Study(store).noise() == ""
     store.add(done(replace(GRID.base, dispatch="gather"), measured(1.0, wire={"rows": 5.0})))
-    write_page(store)
-    page = (tmp_path / "scaling.html").read_text()
+    page = said_by(Study(store), sections.summary, sections.method, results.dispatch)
     assert "auto and gather send the same, 0.00 MB for each rank and step, and take 1.10 and 1.00 s: the 10.0%" in page
     assert "all_to_all sends" in page and "auto sends" not in page and "gather sends" not in page
     assert "Cells that did and sent the same differed by 10.0%" in page.split("<h2>Method")[0]
