@@ -558,7 +558,7 @@ def test_what_has_done_the_same_differs_by_noise(tmp_path: Path) -> None:
     page = said_by(Study(store), sections.summary, sections.method, results.dispatch)
     assert "auto and gather send the same, 0.00 MB for each rank and step, and take 1.10 and 1.00 s: the 10.0%" in page
     assert "all_to_all sends" in page and "auto sends" not in page and "gather sends" not in page
-    assert "Cells that did and sent the same differed by 10.0%" in page.split("<h2>Method")[0]
+    assert "2 cells that did and sent the same differed by 10.0%" in page.split("<h2>Method")[0]
 
 
 def test_what_lies_between_every_rank_and_all_ranks_is_said(tmp_path: Path) -> None:

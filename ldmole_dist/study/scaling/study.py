@@ -61,8 +61,11 @@ class Study:
         repeated = [group for group in alike(self.points) if len(group) > 1]
         if not repeated:
             return ""
-        widest = max(map(apart, repeated))
-        return f"Cells that did and sent the same differed by {widest:.1%}: differences that are no larger are noise."
+        number, widest = sum(map(len, repeated)), max(map(apart, repeated))
+        return (
+            f"A rough measure of the noise: {number} cells that did and sent the same differed by {widest:.1%}. A difference "
+            "between others that is no larger says nothing."
+        )
 
     def crowd(self) -> str:
         """What ranks beyond the cores mean, where there were any."""
