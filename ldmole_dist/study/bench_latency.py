@@ -1,17 +1,19 @@
 """What lambda-MLP, router and experts cost of the latency of training and of generation: `ldmole bench latency`.
 
 The whole is a model with an adapter on all seven linears; the frozen base is the same model with the adapter disabled. Each
-part is run on the model's own modules, over all its layers, with the inputs that they get in the whole, and is counted as the
-layer computes it (`InputGroup._route`): lambda once for q, k, v and once for gate, up. All take turns; of a turn the fastest
-run counts, as a machine that does other work too can make one many times slower, and of the turns the median. The clock of a
-CPU is the time that its one core computed: nobody else's work counts. What the parts leave of the whole is shown as the
-remainder: caches that a part finds warmer alone than in the whole, gradients of x that are added up, groups and hooks.
+part is run on the model's own modules, over all its layers, with the inputs that they get in the whole, and is counted as
+the layer computes it (`InputGroup._route`): lambda once for q, k, v and once for gate, up. All run one after the other and
+equally often. Of the runs of a turn the fastest counts, as a machine that does other work too can make one many times
+slower, and of the turns the median. The clock of a CPU is the time that its one core computed: nobody else's work counts.
+What the parts leave of the whole is shown as the remainder: caches that a part finds warmer alone than in the whole,
+gradients of x that are added up, groups and hooks.
 
 Shapes: T tokens, E experts.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +41,7 @@ Phase = Literal["training", "generation"]
 
 PARTS = ("frozen model", "lambda-MLP", "router", "experts", "dropout, losses, sums")
 ADAPTER = "default"
-TURN_SECONDS, TURN_RUNS = 0.3, 5  # what is fast runs so often in one turn
+TURN_SECONDS, TURN_RUNS = 0.3, 5  # of the slowest in a turn; runs of each in a turn, at most
 SEQ = 64  # tokens of a training sequence, and of the context that a generated token follows
 
 
@@ -65,7 +67,7 @@ LLAMA_1B = Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256)
 
 
 class Settings(NamedTuple):
-    """What is measured: shapes, batch sizes by phase, turns (after one that warms up); E, r, width of the lambda-MLP."""
+    """What is measured: shapes, batch sizes by phase, turns; E, r, width of the lambda-MLP."""
 
     shapes: tuple[Shape, ...] = (SMOLLM2, LLAMA_1B.cut(2))
     training: tuple[int, ...] = (1, 4, 16)
@@ -157,7 +159,7 @@ def measure(model: PeftModel, shape: Shape, phase: Phase, batch: int, turns: int
         shape: that it was built in.
         phase: what is timed.
         batch: sequences.
-        turns: timed, after one that warms up.
+        turns: of which the median counts, after two runs of each that warm up.
     """
     device = next(model.parameters()).device
     model.train(phase == "training")
@@ -173,16 +175,20 @@ def measure(model: PeftModel, shape: Shape, phase: Phase, batch: int, turns: int
             "experts": parts.experts,
             "dropout, losses, sums": parts.rest,
         }
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(turns + 1):
+        leaves = [*parts.leaves(), *model.parameters()]
+
+        def once() -> dict[str, float]:
+            seconds = {}
             for name, run in runs.items():
                 with model.disable_adapter() if name == "frozen model" else nullcontext():
-                    runs_of_turn: list[float] = []
-                    while sum(runs_of_turn) < TURN_SECONDS and len(runs_of_turn) < TURN_RUNS:
-                        runs_of_turn.append(_timed(run, [*parts.leaves(), *model.parameters()], device))
-                if turn:
-                    times[name].append(min(runs_of_turn))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+                    seconds[name] = _timed(run, leaves, device)
+            return seconds
+
+        once()
+        slowest = max(once().values())
+        number = min(TURN_RUNS, math.ceil(TURN_SECONDS / slowest))
+        of_turns = [[once() for _ in range(number)] for _ in range(turns)]
+    medians = {name: statistics.median(min(s[name] for s in turn) for turn in of_turns) for name in runs}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Latency(shape.name, phase, batch, medians.pop("whole"), medians, dtype)
 

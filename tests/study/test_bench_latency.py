@@ -1,10 +1,14 @@
 """The latency benchmark runs what the layers run, and its shares are shares of the whole (times are not asserted)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
 from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.study import bench_latency
 from ldmole_dist.study.bench_latency import PARTS, Latency, Settings, Shape, build, measure_shape, print_table
 from ldmole_dist.study.bench_latency import _decoding_call as decoding_call
 from ldmole_dist.study.bench_latency import _given as given
@@ -24,6 +28,25 @@ def test_shares_are_of_the_whole_and_sum_to_one(ranks1: LocalRanks, capsys: pyte
     print_table(results, SETTINGS)
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*PARTS, "remainder")) and "small, generation" in printed
+
+
+def test_all_run_in_turns_and_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(SMALL, SETTINGS, torch.device("cpu"))
+    linears = [m for m in model.modules() if isinstance(m, LdMoleLinear)]
+    of_whole, ran = (
+        iter([9.0, 0.2, 0.3, 0.25, 0.2, 0.4]),
+        [],
+    )  # two that warm up, two turns of two: 0.2 s go into 0.3 s twice
+
+    def timed(run: Callable[[], Any], leaves: list[torch.Tensor], device: torch.device) -> float:
+        frozen = all(linear.disable_adapters for linear in linears)
+        ran.append("frozen" if frozen else run.__name__)
+        return next(of_whole) if ran[-1] == "call" else 0.01
+
+    monkeypatch.setattr(bench_latency, "_timed", timed)
+    result = bench_latency.measure(model, SMALL, "generation", 1, turns=2)
+    assert ran == ["call", "frozen", "lambdas", "routers", "experts", "rest"] * 6
+    assert result.whole == (0.25 + 0.2) / 2 and set(result.parts.values()) == {0.01}
 
 
 def test_the_remainder_is_shown_and_not_spread_over_the_parts() -> None:

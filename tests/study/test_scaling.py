@@ -1,52 +1,23 @@
-"""The scaling study: what it runs, that it loses nothing, that its model is honest, that its page says what rows say."""
+"""The scaling study runs the cells that it says, and goes on where it was interrupted."""
 
-import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
-from ldmole_dist.ranks import LocalRanks, RankFailed
-from ldmole_dist.study.scaling import command, grids, measure
-from ldmole_dist.study.scaling.cells import Cell
-from ldmole_dist.study.scaling.fit import Sample, errors, fit, held_out
-from ldmole_dist.study.scaling.measure import Measured, run_cell, summary
-from ldmole_dist.study.scaling.page import write_page
-from ldmole_dist.study.scaling.prediction import SEEN, predict
+from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.study.scaling import command, grids
+from ldmole_dist.study.scaling.measure import run_cell, summary
 from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak
-from ldmole_dist.study.scaling.store import Store, done, failed
-from ldmole_dist.study.scaling.terms import UNITS, terms
+from ldmole_dist.study.scaling.store import Store
+from tests.study.scaling_rows import GRID, TINY, measured
 
 ROOT = Path(__file__).parents[2]
-RECORDED = Path(__file__).with_name("recorded_study")  # launch/scaling_study.py --output tests/study/recorded_study
-TINY = Cell(ranks=1, ep_size=1, hidden=64, layers=1, experts=4, lora_rank=2, micro_batch=1, seq=16)
-MACHINE = {"device": "CPU", "processor": "any", "cores": "2", "torch": "1", "code": "abc"}
-GRID = grids.quick("fp32")
-
-
-def measured(seconds: float, **other: Any) -> Measured:
-    values: dict[str, Any] = dict(
-        seconds=seconds,
-        steps=[seconds],
-        cpu_seconds=seconds,
-        cores_elsewhere=0.0,
-        peak_bytes=1,
-        experts_per_token=3.0,
-        wire={"rows": 5.0},
-        wire_bytes=20.0,
-        tokens_per_second=1 / seconds,
-    )
-    return Measured(**values | other)
-
-
-# What it runs
 
 
 def test_a_cell_is_trained_and_measured(ranks2: LocalRanks) -> None:
@@ -84,6 +55,7 @@ def test_the_grid_varies_one_axis_at_a_time() -> None:
     assert {p.cell.tokens for p in strong(points, base)} == {4 * base.tokens_per_rank}
     for series in (weak(points, base), strong(points, base)):
         assert [p.cell.ranks for p in replicated(series)] == [p.cell.ranks for p in spread(series)] == [1, 2, 4]
+        assert [p.cell.ep_size for p in series if p.cell.ranks == 4] == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +67,7 @@ def test_the_grid_varies_one_axis_at_a_time() -> None:
         (["--experts", "8,seven"], "--experts '8,seven' must be numbers"),
         (["--hidden", "100,256"], "hidden=100 must be a multiple of 64"),
         (["--layers", "0,4"], "layers=0 must be at least 1"),
+        (["--ranks", "0,2"], "ranks=0 must be at least 1"),
         (["--page-only"], "holds no study"),
     ],
 )
@@ -130,204 +103,6 @@ def test_ranks_and_axes_can_be_chosen() -> None:
         {c.ranks for c in cells} == {1, 3} and {c.experts for c in cells} == {6} and {c.layers for c in cells} >= {1, 3}
     )
     assert grid.base.dispatch == "gather"
-
-
-# What it keeps
-
-
-def test_an_interrupted_study_runs_only_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cells, ran = GRID.cells()[:6], []
-
-    def interrupted(cell: Cell, *args: Any, **kwargs: Any) -> Measured:
-        if len(ran) == 3:
-            raise KeyboardInterrupt
-        ran.append(cell)
-        return measured(0.1 + len(ran))
-
-    monkeypatch.setattr(measure, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        command._measure_missing(Store(tmp_path, MACHINE), cells, steps=1, timeout=1)
-    assert [row.cell for row in Store(tmp_path, MACHINE).rows()] == ran == cells[:3]
-
-    def rest(cell: Cell, *args: Any, **kwargs: Any) -> Measured:
-        ran.append(cell)
-        return measured(1.5)
-
-    monkeypatch.setattr(measure, "measure", rest)
-    command._measure_missing(Store(tmp_path, MACHINE), cells, steps=1, timeout=1)
-    assert ran == cells
-    rows = Store(tmp_path, MACHINE).rows()
-    assert [row.cell for row in rows] == cells
-    assert [row.measured.seconds for row in rows if row.measured] == [1.1, 2.1, 3.1, 1.5, 1.5, 1.5]
-
-
-def test_a_row_is_read_as_it_was_written_and_half_a_row_is_none(tmp_path: Path) -> None:
-    store = Store(tmp_path, MACHINE)
-    rows = [done(TINY, measured(0.25, wire={"rows": 3.5})), failed(replace(TINY, layers=2), 'x\n\nError: "a, b"\n')]
-    for row in rows:
-        store.add(row)
-    whole = store.table.read_text()
-    store.add(done(replace(TINY, layers=3), measured(1.0)))
-    store.table.write_text(store.table.read_text()[:-10])  # killed while it wrote
-    assert Store(tmp_path, None).rows() == rows
-    assert Store(tmp_path, MACHINE).rows() == rows and store.table.read_text() == whole
-    assert rows[1].status == 'Error: "a, b"'
-
-
-def test_a_cell_that_fails_is_recorded_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cells = GRID.cells()[:3]
-
-    def sometimes(cell: Cell, *args: Any, **kwargs: Any) -> Measured:
-        if cell == cells[1]:
-            raise RankFailed("run_cell failed on rank 1:\nTraceback\nOutOfMemoryError: tried to allocate")
-        return measured(1.0)
-
-    monkeypatch.setattr(measure, "measure", sometimes)
-    store = Store(tmp_path, MACHINE)
-    command._measure_missing(store, cells, steps=1, timeout=1)
-    assert [row.status for row in store.rows()] == ["ok", "OutOfMemoryError: tried to allocate", "ok"]
-    assert "OutOfMemoryError" in capsys.readouterr().err
-    monkeypatch.setattr(measure, "measure", None)  # nothing is left to run, the failed one neither
-    command._measure_missing(store, cells, steps=1, timeout=1)
-
-
-def test_a_cell_that_takes_too_long_is_a_failed_one(tmp_path: Path) -> None:
-    store = Store(tmp_path, MACHINE)
-    command._measure_missing(store, [TINY], steps=1, timeout=0.5)
-    (row,) = store.rows()
-    assert row.measured is None and "did not return within" in row.status
-
-
-def test_a_folder_is_of_one_machine_and_version(tmp_path: Path) -> None:
-    Store(tmp_path, MACHINE).add(done(TINY, measured(1.0)))
-    with pytest.raises(UserError, match=r"something else \(torch 1, here 2\): choose another --output"):
-        Store(tmp_path, MACHINE | {"torch": "2"})
-    assert len(Store(tmp_path, None).rows()) == 1  # its page can be made anywhere
-    table = tmp_path / "cells.csv"
-    table.write_text(table.read_text().replace("dispatch", "transport", 1))
-    with pytest.raises(UserError, match="another version of this study: choose another --output"):
-        Store(tmp_path, MACHINE)
-
-
-def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--output .*file.*choose a folder that can be written"):
-        Store(tmp_path / "file", MACHINE)
-    store = Store(tmp_path / "study", MACHINE)
-    store.table.write_text(store.table.read_text() + "2,what\n")
-    with pytest.raises(UserError, match=r"cells.csv, line 2 cannot be read .*: delete that line"):
-        store.rows()
-
-
-# Its model
-
-
-def planned_samples(rates: dict[str, float], noise: float = 0.0) -> list[tuple[Cell, Sample]]:
-    random = np.random.default_rng(0)
-    every = [(cell, terms(cell, min(5.9, cell.experts), cores=2)) for cell in GRID.cells()]
-    return [
-        (cell, Sample(t, sum(rates[k] * v for k, v in t.items()) * random.uniform(1 - noise, 1 + noise)))
-        for cell, t in every
-    ]
-
-
-def test_known_rates_are_recovered() -> None:
-    known = (2e-11, 5e-11, 1e-9, 5e-10, 2e-4, 4e-3, 2e-8, 0.03)
-    rates = dict(zip(UNITS, known, strict=True))
-    samples = planned_samples(rates)
-    reasons = held_out([cell for cell, _ in samples])
-    model = fit([sample for cell, sample in samples if cell not in reasons])
-    for name, rate in rates.items():
-        assert model.seconds_per[name] == pytest.approx(rate, rel=1e-3), name
-    assert errors(model, [sample for cell, sample in samples if cell in reasons]).worst < 1e-3
-
-
-def test_a_rate_is_never_negative() -> None:
-    samples = [Sample({"a": a, "b": b}, 2 * a - 0.5 * b) for a, b in ((1.0, 1.0), (2.0, 1.0), (3.0, 4.0), (4.0, 1.0))]
-    assert min(fit(samples).seconds_per.values()) == 0.0
-
-
-def test_the_fit_does_not_see_what_is_held_out() -> None:
-    rates = dict(zip(UNITS, (2e-11, 5e-11, 1e-9, 5e-10, 2e-4, 4e-3, 2e-8, 0.03), strict=True))
-    samples = planned_samples(rates, noise=0.05)
-    reasons = held_out([cell for cell, _ in samples])
-    assert set(reasons.values()) == {"ranks=4", "experts=64"}
-    assert all(cell in reasons for cell, _ in samples if cell.ranks == 4 or cell.experts == 64)
-
-    def prediction(factor: float) -> Any:
-        points = []
-        for cell, sample in samples:
-            seconds = sample.seconds * (factor if cell in reasons else 1.0)
-            points.append(Point(cell, measured(seconds, experts_per_token=min(5.9, cell.experts))))
-        return predict(points, cores=2)
-
-    plain, doubled = prediction(1.0), prediction(2.0)
-    assert plain.model == doubled.model
-    assert plain.errors()[SEEN] == doubled.errors()[SEEN]
-    for kind in ("ranks=4", "experts=64"):
-        assert plain.errors()[kind].worst < 0.2 and doubled.errors()[kind].median == pytest.approx(0.5, abs=0.1)
-        assert any(f"held out: {kind}" in line for line in plain.lines())
-
-
-def test_too_few_cells_are_no_model() -> None:
-    assert "too few" in str(predict([Point(TINY, measured(1.0))], cores=2))
-
-
-def test_ranks_that_share_cores_take_longer_by_as_much() -> None:
-    cell = replace(GRID.base, ranks=4, ep_size=4)
-    apart, crowded = terms(cell, 5.9, None), terms(cell, 5.9, 2)
-    assert all(crowded[name] == 2 * apart[name] for name in UNITS)
-    assert terms(cell, 5.9, 4) == terms(cell, 5.9, 8) == apart
-
-
-def test_the_planners_elements_are_those_that_were_counted() -> None:
-    from ldmole_dist.study.plan.traffic import traffic
-    from ldmole_dist.study.scaling.terms import planned
-
-    gathers = [row for row in Store(RECORDED, None).rows() if row.cell.dispatch == "gather" and row.measured]
-    assert gathers
-    for row in gathers:
-        assert row.measured is not None
-        counted, expected = row.measured.wire, traffic(*planned(row.cell, row.measured.experts_per_token))
-        assert {k: n for k, n in counted.items() if n} == {k: n for k, n in expected.items() if k in counted and n}
-
-
-# Its page
-
-
-def test_the_page_is_one_file_that_says_what_was_measured(tmp_path: Path) -> None:
-    for file in RECORDED.iterdir():
-        (tmp_path / file.name).write_text(file.read_text())
-    lines = write_page(Store(tmp_path, None))
-    assert lines[-1] == f"page: {tmp_path / 'scaling.html'}" and any("held out" in line for line in lines)
-    page = (tmp_path / "scaling.html").read_text()
-    headings = re.findall("<h2>(.*?)</h2>", page)
-    assert headings[:4] == ["Summary", "Method", "Weak scaling", "Strong scaling"] and headings[-1] == "All cells"
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', page) and page.count("data:image/png;base64,") == 8
-    rows = [row for row in Store(RECORDED, None).rows() if row.measured]
-    assert f"{len(rows)} configurations were trained on CPU" in page
-    for row in rows:
-        assert row.measured is not None and f">{row.measured.seconds:.3f}</td>" in page
-    two = next(row.measured for row in rows if row.cell == replace(GRID.base, ep_size=1))
-    assert f"2 ranks with experts on every rank process {two.tokens_per_second:,.0f} tokens/s" in page
-
-
-def test_a_page_of_one_cell_claims_nothing(tmp_path: Path) -> None:
-    store = Store(tmp_path, MACHINE)
-    with pytest.raises(UserError, match="holds no cell that was measured"):
-        write_page(store)
-    store.add(failed(replace(TINY, layers=9), "RuntimeError: <no memory>"))
-    store.add(done(TINY, measured(1.0)))
-    (reason, _) = write_page(store)
-    page = (tmp_path / "scaling.html").read_text()
-    assert "too few to fit" in reason and reason in page
-    assert "Weak scaling" not in page and "times" not in page.split("<h2>Method")[0].split("</nav>")[1]
-    assert "RuntimeError: &lt;no memory&gt;" in page and "layers 9" in page
-
-
-# The whole of it
 
 
 @pytest.mark.full

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from ldmole_dist.errors import UserError
 from ldmole_dist.study.plan.flops import flops
+from ldmole_dist.study.plan.gathering import gathers
 from ldmole_dist.study.plan.memory import host_memory, memory
 from ldmole_dist.study.plan.traffic import collectives, dispatched, messages, traffic, traffic_bytes
 from ldmole_dist.study.plan.workload import SHIPPED, Strategy, Workload
@@ -124,17 +125,17 @@ class Line:
         return {"compute": sum(self.flops.values()) / (m.tflops * 1e12), "wire": wire, "host": self._host_seconds()}
 
     def _host_seconds(self) -> float:
-        """Gradients out, parameters in, and Adam's seven passes over float32 in host memory; under ZeRO-3 the pieces of
-        weights go in for every gathering."""
-        if self.strategy.offload == "none":
-            return 0.0
+        """Gradients out, and in again where another micro-batch is added to them; updated parameters in, and Adam's seven
+        passes over float32 in host memory; with offloaded parameters, this rank's pieces in for every fetch."""
         w, s = self.workload, self.strategy
-        moved: float = sum(piece(shard, s.stage) for shard in shards(w, s)) * 4 * (2 + 7)
+        if s.offload == "none":
+            return 0.0
+        gradients = 2 * w.accumulation - 1
+        moved: float = sum(piece(shard, s.stage) for shard in shards(w, s)) * 4 * (gradients + 1 + 7)
         if s.offload == "optimizer+params":
-            sizes = traffic_bytes(w, s)
-            moved += sum(
-                sizes[k] / max(s.ranks - 1, 1) for k in ("gather", "gather_adapter", "gather_experts") if k in sizes
-            )
+            for fetch in gathers(w, s):
+                if not fetch.kind.startswith("update"):
+                    moved += fetch.elements / fetch.ranks * (w.itemsize if fetch.kind == "gather" else 4)
         return moved / (self.machine.host_bandwidth * 1e9)
 
     @property

@@ -22,7 +22,7 @@ from ldmole_dist.study.plan.zero import local_elements, settings
 
 
 class Gather(NamedTuple):
-    """All-gathers of one kind over `ranks`, in an optimizer step."""
+    """Fetches of one kind over `ranks`, in an optimizer step: all-gathers where there are several."""
 
     kind: str
     ranks: int
@@ -38,8 +38,8 @@ class Gathering(NamedTuple):
 
 
 def gathers(workload: Workload, strategy: Strategy) -> tuple[Gather, ...]:
-    """Of an optimizer step at stage 3: "gather" frozen weights, "gather_adapter" dense trained ones, "gather_experts", and
-    "update", the small ones after it."""
+    """Fetches of an optimizer step at stage 3: "gather" frozen weights, "gather_adapter" dense trained ones,
+    "gather_experts", and "update", the small ones after it."""
     found = gathering(*_relevant(workload, strategy)).gathers
     times = workload.accumulation
     # Small ones are gathered once, after the update.
@@ -157,12 +157,11 @@ class _Coordinator:
         self.peak = max(self.peak, self.bytes)
         seen: set[tuple[int, bool]] = set()
         for (kind, ranks), parameters in batches.items():
-            if ranks > 1:
-                together = ranks, kind == "gather"  # one collective for each group of ranks and dtype
-                elements, calls = self.gathered.get((kind, ranks), (0, 0))
-                new = together not in seen
-                self.gathered[kind, ranks] = (elements + sum(map(self._padded, parameters)), calls + new)
-                seen.add(together)
+            together = ranks, kind == "gather"  # one collective for each group of ranks and dtype
+            elements, calls = self.gathered.get((kind, ranks), (0, 0))
+            new = together not in seen
+            self.gathered[kind, ranks] = (elements + sum(map(self._padded, parameters)), calls + new)
+            seen.add(together)
 
     def release(self, name: str) -> None:
         """A weight is in pieces again."""

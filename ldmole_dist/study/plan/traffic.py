@@ -124,7 +124,8 @@ def _updates(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
                 yield Collective(kind, "all_gather", shard.ranks, padded(shard, 1), 1)
     if strategy.stage == 3:
         for gather in gathers(workload, strategy):
-            yield Collective(gather.kind, "all_gather", gather.ranks, gather.elements, gather.calls)
+            if gather.ranks > 1:
+                yield Collective(gather.kind, "all_gather", gather.ranks, gather.elements, gather.calls)
 
 
 def _norms(strategy: Strategy) -> Iterable[Collective]:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/scaling", help="folder of the study (default: %(default)s)")
     parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page of what is there")
     parser.add_argument(
-        "--steps", type=_positive, default=5, help="timed optimizer steps of a cell (default: %(default)s)"
+        "--steps", type=_positive, default=7, help="timed optimizer steps of a cell (default: %(default)s)"
     )
     parser.add_argument(
         "--timeout", type=float, default=300.0, help="seconds after which a cell has failed (default: %(default)s)"
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         grid = (full if args.full else quick)("bf16" if torch.cuda.is_available() else "fp32")
         ranks = _on_one_kind_of_device(chosen.pop("ranks", None), grid.ranks)
         cells = overridden(grid, ranks, chosen).cells()
-        store = Store(folder, environment())
+        store = Store(folder, environment(args.steps))
         try:
             _measure_missing(store, cells, args.steps, args.timeout)
             _measure_latency(store, args.full)
@@ -81,7 +81,7 @@ def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: f
     from tqdm import tqdm
 
     from ldmole_dist.ranks import RankFailed
-    from ldmole_dist.study.scaling.measure import measure
+    from ldmole_dist.study.scaling.measure import WARMUP, measure
     from ldmole_dist.study.scaling.store import done, failed
 
     known = {row.cell for row in store.rows()}
@@ -91,18 +91,26 @@ def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: f
         if cell in known:
             continue
         try:
-            store.add(done(cell, measure(cell, steps, warmup=2, timeout=timeout)))
-        except RankFailed as error:
-            row = failed(cell, str(error))
-            store.add(row)
+            row = done(cell, measure(cell, steps, WARMUP, timeout))
+        except (RankFailed, OSError) as error:  # the latter where no process can be started
+            row = failed(cell, error)
             tqdm.write(f"failed: {cell}: {row.status}", file=sys.stderr)
+        store.add(row)
 
 
 def _measure_latency(store: Store, thorough: bool) -> None:
-    from ldmole_dist.study.bench_latency import QUICK, Settings, bench_latency
+    from ldmole_dist.study import bench_latency
+    from ldmole_dist.study.scaling.store import reason
 
-    if store.latencies() is None:
-        store.add_latencies(bench_latency(Settings() if thorough else QUICK))
+    if isinstance(store.latencies(), list):
+        return
+    latencies: list[bench_latency.Latency] | str
+    try:
+        latencies = bench_latency.bench_latency(bench_latency.Settings() if thorough else bench_latency.QUICK)
+    except Exception as error:  # whatever it is, the page of the cells is not lost for it, and says it
+        latencies = reason(error)
+        print(f"failed: latency of the adapter's parts: {latencies}", file=sys.stderr)
+    store.add_latencies(latencies)
 
 
 def _on_one_kind_of_device(asked: list[int] | None, usual: Sequence[int]) -> list[int]:

@@ -22,9 +22,10 @@ def weak_scaling(points: Sequence[Point], cores: int | None) -> Figure:
     for (label, series, marker), colour in zip(SERIES, COLOURS, strict=False):
         chosen = series(points)
         axes.plot(*_xy(chosen, "tokens_per_second"), marker=marker, color=colour, label=label)
-    one = points[0].measured.tokens_per_second / points[0].cell.ranks
     ranks = sorted({p.cell.ranks for p in points})
-    _ideal(axes, ranks, [one * n for n in ranks], [one * min(n, cores) for n in ranks] if cores else None)
+    for n0, first in _firsts(points, "tokens_per_second"):
+        shared = [first * min(n, cores) / min(n0, cores) for n in ranks] if cores else None
+        _ideal(axes, ranks, [first * n / n0 for n in ranks], shared)
     _over_ranks(axes, ranks, "tokens per second, all ranks", "Weak scaling: tokens of a rank fixed")
     return figure
 
@@ -34,10 +35,10 @@ def strong_scaling(points: Sequence[Point], cores: int | None) -> Figure:
     figure, (axes,) = _panels(1)
     for (label, series, marker), colour in zip(SERIES, COLOURS, strict=False):
         axes.plot(*_xy(series(points), "seconds"), marker=marker, color=colour, label=label)
-    all_of_it = points[0].measured.seconds * points[0].cell.ranks
     ranks = sorted({p.cell.ranks for p in points})
-    shared = [all_of_it / min(n, cores) for n in ranks] if cores else None
-    _ideal(axes, ranks, [all_of_it / n for n in ranks], shared)
+    for n0, first in _firsts(points, "seconds"):
+        shared = [first * min(n0, cores) / min(n, cores) for n in ranks] if cores else None
+        _ideal(axes, ranks, [first * n0 / n for n in ranks], shared)
     _over_ranks(axes, ranks, "seconds per optimizer step", "Strong scaling: batch fixed")
     return figure
 
@@ -147,10 +148,22 @@ def _xy(points: Sequence[Point], quantity: str) -> tuple[list[int], list[float]]
     return [p.cell.ranks for p in points], [getattr(p.measured, quantity) for p in points]
 
 
+def _firsts(points: Sequence[Point], quantity: str) -> list[tuple[int, float]]:
+    """Where each series begins, which its ideal does too; one rank has all experts, and begins both."""
+    series = [_xy(chosen(points), quantity) for _, chosen, _ in SERIES]
+    return list(dict.fromkeys((x[0], y[0]) for x, y in series if x))
+
+
 def _ideal(axes: Any, ranks: list[int], ideal: list[float], shared: list[float] | None) -> None:
-    axes.plot(ranks, ideal, linestyle="--", color="black", linewidth=0.9, label="ideal")
+    labels = axes.get_legend_handles_labels()[1]
+
+    def draw(values: list[float], label: str, style: str) -> None:
+        again = label in labels  # a label stands in the legend once
+        axes.plot(ranks, values, linestyle=style, color="black", linewidth=0.9, label="_" * again + label)
+
+    draw(ideal, "ideal", "--")
     if shared and shared != ideal:
-        axes.plot(ranks, shared, linestyle=":", color="black", label="ideal on the cores that there are")
+        draw(shared, "ideal on the cores that there are", ":")
 
 
 def _over_ranks(axes: Any, ranks: list[int], quantity: str, title: str) -> None:

@@ -27,13 +27,13 @@ class Sample(NamedTuple):
 
 
 class Model(NamedTuple):
-    """Seconds for each unit of a term."""
+    """Seconds for each unit of a term; a term that no sample had any of has no rate, and counts as nothing."""
 
     seconds_per: dict[str, float]
 
     def predict(self, terms: Terms) -> float:
         """Seconds of an optimizer step."""
-        return sum(self.seconds_per[name] * amount for name, amount in terms.items())
+        return sum(seconds * terms[name] for name, seconds in self.seconds_per.items())
 
 
 class Errors(NamedTuple):
@@ -51,17 +51,16 @@ def fit(samples: Sequence[Sample]) -> Model:
         samples: that may be seen; all with the same terms.
 
     Raises:
-        UserError: where they are too few to tell anything.
+        UserError: where they are no more than the rates: any times could be explained.
     """
-    names = list(samples[0].terms) if samples else []
-    if len(samples) < len(names) or not samples:
+    names = [name for name in (samples[0].terms if samples else ()) if any(sample.terms[name] for sample in samples)]
+    if len(samples) <= len(names):
         raise UserError(
-            f"{len(samples)} measured cells are too few to fit {len(names)} rates: measure more values of an axis"
+            f"{len(samples)} cells that are not held out are too few to fit {len(names)} rates: measure more values of an axis"
         )
     amounts = np.array([[sample.terms[name] / sample.seconds for name in names] for sample in samples])
     # Terms differ by ten orders of magnitude; the solver's tolerance is absolute.
     scale = np.linalg.norm(amounts, axis=0)
-    scale[scale == 0] = 1.0
     solution, _ = nnls(amounts / scale, np.ones(len(samples)))
     return Model(dict(zip(names, (solution / scale).tolist(), strict=True)))
 

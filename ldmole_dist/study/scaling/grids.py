@@ -35,8 +35,8 @@ class Grid:
         return [cell.checked() for cell in distinct]
 
     def weak(self) -> list[Cell]:
-        """Tokens of a rank fixed; experts on every rank, and spread over all ranks."""
-        cells = [replace(self.base, ranks=n, ep_size=ep) for n in self.ranks for ep in dict.fromkeys((1, n))]
+        """Tokens of a rank fixed; experts on every rank, spread over all ranks, and over groups of ranks between the two."""
+        cells = [replace(self.base, ranks=n, ep_size=ep) for n in self.ranks for ep in range(1, n + 1) if n % ep == 0]
         return [cell for cell in cells if cell.experts % cell.ep_size == 0]
 
     def strong(self) -> list[Cell]:
@@ -80,10 +80,12 @@ def overridden(grid: Grid, ranks: Sequence[int] | None, axes: Mapping[str, Seque
     """The grid on other ranks or with other values of an axis; an axis that is given one value has it in every cell.
 
     Raises:
-        UserError: where an axis is not known.
+        UserError: where an axis is not known, or there are no such ranks.
     """
     base, kept = grid.base, dict(grid.axes)
     numbers = tuple(sorted(set(ranks or grid.ranks)))
+    if numbers[0] < 1:
+        raise UserError(f"ranks={numbers[0]} must be at least 1")
     if base.ranks not in numbers:
         base = replace(base, ranks=numbers[-1], ep_size=numbers[-1])
     for axis, values in axes.items():

@@ -33,6 +33,7 @@ from ldmole_dist.ranks import LocalRanks
 from ldmole_dist.study.bench_dispatch import synchronize
 from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, VOCABULARY, Cell
 
+WARMUP = 4  # optimizer steps that do not count: over two ranks the first four took up to half as long again
 _RESET_PEAK = "5"  # proc(5), clear_refs: the peak of the resident set begins again
 
 

@@ -35,4 +35,5 @@ def write_page(store: Store) -> list[str]:
     except OSError as error:
         raise UserError(f"{store.folder} cannot be written to: {error.strerror or error}") from error
     prediction = study.prediction
-    return [*([prediction] if isinstance(prediction, str) else prediction.lines()), f"page: {path}"]
+    said = [f"no model was fitted: {prediction}"] if isinstance(prediction, str) else prediction.lines()
+    return [*said, f"page: {path}"]

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from ldmole_dist.study.bench_latency import SEQ
 from ldmole_dist.study.scaling import figures
-from ldmole_dist.study.scaling.series import replicated
+from ldmole_dist.study.scaling.series import alike, apart, replicated
 from ldmole_dist.study.scaling.sheet import Page
-from ldmole_dist.study.scaling.study import Study, generation, megabytes, plural, result_table, throughput
+from ldmole_dist.study.scaling.study import (
+    Study,
+    generation,
+    megabytes,
+    placements,
+    plural,
+    result_table,
+    speedup,
+    throughput,
+)
 
 
 def weak_scaling(study: Study, page: Page) -> None:
@@ -16,7 +25,7 @@ def weak_scaling(study: Study, page: Page) -> None:
     page.heading("Weak scaling")
     fixed = f"Every rank has {study.base.tokens_per_rank} tokens in an optimizer step, however many ranks there are."
     page.text(fixed, study.crowd())
-    page.points(throughput(study))
+    page.points(throughput(study) + placements(study))
     page.figure(figures.weak_scaling(study.weak, study.cores), "tokens per second over ranks")
     result_table(page, study.weak)
 
@@ -25,17 +34,10 @@ def strong_scaling(study: Study, page: Page) -> None:
     """The batch fixed."""
     if len({p.cell.ranks for p in study.strong}) < 2:
         return
-    first = study.strong[0]
     page.heading("Strong scaling")
-    page.text(f"The batch of an optimizer step is {first.cell.tokens} tokens on any number of ranks.", study.crowd())
-    said = []
-    for label, series, _ in figures.SERIES:
-        for cell, m in series(study.strong)[1:]:
-            said.append(
-                f"{cell.ranks} ranks with {label} take {m.seconds:.2f} s, {plural(first.cell.ranks, 'rank')} "
-                f"{first.measured.seconds:.2f} s: {first.measured.seconds / m.seconds:.2f} times as fast."
-            )
-    page.points(said)
+    batch = f"The batch of an optimizer step is {study.strong[0].cell.tokens} tokens on any number of ranks."
+    page.text(batch, study.crowd())
+    page.points(speedup(study))
     page.figure(figures.strong_scaling(study.strong, study.cores), "seconds per optimizer step over ranks")
     result_table(page, study.strong)
 
@@ -82,10 +84,18 @@ def dispatch(study: Study, page: Page) -> None:
         return
     page.heading("Dispatch")
     said = ["all_to_all moves tokens to experts, gather moves experts to tokens, auto whichever is lighter."]
-    for cell, m in points:
-        said.append(
-            f"{cell.dispatch} sends {megabytes(m.wire_bytes)} MB for each rank and step and takes {m.seconds:.2f} s."
-        )
+    for group in alike(points):
+        (cell, m), *others = group
+        if others:
+            names, seconds = (cell.dispatch, *(p.cell.dispatch for p in others)), [p.measured.seconds for p in group]
+            said.append(
+                f"{' and '.join(names)} send the same, {megabytes(m.wire_bytes)} MB for each rank and step, and take "
+                f"{' and '.join(f'{s:.2f}' for s in seconds)} s: the {apart(group):.1%} between them is noise."
+            )
+        else:
+            said.append(
+                f"{cell.dispatch} sends {megabytes(m.wire_bytes)} MB for each rank and step and takes {m.seconds:.2f} s."
+            )
     labels = [p.cell.dispatch for p in points]
     for p in replicated(study.weak):
         if p.cell.ranks == study.base.ranks and study.base.ep_size > 1:
@@ -126,9 +136,12 @@ def stages(study: Study, page: Page) -> None:
 
 def latency(study: Study, page: Page) -> None:
     """The adapter's parts."""
-    if not study.latencies:
+    if not study.latencies and not study.latency_failed:
         return
     page.heading("What the adapter's parts cost, in training and at generation")
+    if study.latency_failed:
+        page.text(f"This was not measured: {study.latency_failed}. The same command tries it again.")
+        return
     page.text(
         f"One process, E = 8, r = 8, a lambda-MLP of 256. Training is a forward and backward of sequences of {SEQ} tokens",
         f"without gradient checkpointing; generation is one token for each sequence after {SEQ} in the cache.",

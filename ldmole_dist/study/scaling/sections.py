@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from ldmole_dist.study.scaling import figures, results
 from ldmole_dist.study.scaling.cells import ANSWERS, AXES, LAMBDA_HIDDEN, VOCABULARY, Cell
-from ldmole_dist.study.scaling.prediction import SEEN, rate
+from ldmole_dist.study.scaling.prediction import SEEN, Prediction, rate
 from ldmole_dist.study.scaling.sheet import Page
 from ldmole_dist.study.scaling.study import Study, generation, result_table, throughput
 
@@ -20,8 +20,14 @@ def summary(study: Study, page: Page) -> None:
         f"{failed} failed.",
         study.disturbance(),
     ]
+    if noise := study.noise():
+        said.append(noise)
     said += throughput(study) + generation(study.latencies)
-    if not isinstance(study.prediction, str):
+    if study.latency_failed:
+        said.append(f"What the adapter's parts cost was not measured: {study.latency_failed}.")
+    if isinstance(study.prediction, str):
+        said.append(f"No model was fitted: {study.prediction}.")
+    else:
         said += [
             f"A model fitted to the other cells is off by {e.median:.0%} in the median and {e.worst:.0%} at worst on the "
             f"{e.cells} held-out cells with {kind}."
@@ -34,18 +40,19 @@ def summary(study: Study, page: Page) -> None:
 
 def method(study: Study, page: Page) -> None:
     """What was done, on what."""
+    m = study.machine
     page.heading("Method")
     page.text(
         "Each configuration (a cell) ran in processes of its own, one for each rank, through the DeepSpeed engine that",
         f"training uses. The model is a Hugging Face Llama with random weights and a vocabulary of {VOCABULARY}, all seven",
         f"linears of every layer adapted, a lambda-MLP of {LAMBDA_HIDDEN}, gradient checkpointing, AdamW, and the loss on the",
         f"last {ANSWERS} tokens of each sequence. All ranks start a step together and the slowest counts; a cell's time is",
-        f"the median of its {len(study.points[0].measured.steps)} timed steps, after others that warm up.",
+        f"the median of {m['timed_steps']} timed steps, after {m['warmup_steps']} that warm up.",
     )
     page.text(
         f"The base cell: {_settings(study.base)}. Where nothing else is said, a cell differs from it in one setting."
     )
-    page.table(["", "measured on"], list(study.machine.items()))
+    page.table(["", "measured on"], list(m.items()))
 
 
 def model(study: Study, page: Page) -> None:
@@ -58,8 +65,8 @@ def model(study: Study, page: Page) -> None:
     page.text(
         "Seconds per optimizer step are modelled as a sum over what a step consists of, each amount divided by a rate. The",
         "amounts are the planner's (ldmole_dist/study/plan); the rates are fitted by non-negative least squares on relative",
-        "errors. Held out, by their settings and before the fit, are all cells with the most ranks and all with the most",
-        "experts: the model has to extrapolate to them.",
+        "errors.",
+        _held_out(fitted),
         f"Beyond {fitted.cores} ranks, which share {fitted.cores} cores here, every amount counts ranks / cores times."
         if fitted.cores
         else "",
@@ -72,8 +79,24 @@ def model(study: Study, page: Page) -> None:
         for kind, samples in fitted.samples.items()
     }
     page.figure(figures.predictions(shown), "predicted against measured seconds")
-    page.table(["term", "fitted rate"], [[t, rate(t, s)] for t, s in fitted.model.seconds_per.items()])
+    rates = [[t, rate(t, s)] for t, s in fitted.model.seconds_per.items()]
+    rates += [[t, "not known, counted as nothing: no fitted cell had any"] for t in fitted.unseen()]
+    page.table(["term", "fitted rate"], rates)
     _outlook(study, page)
+
+
+def _held_out(fitted: Prediction) -> str:
+    if not fitted.active_held_out:
+        return "No cell was held out, as all have the same ranks and experts: how far the model can be trusted is not known."
+    active = ", ".join(
+        f"{fitted.active.of(E):.1f} for E = {E} (measured there: {mean:.1f})"
+        for E, mean in fitted.active_held_out.items()
+    )
+    return (
+        "Held out, by their settings and before the fit, are all cells with the most ranks and all with the most experts: "
+        "the model has to extrapolate to them. How many experts a token of theirs activates is predicted too, as "
+        f"{fitted.active}, which is fitted to the other cells: {active}."
+    )
 
 
 def _outlook(study: Study, page: Page) -> None:
@@ -103,8 +126,9 @@ def limits(study: Study, page: Page) -> None:
         "One machine was measured. Nothing here has crossed a network.",
         f"Weights and tokens are random, so routing is that of an untrained adapter: {min(active):.1f} to {max(active):.1f} "
         "experts for a token. A trained one may use others, and more unevenly.",
-        "The model's errors are those of the cells held out; farther away they are not known.",
     ]
+    if not isinstance(study.prediction, str) and study.prediction.active_held_out:
+        said.append("The model's errors are those of the cells held out; farther away they are not known.")
     if study.cores:
         said += [
             f"Ranks on the CPU compute with one core each. With more ranks than the {study.cores} cores, times measure the "

@@ -56,6 +56,26 @@ def spread(points: Sequence[Point]) -> list[Point]:
     return [p for p in points if p.cell.ep_size == p.cell.ranks]
 
 
+def alike(points: Sequence[Point]) -> list[list[Point]]:
+    """Points that differ in dispatch only, in groups that sent the same elements: those of a group have done the same."""
+    groups: list[list[Point]] = []
+    for p in points:
+        same = (
+            g for g in groups if distance(g[0].cell, p.cell) <= {"dispatch"} and g[0].measured.wire == p.measured.wire
+        )
+        if (group := next(same, None)) is None:
+            groups.append([p])
+        else:
+            group.append(p)
+    return groups
+
+
+def apart(group: Sequence[Point]) -> float:
+    """How far the slowest is from the fastest, relative to it; of points that have done the same, that is noise."""
+    seconds = [p.measured.seconds for p in group]
+    return max(seconds) / min(seconds) - 1
+
+
 def _over_ranks(points: Sequence[Point], base: Cell, belongs: Callable[[Cell], bool]) -> list[Point]:
     free = {"ranks", "ep_size", "accumulation"}
     return sorted((p for p in points if distance(p.cell, base) <= free and belongs(p.cell)), key=lambda p: p.cell.ranks)

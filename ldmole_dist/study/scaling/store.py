@@ -1,17 +1,18 @@
 """The study's folder: what it was measured on, and one CSV row a cell, on the disk as soon as the cell is done.
 
-One folder is one machine, one set of versions and one state of the code: figures of two would be compared as if they were
-of one. An interrupted study goes on where it stopped. To have a cell measured again, delete its line.
+One folder is one machine, one set of versions, one state of the code and one number of steps: figures of two would be
+compared as if they were of one. An interrupted study goes on where it stopped. To have a cell measured again, delete its line.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +21,12 @@ from typing import Any
 import psutil
 import torch
 
-import ldmole_dist
 from ldmole_dist.errors import UserError
+from ldmole_dist.ranks import RankFailed
 from ldmole_dist.study.bench_latency import Latency
 from ldmole_dist.study.scaling.cells import AXES, Cell
-from ldmole_dist.study.scaling.measure import Measured
+from ldmole_dist.study.scaling.code import code
+from ldmole_dist.study.scaling.measure import WARMUP, Measured
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 _DONE = "ok"
@@ -46,14 +48,24 @@ def done(cell: Cell, measured: Measured) -> Row:
     return Row(cell, _DONE, measured)
 
 
-def failed(cell: Cell, reason: str) -> Row:
-    """The row of a cell that was not; of the reason the last line counts, which in a traceback is the error."""
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    return Row(cell, lines[-1][:300] if lines else "failed", None)
+def failed(cell: Cell, error: Exception) -> Row:
+    """The row of a cell that was not."""
+    return Row(cell, reason(error), None)
 
 
-def environment() -> dict[str, str]:
-    """What the figures depend on beside the settings."""
+def reason(error: Exception) -> str:
+    """Of a failure, in a line: a rank's own error is the last line of its traceback."""
+    text = str(error) if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "failed"
+
+
+def environment(steps: int) -> dict[str, str]:
+    """What the figures depend on beside the settings of a cell.
+
+    Args:
+        steps: that are timed.
+    """
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory().total / 2**30
     return {
@@ -63,7 +75,9 @@ def environment() -> dict[str, str]:
         "memory": f"{memory:.0f} GB",
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
-        "code": _code(),
+        "code": code(),
+        "warmup_steps": str(WARMUP),
+        "timed_steps": str(steps),
     }
 
 
@@ -95,9 +109,8 @@ class Store:
                 if self.table.exists():
                     raise UserError(f"{folder} holds {self.table.name} but not {about.name}: choose another --output")
                 folder.mkdir(parents=True, exist_ok=True)
-                about.write_text(json.dumps(machine, indent=2) + "\n")
+                _write_whole(about, json.dumps(machine, indent=2) + "\n")
             self.machine: dict[str, str] = json.loads(about.read_text())
-            self._begin(writes=machine is not None)
         except OSError as error:
             raise UserError(
                 f"--output {folder}: {error.strerror} ({error.filename}); choose a folder that can be written"
@@ -106,20 +119,25 @@ class Store:
             raise UserError(f"{about} is damaged ({error}): choose another --output") from error
         if machine is not None and (differing := [k for k in machine if machine[k] != self.machine.get(k)]):
             was = ", ".join(f"{k} {self.machine.get(k)}, here {machine[k]}" for k in differing)
+            asked = f"give --steps {self.machine.get('timed_steps')}, " if differing == ["timed_steps"] else ""
             raise UserError(
-                f"{folder} holds a study of something else ({was}): choose another --output, or --page-only for its page"
+                f"{folder} holds a study of something else ({was}): {asked}choose another --output, or --page-only for its page"
             )
+        self._begin(writes=machine is not None)
 
     def _begin(self, writes: bool) -> None:
-        if not self.table.exists():
-            self.table.write_text(",".join(COLUMNS) + "\n")
-        text = self.table.read_text()
-        if text.partition("\n")[0] != ",".join(COLUMNS):
+        text, head = self.table.read_bytes() if self.table.exists() else b"", (",".join(COLUMNS) + "\n").encode()
+        if not head.startswith(text[: len(head)]):
             raise UserError(
                 f"{self.table} was written by another version of this study: choose another --output, or remove it"
             )
-        if writes and not text.endswith("\n"):  # interrupted within a row: that cell is measured again
-            self.table.write_text(text[: text.rfind("\n") + 1])
+        whole = text.rfind(b"\n") + 1  # interrupted within a row: that cell is measured again
+        if writes and (not whole or whole < len(text)):
+            with _writing(self.table):
+                if whole:
+                    os.truncate(self.table, whole)  # to write the rest again could fail on a full disk
+                else:
+                    self.table.write_bytes(head)
 
     def rows(self) -> list[Row]:
         """All whole rows, in the order in which they were measured.
@@ -127,9 +145,12 @@ class Store:
         Raises:
             UserError: naming a line that cannot be read.
         """
-        lines = self.table.read_text().splitlines(keepends=True)
+        if not self.table.exists():
+            return []
+        lines = self.table.read_bytes().splitlines(keepends=True)
+        whole = (line.decode(errors="replace") for line in lines if line.endswith(b"\n"))
         rows = []
-        for number, values in enumerate(csv.reader(line for line in lines if line.endswith("\n")), start=1):
+        for number, values in enumerate(csv.reader(whole), start=1):
             if number == 1:
                 continue
             try:
@@ -139,32 +160,58 @@ class Store:
         return rows
 
     def add(self, row: Row) -> None:
-        """Append a row; it is on the disk when this returns."""
+        """Append a row; it is on the disk when this returns.
+
+        Raises:
+            UserError: where it cannot be written; those before it are kept.
+        """
         measured = dict.fromkeys(_RESULTS, "") if row.measured is None else asdict(row.measured)
         values = {**asdict(row.cell), "status": row.status, **measured}
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(
             json.dumps(value) if isinstance(value, (dict, list)) else value for value in values.values()
         )
-        with self.table.open("a") as file:
-            file.write(line.getvalue())
+        with _writing(self.table), self.table.open("ab") as file:
+            file.write(line.getvalue().encode())
             file.flush()
             os.fsync(file.fileno())
 
-    def latencies(self) -> list[Latency] | None:
-        """What `bench_latency` measured for this study, or None if it has not."""
+    def latencies(self) -> list[Latency] | str | None:
+        """What `bench_latency` measured for this study, why it failed, or None if it has not run."""
         if not self.latency.is_file():
             return None
         try:
-            return [Latency(**values) for values in json.loads(self.latency.read_text())]
-        except (ValueError, TypeError) as error:
+            kept = json.loads(self.latency.read_text())
+            return kept["failed"] if isinstance(kept, dict) else [Latency(**values) for values in kept]
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.latency} cannot be read ({error}): delete it") from error
 
-    def add_latencies(self, latencies: list[Latency]) -> None:
-        """Keep them; the file appears whole or not at all."""
-        unfinished = self.latency.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps([latency._asdict() for latency in latencies], indent=2) + "\n")
-        unfinished.rename(self.latency)
+    def add_latencies(self, latencies: list[Latency] | str) -> None:
+        """Keep them, or why there are none; the file appears whole or not at all.
+
+        Raises:
+            UserError: where it cannot be written.
+        """
+        kept = {"failed": latencies} if isinstance(latencies, str) else [each._asdict() for each in latencies]
+        with _writing(self.latency):
+            _write_whole(self.latency, json.dumps(kept, indent=2) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written to ({error.strerror}): what was measured before is kept, and the same command goes on "
+            "once there is room on the disk and leave to write"
+        ) from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.rename(path)
 
 
 def _parsed(values: list[str]) -> Row:
@@ -182,14 +229,3 @@ def _value(text: str) -> Any:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _code() -> str:
-    """A hash of the sources that the figures depend on: of the studies, what measures only."""
-    package = Path(ldmole_dist.__file__).parent
-    ours = [path for path in package.rglob("*.py") if package / "study" not in path.parents]
-    ours += [package / "study" / name for name in ("scaling/cells.py", "scaling/measure.py", "bench_latency.py")]
-    digest = hashlib.sha256()
-    for path in sorted(ours):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]

@@ -9,9 +9,11 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.study.bench_latency import Latency
 from ldmole_dist.study.scaling.cells import AXES
 from ldmole_dist.study.scaling.prediction import predict
-from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak
+from ldmole_dist.study.scaling.series import Point, alike, along, apart, base_of, replicated, spread, strong, weak
 from ldmole_dist.study.scaling.sheet import Page
 from ldmole_dist.study.scaling.store import Store
+
+PLACEMENTS = (("experts on every rank", replicated), ("the experts spread over all ranks", spread))
 
 
 class Study:
@@ -26,7 +28,9 @@ class Study:
         self.points = [Point(row.cell, row.measured) for row in self.rows if row.measured is not None]
         if not self.points:
             raise UserError(f"{store.table} holds no cell that was measured: its column status says why")
-        self.latencies = store.latencies() or []
+        latencies = store.latencies()
+        self.latencies = latencies if isinstance(latencies, list) else []
+        self.latency_failed = latencies if isinstance(latencies, str) else ""
         # Ranks on a GPU have it for themselves; on the CPU they share its cores.
         self.cores = int(self.machine["cores"]) if self.machine["device"] == "CPU" else None
         self.base = base_of(self.points)
@@ -52,6 +56,17 @@ class Study:
         meaning = ": times are longer than on an idle machine, and their ratios less certain" if usual > 0.1 else ""
         return f"{said}{meaning}."
 
+    def noise(self) -> str:
+        """How far cells were apart that have done the same, where there were such cells."""
+        repeated = [group for group in alike(self.points) if len(group) > 1]
+        if not repeated:
+            return ""
+        number, widest = sum(map(len, repeated)), max(map(apart, repeated))
+        return (
+            f"A rough measure of the noise: {number} cells that did and sent the same differed by {widest:.1%}. A difference "
+            "between others that is no larger says nothing."
+        )
+
     def crowd(self) -> str:
         """What ranks beyond the cores mean, where there were any."""
         if self.cores is None or all(p.cell.ranks <= self.cores for p in self.weak):
@@ -62,7 +77,7 @@ class Study:
 def throughput(study: Study) -> list[str]:
     """Of weak scaling, a sentence for each number of ranks and placement."""
     said = []
-    for label, series in (("experts on every rank", replicated), ("the experts spread over all ranks", spread)):
+    for label, series in PLACEMENTS:
         chosen = series(study.weak)
         for p in chosen[1:]:
             one, many = chosen[0].measured.tokens_per_second, p.measured.tokens_per_second
@@ -70,6 +85,32 @@ def throughput(study: Study) -> list[str]:
             said.append(
                 f"{plural(p.cell.ranks, 'rank')} with {label} process {many:,.0f} tokens/s{where}: {many / one:.2f} times the "
                 f"{one:,.0f} of {plural(chosen[0].cell.ranks, 'rank')}."
+            )
+    return said
+
+
+def placements(study: Study) -> list[str]:
+    """Of weak scaling, a sentence for each number of ranks whose experts were spread in more than two ways."""
+    said = []
+    for ranks in sorted({p.cell.ranks for p in study.weak}):
+        chosen = sorted((p for p in study.weak if p.cell.ranks == ranks), key=lambda p: p.cell.ep_size)
+        if len(chosen) > 2:
+            sizes = ", ".join(str(p.cell.ep_size) for p in chosen)
+            speeds = "; ".join(f"{p.measured.tokens_per_second:,.0f}" for p in chosen)
+            said.append(f"{ranks} ranks with ep_size {sizes}: {speeds} tokens/s.")
+    return said
+
+
+def speedup(study: Study) -> list[str]:
+    """Of strong scaling, a sentence for each number of ranks and placement."""
+    said = []
+    for label, series in PLACEMENTS:
+        chosen = series(study.strong)
+        for p in chosen[1:]:
+            one, many = chosen[0].measured.seconds, p.measured.seconds
+            said.append(
+                f"{plural(p.cell.ranks, 'rank')} with {label} take {many:.2f} s, {plural(chosen[0].cell.ranks, 'rank')} "
+                f"{one:.2f} s: {one / many:.2f} times as fast."
             )
     return said
 

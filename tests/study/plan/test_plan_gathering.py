@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from transformers import LlamaConfig
 
+from ldmole_dist.study.plan.choose import Line, Machine
 from ldmole_dist.study.plan.gathering import gathered, gathers
 from ldmole_dist.study.plan.shapes import shapes_of
 from ldmole_dist.study.plan.workload import Strategy, Workload
@@ -55,3 +59,19 @@ def test_a_recomputation_gathers_again() -> None:
 def test_small_ones_stay_whole() -> None:
     all_, without_norms = frozen(10**9)[0], frozen(10**9, threshold=64)[0]
     assert all_ - without_norms == NORMS
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_offloaded_parameters_move_does_not_depend_on_who_else_gathers(ranks: int) -> None:
+    """All experts spread: over a single rank nothing is gathered, and yet every piece comes from the host."""
+    zero = (("stage3_max_reuse_distance", 10**9), ("stage3_param_persistence_threshold", 0))
+    strategy = Strategy(ranks, 3, ep_size=ranks, checkpointing=False, offload="optimizer+params", zero=zero)
+    shapes = shapes_of(WORKLOAD)
+    trained = shapes.dense() / ranks + shapes.experts() / ranks
+    for micro_batches, gradients in ((1, 1), (3, 5)):  # out, and from the second on in again
+        line = Line(replace(WORKLOAD, accumulation=micro_batches), strategy, Machine(ranks, 10**9, host_bandwidth=1.0))
+        fetched = micro_batches * (2 * shapes.frozen() / ranks + 4 * trained)
+        updated = 4 * trained * (gradients + 1 + 7)
+        assert line.seconds["host"] == pytest.approx((fetched + updated) / 1e9, rel=1e-3)
+        assert line.seconds["host"] >= line.workload.itemsize * shapes.frozen() / ranks / 1e9
+        assert (line.seconds["wire"] == 0) == (ranks == 1)
