@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--gpus", required=True, type=positive)
     where.add_argument("--gpu-memory", required=True, help="such as 80GB or 79GiB")
     where.add_argument("--gpus-per-node", type=positive, default=8, help="(default: %(default)s)")
+    where.add_argument("--host-memory", help="of a node, such as 1TB (default: not checked)")
     where.add_argument("--reserve", type=float, default=0.1, help="share of memory to keep free (default: %(default)s)")
     where.add_argument("--tflops", type=float, default=150.0, help="that a GPU achieves (default: %(default)s)")
     where.add_argument("--bandwidth", type=float, default=150.0, help="GB/s within a node (default: %(default)s)")
@@ -90,6 +91,7 @@ def plan(args: argparse.Namespace) -> int:
         bandwidth=args.bandwidth,
         inter_bandwidth=args.inter_bandwidth,
         host_bandwidth=args.host_bandwidth,
+        host_memory=None if args.host_memory is None else parse_memory(args.host_memory, "--host-memory"),
     )
     workload = Workload(
         backbone=load_backbone_config(args.backbone),
@@ -126,7 +128,7 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, option: str = "--gpu-memory") -> int:
     """ "80GB" -> 80,000,000,000; GiB are 2^30.
 
     Raises:
@@ -134,5 +136,5 @@ def parse_memory(text: str) -> int:
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
-        raise UserError(f"--gpu-memory {text!r} is no size: write it like 80GB or 79GiB")
+        raise UserError(f"{option} {text!r} is no size: write it like 80GB or 79GiB")
     return int(float(found[1]) * UNITS[found[2].upper()])

@@ -15,6 +15,22 @@ def gb(size: float) -> str:
     return f"{value:,.0f} GB" if abs(value) >= 100 else f"{value:.1f} GB" if abs(value) >= 0.1 else f"{value:.2f} GB"
 
 
+def missing(line: Line) -> str:
+    """What a line lacks, as in "3.1 GB" or "40 GB of host memory a node"."""
+    if line.host_lacks <= 0:
+        return gb(line.lacks)
+    host = f"{gb(line.host_lacks)} of host memory a node"
+    return f"{gb(line.lacks)} and {host}" if line.lacks > 0 else host
+
+
+def host_needed(line: Line) -> str:
+    """As in "90 GB of the 1,000 GB of host memory a node"."""
+    have = line.machine.host_memory
+    if have is None:
+        return f"{gb(line.host_of_node)} of host memory a node, which is not checked (--host-memory)"
+    return f"{gb(line.host_of_node)} of the {gb(have)} of host memory a node"
+
+
 def reasons(line: Line, lines: Sequence[Line]) -> list[str]:
     """One sentence for each thing that was chosen."""
     near = neighbours(line, lines)
@@ -51,7 +67,7 @@ def _spreading(line: Line, other: Line) -> str:
             saved += "a step would not be noticeably shorter"
         return f"ep_size 1: experts take {gb(mine)} with their gradients and moments on every rank; {saved}"
     if not other.fits:
-        return f"ep_size {a}: experts take {gb(mine)} a rank; with ep_size {b} {gb(other.lacks)} would be missing"
+        return f"ep_size {a}: experts take {gb(mine)} a rank; with ep_size {b} {missing(other)} would be missing"
     return f"ep_size {a}: experts take {gb(mine)} a rank; with ep_size {b} a step would take {_longer(other, line)}"
 
 
@@ -66,14 +82,14 @@ def _recomputing(line: Line, other: Line) -> str:
         return f"gradient checkpointing: without it a step would take {_longer(other, line)}"
     return (
         f"gradient checkpointing: without it activations are {gb(other.memory['activations'])} instead of "
-        f"{gb(line.memory['activations'])}, and {gb(other.lacks)} would be missing"
+        f"{gb(line.memory['activations'])}, and {missing(other)} would be missing"
     )
 
 
 def _stage(line: Line, other: Line) -> str:
     a, b = line.strategy.stage, other.strategy.stage
     if not other.fits:
-        return f"ZeRO {a}: with ZeRO {b} {gb(other.lacks)} would be missing"
+        return f"ZeRO {a}: with ZeRO {b} {missing(other)} would be missing"
     more = "more" if other.total >= line.total else "less"
     return f"ZeRO {a}: ZeRO {b} would take {gb(abs(other.total - line.total))} {more} memory, and a step {_longer(other, line)}"
 
@@ -81,9 +97,8 @@ def _stage(line: Line, other: Line) -> str:
 def _offloading(line: Line, other: Line) -> str:
     if line.strategy.offload == "none":
         return f"nothing offloaded: offloading ({other.strategy.offload}) would make a step take {_longer(other, line)}"
-    if not other.fits:
-        return f"offloading {line.strategy.offload}: without it {gb(other.lacks)} would be missing"
-    return f"offloading {line.strategy.offload}: without it a step would take {_longer(other, line)}"
+    without = f"a step would take {_longer(other, line)}" if other.fits else f"{missing(other)} would be missing"
+    return f"offloading {line.strategy.offload}: without it {without}; it needs {host_needed(line)}"
 
 
 def _longer(slow: Line, fast: Line) -> str:
@@ -95,13 +110,16 @@ def _longer(slow: Line, fast: Line) -> str:
 
 def nothing_fits(closest: Line) -> str:
     """What the closest line lacks and what would help."""
-    memory = closest.memory
-    largest = sorted(memory, key=memory.__getitem__, reverse=True)[:3]
-    parts = ", ".join(f"{part} {gb(memory[part])}" for part in largest)
-    text = (
-        f"no line fits into {gb(closest.machine.usable)} a GPU. The closest, {closest.name()}, needs {gb(closest.total)}: "
-        f"{gb(closest.lacks)} more ({parts})."
-    )
+    memory, machine = closest.memory, closest.machine
+    needs = []
+    if closest.lacks > 0:
+        largest = sorted(memory, key=memory.__getitem__, reverse=True)[:3]
+        parts = ", ".join(f"{part} {gb(memory[part])}" for part in largest)
+        needs.append(f"{gb(closest.total)} a GPU: {gb(closest.lacks)} more ({parts})")
+    if closest.host_lacks > 0:
+        needs.append(f"{gb(closest.host_of_node)} of host memory a node: {gb(closest.host_lacks)} more")
+    host = "" if machine.host_memory is None else f" and {gb(machine.host_memory)} of host memory a node"
+    text = f"no line fits into {gb(machine.usable)} a GPU{host}. The closest, {closest.name()}, needs {', and '.join(needs)}."
     knobs = smaller(closest)
     advice = f"It would fit with {'; or with '.join(knobs)}" if knobs else "No smaller setting alone would make it fit"
     return f"{text} {advice}"
