@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ldmole_dist.cluster.command import positive
 from ldmole_dist.errors import UserError
-from ldmole_dist.study.plan.presets import load_backbone_config, preset_names
+from ldmole_dist.study.plan.presets import is_preset, load_backbone_config, preset_names
 
 PLAN = """Says, without weights and without GPUs, what training needs (memory of each GPU by part, what goes over the wire,
 FLOPs), which ZeRO stages, expert-parallel sizes, gradient checkpointing and offloads fit, and which to take. docs/planner.md"""
@@ -109,15 +109,17 @@ def plan(args: argparse.Namespace) -> int:
         dropout=args.dropout,
     )
     lines = ordered(all_lines(workload, machine))
+    preset = is_preset(args.backbone)
     if args.json:
-        print(json.dumps(as_json(args.backbone, workload, machine, lines), indent=2))
+        print(json.dumps({"preset": preset} | as_json(args.backbone, workload, machine, lines), indent=2))
     else:
-        print("\n".join(report(args.backbone, workload, machine, lines, args.all)))
+        name = f"{args.backbone} ({'preset' if preset else 'your config.json'})"
+        print("\n".join(report(name, workload, machine, lines, args.all)))
     if not lines[0].fits:
         raise UserError(nothing_fits(lines[0]))
     if args.write:
         folder = Path(args.write)
-        path = args.backbone_path or (args.backbone if Path(args.backbone).is_dir() else None)
+        path = args.backbone_path or (args.backbone if not preset and Path(args.backbone).is_dir() else None)
         missing = write_configs(lines[0], folder, path, args.train, args.output_dir)
         if not args.json:
             print(f"\nwritten: {folder / 'run.yaml'} and {folder / 'deepspeed.json'}")
