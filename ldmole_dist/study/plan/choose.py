@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -48,8 +49,8 @@ class Machine:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "memory", "gpus_per_node", "tflops", "bandwidth", "inter_bandwidth", "host_bandwidth"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0 and finite")
         if not 0 <= self.reserved < 1:
             raise UserError(f"reserved={self.reserved} must lie in [0, 1)")
 
@@ -166,7 +167,7 @@ class Line:
 
 def all_lines(workload: Workload, machine: Machine) -> list[Line]:
     """Every ZeRO stage, expert-parallel size, gradient checkpointing and offload that can run."""
-    sizes = [p for p in range(1, machine.gpus + 1) if machine.gpus % p == 0 and workload.num_experts % p == 0]
+    sizes = [p for p in range(1, workload.num_experts + 1) if machine.gpus % p == 0 and workload.num_experts % p == 0]
     return [
         Line(workload, Strategy(machine.gpus, stage, ep_size, "auto", checkpointing, offload), machine)
         for stage, offload in SHIPPED
@@ -192,7 +193,7 @@ def _short(line: Line) -> int:
 
 def _complication(line: Line) -> tuple[bool, int, int, int]:
     s = line.strategy
-    # Stage 2 before 1: it takes no more on the wire without accumulation, and leaves more room.
+    # Of stages 0 to 2 the one that leaves most room; the lower of two that leave the same.
     return s.offload != "none", s.ep_size, s.stage == 3, line.total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--accumulation", type=positive, default=1, help="micro-batches of a step (default: %(default)s)")
     what.add_argument("--answer-tokens", type=positive, help="positions with a label in a sequence (default: all)")
     what.add_argument(
-        "--active", type=float, default=2.0, help="mean number of experts of a token (default: %(default)s)"
+        "--active", type=float, help="mean number of experts of a token (default: 2, or 1 of a single one)"
     )
     what.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     what.add_argument("--dropout", type=float, default=0.1, help="of the adapters' input (default: %(default)s)")
@@ -103,7 +104,7 @@ def plan(args: argparse.Namespace) -> int:
         accumulation=args.accumulation,
         seq=args.seq,
         answer_tokens=args.answer_tokens,
-        active=min(args.active, args.experts),
+        active=min(2.0, args.experts) if args.active is None else args.active,
         precision=args.precision,
         padded=not args.no_padding,
         dropout=args.dropout,
@@ -137,6 +138,7 @@ def parse_memory(text: str, option: str = "--gpu-memory") -> int:
         UserError: where it is no size.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
+    size = float(found[1]) * UNITS.get(found[2].upper(), 0) if found else 0.0
+    if not 1 <= size < math.inf:
         raise UserError(f"{option} {text!r} is no size: write it like 80GB or 79GiB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(size)

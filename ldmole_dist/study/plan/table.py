@@ -7,7 +7,7 @@ from typing import Any
 
 from ldmole_dist.study.plan.choose import Line, Machine
 from ldmole_dist.study.plan.memory import PARTS
-from ldmole_dist.study.plan.reason import gb, missing, reasons
+from ldmole_dist.study.plan.reason import count, gb, missing, reasons
 from ldmole_dist.study.plan.shapes import shapes_of
 from ldmole_dist.study.plan.workload import Workload
 
@@ -24,9 +24,9 @@ def head(name: str, workload: Workload, machine: Machine) -> list[str]:
     return [
         f"{name}: {shapes.frozen():,} frozen parameters, {shapes.experts():,} in experts (E={w.num_experts}, r={w.rank}), "
         f"{shapes.dense():,} in routers and lambda-MLPs",
-        f"{m.gpus} GPUs of {gb(m.memory)}, {gb(m.usable)} usable ({m.reserved:.0%} kept free for context, library and "
-        f"fragmentation){host}; {w.precision}; {w.micro_batch} x {w.seq} tokens a forward, {w.accumulation} micro-batch(es), "
-        f"{sequences:,} sequences a step",
+        f"{count(m.gpus, 'GPU')} of {gb(m.memory)}, {gb(m.usable)} usable ({m.reserved:.0%} kept free for context, library and "
+        f"fragmentation){host}; {w.precision}; {w.micro_batch} x {w.seq} tokens a forward, "
+        f"{count(w.accumulation, 'micro-batch')} and {count(sequences, 'sequence')} a step",
         f"assumed: experts of a token: {experts}; logits of {w.answer_tokens or w.seq} positions a sequence; "
         f"{'padding, so that attention keeps a mask' if w.padded else 'no padding'}",
         f"assumed rates: {m.tflops:g} TFLOP/s achieved, {m.bandwidth:g} GB/s sent within {m.gpus_per_node} GPUs, "

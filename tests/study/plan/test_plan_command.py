@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import pytest
 from ldmole_dist.cli import main
 from ldmole_dist.config import load_config
 from ldmole_dist.engine.ds_config import resolve_run
-from ldmole_dist.errors import EXIT_EXPLAINED
+from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 from ldmole_dist.ranks import LocalRanks
-from ldmole_dist.study.plan.choose import Machine, all_lines
+from ldmole_dist.study.plan.choose import Line, Machine, all_lines
 from ldmole_dist.study.plan.command import parse_memory
 from ldmole_dist.study.plan.memory import PARTS
 from ldmole_dist.study.plan.presets import load_backbone_config, preset_names
 from ldmole_dist.study.plan.shapes import shapes_of
-from ldmole_dist.study.plan.workload import Workload
+from ldmole_dist.study.plan.workload import Strategy, Workload
+from ldmole_dist.study.plan.write import write_configs
 from tests.small_run import make_folder, run_training
 
 # One workload for nearly all: what is traced of it is remembered.
@@ -58,12 +60,17 @@ def test_presets_have_the_published_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "backbone", "micro_batch"), [("8", "Llama-3.1-8B", "16"), ("64", "Llama-3.1-70B", "4")]
+    ("gpus", "backbone", "micro_batch"),
+    [
+        ("8", "Llama-3.2-1B", "2"),
+        pytest.param("8", "Llama-3.1-8B", "16", marks=pytest.mark.full),
+        pytest.param("64", "Llama-3.1-70B", "4", marks=pytest.mark.full),
+    ],
 )
 def test_plan_and_what_it_writes(
     gpus: str, backbone: str, micro_batch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["plan", "--backbone", backbone, "--gpus", gpus, "--gpu-memory", "80GB", "--micro-batch", micro_batch]
+    arguments = [*BASE, "--backbone", backbone, "--gpus", gpus, "--micro-batch", micro_batch]
     written = ["--write", str(tmp_path / "plan"), "--train", "train.jsonl", "--accumulation", "2"]
     assert main([*arguments, *written]) == 0
     printed = capsys.readouterr().out
@@ -162,7 +169,14 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--host-memory", "much"], "--host-memory 'much' is no size"),
         (["--active", "0.5"], "active=0.5 must lie between 1 and num_experts=8"),
         (["--answer-tokens", "2000"], "answer_tokens=2000 must lie between 1 and seq=1024"),
-        (["--tflops", "0"], "tflops=0.0 must be above 0"),
+        (["--active", "9"], "active=9.0 must lie between 1 and num_experts=8"),
+        (["--active", "nan"], "active=nan must lie between 1"),
+        (["--tflops", "0"], "tflops=0.0 must be above 0 and finite"),
+        (["--tflops", "nan"], "tflops=nan must be above 0 and finite"),
+        (["--bandwidth", "inf"], "bandwidth=inf must be above 0 and finite"),
+        (["--inter-bandwidth", "-1"], "bandwidth=-1.0 must be above 0 and finite"),
+        (["--host-bandwidth", "nan"], "host_bandwidth=nan must be above 0 and finite"),
+        (["--gpu-memory", "9" * 400], "is no size"),
         (["--reserve", "1"], "reserved=1.0 must lie in [0, 1)"),
         (["--target-modules", "query"], "query"),
         (["--write", "{folder}"], "run.yaml is there already"),
@@ -173,6 +187,22 @@ def test_bad_input(arguments: list[str], says: str, tmp_path: Path, capsys: pyte
     assert main([*BASE, *(a.format(folder=tmp_path) for a in arguments)]) == EXIT_EXPLAINED
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
+
+
+def test_written_files_are_new_and_whole(tmp_path: Path) -> None:
+    line = Line(Workload(load_backbone_config("Llama-3.2-1B")), Strategy(2, 1), Machine(2, 10**9))
+    run, deepspeed = tmp_path / "run.yaml", tmp_path / "deepspeed.json"
+    write_configs(line, tmp_path, None, None, None)
+    texts = run.read_text(), deepspeed.read_text()
+    for present, absent in ((run, deepspeed), (deepspeed, run)):
+        before = absent.read_text()
+        absent.unlink()
+        with pytest.raises(UserError, match=f"{present.name} is there already"):
+            write_configs(replace(line, strategy=Strategy(2, 2)), tmp_path, None, None, None)
+        assert present.read_text() in texts and not absent.exists()
+        absent.write_text(before)
+    with pytest.raises(UserError, match="run.yaml is there already"):
+        write_configs(line, run, None, None, None)  # a file, where a folder should be
 
 
 def test_no_gpus(capsys: pytest.CaptureFixture[str]) -> None:
