@@ -124,6 +124,25 @@ def test_all_shows_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None
     assert " lacks " in everything and len(everything.splitlines()) > len(short.splitlines())
 
 
+def test_reasons_agree_with_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    said = set()
+    for where in (["--gpus", "8"], ["--gpus", "1"], ["--gpus", "7", "--gpu-memory", "4GB"]):
+        plan = planned(capsys, *where)
+        best = plan["recommended"]
+        fitting = [line["step_seconds"] for line in plan["lines"] if line["fits"]]
+        if len(fitting) == 1:
+            expected = "no other line fits"
+        elif best["step_seconds"] == min(fitting):
+            expected = f"of the {len(fitting)} lines that fit none has a shorter step"
+        else:
+            expected = "its step is as short as that of "
+        assert expected in best["reasons"][0]
+        said.add(expected[:6])
+        # One GPU has nobody to spread experts to.
+        assert any("ep_size" in reason for reason in best["reasons"][1:]) == (where[1] == "8")
+    assert len(said) == 3
+
+
 def test_offloading_needs_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
     # Of seven GPUs none shares experts with another; only offloaded parameters leave room for a step.
     offload = ["--gpus", "7", "--gpu-memory", "4GB"]
