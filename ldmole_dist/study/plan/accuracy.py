@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
+from ldmole_dist.parallel.plan import cheapest_ships, elements
 from ldmole_dist.ranks import LocalRanks
 from ldmole_dist.study.plan.measure import Measured, measure
 from ldmole_dist.study.plan.memory import memory
-from ldmole_dist.study.plan.traffic import collectives, dispatched
+from ldmole_dist.study.plan.routed import sizes_of
+from ldmole_dist.study.plan.shapes import shapes_of
+from ldmole_dist.study.plan.traffic import collectives, dispatched, messages, passes, width
 from ldmole_dist.study.plan.workload import Strategy, Workload
 
 # Small models have small weights: at the usual thresholds ZeRO-3 would cut none and gather all at once.
@@ -24,6 +27,7 @@ SMALL_ZERO3 = (
 )
 PARAMETERS = ("backbone", "experts", "adapter")
 OPERATIONS = {"allreduce": "all_reduce", "allgather_base": "all_gather", "reduce_scatter_base": "reduce_scatter"}
+ALL_TO_ALL = "alltoall_base"  # whose elements are counted by `parallel.wire`
 
 
 class Case(NamedTuple):
@@ -41,9 +45,14 @@ class Case(NamedTuple):
         parts += [w.precision, *(["recompute"] if s.checkpointing else []), f"{s.ranks} ranks"]
         return ", ".join(parts + ([f"{w.accumulation} micro-batches"] if w.accumulation > 1 else []))
 
+    @property
+    def drawn(self) -> bool:
+        """Whether what the dispatch moves hangs on which token has which expert, and the planner only has an expectation."""
+        return self.strategy.ep_size > 1 and self.strategy.dispatch != "gather" and not self.dense
+
 
 class Compared(NamedTuple):
-    """One number, of the rank where it is most."""
+    """One number, of the rank where it is most; elements that hang on drawn routing, of all ranks."""
 
     case: str
     quantity: str
@@ -83,13 +92,16 @@ def cases() -> list[Case]:
         Case(replace(few, accumulation=2), Strategy(2, 1, 1)),
         Case(all_few, Strategy(4, 2, 4, "all_to_all", checkpointing=False), dense=True),
         Case(replace(all_few, accumulation=2), Strategy(4, 2, 2, "all_to_all"), dense=True),
+        Case(replace(many, accumulation=2), Strategy(2, 1, 2, "auto")),
         Case(few, Strategy(2, 3, 1, checkpointing=False, zero=SMALL_ZERO3)),
         Case(replace(few, accumulation=2, backbone=qwen), Strategy(4, 3, 2, "gather", zero=SMALL_ZERO3)),
     ]
 
 
 def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
-    """Predicted and measured: bytes, elements by kind of the dispatch, payload and calls of DeepSpeed's collectives.
+    """Predicted and measured: bytes, elements by kind of the dispatch, payload and calls of every collective.
+
+    What was measured and not predicted, or predicted and not measured, is compared with 0.
 
     Args:
         case: that was measured.
@@ -100,20 +112,49 @@ def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
     sizes = {"parameters": sum(predicted[part] for part in PARAMETERS)} | predicted
     for part in ("parameters", "gradients", "optimizer", "activations"):
         yield Compared(case.name, f"{part}, bytes", sizes[part], max(m.bytes[part] for m in measured))
-    for kind, elements in dispatched(workload, case.strategy).items():
-        yield Compared(case.name, f"{kind}, elements", elements, measured[0].wire[kind])
+    yield from _compare_dispatch(case, workload, measured)
     payload: Counter[tuple[str, int]] = Counter()
     calls: Counter[tuple[str, int]] = Counter()
     for c in collectives(workload, case.strategy):
         payload[c.operation, c.ranks] += c.elements
         calls[c.operation, c.ranks] += c.calls
-    for (name, ranks), elements in measured[0].collectives.items():
-        if name in OPERATIONS:
-            key = OPERATIONS[name], ranks
-            yield Compared(case.name, f"{key[0]} over {ranks}, elements", payload.pop(key, 0), elements)
-            yield Compared(case.name, f"{key[0]} over {ranks}, calls", calls[key], measured[0].calls[name, ranks])
-    for (operation, ranks), elements in payload.items():
-        yield Compared(case.name, f"{operation} over {ranks}, elements", elements, 0)
+    calls["all_to_all", case.strategy.ep_size] += int(messages(workload, case.strategy).get("dispatch", 0))
+    names = {**OPERATIONS, ALL_TO_ALL: "all_to_all"}
+    carried = {
+        (names.get(name, name), n): of for (name, n), of in measured[0].collectives.items() if name != ALL_TO_ALL
+    }
+    called = {(names.get(name, name), n): of for (name, n), of in measured[0].calls.items()}
+    for what, mine, theirs in (("elements", payload, carried), ("calls", calls, called)):
+        for operation, ranks in sorted(mine.keys() | theirs.keys()):
+            key = operation, ranks
+            yield Compared(case.name, f"{operation} over {ranks}, {what}", mine[key], theirs.get(key, 0))
+
+
+def _compare_dispatch(case: Case, workload: Workload, measured: Sequence[Measured]) -> Iterator[Compared]:
+    """Elements and bytes by the kinds of `parallel.wire`: of the first rank, or of all where routing is drawn."""
+    of = measured if case.drawn else measured[:1]
+    sent: Mapping[str, float] = _from_supports(case, measured) if case.drawn else dispatched(workload, case.strategy)
+    for kind in sorted(sent.keys() | {kind for m in of for kind in m.wire}):
+        number = sent.get(kind, 0)
+        yield Compared(case.name, f"{kind}, elements", number, sum(m.wire[kind] for m in of))
+        in_bytes = number * width(kind, workload)
+        yield Compared(case.name, f"{kind}, bytes sent", in_bytes, sum(m.wire_bytes[kind] for m in of))
+
+
+def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
+    """What all ranks send where each token has the experts that it had, by the rule of `dispatch: auto`."""
+    workload, strategy = case.workload, case.strategy
+    groups = shapes_of(workload).groups
+    sent: Counter[str] = Counter()
+    for rank, m in enumerate(measured):
+        own = rank % strategy.ep_size
+        for first in range(0, len(m.supports), len(groups)):
+            forwards = []
+            for group, support in zip(groups, m.supports[first:], strict=False):
+                sizes, support_GTPL = sizes_of(group, workload, strategy), torch.from_numpy(support)
+                forwards.append(elements(support_GTPL, cheapest_ships(support_GTPL, own, sizes), own, sizes))
+            sent.update(passes(forwards, workload, strategy))  # type: ignore[arg-type]
+    return sent
 
 
 def bench_plan() -> Iterator[Compared]:

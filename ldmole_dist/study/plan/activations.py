@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -55,7 +56,9 @@ def activations(workload: Workload, checkpointing: bool, partitioned: bool = Fal
         checkpointing: whether decoder layers are recomputed.
         partitioned: whether DeepSpeed's linear for ZeRO-3 computes the frozen ones; it keeps their inputs.
     """
-    one, two = (_trace(workload, layers, checkpointing, partitioned) for layers in (1, 2))
+    # Without what makes no difference to a trace, so that nothing is traced twice.
+    w = replace(workload, rank=1, accumulation=1, active=1.0, answer_tokens=workload.answer_tokens or workload.seq)
+    one, two = (_trace(w, layers, checkpointing, partitioned) for layers in (1, 2))
     layer = two.kept - one.kept
     return Activations(one.kept + layer * (workload.backbone.num_hidden_layers - 1), layer, two.loss, two.working)
 

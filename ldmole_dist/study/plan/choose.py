@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ class Machine:
         inter_bandwidth: to another host.
         host_bandwidth: between device and host memory.
         latency: microseconds that a collective takes beyond its bytes.
+        host_memory: bytes of a host; None where that is not to be checked.
     """
 
     gpus: int
@@ -43,11 +45,12 @@ class Machine:
     inter_bandwidth: float = 20.0
     host_bandwidth: float = 20.0
     latency: float = 20.0
+    host_memory: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("gpus", "memory", "gpus_per_node", "tflops", "bandwidth", "inter_bandwidth", "host_bandwidth"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0 and finite")
         if not 0 <= self.reserved < 1:
             raise UserError(f"reserved={self.reserved} must lie in [0, 1)")
 
@@ -87,13 +90,23 @@ class Line:
 
     @property
     def lacks(self) -> int:
-        """Bytes that are missing; 0 or less if it fits."""
+        """Bytes that are missing on a GPU; 0 or less if it fits."""
         return self.total - self.machine.usable
 
     @property
+    def host_of_node(self) -> int:
+        """Bytes in host memory for all ranks of a node."""
+        return self.host * min(self.machine.gpus, self.machine.gpus_per_node)
+
+    @property
+    def host_lacks(self) -> int:
+        """Bytes that are missing in host memory; 0 or less if it fits, or is not checked."""
+        return 0 if self.machine.host_memory is None else self.host_of_node - self.machine.host_memory
+
+    @property
     def fits(self) -> bool:
-        """Whether a step fits into the usable memory."""
-        return self.lacks <= 0
+        """Whether a step fits into the usable memory, and into the host's if that is known."""
+        return self.lacks <= 0 and self.host_lacks <= 0
 
     @cached_property
     def traffic(self) -> dict[str, float]:
@@ -154,7 +167,7 @@ class Line:
 
 def all_lines(workload: Workload, machine: Machine) -> list[Line]:
     """Every ZeRO stage, expert-parallel size, gradient checkpointing and offload that can run."""
-    sizes = [p for p in range(1, machine.gpus + 1) if machine.gpus % p == 0 and workload.num_experts % p == 0]
+    sizes = [p for p in range(1, workload.num_experts + 1) if machine.gpus % p == 0 and workload.num_experts % p == 0]
     return [
         Line(workload, Strategy(machine.gpus, stage, ep_size, "auto", checkpointing, offload), machine)
         for stage, offload in SHIPPED
@@ -171,12 +184,16 @@ def ordered(lines: Sequence[Line]) -> list[Line]:
         alike = [line for line in fitting if line.step <= SIMILAR * fitting[0].step]
         alike.sort(key=_complication)
         fitting = alike + fitting[len(alike) :]
-    return fitting + sorted((line for line in lines if not line.fits), key=lambda line: line.lacks)
+    return fitting + sorted((line for line in lines if not line.fits), key=_short)
+
+
+def _short(line: Line) -> int:
+    return max(line.lacks, 0) + max(line.host_lacks, 0)
 
 
 def _complication(line: Line) -> tuple[bool, int, int, int]:
     s = line.strategy
-    # Stage 2 before 1: it takes no more on the wire without accumulation, and leaves more room.
+    # Of stages 0 to 2 the one that leaves most room; the lower of two that leave the same.
     return s.offload != "none", s.ep_size, s.stage == 3, line.total
 
 
@@ -202,7 +219,7 @@ def smaller(line: Line) -> list[str]:
     """What would make a line fit that does not: the mildest value of each single setting that suffices; where none does, of
     each together with the smallest micro-batch."""
     single = _sufficient(line, line.workload, "")
-    if single or line.workload.micro_batch == 1:
+    if single or line.workload.micro_batch == 1 or line.lacks <= 0:
         return single
     return _sufficient(line, replace(line.workload, micro_batch=1), "--micro-batch 1 and ")
 
@@ -210,15 +227,18 @@ def smaller(line: Line) -> list[str]:
 def _sufficient(line: Line, w: Workload, before: str) -> list[str]:
     answers = w.answer_tokens or w.seq
     knobs: list[list[tuple[str, Workload, int]]] = [
-        [(f"--micro-batch {n}", replace(w, micro_batch=n), 1) for n in _halved(w.micro_batch)],
-        [
-            (f"--answer-tokens {n} if no more positions have a label", replace(w, answer_tokens=n), 1)
-            for n in _halved(answers)
-        ],
-        [(f"--seq {n}", replace(w, seq=n, answer_tokens=min(n, answers)), 1) for n in _halved(w.seq)],
         [("--precision bf16", replace(w, precision="bf16"), 1)] if w.precision == "fp32" else [],
         [(f"--gpus {line.machine.gpus * n}", w, n) for n in (2, 4, 8, 16, 32)] if line.strategy.stage else [],
     ]
+    if line.lacks > 0:  # activations are never in host memory
+        knobs[:0] = [
+            [(f"--micro-batch {n}", replace(w, micro_batch=n), 1) for n in _halved(w.micro_batch)],
+            [
+                (f"--answer-tokens {n} if no more positions have a label", replace(w, answer_tokens=n), 1)
+                for n in _halved(answers)
+            ],
+            [(f"--seq {n}", replace(w, seq=n, answer_tokens=min(n, answers)), 1) for n in _halved(w.seq)],
+        ]
     found = []
     for values in knobs:
         # Each is smaller than the one before.

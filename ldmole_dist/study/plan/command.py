@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 
 from ldmole_dist.cluster.command import positive
 from ldmole_dist.errors import UserError
-from ldmole_dist.study.plan.presets import load_backbone_config, preset_names
+from ldmole_dist.study.plan.presets import is_preset, load_backbone_config, preset_names
 
 PLAN = """Says, without weights and without GPUs, what training needs (memory of each GPU by part, what goes over the wire,
 FLOPs), which ZeRO stages, expert-parallel sizes, gradient checkpointing and offloads fit, and which to take. docs/planner.md"""
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--accumulation", type=positive, default=1, help="micro-batches of a step (default: %(default)s)")
     what.add_argument("--answer-tokens", type=positive, help="positions with a label in a sequence (default: all)")
     what.add_argument(
-        "--active", type=float, default=2.0, help="mean number of experts of a token (default: %(default)s)"
+        "--active", type=float, help="mean number of experts of a token (default: 2, or 1 of a single one)"
     )
     what.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     what.add_argument("--dropout", type=float, default=0.1, help="of the adapters' input (default: %(default)s)")
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--gpus", required=True, type=positive)
     where.add_argument("--gpu-memory", required=True, help="such as 80GB or 79GiB")
     where.add_argument("--gpus-per-node", type=positive, default=8, help="(default: %(default)s)")
+    where.add_argument("--host-memory", help="of a node, such as 1TB (default: not checked)")
     where.add_argument("--reserve", type=float, default=0.1, help="share of memory to keep free (default: %(default)s)")
     where.add_argument("--tflops", type=float, default=150.0, help="that a GPU achieves (default: %(default)s)")
     where.add_argument("--bandwidth", type=float, default=150.0, help="GB/s within a node (default: %(default)s)")
@@ -90,6 +92,7 @@ def plan(args: argparse.Namespace) -> int:
         bandwidth=args.bandwidth,
         inter_bandwidth=args.inter_bandwidth,
         host_bandwidth=args.host_bandwidth,
+        host_memory=None if args.host_memory is None else parse_memory(args.host_memory, "--host-memory"),
     )
     workload = Workload(
         backbone=load_backbone_config(args.backbone),
@@ -101,21 +104,23 @@ def plan(args: argparse.Namespace) -> int:
         accumulation=args.accumulation,
         seq=args.seq,
         answer_tokens=args.answer_tokens,
-        active=min(args.active, args.experts),
+        active=min(2.0, args.experts) if args.active is None else args.active,
         precision=args.precision,
         padded=not args.no_padding,
         dropout=args.dropout,
     )
     lines = ordered(all_lines(workload, machine))
+    preset = is_preset(args.backbone)
     if args.json:
-        print(json.dumps(as_json(args.backbone, workload, machine, lines), indent=2))
+        print(json.dumps({"preset": preset} | as_json(args.backbone, workload, machine, lines), indent=2))
     else:
-        print("\n".join(report(args.backbone, workload, machine, lines, args.all)))
+        name = f"{args.backbone} ({'preset' if preset else 'your config.json'})"
+        print("\n".join(report(name, workload, machine, lines, args.all)))
     if not lines[0].fits:
         raise UserError(nothing_fits(lines[0]))
     if args.write:
         folder = Path(args.write)
-        path = args.backbone_path or (args.backbone if Path(args.backbone).is_dir() else None)
+        path = args.backbone_path or (args.backbone if not preset and Path(args.backbone).is_dir() else None)
         missing = write_configs(lines[0], folder, path, args.train, args.output_dir)
         if not args.json:
             print(f"\nwritten: {folder / 'run.yaml'} and {folder / 'deepspeed.json'}")
@@ -126,13 +131,14 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, option: str = "--gpu-memory") -> int:
     """ "80GB" -> 80,000,000,000; GiB are 2^30.
 
     Raises:
         UserError: where it is no size.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
-        raise UserError(f"--gpu-memory {text!r} is no size: write it like 80GB or 79GiB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    size = float(found[1]) * UNITS.get(found[2].upper(), 0) if found else 0.0
+    if not 1 <= size < math.inf:
+        raise UserError(f"{option} {text!r} is no size: write it like 80GB or 79GiB")
+    return int(size)

@@ -9,11 +9,12 @@ Shapes: B sequences, S positions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
@@ -30,6 +31,7 @@ from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.engine.startup import start
 from ldmole_dist.method.context import LossWeights, Tape
 from ldmole_dist.objective import answer_loss, next_tokens
+from ldmole_dist.parallel.dispatch import ExpertParallelDispatch
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import spread_experts, tuner_of
 from ldmole_dist.study.plan.workload import Strategy, Workload
@@ -43,6 +45,9 @@ class Measured:
 
     bytes: dict[str, int] = field(default_factory=dict)
     wire: Counter[str] = field(default_factory=Counter)
+    wire_bytes: Counter[str] = field(default_factory=Counter)
+    # (G, T, P, L) bool of every input group and micro-batch in the order of the forwards; empty where no experts are spread
+    supports: list[np.ndarray] = field(default_factory=list)
     collectives: Counter[tuple[str, int]] = field(default_factory=Counter)  # by (operation, ranks)
     calls: Counter[tuple[str, int]] = field(default_factory=Counter)
     active: float = 0.0
@@ -90,6 +95,7 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
     measured.bytes["parameters"] = size_of(_parameters(engine))
     engine.parallel.wire.clear()
     counted = Collectives()
+    _record_supports(engine, measured.supports)
     with counted:
         for turn in range(workload.accumulation):
             batch = _batch(workload, process.device, WARM_UP, turn)
@@ -100,7 +106,10 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
             measured.bytes["gradients"] = max(measured.bytes.get("gradients", 0), size_of(_gradients(engine)))
             engine.step()
     measured.bytes["optimizer"] = size_of(_optimizer(engine))
-    measured.wire = engine.parallel.wire.by_kind()
+    wire = engine.parallel.wire
+    measured.wire = wire.by_kind()
+    for (_, kind), number in wire.bytes.items():
+        measured.wire_bytes[kind] += number
     measured.collectives, measured.calls = counted.elements, counted.calls
     stats = torch.stack(list(context.stats.values()))
     measured.active = float(stats[:, 0].sum() / (len(stats) * workload.tokens))
@@ -154,6 +163,24 @@ def _engine(model: PeftModel, workload: Workload, strategy: Strategy) -> Engine:
         lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
         1.0,
     )
+
+
+def _record_supports(engine: Engine, supports: list[np.ndarray]) -> None:
+    """Write down which experts the tokens of every input group have, whenever a dispatch is asked to plan for them."""
+    for module in engine.module.modules():
+        dispatch: Any = getattr(module, "dispatch", None)
+        if isinstance(dispatch, ExpertParallelDispatch) and "plan" not in vars(dispatch):
+            dispatch.plan = _recorded(dispatch, supports)  # type: ignore[method-assign]
+
+
+def _recorded(dispatch: ExpertParallelDispatch, supports: list[np.ndarray]) -> Any:
+    plan = dispatch.plan
+
+    def recorded(of_group: Sequence[Tensor], banks: Any, name: str) -> Any:
+        supports.append(torch.stack([s.unflatten(1, (dispatch.size, -1)) for s in of_group]).cpu().numpy())
+        return plan(of_group, banks, name)
+
+    return recorded
 
 
 def _batch(workload: Workload, device: torch.device, step: int, turn: int) -> dict[str, Tensor]:

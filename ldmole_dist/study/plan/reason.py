@@ -15,22 +15,46 @@ def gb(size: float) -> str:
     return f"{value:,.0f} GB" if abs(value) >= 100 else f"{value:.1f} GB" if abs(value) >= 0.1 else f"{value:.2f} GB"
 
 
+def missing(line: Line) -> str:
+    """What a line lacks, as in "3.1 GB" or "40 GB of host memory a node"."""
+    if line.host_lacks <= 0:
+        return gb(line.lacks)
+    host = f"{gb(line.host_lacks)} of host memory a node"
+    return f"{gb(line.lacks)} and {host}" if line.lacks > 0 else host
+
+
+def host_needed(line: Line) -> str:
+    """As in "90 GB of the 1,000 GB of host memory a node"."""
+    have = line.machine.host_memory
+    if have is None:
+        return f"{gb(line.host_of_node)} of host memory a node, which is not checked (--host-memory)"
+    return f"{gb(line.host_of_node)} of the {gb(have)} of host memory a node"
+
+
+def count(number: int, thing: str) -> str:
+    """As in "1 GPU", "1,024 GPUs", "2 micro-batches"."""
+    plural = thing + ("es" if thing.endswith("ch") else "s")
+    return f"{number:,} {thing if number == 1 else plural}"
+
+
 def reasons(line: Line, lines: Sequence[Line]) -> list[str]:
     """One sentence for each thing that was chosen."""
     near = neighbours(line, lines)
     sentences = [
-        f"it takes {gb(line.total)} of the {gb(line.machine.usable)} that are usable, and of the lines that fit "
-        "its step is the shortest (or within 2 % of it, and simpler)"
+        f"it takes {gb(line.total)} of the {gb(line.machine.usable)} that are usable, and {_quickest(line, lines)}"
     ]
-    if "ep_size" in near:
-        sentences.append(_spreading(line, near["ep_size"]))
-    if "checkpointing" in near:
-        sentences.append(_recomputing(line, near["checkpointing"]))
-    if "stage" in near:
-        sentences.append(_stage(line, near["stage"]))
-    if "offload" in near:
-        sentences.append(_offloading(line, near["offload"]))
-    return sentences
+    words = {"ep_size": _spreading, "checkpointing": _recomputing, "stage": _stage, "offload": _offloading}
+    return sentences + [say(line, near[thing]) for thing, say in words.items() if thing in near]
+
+
+def _quickest(line: Line, lines: Sequence[Line]) -> str:
+    fitting = [other for other in lines if other.fits]
+    shortest = min(fitting, key=lambda other: other.step)
+    if len(fitting) == 1:
+        return "no other line fits"
+    if line.step <= shortest.step:
+        return f"of the {len(fitting)} lines that fit none has a shorter step"
+    return f"its step is as short as that of {shortest.name()}, within 2 %, and it is simpler or smaller"
 
 
 def experts_cost(line: Line) -> float:
@@ -41,67 +65,65 @@ def experts_cost(line: Line) -> float:
 
 
 def _spreading(line: Line, other: Line) -> str:
-    mine, theirs = experts_cost(line), experts_cost(other)
     a, b = line.strategy.ep_size, other.strategy.ep_size
-    if a == 1:
-        saved = f"spreading them over {b} ranks would save {gb(mine - theirs)}, which is not needed, and "
-        if other.step > line.step:
-            saved += f"a step would take {_longer(other, line)}"
-        else:
-            saved += "a step would not be noticeably shorter"
-        return f"ep_size 1: experts take {gb(mine)} with their gradients and moments on every rank; {saved}"
+    mine, saved = gb(experts_cost(line)), experts_cost(line) - experts_cost(other)
+    text = f"ep_size {a}: experts take {mine} a rank with their gradients and moments; with ep_size {b} "
     if not other.fits:
-        return f"ep_size {a}: experts take {gb(mine)} a rank; with ep_size {b} {gb(other.lacks)} would be missing"
-    return f"ep_size {a}: experts take {gb(mine)} a rank; with ep_size {b} a step would take {_longer(other, line)}"
+        return f"{text}{missing(other)} would be missing"
+    memory = f"{gb(abs(saved))} {'less' if saved > 0 else 'more'}"
+    return f"{text}they would take {memory}, and a step {_longer(other, line)}"
 
 
 def _recomputing(line: Line, other: Line) -> str:
     if not line.strategy.checkpointing:
-        fit = "fits as well, but " if other.fits else "does not fit, and "
-        return (
-            f"no gradient checkpointing: {gb(line.memory['activations'])} of activations have room; recomputing them {fit}"
-            f"takes {_longer(other, line)} a step"
-        )
+        room = f"no gradient checkpointing: {gb(line.memory['activations'])} of activations have room"
+        return f"{room}; with it a step would take {_longer(other, line)}"
     if other.fits:
-        return f"gradient checkpointing: without it a step would take {_longer(other, line)}"
+        more = gb(other.total - line.total)
+        return f"gradient checkpointing: without it a step would take {_longer(other, line)}, and {more} more memory"
     return (
         f"gradient checkpointing: without it activations are {gb(other.memory['activations'])} instead of "
-        f"{gb(line.memory['activations'])}, and {gb(other.lacks)} would be missing"
+        f"{gb(line.memory['activations'])}, and {missing(other)} would be missing"
     )
 
 
 def _stage(line: Line, other: Line) -> str:
     a, b = line.strategy.stage, other.strategy.stage
     if not other.fits:
-        return f"ZeRO {a}: with ZeRO {b} {gb(other.lacks)} would be missing"
-    more = "more" if other.total >= line.total else "less"
-    return f"ZeRO {a}: ZeRO {b} would take {gb(abs(other.total - line.total))} {more} memory, and a step {_longer(other, line)}"
+        closest = ", the closest of the lower stages," if b < a and a > 1 else ""
+        return f"ZeRO {a}: with ZeRO {b}{closest} {missing(other)} would be missing"
+    more = other.total - line.total
+    memory = f"{gb(abs(more))} {'more' if more > 0 else 'less'} memory" if more else "the same memory"
+    return f"ZeRO {a}: ZeRO {b} would take {memory}, and a step {_longer(other, line)}"
 
 
 def _offloading(line: Line, other: Line) -> str:
     if line.strategy.offload == "none":
-        return f"nothing offloaded: offloading ({other.strategy.offload}) would make a step take {_longer(other, line)}"
-    if not other.fits:
-        return f"offloading {line.strategy.offload}: without it {gb(other.lacks)} would be missing"
-    return f"offloading {line.strategy.offload}: without it a step would take {_longer(other, line)}"
+        what = other.strategy.offload
+        return f"nothing offloaded: there is room; with {what} offloaded a step would take {_longer(other, line)}"
+    without = f"a step would take {_longer(other, line)}" if other.fits else f"{missing(other)} would be missing"
+    return f"offloading {line.strategy.offload}: without it {without}; it needs {host_needed(line)}"
 
 
 def _longer(slow: Line, fast: Line) -> str:
     ratio = slow.step / fast.step - 1
     if abs(ratio) < 0.005:
         return "as long"
-    return f"{abs(ratio):.0%} {'longer' if ratio > 0 else 'less'}"
+    return f"{abs(ratio):.0%} {'more' if ratio > 0 else 'less'} time"
 
 
 def nothing_fits(closest: Line) -> str:
     """What the closest line lacks and what would help."""
-    memory = closest.memory
-    largest = sorted(memory, key=memory.__getitem__, reverse=True)[:3]
-    parts = ", ".join(f"{part} {gb(memory[part])}" for part in largest)
-    text = (
-        f"no line fits into {gb(closest.machine.usable)} a GPU. The closest, {closest.name()}, needs {gb(closest.total)}: "
-        f"{gb(closest.lacks)} more ({parts})."
-    )
+    memory, machine = closest.memory, closest.machine
+    needs = []
+    if closest.lacks > 0:
+        largest = sorted(memory, key=memory.__getitem__, reverse=True)[:3]
+        parts = ", ".join(f"{part} {gb(memory[part])}" for part in largest)
+        needs.append(f"{gb(closest.total)} a GPU: {gb(closest.lacks)} more ({parts})")
+    if closest.host_lacks > 0:
+        needs.append(f"{gb(closest.host_of_node)} of host memory a node: {gb(closest.host_lacks)} more")
+    host = "" if machine.host_memory is None else f" and {gb(machine.host_memory)} of host memory a node"
+    text = f"no line fits into {gb(machine.usable)} a GPU{host}. The closest, {closest.name()}, needs {', and '.join(needs)}."
     knobs = smaller(closest)
     advice = f"It would fit with {'; or with '.join(knobs)}" if knobs else "No smaller setting alone would make it fit"
     return f"{text} {advice}"

@@ -9,15 +9,16 @@ from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ldmole_dist.backbone import DTYPES
+from ldmole_dist.backbone import DTYPES, new_adapter
 from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import LdMoleLinear, is_expert_tensor, tuner_of
 from ldmole_dist.study.plan.layers import in_layer, layer_prefix, rename
+from ldmole_dist.study.plan.presets import building
 from ldmole_dist.study.plan.workload import Workload
 
 
@@ -83,14 +84,17 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
         target_modules=list(workload.target_modules),
         task_type="CAUSAL_LM",
     )
-    try:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        with building(f"--backbone: a {config.model_type} with these sizes"):
             backbone = AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[workload.precision], attn_implementation="sdpa"
             )
-            model = get_peft_model(backbone, adapter)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"this backbone cannot be planned for: {str(error).strip().partition(chr(10))[0]}") from error
+        if own := next((name for name, p in backbone.named_parameters() if p.dim() > 2), None):
+            raise UserError(
+                f"--backbone: this {config.model_type} has experts or convolutions of its own ({own} has three dimensions): "
+                "what they compute and keep is not planned; choose a dense model"
+            )
+        model = new_adapter(backbone, adapter)
     tuner_of(model).context.weights = LossWeights(balance=1.0)
     return model.train()
 

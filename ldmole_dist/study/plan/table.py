@@ -7,7 +7,7 @@ from typing import Any
 
 from ldmole_dist.study.plan.choose import Line, Machine
 from ldmole_dist.study.plan.memory import PARTS
-from ldmole_dist.study.plan.reason import gb, reasons
+from ldmole_dist.study.plan.reason import count, gb, missing, reasons
 from ldmole_dist.study.plan.shapes import shapes_of
 from ldmole_dist.study.plan.workload import Workload
 
@@ -19,13 +19,14 @@ def head(name: str, workload: Workload, machine: Machine) -> list[str]:
     """What is planned, and what is assumed."""
     w, m, shapes = workload, machine, shapes_of(workload)
     sequences = w.micro_batch * w.accumulation * m.gpus
+    host = "" if m.host_memory is None else f"; {gb(m.host_memory)} of host memory a node"
     experts = "all, so that nothing is an expectation" if w.dense else f"{w.active:g} on average, no expert preferred"
     return [
         f"{name}: {shapes.frozen():,} frozen parameters, {shapes.experts():,} in experts (E={w.num_experts}, r={w.rank}), "
         f"{shapes.dense():,} in routers and lambda-MLPs",
-        f"{m.gpus} GPUs of {gb(m.memory)}, {gb(m.usable)} usable ({m.reserved:.0%} kept free for context, library and "
-        f"fragmentation); {w.precision}; {w.micro_batch} x {w.seq} tokens a forward, {w.accumulation} micro-batch(es), "
-        f"{sequences:,} sequences a step",
+        f"{count(m.gpus, 'GPU')} of {gb(m.memory)}, {gb(m.usable)} usable ({m.reserved:.0%} kept free for context, library and "
+        f"fragmentation){host}; {w.precision}; {w.micro_batch} x {w.seq} tokens a forward, "
+        f"{count(w.accumulation, 'micro-batch')} and {count(sequences, 'sequence')} a step",
         f"assumed: experts of a token: {experts}; logits of {w.answer_tokens or w.seq} positions a sequence; "
         f"{'padding, so that attention keeps a mask' if w.padded else 'no padding'}",
         f"assumed rates: {m.tflops:g} TFLOP/s achieved, {m.bandwidth:g} GB/s sent within {m.gpus_per_node} GPUs, "
@@ -46,7 +47,7 @@ def table(lines: Sequence[Line]) -> list[str]:
         s = line.strategy
         offload = {"none": "-", "optimizer": "optim", "optimizer+params": "opt+par"}[s.offload]
         parts = " ".join(_cell(line.memory[part]) for part in PARTS)
-        short = "" if line.fits else f"  lacks {gb(line.lacks)}"
+        short = "" if line.fits else f"  lacks {missing(line)}"
         rows.append(
             f"{s.stage:>4} {s.ep_size:>3} {'yes' if s.checkpointing else 'no':9} {offload:8} | {parts} | "
             f"{line.total / 1e9:7.1f} {line.sent / 1e9:8.2f} {sum(line.flops.values()) / 1e12:8.1f} {line.step:7.2f}{short}"
@@ -78,8 +79,8 @@ def report(name: str, workload: Workload, machine: Machine, lines: Sequence[Line
             text.append(f"... and {len(fitting) - SHOWN} more that fit (--all)")
         if fitting and others:
             text.append(
-                f"{len(others)} lines do not fit, by {gb(others[0].lacks)} ({others[0].name()}) "
-                f"to {gb(others[-1].lacks)} ({others[-1].name()})"
+                f"{len(others)} lines do not fit, by {missing(others[0])} ({others[0].name()}) "
+                f"to {missing(others[-1])} ({others[-1].name()})"
             )
     if fitting:
         best = fitting[0]
@@ -98,8 +99,6 @@ def _detail(line: Line) -> Iterable[str]:
         yield "  sent by a rank, million elements: " + ", ".join(
             f"{kind} {value / 1e6:,.2f}" for kind, value in sent.items()
         )
-    if line.host:
-        yield f"  host memory: {gb(line.host)} a rank"
 
 
 def as_json(name: str, workload: Workload, machine: Machine, lines: Sequence[Line]) -> dict[str, Any]:
@@ -125,6 +124,7 @@ def _line(line: Line) -> dict[str, Any]:
         "bytes": line.memory,
         "total_bytes": line.total,
         "host_bytes": line.host,
+        "host_bytes_of_node": line.host_of_node,
         "elements_sent": line.traffic,
         "bytes_sent": line.sent,
         "flops": line.flops,

@@ -7,7 +7,7 @@ ranks 2 n (P-1)/P, an all-gather to n elements or a reduce-scatter from n elemen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from ldmole_dist.study.plan.gathering import gathers
@@ -53,12 +53,17 @@ def traffic(workload: Workload, strategy: Strategy) -> dict[str, float]:
 
 
 def traffic_bytes(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """As `traffic`, in bytes: counts are int64, gradients of trainable parameters and weights at the experts float32, what is
+    """As `traffic`, in bytes."""
+    return {kind: n * width(kind, workload) for kind, n in traffic(workload, strategy).items()}
+
+
+def width(kind: str, workload: Workload) -> int:
+    """Bytes of an element: counts are int64, gradients of trainable parameters and weights at the experts float32, what is
     computed with has the precision of the activations."""
-    wide = {"gates", "grad_gates", "again_gates"}
-    sizes = {kind: 8 if kind == "counts" else 4 if kind in wide else workload.itemsize for kind in DISPATCH}
-    frozen = {"gather": workload.itemsize}
-    return {kind: n * (sizes | frozen).get(kind, 4) for kind, n in traffic(workload, strategy).items()}
+    if kind == "counts":
+        return 8
+    computed_with = kind == "gather" or (kind in DISPATCH and not kind.endswith("gates"))
+    return workload.itemsize if computed_with else 4
 
 
 FORWARD = ("rows", "gates", "weights", "sums")
@@ -70,10 +75,21 @@ def dispatched(workload: Workload, strategy: Strategy) -> dict[str, float]:
     check(workload, strategy)
     if strategy.ep_size == 1:
         return {}
+    groups = shapes_of(workload).groups
+    forwards = [payload(moves(g, workload, strategy), sizes_of(g, workload, strategy)) for g in groups]
+    return {kind: n * workload.accumulation for kind, n in passes(forwards, workload, strategy).items()}
+
+
+def passes(forwards: Sequence[Mapping[str, float]], workload: Workload, strategy: Strategy) -> dict[str, float]:
+    """Elements of a micro-batch by the kinds of `parallel.wire`: counts, forward, backward and recomputation.
+
+    Args:
+        forwards: what the forward of each input group moves, in the order of the model.
+        workload: whose input groups they are.
+        strategy: how the experts are spread.
+    """
     sent = dict.fromkeys(DISPATCH, 0.0)
-    for number, group in enumerate(shapes_of(workload).groups):
-        sizes = sizes_of(group, workload, strategy)
-        forward = payload(moves(group, workload, strategy), sizes)
+    for number, (group, forward) in enumerate(zip(shapes_of(workload).groups, forwards, strict=True)):
         sent["counts"] += counts(workload, strategy, group)
         for kind, elements in forward.items():
             sent[kind] += elements
@@ -81,7 +97,7 @@ def dispatched(workload: Workload, strategy: Strategy) -> dict[str, float]:
             needed = number > 0 or kind != "rows" or strategy.checkpointing
             sent[f"grad_{kind}"] += elements if needed else 0
             sent[f"again_{kind}"] += elements if strategy.checkpointing else 0
-    return {kind: elements * workload.accumulation for kind, elements in sent.items()}
+    return sent
 
 
 def messages(workload: Workload, strategy: Strategy) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -136,10 +136,6 @@ class Strategy:
     def deepspeed(self) -> str:
         """Name of the file in ds_configs/."""
         return SHIPPED[self.stage, self.offload]
-
-    def with_dispatch(self, dispatch: Mode) -> Strategy:
-        """The same with another dispatch."""
-        return replace(self, dispatch=dispatch)
 
 
 SHIPPED: dict[tuple[int, Offload], str] = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldmole_dist.config import Adapter, Backbone, Config, Data, Optimisation, Parallelism, Run, dump_config, load_config
+from ldmole_dist.config import Adapter, Backbone, Config, Data, Optimisation, Parallelism, Run, dump_config
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_run
 from ldmole_dist.errors import UserError
 from ldmole_dist.study.plan.choose import Line
@@ -31,8 +32,6 @@ def write_configs(line: Line, folder: Path, backbone: str | None, train: str | N
         UserError: where the folder cannot be written, or holds configs already.
     """
     run, deepspeed = folder / "run.yaml", folder / "deepspeed.json"
-    if existing := [str(path) for path in (run, deepspeed) if path.exists()]:
-        raise UserError(f"--write {folder}: {existing[0]} is there already: remove it or choose another folder")
     given = {"backbone.path": backbone, "data.train": train, "run.output_dir": output}
     missing = [key for key, value in given.items() if value is None]
     w, s = line.workload, line.strategy
@@ -63,11 +62,29 @@ def write_configs(line: Line, folder: Path, backbone: str | None, train: str | N
     heading = [f"# {line.name()}, on {s.ranks} ranks: ldmole launch {run}"]
     if missing:
         heading.append(f"# Fill in {', '.join(missing)}, here or as {missing[0]}=... behind the command.")
+    shipped = replace(config, parallelism=replace(config.parallelism, deepspeed=s.deepspeed))
+    resolve_run(shipped, s.ranks)  # refuses what could not be run, before anything is written
+    _write_new(
+        folder,
+        {deepspeed: json.dumps(zero, indent=2) + "\n", run: "\n".join(heading) + "\n" + dump_config(config)},
+    )
+    return missing
+
+
+def _write_new(folder: Path, contents: dict[Path, str]) -> None:
+    """All files or none; nothing that is there is touched."""
+    written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        deepspeed.write_text(json.dumps(zero, indent=2) + "\n")
-        run.write_text("\n".join(heading) + "\n" + dump_config(config))
+        for path, text in contents.items():
+            with path.open("x") as file:
+                written.append(path)
+                file.write(text)
     except OSError as error:
-        raise UserError(f"--write {folder}: {error.strerror or error}; choose a folder that can be written") from error
-    resolve_run(load_config(str(run), []), s.ranks)  # what was written is what can be read
-    return missing
+        for path in written:
+            path.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            reason = f"{error.filename} is there already: remove it or choose another folder"
+        else:
+            reason = f"{error.strerror or error}; choose a folder that can be written"
+        raise UserError(f"--write {folder}: {reason}") from error

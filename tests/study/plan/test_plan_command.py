@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ import pytest
 from ldmole_dist.cli import main
 from ldmole_dist.config import load_config
 from ldmole_dist.engine.ds_config import resolve_run
-from ldmole_dist.errors import EXIT_EXPLAINED
+from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.study.plan.choose import Line, Machine, all_lines
 from ldmole_dist.study.plan.command import parse_memory
 from ldmole_dist.study.plan.memory import PARTS
 from ldmole_dist.study.plan.presets import load_backbone_config, preset_names
 from ldmole_dist.study.plan.shapes import shapes_of
-from ldmole_dist.study.plan.workload import Workload
+from ldmole_dist.study.plan.workload import Strategy, Workload
+from ldmole_dist.study.plan.write import write_configs
 from tests.small_run import make_folder, run_training
 
-BASE = ["plan", "--backbone", "Llama-3.2-1B", "--gpus", "8", "--gpu-memory", "80GB"]
+# One workload for nearly all: what is traced of it is remembered.
+SMALL = ["--micro-batch", "2", "--answer-tokens", "64"]
+BASE = ["plan", "--backbone", "Llama-3.2-1B", *SMALL, "--gpus", "8", "--gpu-memory", "80GB"]
 
 # Of the weights that are published; Qwen's small models tie their heads, which their files hold all the same.
 PUBLISHED = {
@@ -43,6 +48,11 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
     return json.loads(capsys.readouterr().out)
 
 
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*BASE, *arguments]) == 0
+    return capsys.readouterr().out
+
+
 def test_presets_have_the_published_number_of_parameters() -> None:
     assert set(preset_names()) == set(PUBLISHED)
     for name, number in PUBLISHED.items():
@@ -50,17 +60,22 @@ def test_presets_have_the_published_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "backbone", "micro_batch"), [("8", "Llama-3.1-8B", "16"), ("64", "Llama-3.1-70B", "4")]
+    ("gpus", "backbone", "micro_batch"),
+    [
+        ("8", "Llama-3.2-1B", "2"),
+        pytest.param("8", "Llama-3.1-8B", "16", marks=pytest.mark.full),
+        pytest.param("64", "Llama-3.1-70B", "4", marks=pytest.mark.full),
+    ],
 )
 def test_plan_and_what_it_writes(
     gpus: str, backbone: str, micro_batch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["plan", "--backbone", backbone, "--gpus", gpus, "--gpu-memory", "80GB", "--micro-batch", micro_batch]
+    arguments = [*BASE, "--backbone", backbone, "--gpus", gpus, "--micro-batch", micro_batch]
     written = ["--write", str(tmp_path / "plan"), "--train", "train.jsonl", "--accumulation", "2"]
     assert main([*arguments, *written]) == 0
     printed = capsys.readouterr().out
     assert "recommended: ZeRO" in printed and "assumed rates: 150 TFLOP/s" in printed
-    assert f"{PUBLISHED[backbone]:,} frozen parameters" in printed
+    assert printed.startswith(f"{backbone} (preset): {PUBLISHED[backbone]:,} frozen parameters")
     for sentence in ("it takes", "ep_size", "gradient checkpointing", "ZeRO", "offload"):
         assert any(line.startswith("  - ") and sentence in line for line in printed.splitlines()), sentence
     assert "still to be filled in: backbone.path, run.output_dir" in printed
@@ -75,15 +90,17 @@ def test_plan_and_what_it_writes(
 
 
 def test_json_has_every_line_and_the_best_first(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = planned(capsys, "--experts", "8")
+    plan = planned(capsys)
     lines = plan["lines"]
     assert len(lines) == 6 * 4 * 2  # shipped configs, ep_size 1 2 4 8, recomputation or not
+    assert plan["preset"] and plan["backbone"] == "Llama-3.2-1B"
     assert plan["recommended"]["strategy"] == lines[0]["strategy"] and plan["recommended"]["reasons"]
     fits = [line["fits"] for line in lines]
     assert fits == sorted(fits, reverse=True)
     for line in lines:
         assert set(line["bytes"]) == set(PARTS) and line["total_bytes"] == sum(line["bytes"].values())
         assert line["fits"] == (line["total_bytes"] <= plan["machine"]["usable"])
+        assert line["host_bytes_of_node"] == 8 * line["host_bytes"]
         assert line["step_seconds"] == pytest.approx(sum(line["seconds"].values()))
     times = [line["step_seconds"] for line in lines if line["fits"]]
     assert times[0] <= 1.02 * min(times)
@@ -96,43 +113,89 @@ def test_rates_change_what_is_recommended(capsys: pytest.CaptureFixture[str]) ->
     assert plan["recommended"]["bytes_sent"] <= 1.05 * fewest
     assert plan["recommended"]["seconds"]["wire"] > plan["recommended"]["seconds"]["compute"]
     # With little memory, what would be faster does not fit.
-    small = ["--micro-batch", "2", "--answer-tokens", "64"]
-    wide, narrow = (planned(capsys, *small, "--gpu-memory", size)["recommended"] for size in ("80GB", "8GB"))
+    wide, narrow = (planned(capsys, "--gpu-memory", size)["recommended"] for size in ("80GB", "8GB"))
     assert not wide["strategy"]["checkpointing"] and narrow["strategy"]["checkpointing"]
     assert wide["step_seconds"] < narrow["step_seconds"]
 
 
 def test_all_shows_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*BASE, "--gpu-memory", "24GB", "--seq", "4096", "--answer-tokens", "64"]) == 0
-    short = capsys.readouterr().out
-    assert main([*BASE, "--gpu-memory", "24GB", "--seq", "4096", "--answer-tokens", "64", "--all"]) == 0
-    everything = capsys.readouterr().out
+    short, everything = (printed(capsys, "--gpu-memory", "8GB", *more) for more in ([], ["--all"]))
     assert "lines do not fit, by" in short and " lacks " not in short.partition("recommended")[0]
     assert " lacks " in everything and len(everything.splitlines()) > len(short.splitlines())
 
 
+def test_reasons_agree_with_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    said = set()
+    for where in (["--gpus", "8"], ["--gpus", "1"], ["--gpus", "7", "--gpu-memory", "4GB"]):
+        plan = planned(capsys, *where)
+        best = plan["recommended"]
+        fitting = [line["step_seconds"] for line in plan["lines"] if line["fits"]]
+        if len(fitting) == 1:
+            expected = "no other line fits"
+        elif best["step_seconds"] == min(fitting):
+            expected = f"of the {len(fitting)} lines that fit none has a shorter step"
+        else:
+            expected = "its step is as short as that of "
+        assert expected in best["reasons"][0]
+        said.add(expected[:6])
+        # One GPU has nobody to spread experts to.
+        assert any("ep_size" in reason for reason in best["reasons"][1:]) == (where[1] == "8")
+    assert len(said) == 3
+
+
+def test_offloading_needs_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    # Of seven GPUs none shares experts with another; only offloaded parameters leave room for a step.
+    offload = ["--gpus", "7", "--gpu-memory", "4GB"]
+    (reason,) = (line for line in printed(capsys, *offload).splitlines() if "- offloading optimizer+params" in line)
+    assert reason.endswith("it needs 3.7 GB of host memory a node, which is not checked (--host-memory)")
+    text = printed(capsys, *offload, "--host-memory", "1TB")
+    assert "it needs 3.7 GB of the 1,000 GB of host memory a node" in text and "not checked" not in text
+
+    enough, short = ([*offload, "--host-memory", size] for size in ("3.7GB", "3.6GB"))
+    assert planned(capsys, *enough)["recommended"]["host_bytes_of_node"] == pytest.approx(3.68e9, rel=0.01)
+    assert main([*BASE, *short]) == EXIT_EXPLAINED
+    out, error = capsys.readouterr()
+    assert "lacks 0.08 GB of host memory a node" in out
+    assert "no line fits into 3.6 GB a GPU and 3.6 GB of host memory a node." in error
+    assert "optimizer+params offloaded, needs 3.7 GB of host memory a node: 0.08 GB more." in error
+    assert error.endswith("It would fit with --gpus 14\n")  # over two nodes; no smaller batch would help
+    assert planned(capsys, *short, "--gpus", "14")["recommended"]["fits"]
+    # What does not offload does not ask for it.
+    assert planned(capsys, "--host-memory", "1MB")["recommended"]["strategy"]["offload"] == "none"
+
+
+@pytest.mark.full  # the settings that would help are many workloads
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*BASE, "--gpu-memory", "8GB", "--micro-batch", "16"]) == EXIT_EXPLAINED
+    large = [*BASE, "--gpu-memory", "4.5GB", "--micro-batch", "8"]
+    assert main(large) == EXIT_EXPLAINED
     out, error = capsys.readouterr()
     assert "recommended" not in out and " lacks " in out
-    assert error.startswith("error: no line fits into 7.2 GB a GPU. The closest, ") and error.count("\n") == 1
+    assert error.startswith("error: no line fits into 4.0 GB a GPU. The closest, ") and error.count("\n") == 1
     assert "more (" in error
     # What is said to help does.
     advice = error.partition("It would fit with ")[2]
     option, number = advice.split()[:2]
     assert option == "--micro-batch"
-    assert main([*BASE, "--gpu-memory", "8GB", option, number.strip(";\n")]) == 0
+    assert main([*large, option, number.strip(";\n")]) == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--backbone", "Lama-8B"], "nor one of ['SmolLM2-135M', 'Qwen3-0.6B', 'Llama-3.2-1B'"),
+        (["--backbone", "Lama-8B"], "nor one of SmolLM2-135M, Qwen3-0.6B, Llama-3.2-1B"),
         (["--gpu-memory", "80 apples"], "--gpu-memory '80 apples' is no size: write it like 80GB"),
         (["--gpu-memory", "0GB"], "is no size"),
+        (["--host-memory", "much"], "--host-memory 'much' is no size"),
         (["--active", "0.5"], "active=0.5 must lie between 1 and num_experts=8"),
         (["--answer-tokens", "2000"], "answer_tokens=2000 must lie between 1 and seq=1024"),
-        (["--tflops", "0"], "tflops=0.0 must be above 0"),
+        (["--active", "9"], "active=9.0 must lie between 1 and num_experts=8"),
+        (["--active", "nan"], "active=nan must lie between 1"),
+        (["--tflops", "0"], "tflops=0.0 must be above 0 and finite"),
+        (["--tflops", "nan"], "tflops=nan must be above 0 and finite"),
+        (["--bandwidth", "inf"], "bandwidth=inf must be above 0 and finite"),
+        (["--inter-bandwidth", "-1"], "bandwidth=-1.0 must be above 0 and finite"),
+        (["--host-bandwidth", "nan"], "host_bandwidth=nan must be above 0 and finite"),
+        (["--gpu-memory", "9" * 400], "is no size"),
         (["--reserve", "1"], "reserved=1.0 must lie in [0, 1)"),
         (["--target-modules", "query"], "query"),
         (["--write", "{folder}"], "run.yaml is there already"),
@@ -145,22 +208,31 @@ def test_bad_input(arguments: list[str], says: str, tmp_path: Path, capsys: pyte
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
+def test_written_files_are_new_and_whole(tmp_path: Path) -> None:
+    line = Line(Workload(load_backbone_config("Llama-3.2-1B")), Strategy(2, 1), Machine(2, 10**9))
+    run, deepspeed = tmp_path / "run.yaml", tmp_path / "deepspeed.json"
+    write_configs(line, tmp_path, None, None, None)
+    texts = run.read_text(), deepspeed.read_text()
+    for present, absent in ((run, deepspeed), (deepspeed, run)):
+        before = absent.read_text()
+        absent.unlink()
+        with pytest.raises(UserError, match=f"{present.name} is there already"):
+            write_configs(replace(line, strategy=Strategy(2, 2)), tmp_path, None, None, None)
+        assert present.read_text() in texts and not absent.exists()
+        absent.write_text(before)
+    with pytest.raises(UserError, match="run.yaml is there already"):
+        write_configs(line, run, None, None, None)  # a file, where a folder should be
+
+
 def test_no_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "--backbone", "Llama-3.2-1B", "--gpus", "0", "--gpu-memory", "80GB"])
     assert stopped.value.code == 2 and "'0' is not a number from 1 on" in capsys.readouterr().err
 
 
-def test_a_config_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("{}", '{"model_type": "unheard-of"}', "not JSON", '{"model_type": "t5"}'):
-        (tmp_path / "config.json").write_text(text)
-        assert main([*BASE, "--backbone", str(tmp_path)]) == EXIT_EXPLAINED
-        assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_experts_are_spread_only_where_that_is_possible(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = planned(capsys, "--experts", "6")["lines"]
-    assert {line["strategy"]["ep_size"] for line in lines} == {1, 2}
+def test_experts_are_spread_only_where_that_is_possible() -> None:
+    workload = Workload(load_backbone_config("Llama-3.2-1B"), num_experts=6)
+    assert {line.strategy.ep_size for line in all_lines(workload, Machine(gpus=8, memory=10**9))} == {1, 2}
 
 
 def test_sizes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 
 from ldmole_dist.backbone import enable_gradient_checkpointing
 from ldmole_dist.study.plan.activations import on_meta, run_forward
-from ldmole_dist.study.plan.flops import PARTS, flops
+from ldmole_dist.study.plan.flops import PARTS, _forward, flops
 from ldmole_dist.study.plan.shapes import meta_model
 from ldmole_dist.study.plan.workload import Strategy, Workload
 
@@ -36,22 +37,54 @@ CPU_ATTENTION: dict[Any, Any] = {
     ),
 }
 
+MODULES = {
+    "adapted": r"_proj$",
+    "base": r"_proj\.base_layer$",
+    "router": r"\.router\.default$",
+    "lambda_mlp": r"\.lambda_mlp\.default\.\d+$",
+    "head": r"\.lm_head$",
+}
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_as_torch_counts(checkpointing: bool) -> None:
-    predicted = flops(WORKLOAD, Strategy(1, 0, 1, checkpointing=checkpointing))
-    assert set(predicted) == set(PARTS) and (predicted["recompute"] > 0) == checkpointing
-    with torch.device("cpu"):
-        model = meta_model(WORKLOAD).to_empty(device="cpu")
+
+def counted(checkpointing: bool, backward: bool = True) -> FlopCounterMode:
+    """A micro-batch of the real model under torch's counter."""
+    model = meta_model(WORKLOAD).to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     if checkpointing:
         enable_gradient_checkpointing(model)
     ids = torch.randint(0, 4000, (2, 64))
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        model(input_ids=ids, use_cache=False).logits.float().mean().backward()
-    counted = counter.get_total_flops()
-    assert abs(sum(predicted.values()) / counted - 1) < TOLERANCE, (predicted, counted)
+        logits = model(input_ids=ids, use_cache=False).logits
+        if backward:
+            logits.float().mean().backward()
+    return counter
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_as_torch_counts(checkpointing: bool) -> None:
+    predicted = flops(WORKLOAD, Strategy(1, 0, 1, checkpointing=checkpointing))
+    assert set(predicted) == set(PARTS) and (predicted["recompute"] > 0) == checkpointing
+    total = counted(checkpointing).get_total_flops()
+    assert abs(sum(predicted.values()) / total - 1) < TOLERANCE, (predicted, total)
+    if not checkpointing:  # the rest is what q, k and v of the first layer would need for the gradient of their input
+        T, D, columns = WORKLOAD.tokens, 256, (256 + 128 + 128) + 3 * 4 + 64 + 3 * 4 * 4  # base, routers, lambda-MLP, A
+        assert sum(predicted.values()) - total == 2 * T * D * columns
+
+
+def test_every_part_of_a_forward_as_torch_counts() -> None:
+    """In a backward torch's counter does not tell modules apart."""
+    by_module = counted(False, backward=False).get_flop_counts()
+    sums = dict.fromkeys(MODULES, 0)
+    for name, counts in by_module.items():
+        for part, pattern in MODULES.items():
+            sums[part] += sum(counts.values()) if re.search(pattern, name) else 0
+    attention = sum(n for op, n in by_module["Global"].items() if "attention" in str(op))
+    # Within an adapted linear: the frozen one, its router, the lambda-MLP of the leader, and the experts.
+    experts = sums["adapted"] - sums["base"] - sums["router"] - sums["lambda_mlp"]
+    expected = {part: sums[part] for part in ("base", "head", "router", "lambda_mlp")}
+    assert _forward(WORKLOAD, Strategy(1, 0, 1)) == expected | {"attention": attention, "experts": experts}
+    assert all(value > 0 for value in (*expected.values(), attention, experts))
 
 
 def test_parts_scale_as_they_should() -> None:
