@@ -68,18 +68,18 @@ def test_without_one_rank_each_placement_is_compared_with_its_own_first(tmp_path
     assert len(figures.strong_scaling(sorted(one, key=lambda p: p.cell.ranks), None).axes[0].lines) == 3
 
 
-def test_what_has_done_the_same_differs_by_noise(tmp_path: Path) -> None:
+def test_what_has_sent_the_same_tells_what_differences_say(tmp_path: Path) -> None:
     store = Store(tmp_path, MACHINE)
     other = replace(GRID.base, stage=0)  # sends the same for its experts and still does something else
     rows = [(GRID.base, 1.1, 5.0), (replace(GRID.base, dispatch="all_to_all"), 3.0, 9.0), (other, 2.0, 5.0)]
     for cell, seconds, elements in rows:
         store.add(done(cell, measured(seconds, wire={"rows": elements})))
-    assert Study(store).noise() == ""
+    assert Study(store).resolution() == ""
     store.add(done(replace(GRID.base, dispatch="gather"), measured(1.0, wire={"rows": 5.0})))
     page = said_by(Study(store), sections.summary, sections.method, results.dispatch)
     assert "auto and gather send the same, 0.00 MB for each rank and step, and take 1.10 and 1.00 s: the 10.0%" in page
     assert "all_to_all sends" in page and "auto sends" not in page and "gather sends" not in page
-    assert "2 cells that did and sent the same differed by 10.0%" in page.split("<h2>Method")[0]
+    assert "2 cells that sent the same differed by 10.0%" in page.split("<h2>Method")[0]
 
 
 def test_what_lies_between_every_rank_and_all_ranks_is_said(tmp_path: Path) -> None:

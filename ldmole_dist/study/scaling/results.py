@@ -90,7 +90,8 @@ def dispatch(study: Study, page: Page) -> None:
             names, seconds = (cell.dispatch, *(p.cell.dispatch for p in others)), [p.measured.seconds for p in group]
             said.append(
                 f"{' and '.join(names)} send the same, {megabytes(m.wire_bytes)} MB for each rank and step, and take "
-                f"{' and '.join(f'{s:.2f}' for s in seconds)} s: the {apart(group):.1%} between them is noise."
+                f"{' and '.join(f'{s:.2f}' for s in seconds)} s: the {apart(group):.1%} between "
+                "them is what deciding takes in auto, and noise."
             )
         else:
             said.append(

@@ -20,8 +20,8 @@ def summary(study: Study, page: Page) -> None:
         f"{failed} failed.",
         study.disturbance(),
     ]
-    if noise := study.noise():
-        said.append(noise)
+    if resolution := study.resolution():
+        said.append(resolution)
     said += throughput(study) + generation(study.latencies)
     if study.latency_failed:
         said.append(f"What the adapter's parts cost was not measured: {study.latency_failed}.")

@@ -57,7 +57,8 @@ def spread(points: Sequence[Point]) -> list[Point]:
 
 
 def alike(points: Sequence[Point]) -> list[list[Point]]:
-    """Points that differ in dispatch only, in groups that sent the same elements: those of a group have done the same."""
+    """Points that differ in dispatch only, in groups that sent the same elements: those of a group have done the same, but for
+    deciding it in auto."""
     groups: list[list[Point]] = []
     for p in points:
         same = (
@@ -71,7 +72,7 @@ def alike(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def apart(group: Sequence[Point]) -> float:
-    """How far the slowest is from the fastest, relative to it; of points that have done the same, that is noise."""
+    """How far the slowest is from the fastest, relative to it."""
     seconds = [p.measured.seconds for p in group]
     return max(seconds) / min(seconds) - 1
 

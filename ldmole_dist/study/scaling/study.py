@@ -56,15 +56,15 @@ class Study:
         meaning = ": times are longer than on an idle machine, and their ratios less certain" if usual > 0.1 else ""
         return f"{said}{meaning}."
 
-    def noise(self) -> str:
-        """How far cells were apart that have done the same, where there were such cells."""
+    def resolution(self) -> str:
+        """How far cells were apart that have done the same, where there were such cells: no smaller difference tells much."""
         repeated = [group for group in alike(self.points) if len(group) > 1]
         if not repeated:
             return ""
         number, widest = sum(map(len, repeated)), max(map(apart, repeated))
         return (
-            f"A rough measure of the noise: {number} cells that did and sent the same differed by {widest:.1%}. A difference "
-            "between others that is no larger says nothing."
+            f"{number} cells that sent the same differed by {widest:.1%}, which is what deciding takes in auto, and noise: a "
+            "difference between others that is no larger says little."
         )
 
     def crowd(self) -> str:
