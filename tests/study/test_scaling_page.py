@@ -56,7 +56,7 @@ def test_without_one_rank_each_placement_is_compared_with_its_own_first(tmp_path
     study = Study(store)
     assert speedup(study) == [
         "4 ranks with experts on every rank take 0.80 s, 2 ranks 1.00 s: 1.25 times as fast.",
-        "4 ranks with the experts spread over all ranks take 2.00 s, 2 ranks 4.00 s: 2.00 times as fast.",
+        "4 ranks with experts spread over all ranks take 2.00 s, 2 ranks 4.00 s: 2.00 times as fast.",
     ]
     assert [said.partition(": ")[2][:10] for said in throughput(study)] == ["1.25 times", "2.00 times"]
     # Ideal lines of both: seconds halve from each placement's own first; on two cores they stay.

@@ -75,7 +75,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))  # as a full disk, takes a part of the row
     try:
         with pytest.raises(
-            UserError, match=r"cells\.csv cannot be written to \(File too large\).* the same command goes on"
+            UserError, match=r"cells\.csv cannot be written: File too large; what was there before .* the same command"
         ):
             store.add(done(replace(TINY, layers=2), measured(0.5)))
     finally:
@@ -87,7 +87,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
     again.add(done(replace(TINY, layers=3), measured(0.5)))
     assert [row.cell.layers for row in again.rows()] == [1, 3]
     store.latency.with_suffix(".unfinished").mkdir()
-    with pytest.raises(UserError, match=r"latency\.json cannot be written to \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"latency\.json cannot be written: Is a directory"):
         store.add_latencies("why")
     assert store.latencies() is None
 
@@ -161,6 +161,10 @@ def test_a_folder_is_of_one_machine_and_version(tmp_path: Path) -> None:
     table.write_text(table.read_text().replace("dispatch", "transport", 1))
     with pytest.raises(UserError, match="another version of this study: choose another --output"):
         Store(tmp_path, MACHINE)
+    for older in ({name: MACHINE[name] for name in MACHINE if name != "timed_steps"}, []):
+        (tmp_path / "machine.json").write_text(json.dumps(older))
+        with pytest.raises(UserError, match=r"machine\.json was written by another version of this study"):
+            Store(tmp_path, None)
 
 
 def test_steps_are_recorded_and_are_those_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,11 +147,13 @@ def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
     groups = shapes_of(workload).groups
     sent: Counter[str] = Counter()
     for rank, m in enumerate(measured):
-        own = rank % strategy.ep_size
-        for first in range(0, len(m.supports), len(groups)):
+        own, supports = rank % strategy.ep_size, iter(m.supports)
+        for _ in range(workload.accumulation):
             forwards = []
-            for group, support in zip(groups, m.supports[first:], strict=False):
-                sizes, support_GTPL = sizes_of(group, workload, strategy), torch.from_numpy(support)
+            for group in groups:
+                support_GTE = torch.stack([torch.from_numpy(next(supports)) for _ in group.out_features])
+                support_GTPL = support_GTE.unflatten(2, (strategy.ep_size, -1))
+                sizes = sizes_of(group, workload, strategy)
                 forwards.append(elements(support_GTPL, cheapest_ships(support_GTPL, own, sizes), own, sizes))
             sent.update(passes(forwards, workload, strategy))  # type: ignore[arg-type]
     return sent

@@ -28,14 +28,15 @@ def flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
         backward; recompute: the forward of everything but the head once more, under gradient checkpointing.
     """
     check(workload, strategy)
-    forward = _forward(workload, strategy)
+    forward = forward_flops(workload, strategy)
     backward = {"base": 1.0, "attention": 2.5, "head": 1.0, "router": 2.0, "lambda_mlp": 2.0, "experts": 2.0}
     parts = {part: forward[part] * (1 + backward[part]) for part in backward}
     again = sum(forward.values()) - forward["head"] if strategy.checkpointing else 0.0
     return {part: value * workload.accumulation for part, value in (parts | {"recompute": again}).items()}
 
 
-def _forward(workload: Workload, strategy: Strategy) -> dict[str, float]:
+def forward_flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
+    """Of one rank and forward: the parts of `flops` but "recompute"."""
     w, T = workload, workload.tokens
     groups = shapes_of(w).groups
     linears = [(group.in_features, out) for group in groups for out in group.out_features]

@@ -9,7 +9,7 @@ Shapes: B sequences, S positions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,6 @@ from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.engine.startup import start
 from ldmole_dist.method.context import LossWeights, Tape
 from ldmole_dist.objective import answer_loss, next_tokens
-from ldmole_dist.parallel.dispatch import ExpertParallelDispatch
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import spread_experts, tuner_of
 from ldmole_dist.study.plan.workload import Strategy, Workload
@@ -46,7 +45,7 @@ class Measured:
     bytes: dict[str, int] = field(default_factory=dict)
     wire: Counter[str] = field(default_factory=Counter)
     wire_bytes: Counter[str] = field(default_factory=Counter)
-    # (G, T, P, L) bool of every input group and micro-batch in the order of the forwards; empty where no experts are spread
+    # (T, E) bool of every linear and micro-batch, in the order of the forwards
     supports: list[np.ndarray] = field(default_factory=list)
     collectives: Counter[tuple[str, int]] = field(default_factory=Counter)  # by (operation, ranks)
     calls: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -95,7 +94,7 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
     measured.bytes["parameters"] = size_of(_parameters(engine))
     engine.parallel.wire.clear()
     counted = Collectives()
-    _record_supports(engine, measured.supports)
+    context.observer = lambda name, routing, mask_T: measured.supports.append((routing.p_TE != 0).cpu().numpy())
     with counted:
         for turn in range(workload.accumulation):
             batch = _batch(workload, process.device, WARM_UP, turn)
@@ -163,24 +162,6 @@ def _engine(model: PeftModel, workload: Workload, strategy: Strategy) -> Engine:
         lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
         1.0,
     )
-
-
-def _record_supports(engine: Engine, supports: list[np.ndarray]) -> None:
-    """Write down which experts the tokens of every input group have, whenever a dispatch is asked to plan for them."""
-    for module in engine.module.modules():
-        dispatch: Any = getattr(module, "dispatch", None)
-        if isinstance(dispatch, ExpertParallelDispatch) and "plan" not in vars(dispatch):
-            dispatch.plan = _recorded(dispatch, supports)  # type: ignore[method-assign]
-
-
-def _recorded(dispatch: ExpertParallelDispatch, supports: list[np.ndarray]) -> Any:
-    plan = dispatch.plan
-
-    def recorded(of_group: Sequence[Tensor], banks: Any, name: str) -> Any:
-        supports.append(torch.stack([s.unflatten(1, (dispatch.size, -1)) for s in of_group]).cpu().numpy())
-        return plan(of_group, banks, name)
-
-    return recorded
 
 
 def _batch(workload: Workload, device: torch.device, step: int, turn: int) -> dict[str, Tensor]:

@@ -9,19 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ldmole_dist.study.bench_latency import Latency
-from ldmole_dist.study.scaling.series import Point, replicated, spread
+from ldmole_dist.study.scaling.series import PLACEMENTS, Point
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#718096", "#b7791f")
-SERIES = (("experts on every rank", replicated, "o"), ("experts spread over all ranks", spread, "s"))
 Sample = tuple[float, float]  # measured seconds, predicted seconds
 
 
 def weak_scaling(points: Sequence[Point], cores: int | None) -> Figure:
     """Tokens per second over ranks; `cores` where ranks share so many."""
     figure, (axes,) = _panels(1)
-    for (label, series, marker), colour in zip(SERIES, COLOURS, strict=False):
-        chosen = series(points)
-        axes.plot(*_xy(chosen, "tokens_per_second"), marker=marker, color=colour, label=label)
+    _placements(axes, points, "tokens_per_second")
     ranks = sorted({p.cell.ranks for p in points})
     for n0, first in _firsts(points, "tokens_per_second"):
         shared = [first * min(n, cores) / min(n0, cores) for n in ranks] if cores else None
@@ -33,8 +30,7 @@ def weak_scaling(points: Sequence[Point], cores: int | None) -> Figure:
 def strong_scaling(points: Sequence[Point], cores: int | None) -> Figure:
     """Seconds per optimizer step over ranks, the batch fixed."""
     figure, (axes,) = _panels(1)
-    for (label, series, marker), colour in zip(SERIES, COLOURS, strict=False):
-        axes.plot(*_xy(series(points), "seconds"), marker=marker, color=colour, label=label)
+    _placements(axes, points, "seconds")
     ranks = sorted({p.cell.ranks for p in points})
     for n0, first in _firsts(points, "seconds"):
         shared = [first * min(n0, cores) / min(n, cores) for n in ranks] if cores else None
@@ -148,22 +144,21 @@ def _xy(points: Sequence[Point], quantity: str) -> tuple[list[int], list[float]]
     return [p.cell.ranks for p in points], [getattr(p.measured, quantity) for p in points]
 
 
+def _placements(axes: Any, points: Sequence[Point], quantity: str) -> None:
+    for (label, series), colour, marker in zip(PLACEMENTS, COLOURS, "os", strict=False):
+        axes.plot(*_xy(series(points), quantity), marker=marker, color=colour, label=label)
+
+
 def _firsts(points: Sequence[Point], quantity: str) -> list[tuple[int, float]]:
     """Where each series begins, which its ideal does too; one rank has all experts, and begins both."""
-    series = [_xy(chosen(points), quantity) for _, chosen, _ in SERIES]
+    series = [_xy(chosen(points), quantity) for _, chosen in PLACEMENTS]
     return list(dict.fromkeys((x[0], y[0]) for x, y in series if x))
 
 
 def _ideal(axes: Any, ranks: list[int], ideal: list[float], shared: list[float] | None) -> None:
-    labels = axes.get_legend_handles_labels()[1]
-
-    def draw(values: list[float], label: str, style: str) -> None:
-        again = label in labels  # a label stands in the legend once
-        axes.plot(ranks, values, linestyle=style, color="black", linewidth=0.9, label="_" * again + label)
-
-    draw(ideal, "ideal", "--")
+    axes.plot(ranks, ideal, linestyle="--", color="black", linewidth=0.9, label="ideal")
     if shared and shared != ideal:
-        draw(shared, "ideal on the cores that there are", ":")
+        axes.plot(ranks, shared, linestyle=":", color="black", label="ideal on the cores that there are")
 
 
 def _over_ranks(axes: Any, ranks: list[int], quantity: str, title: str) -> None:
@@ -171,4 +166,6 @@ def _over_ranks(axes: Any, ranks: list[int], quantity: str, title: str) -> None:
     axes.set_xticks(ranks, [str(n) for n in ranks])
     axes.set_ylim(0, 1.05 * max(max(line.get_ydata()) for line in axes.lines))
     axes.set(xlabel="ranks", ylabel=quantity, title=title)
-    axes.legend()
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))  # there is an ideal of each placement
+    axes.legend(once.values(), once.keys())

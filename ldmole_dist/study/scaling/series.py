@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ def replicated(points: Sequence[Point]) -> list[Point]:
 
 
 def spread(points: Sequence[Point]) -> list[Point]:
-    """Of a series over ranks, those with the experts spread over all ranks; alone, a rank has them all."""
+    """Of a series over ranks, those with experts spread over all ranks; alone, a rank has them all."""
     return [p for p in points if p.cell.ep_size == p.cell.ranks]
 
 
@@ -75,6 +75,18 @@ def apart(group: Sequence[Point]) -> float:
     """How far the slowest is from the fastest, relative to it."""
     seconds = [p.measured.seconds for p in group]
     return max(seconds) / min(seconds) - 1
+
+
+def from_first(points: Sequence[Point]) -> Iterator[tuple[str, Point, Point]]:
+    """Each placement's points, each with what the placement is and its point on the fewest ranks."""
+    for label, series in PLACEMENTS:
+        chosen = series(points)
+        for point in chosen[1:]:
+            yield label, chosen[0], point
+
+
+# What "experts" are in a sentence or a legend, and the points of which that is so.
+PLACEMENTS = (("experts on every rank", replicated), ("experts spread over all ranks", spread))
 
 
 def _over_ranks(points: Sequence[Point], base: Cell, belongs: Callable[[Cell], bool]) -> list[Point]:

@@ -11,8 +11,6 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 
+from ldmole_dist.checkpoint.files import explained, write_text
 from ldmole_dist.errors import UserError
 from ldmole_dist.ranks import RankFailed
 from ldmole_dist.study.bench_latency import Latency
@@ -117,6 +116,10 @@ class Store:
             ) from error
         except ValueError as error:
             raise UserError(f"{about} is damaged ({error}): choose another --output") from error
+        if not isinstance(self.machine, dict) or "timed_steps" not in self.machine:
+            raise UserError(
+                f"{about} was written by another version of this study: choose another --output, or remove {folder}"
+            )
         if machine is not None and (differing := [k for k in machine if machine[k] != self.machine.get(k)]):
             was = ", ".join(f"{k} {self.machine.get(k)}, here {machine[k]}" for k in differing)
             asked = f"give --steps {self.machine.get('timed_steps')}, " if differing == ["timed_steps"] else ""
@@ -133,7 +136,7 @@ class Store:
             )
         whole = text.rfind(b"\n") + 1  # interrupted within a row: that cell is measured again
         if writes and (not whole or whole < len(text)):
-            with _writing(self.table):
+            with explained(str(self.table)):
                 if whole:
                     os.truncate(self.table, whole)  # to write the rest again could fail on a full disk
                 else:
@@ -171,7 +174,7 @@ class Store:
         csv.writer(line, lineterminator="\n").writerow(
             json.dumps(value) if isinstance(value, (dict, list)) else value for value in values.values()
         )
-        with _writing(self.table), self.table.open("ab") as file:
+        with explained(str(self.table)), self.table.open("ab") as file:
             file.write(line.getvalue().encode())
             file.flush()
             os.fsync(file.fileno())
@@ -193,24 +196,13 @@ class Store:
             UserError: where it cannot be written.
         """
         kept = {"failed": latencies} if isinstance(latencies, str) else [each._asdict() for each in latencies]
-        with _writing(self.latency):
+        with explained(str(self.latency)):
             _write_whole(self.latency, json.dumps(kept, indent=2) + "\n")
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written to ({error.strerror}): what was measured before is kept, and the same command goes on "
-            "once there is room on the disk and leave to write"
-        ) from error
 
 
 def _write_whole(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
+    write_text(unfinished, text)
     unfinished.rename(path)
 
 

@@ -9,11 +9,9 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.study.bench_latency import Latency
 from ldmole_dist.study.scaling.cells import AXES
 from ldmole_dist.study.scaling.prediction import predict
-from ldmole_dist.study.scaling.series import Point, alike, along, apart, base_of, replicated, spread, strong, weak
+from ldmole_dist.study.scaling.series import Point, alike, along, apart, base_of, from_first, strong, weak
 from ldmole_dist.study.scaling.sheet import Page
 from ldmole_dist.study.scaling.store import Store
-
-PLACEMENTS = (("experts on every rank", replicated), ("the experts spread over all ranks", spread))
 
 
 class Study:
@@ -77,15 +75,13 @@ class Study:
 def throughput(study: Study) -> list[str]:
     """Of weak scaling, a sentence for each number of ranks and placement."""
     said = []
-    for label, series in PLACEMENTS:
-        chosen = series(study.weak)
-        for p in chosen[1:]:
-            one, many = chosen[0].measured.tokens_per_second, p.measured.tokens_per_second
-            where = f", on {study.cores} cores" if study.cores and p.cell.ranks > study.cores else ""
-            said.append(
-                f"{plural(p.cell.ranks, 'rank')} with {label} process {many:,.0f} tokens/s{where}: {many / one:.2f} times the "
-                f"{one:,.0f} of {plural(chosen[0].cell.ranks, 'rank')}."
-            )
+    for label, first, p in from_first(study.weak):
+        one, many = first.measured.tokens_per_second, p.measured.tokens_per_second
+        where = f", on {study.cores} cores" if study.cores and p.cell.ranks > study.cores else ""
+        said.append(
+            f"{plural(p.cell.ranks, 'rank')} with {label} process {many:,.0f} tokens/s{where}: {many / one:.2f} times the "
+            f"{one:,.0f} of {plural(first.cell.ranks, 'rank')}."
+        )
     return said
 
 
@@ -103,16 +99,11 @@ def placements(study: Study) -> list[str]:
 
 def speedup(study: Study) -> list[str]:
     """Of strong scaling, a sentence for each number of ranks and placement."""
-    said = []
-    for label, series in PLACEMENTS:
-        chosen = series(study.strong)
-        for p in chosen[1:]:
-            one, many = chosen[0].measured.seconds, p.measured.seconds
-            said.append(
-                f"{plural(p.cell.ranks, 'rank')} with {label} take {many:.2f} s, {plural(chosen[0].cell.ranks, 'rank')} "
-                f"{one:.2f} s: {one / many:.2f} times as fast."
-            )
-    return said
+    return [
+        f"{plural(p.cell.ranks, 'rank')} with {label} take {p.measured.seconds:.2f} s, {plural(first.cell.ranks, 'rank')} "
+        f"{first.measured.seconds:.2f} s: {first.measured.seconds / p.measured.seconds:.2f} times as fast."
+        for label, first, p in from_first(study.strong)
+    ]
 
 
 def generation(latencies: Sequence[Latency]) -> list[str]:

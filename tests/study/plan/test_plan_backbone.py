@@ -10,17 +10,10 @@ import pytest
 
 from ldmole_dist.cli import main
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
+from ldmole_dist.selftest.tiny import SIZES
 from ldmole_dist.study.plan.presets import is_preset, load_backbone_config
 
-LLAMA: dict[str, Any] = dict(
-    model_type="llama",
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=300,
-)
+LLAMA: dict[str, Any] = {"model_type": "llama", **SIZES}
 
 
 def refused(backbone: Path | str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -99,4 +92,8 @@ def test_a_folder_that_is_called_like_a_preset(tmp_path: Path, monkeypatch: pyte
         load_backbone_config("./SmolLM2-135M")
     (folder / "config.json").write_text(json.dumps(LLAMA))
     assert not is_preset("SmolLM2-135M")
-    assert load_backbone_config("SmolLM2-135M").hidden_size == load_backbone_config("./SmolLM2-135M").hidden_size == 64
+    assert (
+        load_backbone_config("SmolLM2-135M").hidden_size
+        == load_backbone_config("./SmolLM2-135M").hidden_size
+        == SIZES["hidden_size"]
+    )

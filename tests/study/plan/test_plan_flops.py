@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from ldmole_dist.backbone import enable_gradient_checkpointing
 from ldmole_dist.study.plan.activations import on_meta, run_forward
-from ldmole_dist.study.plan.flops import PARTS, _forward, flops
+from ldmole_dist.study.plan.flops import PARTS, flops, forward_flops
 from ldmole_dist.study.plan.shapes import meta_model
 from ldmole_dist.study.plan.workload import Strategy, Workload
 
@@ -83,7 +83,7 @@ def test_every_part_of_a_forward_as_torch_counts() -> None:
     # Within an adapted linear: the frozen one, its router, the lambda-MLP of the leader, and the experts.
     experts = sums["adapted"] - sums["base"] - sums["router"] - sums["lambda_mlp"]
     expected = {part: sums[part] for part in ("base", "head", "router", "lambda_mlp")}
-    assert _forward(WORKLOAD, Strategy(1, 0, 1)) == expected | {"attention": attention, "experts": experts}
+    assert forward_flops(WORKLOAD, Strategy(1, 0, 1)) == expected | {"attention": attention, "experts": experts}
     assert all(value > 0 for value in (*expected.values(), attention, experts))
 
 
