@@ -54,7 +54,9 @@ class Adapter:
     target_modules: list[str] | str = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    router: Literal["sparsegen"] = "sparsegen"
+    router: Literal["sparsegen", "topk", "relu", "softmax", "top_p", "lora"] = "sparsegen"
+    top_k: Positive = 2
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.4
     lambda_hidden: Positive = 256
     lambda_eps: Annotated[float, Field(gt=0, le=1)] = 0.01
     lambda_init: Literal["live", "authors"] = "live"
@@ -103,8 +105,12 @@ class Optimisation:
         label_smoothing: of the task loss.
         balance_coef: c_lb. 1.0 in the paper.
         sparsity_coef: c_sp. 0 in the paper's main results.
-        sparsity_target: k*, the number of experts that the sparsity loss steers to.
+        sparsity_target: k*, the number of experts that the sparsity loss steers to, and router relu's L1 loss.
         z_coef: of the router z-loss.
+        l1_coef: of the L1 loss of router relu at the first step; from step to step it is multiplied with or divided by l1_rate,
+            until sparsity_target experts are active.
+        l1_rate: see l1_coef; both defaults are ReMoE's.
+        entropy_coef: of the entropy loss of router top_p; 1e-4 in its paper.
         router_noise: standard deviation of Gaussian noise on the router scores in training, at the first step; 0, as in the
             paper, for none.
         router_noise_share: of all steps, over which the noise falls linearly to 0.
@@ -129,6 +135,9 @@ class Optimisation:
     sparsity_coef: Coefficient = 0.0
     sparsity_target: Positive = 2
     z_coef: Coefficient = 0.0
+    l1_coef: Coefficient = 1e-8
+    l1_rate: Annotated[float, Field(gt=1)] = 1.2
+    entropy_coef: Coefficient = 0.0
     router_noise: Coefficient = 0.0
     router_noise_share: Annotated[float, Field(gt=0, le=1)] = 0.5
 
@@ -273,6 +282,8 @@ def _check(config: Config) -> None:
     o, experts, ep_size = config.optimisation, config.adapter.num_experts, config.parallelism.ep_size
     if (o.epochs is None) == (o.max_steps is None):
         raise UserError("give one of optimisation.epochs and optimisation.max_steps, not both and not neither")
+    if config.adapter.router == "topk" and config.adapter.top_k > experts:
+        raise UserError(f"adapter.top_k={config.adapter.top_k} is more than adapter.num_experts={experts}: lower it")
     if experts % ep_size:
         raise UserError(
             f"adapter.num_experts={experts} is no multiple of parallelism.ep_size={ep_size}: "

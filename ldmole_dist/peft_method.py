@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ldmole_dist.input_groups import find_input_groups
 from ldmole_dist.method.context import StepContext
 from ldmole_dist.method.experts import ExpertBank
+from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.layer import InputGroup, MoELinear
-from ldmole_dist.method.routers import ROUTERS, LambdaMLP
+from ldmole_dist.method.routers import new_router
 from ldmole_dist.method.sparsegen import at_least_float32
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import draw_bank, seeded
@@ -140,10 +141,10 @@ class LdMoleModel(BaseTuner):
         like = torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device)
         placement = self.parallel.placement(config.num_experts)
         A, B = draw_bank(placement, config.r, D, O, config.init_seed, current_key, like)
-        router = ROUTERS[config.router](D, config.num_experts).to(like)
+        router = new_router(config.router, D, config.num_experts, top_k=config.top_k, top_p=config.top_p).to(like)
         router.reset(seeded(config.init_seed, current_key, "router"))
         bank = ExpertBank(nn.Parameter(A), nn.Parameter(B), config.lora_alpha / config.r)
-        lambda_mlp = self._lambda_mlp(adapter_name, config, D, like)
+        lambda_mlp = self._lambda_mlp(adapter_name, config, D, like) if router.needs_lambda else None
         target.add_adapter(adapter_name, bank, router, lambda_mlp, config.lora_dropout)
 
     def _lambda_mlp(self, adapter_name: str, config: LdMoleConfig, in_features: int, like: Tensor) -> LambdaMLP:

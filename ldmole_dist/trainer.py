@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.startup import Process, agreed
 from ldmole_dist.errors import NonFiniteLoss, Preempted
 from ldmole_dist.evaluate import Evaluator, batch_logits
+from ldmole_dist.method.losses import adapted_l1
 from ldmole_dist.method.noise import RouterNoise, linear_decay
 from ldmole_dist.monitor.meter import Report, StepMeter
 from ldmole_dist.monitor.probe import Probe
@@ -200,9 +202,19 @@ class Trainer:
                 f"{explain_nonfinite(engine, batches[0], False)}"
             )
         self.context.noise = None
+        self._adapt_l1(metrics)
         metrics["skipped_steps"] = engine.skipped_steps
         metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
         return report
+
+    def _adapt_l1(self, metrics: dict[str, Any]) -> None:
+        """Report the coefficient that the L1 loss had in this step, and set that of the next: from what all ranks routed, so it
+        is the same on all."""
+        if "loss_l1" in metrics:
+            weights = self.context.weights
+            metrics["l1_coef"] = weights.l1
+            rate = self.config.optimisation.l1_rate
+            weights.l1 = adapted_l1(weights.l1, metrics["experts_per_token"], weights.target_k, rate)
 
     def _noise(self, step: int, turn: int) -> RouterNoise | None:
         """On the router scores of micro-batch `turn` of this rank."""

@@ -163,7 +163,14 @@ def build_model(
         else:
             model = new_adapter(backbone, adapter_config(config))
     o = config.optimisation
-    tuner_of(model).context.weights = LossWeights(o.balance_coef, o.sparsity_coef, o.z_coef, o.sparsity_target)
+    tuner_of(model).context.weights = LossWeights(
+        balance=o.balance_coef,
+        sparsity=o.sparsity_coef,
+        z=o.z_coef,
+        l1=o.l1_coef,
+        entropy=o.entropy_coef,
+        target_k=o.sparsity_target,
+    )
     if config.parallelism.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model.train()

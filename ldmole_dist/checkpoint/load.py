@@ -21,6 +21,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import make_moments, pieces, refresh_parameters, whole_shapes
 from ldmole_dist.engine.startup import Process, agreed, from_main
 from ldmole_dist.errors import UserError
+from ldmole_dist.peft_method import tuner_of
 
 
 def choose_checkpoint(config: Config, data: dict[str, int | str], process: Process) -> Path | None:
@@ -179,6 +180,8 @@ def _check_shapes(manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[
 
 def _restore(engine: Engine, manifest: Manifest) -> None:
     deepspeed, training = engine.deepspeed, manifest.training
+    if "l1_coef" in training:  # a checkpoint of before there was one has none
+        tuner_of(engine.module).context.weights.l1 = training["l1_coef"]
     for name, value in training["counters"].items():
         setattr(deepspeed, name, value)
     deepspeed.micro_steps = manifest.step * deepspeed.gradient_accumulation_steps()

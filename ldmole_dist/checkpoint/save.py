@@ -30,7 +30,7 @@ from ldmole_dist.config import Config, plain_config
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import Piece, make_moments, pieces, whole_shapes
 from ldmole_dist.engine.startup import Process, agreed
-from ldmole_dist.peft_method import adapter_keys
+from ldmole_dist.peft_method import adapter_keys, tuner_of
 from ldmole_dist.pulse import pulse
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -190,6 +190,7 @@ class Saver:
             adapter_keys={name: keys[name] for name in shapes},
             training={
                 "adam_step": step - deepspeed.skipped_steps,
+                "l1_coef": tuner_of(engine.module).context.weights.l1,
                 "counters": {name: getattr(deepspeed, name) for name in COUNTERS},
                 "scheduler": {"last_epoch": deepspeed.lr_scheduler.last_epoch},
                 "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {},

@@ -9,7 +9,7 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmole_dist.method.losses import load_balance_loss, router_z_loss, sparsity_loss
+from ldmole_dist.method.losses import entropy_loss, l1_loss, load_balance_loss, router_z_loss, sparsity_loss
 from ldmole_dist.method.noise import RouterNoise
-from ldmole_dist.method.routers import Routing
+from ldmole_dist.method.routers import Routing, lambda_or_nan
 
 Tape = dict[Any, list[Any]]
 # Is told, of every adapted linear in every forward: its name, its routing of T tokens, and which of them are real (None: all).
@@ -29,12 +29,23 @@ Observer = Callable[[str, Routing, Tensor | None], None]
 
 @dataclass
 class LossWeights:
-    """Coefficients of the auxiliary losses and the number of experts that the sparsity loss steers to."""
+    """Coefficients of the auxiliary losses (`losses`), and the number of experts that the sparsity loss and the L1 loss steer
+    to. A loss that is not defined for a router (`Router.losses`) is not computed, whatever its coefficient; that of the L1 loss
+    changes from step to step."""
 
     balance: float = 0.0
     sparsity: float = 0.0
     z: float = 0.0
+    l1: float = 0.0
+    entropy: float = 0.0
     target_k: int = 2
+
+    def of(self, term: str) -> float:
+        """The coefficient of one of `TERMS`."""
+        return float(getattr(self, term))
+
+
+TERMS = ("balance", "sparsity", "z", "l1", "entropy")
 
 
 class StepContext:
@@ -65,7 +76,7 @@ class StepContext:
             mask: (B, S) attention mask, nonzero for real tokens; None counts every token.
             positions: (S') those of which the model computes logits, if not of all: what an adapted head reads.
         """
-        self.terms = {"balance": [], "sparsity": [], "z": []}
+        self.terms = {}
         self.stats = {}
         self._mask, self._positions = mask, positions
         self._open, self._differentiable = True, torch.is_grad_enabled()
@@ -75,18 +86,17 @@ class StepContext:
         self._open = False
 
     def auxiliary_loss(self) -> Tensor | float:
-        """c_lb L_lb + c_sp L_sparse + c_z L_z of this micro-batch, each averaged over the adapted linears (METHOD, Losses)."""
-        w = self.weights
-        weighted = [("balance", w.balance), ("sparsity", w.sparsity), ("z", w.z)]
+        """c_lb L_lb + c_sp L_sparse + ... of this micro-batch, each averaged over the adapted linears (METHOD, Losses)."""
         # One that does not count must not be part of the graph, only to be multiplied with 0.
+        weighted = [(term, self.weights.of(term)) for term in self.terms]
         return sum((weight * self.mean(term) for term, weight in weighted if weight), 0.0)
 
     def mean(self, term: str) -> Tensor | float:
-        """Mean over the adapted linears of "balance", "sparsity" or "z"; 0.0 if none reported."""
+        """Mean over the adapted linears of one of `TERMS`; 0.0 if none reported."""
         values = self.terms.get(term, [])
         return torch.stack(values).mean() if values else 0.0
 
-    def report(self, name: str, routing: Routing, shape: torch.Size) -> None:
+    def report(self, name: str, routing: Routing, shape: torch.Size, losses: Sequence[str]) -> None:
         """An adapted linear tells what it routed: auxiliary losses and counts are taken from it.
 
         The losses are computed in a recomputation too and thrown away there: what a checkpointed region computes, its
@@ -96,21 +106,19 @@ class StepContext:
             name: of the linear, unique in the model.
             routing: of T tokens.
             shape: the leading dimensions of the input, whose product is T.
+            losses: the auxiliary losses that are defined for its router (`Router.losses`).
         """
         mask_T, weights = self._token_mask(shape), self.weights
-        with _grad_if(weights.balance):
-            balance = load_balance_loss(routing.p_TE, mask_T)
-        with _grad_if(weights.sparsity):
-            sparsity = sparsity_loss(routing.logits_TE, routing.lam_T, weights.target_k, mask_T)
-        terms = {"balance": balance, "sparsity": sparsity}
-        if weights.z:
-            terms["z"] = router_z_loss(routing.logits_TE, mask_T)
+        terms = {}
+        for term in losses:
+            with _grad_if(weights.of(term)):
+                terms[term] = _auxiliary(term, routing, weights.target_k, mask_T)
         if not self._open:
             return
         for term, value in terms.items():
-            self.terms[term].append(value)
+            self.terms.setdefault(term, []).append(value)
         with torch.no_grad():
-            active_T, lam_T = (routing.p_TE != 0).sum(-1), routing.lam_T
+            active_T, lam_T = (routing.p_TE != 0).sum(-1), lambda_or_nan(routing)
             if mask_T is not None:
                 active_T, lam_T = active_T.masked_fill(~mask_T, 0), lam_T.masked_fill(~mask_T, 0)
             self.stats[name] = torch.stack([active_T.sum().to(lam_T.dtype), lam_T.sum()])
@@ -162,6 +170,20 @@ class StepContext:
         """Put a decision on the tape of the checkpointed region that is running, if one is."""
         if self._region is not None:
             self._region.tape.setdefault(owner, []).append(decision)
+
+
+def _auxiliary(term: str, routing: Routing, target_k: int, mask_T: Tensor | None) -> Tensor:
+    """One auxiliary loss of one adapted linear."""
+    if term == "balance":
+        return load_balance_loss(routing.p_TE, mask_T)
+    if term == "sparsity":
+        assert routing.lam_T is not None  # defined for routers with a lambda only
+        return sparsity_loss(routing.logits_TE, routing.lam_T, target_k, mask_T)
+    if term == "z":
+        return router_z_loss(routing.logits_TE, mask_T)
+    if term == "l1":
+        return l1_loss(routing.p_TE, target_k, mask_T)
+    return entropy_loss(routing.logits_TE, mask_T)
 
 
 def _grad_if(weight: float) -> torch.set_grad_enabled:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ldmole_dist.method.context import StepContext
 from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_suffices
-from ldmole_dist.method.routers import LambdaMLP, Routing, SparsegenRouter
+from ldmole_dist.method.lambda_mlp import LambdaMLP
+from ldmole_dist.method.routers import Router, Routing
 
 Finish = Callable[[], list[Tensor]]
 
@@ -110,7 +111,8 @@ class InputGroup:
         context, dispatch = leader.context, leader.dispatch
         context.check_not_reentrant()
         x_TD = leader.lora_dropout[adapter](x).reshape(-1, x.shape[-1])
-        lam_T = leader.lambda_mlps[adapter](x_TD)
+        lambda_mlp = leader.lambda_mlps[adapter]
+        lam_T = None if lambda_mlp is None else lambda_mlp(x_TD)
         routers: list[Any] = [m.router[adapter] for m in members]
         banks = [ExpertBank(m.lora_A[adapter], m.lora_B[adapter], m.scaling[adapter]) for m in members]
         logits = [router(x_TD) for router in routers]
@@ -127,9 +129,9 @@ class InputGroup:
             router.weigh(u_TE, lam_T, support_TE)
             for router, u_TE, support_TE in zip(routers, logits, decision.supports, strict=True)
         ]
-        for m, routing in zip(members, routings, strict=True):
+        for m, router, routing in zip(members, routers, routings, strict=True):
             if leader.training:
-                context.report(m.name, routing, x.shape[:-1])
+                context.report(m.name, routing, x.shape[:-1], router.losses)
             context.observe(m.name, routing, x.shape[:-1])
         return dispatch.start(x_TD, routings, banks, decision.plan, repeated)
 
@@ -155,11 +157,11 @@ class MoELinear(nn.Module):
         self.router = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        self.lambda_mlps: dict[str, LambdaMLP] = {}  # shared by many linears; the owner registers them
+        self.lambda_mlps: dict[str, LambdaMLP | None] = {}  # shared by many linears; the owner registers them
         self.groups: dict[str, InputGroup] = {}
 
     def add_adapter(
-        self, adapter: str, bank: ExpertBank, router: SparsegenRouter, lambda_mlp: LambdaMLP, dropout: float
+        self, adapter: str, bank: ExpertBank, router: Router, lambda_mlp: LambdaMLP | None, dropout: float
     ) -> None:
         """Attach an adapter.
 
@@ -167,7 +169,7 @@ class MoELinear(nn.Module):
             adapter: its name.
             bank: parameters A (L, R, D) and B (L, O, R).
             router: over all E experts.
-            lambda_mlp: shared by the linears with this D.
+            lambda_mlp: shared by the linears with this D; None where the router needs none.
             dropout: probability, acts on x before router, lambda-MLP and experts alike.
         """
         self.lora_A[adapter], self.lora_B[adapter] = bank.A_LRD, bank.B_LOR

@@ -70,6 +70,58 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     return _masked(z_T, mask_T1.squeeze(-1)).sum() / mask_T1.sum().clamp_min(1)
 
 
+def l1_loss(p: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
+    """sum_e f_e * mean weight of e, with f_e = E / (target_k tokens) * (tokens that have e active), without gradient.
+
+    An L1 norm of the weights that presses harder on experts with many tokens: it makes routing sparse and balanced at once. Its
+    coefficient adapts (`adapted_l1`).
+
+    Args:
+        p: (T, E) routing weights.
+        target_k: k, the number of active experts per token that is steered to.
+        mask: (T,) bool, True for real tokens; None counts every token.
+
+    Returns:
+        Scalar. Source: ReMoE, arXiv 2412.14711, the regularisation refined for load balancing.
+    """
+    mask_T1 = _mask(p, mask)
+    tokens = mask_T1.sum().clamp_min(1)
+    active_E = ((p.detach() != 0) & mask_T1).sum(dim=0).to(p.dtype)
+    f_E = p.shape[-1] * active_E / (target_k * tokens)
+    return (f_E * _masked(p, mask_T1).sum(dim=0) / tokens).sum()
+
+
+def adapted_l1(coefficient: float, experts_per_token: float, target_k: int, rate: float) -> float:
+    """The coefficient of the L1 loss for the next optimizer step: times `rate` where more experts were active than wanted,
+    divided by it where fewer were.
+
+    Args:
+        coefficient: of this step.
+        experts_per_token: active ones, mean over linears and real tokens of all ranks.
+        target_k: that is steered to.
+        rate: above 1; ReMoE's alpha, 1.2 there.
+    """
+    if experts_per_token == target_k:
+        return coefficient
+    return coefficient * rate if experts_per_token > target_k else coefficient / rate
+
+
+def entropy_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean entropy of softmax(u), in nats: small where few experts have most of the mass, so that top-p needs few.
+
+    Args:
+        logits: (T, E) router scores u.
+        mask: (T,) bool, True for real tokens; None counts every token.
+
+    Returns:
+        Scalar. Source: Huang et al. 2024, arXiv 2403.07652, the dynamic loss.
+    """
+    mask_T1 = _mask(logits, mask)
+    log_p_TE = logits.log_softmax(-1)
+    entropy_T = -(log_p_TE.exp() * log_p_TE).sum(-1)
+    return _masked(entropy_T, mask_T1.squeeze(-1)).sum() / mask_T1.sum().clamp_min(1)
+
+
 def _mask(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.ones(values.shape[0], 1, dtype=torch.bool, device=values.device)

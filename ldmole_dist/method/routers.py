@@ -1,43 +1,55 @@
-"""From hidden rows to routing weights: the router of one linear and the lambda-MLP that many linears share.
+"""Routers: from hidden rows to routing weights, in two steps.
 
-A router decides which experts are active and weighs them, in two steps, because a recomputed forward must replay the
-decision and only weigh again (see `context.StepContext`).
+A router scores the experts, decides which are active, and weighs those. Deciding is apart from weighing because a recomputed
+forward must replay the decision and only weigh again (see `context.StepContext`), and because the decision alone says what has
+to move between ranks. Whatever the router, `p_TE != 0` gives the decided support back, on every rank and in every pass.
 
-Shapes: T tokens, D in-features, E experts, H hidden units of the lambda-MLP.
+docs/method.md has the table of all routers with their sources and where they deviate from them.
+
+Shapes: T tokens, D in-features, E experts.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ldmole_dist.method.linear import kaiming_uniform_, linear
 from ldmole_dist.method.sparsegen import at_least_float32, sparsegen_on_support, sparsegen_support
-
-AUTHORS_BIAS = -2.5  # every bias of the authors' lambda-MLP; logsigmoid(-2.5) + 0.99 = -1.59
 
 
 class Routing(NamedTuple):
-    """What one router says of T tokens. `p_TE != 0` is the support: the active experts."""
+    """What one router says of T tokens. `p_TE != 0` is the support: the active experts. `lam_T` is None where the router has
+    no lambda."""
 
     p_TE: Tensor
     logits_TE: Tensor
-    lam_T: Tensor
+    lam_T: Tensor | None
 
 
-class SparsegenRouter(nn.Module):
-    """Scores u = W_g x and Sparsegen over them (the paper's router).
+def lambda_or_nan(routing: Routing) -> Tensor:
+    """(T,) lambda for sums of a fixed size; no number where the router has none, so that nobody takes it for one."""
+    return routing.p_TE.new_full((len(routing.p_TE),), torch.nan) if routing.lam_T is None else routing.lam_T
+
+
+class Router(nn.Module):
+    """Scores u = W_g x; subclasses decide and weigh.
 
     Args:
         in_features: D.
         num_experts: E.
 
+    Attributes:
+        needs_lambda: whether it reads the lambda of a token.
+        losses: the auxiliary losses that are defined for it (names of `context.LossWeights`).
+
     The weight is left uninitialised; `reset` fills it.
     """
+
+    needs_lambda = False
+    losses: tuple[str, ...] = ("balance", "z")
 
     def __init__(self, in_features: int, num_experts: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -51,111 +63,169 @@ class SparsegenRouter(nn.Module):
         """Scores (T, E) in at least float32, whatever the dtype of x: a rounded score is another choice of experts."""
         return linear(x_TD, self.weight, None, at_least_float32(x_TD.dtype))
 
-    def decide(self, logits_TE: Tensor, lam_T: Tensor) -> Tensor:
-        """The support (T, E), bool."""
+    def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
+        """The support (T, E), bool; a score that is no number is in it, so that it is not hidden."""
+        raise NotImplementedError
+
+    def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
+        """The weights on a given support."""
+        raise NotImplementedError
+
+
+class SparsegenRouter(Router):
+    """Sparsegen over the scores: the paper's router."""
+
+    needs_lambda = True
+    losses = ("balance", "sparsity", "z")
+
+    def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
+        """See `Router`."""
+        assert lam_T is not None
         return sparsegen_support(logits_TE, lam_T)
 
-    def weigh(self, logits_TE: Tensor, lam_T: Tensor, support_TE: Tensor) -> Routing:
-        """The weights on a given support."""
+    def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
+        """See `Router`."""
+        assert lam_T is not None
         return Routing(sparsegen_on_support(logits_TE, lam_T, support_TE), logits_TE, lam_T)
 
 
-ROUTERS: dict[str, type[SparsegenRouter]] = {"sparsegen": SparsegenRouter}
+class SoftmaxRouter(Router):
+    """Every expert is active: p = softmax(u) (the first mixtures of LoRA experts)."""
+
+    @torch.no_grad()
+    def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
+        """See `Router`."""
+        return torch.ones_like(logits_TE, dtype=torch.bool)
+
+    def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
+        """See `Router`."""
+        return Routing(_kept(logits_TE.softmax(-1), support_TE), logits_TE, None)
 
 
-class LambdaMLP(nn.Module):
-    """lambda = logsigmoid(W_2 relu(W_1 x + b_1) + b_2) + 1 - eps, so lambda < 1 - eps; one for all linears of one D.
+class TopKRouter(Router):
+    """The k largest scores are active: p = softmax over them (MoLA, arXiv 2402.08562).
 
     Args:
         in_features: D.
-        hidden: H; 256 in the paper, 512 in the authors' Qwen3-0.6B script.
-        eps: how far below 1 lambda stays.
-
-    Parameters are left uninitialised; `reset` fills them.
+        num_experts: E.
+        top_k: k, at most E.
     """
 
-    def __init__(self, in_features: int, hidden: int, eps: float, device: torch.device | None = None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.fc1 = PromotingLinear(in_features, hidden, device=device)
-        self.fc2 = PromotingLinear(hidden, 1, device=device)
+    def __init__(self, in_features: int, num_experts: int, top_k: int, device: torch.device | None = None) -> None:
+        super().__init__(in_features, num_experts, device)
+        self.top_k = top_k
 
-    def reset(self, generator: torch.Generator, init: str) -> None:
-        """Initialise in place.
+    @torch.no_grad()
+    def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
+        """See `Router`."""
+        chosen = logits_TE.topk(self.top_k, dim=-1).indices
+        return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, chosen, True)  # a NaN is the largest
 
-        Args:
-            init: "authors": every bias -2.5, which leaves nearly all hidden units dead for inputs of unit scale, so that
-                lambda starts as the constant -1.59; "live": biases of the hidden units 0 and output weights of mean 0, so
-                that about half of the units fire and lambda starts spread around that same mean.
-        """
-        kaiming_uniform_(self.fc1.weight, generator)
-        with torch.no_grad():
-            if init == "authors":
-                kaiming_uniform_(self.fc2.weight, generator)
-                self.fc1.bias.fill_(AUTHORS_BIAS)
-            else:
-                bound = math.sqrt(6 / self.fc2.in_features)
-                self.fc2.weight.copy_(torch.empty(self.fc2.weight.shape).uniform_(-bound, bound, generator=generator))
-                self.fc2.weight.sub_(self.fc2.weight.mean())
-                self.fc1.bias.zero_()
-            self.fc2.bias.fill_(AUTHORS_BIAS)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """lambda (T,) in at least float32. The wide first product runs in the dtype of x, all that follows above it."""
-        hidden_TH = F.relu(self.fc1(x_TD))
-        score_T = self.fc2(hidden_TH.to(at_least_float32(x_TD.dtype))).squeeze(-1)
-        return F.logsigmoid(score_T) + (1 - self.eps)
+    def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
+        """See `Router`."""
+        p_TE = logits_TE.masked_fill(~support_TE, -torch.inf).softmax(-1)
+        return Routing(_kept(p_TE, support_TE), logits_TE, None)
 
 
-class PromotingLinear(nn.Linear):
-    """nn.Linear that computes in the dtype of its input, whatever the dtype its weights are kept in."""
-
-    def __init__(self, in_features: int, out_features: int, device: torch.device | None = None) -> None:
-        super().__init__(in_features, out_features, device=device)
-
-    def reset_parameters(self) -> None:
-        """Nothing: the owner initialises from a generator of its own, the global one is not advanced."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
-        return linear(input, self.weight, self.bias, input.dtype)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x W^T + b computed in `dtype`, keeping only x and W themselves for the backward and no casted copies.
+class TopPRouter(Router):
+    """The fewest experts whose softmax mass reaches a threshold are active: p = softmax(u) on them, not normalised again
+    (Huang et al. 2024, "Harder Tasks Need More Experts", arXiv 2403.07652). Its entropy loss keeps the softmax from going flat.
 
     Args:
-        x: (T, D), any floating dtype; its gradient has the same.
-        weight: (O, D), any floating dtype; its gradient has the same.
-        bias: (O,) or None.
-        dtype: of the product and of the result.
-
-    Returns:
-        (T, O) in `dtype`.
+        in_features: D.
+        num_experts: E.
+        top_p: the threshold, in (0, 1].
     """
-    return _Linear.apply(x, weight, bias, dtype)
+
+    losses = ("balance", "z", "entropy")
+
+    def __init__(self, in_features: int, num_experts: int, top_p: float, device: torch.device | None = None) -> None:
+        super().__init__(in_features, num_experts, device)
+        self.top_p = top_p
+
+    @torch.no_grad()
+    def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
+        """See `Router`."""
+        sorted_TE, order_TE = logits_TE.softmax(-1).sort(-1, descending=True)
+        before_TE = sorted_TE.cumsum(-1) - sorted_TE
+        # An expert belongs to it if those before it are not enough; ~(>=) and not <: a NaN makes the whole row active.
+        return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, order_TE, ~(before_TE >= self.top_p))
+
+    def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
+        """See `Router`."""
+        return Routing(_kept(logits_TE.softmax(-1), support_TE), logits_TE, None)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+class ReluRouter(Router):
+    """Experts with a positive score are active, perhaps none: p = relu(u) (ReMoE, arXiv 2412.14711; ReMoLE in the paper). How
+    many there are is steered by an L1 loss whose coefficient adapts (`losses.l1_loss`)."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype)
-        grad_bias = None if ctx.bias_dtype is None else grad.sum(dim=0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+    losses = ("l1", "z")
+
+    @torch.no_grad()
+    def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
+        """See `Router`."""
+        return ~(logits_TE <= 0)  # a NaN is active
+
+    def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
+        """See `Router`."""
+        return Routing(_kept(logits_TE, support_TE), logits_TE, None)
 
 
-@torch.no_grad()
-def kaiming_uniform_(weight: Tensor, generator: torch.Generator) -> None:
-    """Fill (..., fan_in) with U(-1/sqrt fan_in, 1/sqrt fan_in): torch's Kaiming uniform with a = sqrt 5, drawn on the CPU
-    so that every device and every rank gets the same values from the same generator."""
-    bound = 1 / math.sqrt(weight.shape[-1])
-    weight.copy_(torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+class LoraRouter(Router):
+    """No routing: every expert is active with weight 1, so that E experts of rank r are one LoRA of rank E r, with the scaling
+    lora_alpha / r. It has no parameters."""
+
+    losses = ()
+
+    def __init__(self, in_features: int, num_experts: int, device: torch.device | None = None) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Nothing is drawn."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, E) ones."""
+        return x_TD.new_ones(len(x_TD), self.num_experts, dtype=at_least_float32(x_TD.dtype))
+
+    @torch.no_grad()
+    def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
+        """See `Router`."""
+        return torch.ones_like(logits_TE, dtype=torch.bool)
+
+    def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
+        """See `Router`."""
+        return Routing(support_TE.to(logits_TE.dtype), logits_TE, None)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "sparsegen": SparsegenRouter,
+    "topk": TopKRouter,
+    "relu": ReluRouter,
+    "softmax": SoftmaxRouter,
+    "top_p": TopPRouter,
+    "lora": LoraRouter,
+}
+
+
+def new_router(name: str, in_features: int, num_experts: int, *, top_k: int, top_p: float) -> Router:
+    """A router by its name in `ROUTERS`; of the options it takes its own.
+
+    Args:
+        name: of the router.
+        in_features: D.
+        num_experts: E.
+        top_k: of "topk".
+        top_p: of "top_p".
+    """
+    if name == "topk":
+        return TopKRouter(in_features, num_experts, top_k)
+    if name == "top_p":
+        return TopPRouter(in_features, num_experts, top_p)
+    return ROUTERS[name](in_features, num_experts)
+
+
+def _kept(p_TE: Tensor, support_TE: Tensor) -> Tensor:
+    """The weights of the support. One that rounds to 0 there becomes the smallest number: the weight says who is active."""
+    return p_TE.clamp_min(torch.finfo(p_TE.dtype).tiny).masked_fill(~support_TE, 0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmole_dist.method.routers import Routing
+from ldmole_dist.method.routers import Routing, lambda_or_nan
 
 
 class RoutingSums:
@@ -38,10 +38,10 @@ def routing_sums(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
         mask_T: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        (S,) float64: tokens, sum of lambda, of its square, of the entropy of p in nats; number of tokens with 0, 1, ..., E
-        active experts; for each expert its active tokens, then the sum of its weights.
+        (S,) float64: tokens, sum of lambda, of its square, of the entropy of p / sum(p) in nats; number of tokens with 0, 1,
+        ..., E active experts; for each expert its active tokens, then the sum of its weights.
     """
-    p_TE, lam_T = routing.p_TE.detach(), routing.lam_T.detach().double()
+    p_TE, lam_T = routing.p_TE.detach(), lambda_or_nan(routing).detach().double()
     num_experts = p_TE.shape[1]
     if mask_T is None:
         mask_T = torch.ones(len(p_TE), dtype=torch.bool, device=p_TE.device)
@@ -52,7 +52,9 @@ def routing_sums(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     bin_T = torch.where(mask_T, active_TE.sum(1), num_experts + 1)
     histogram = torch.zeros(num_experts + 2, dtype=torch.float64, device=p_TE.device)
     histogram.scatter_add_(0, bin_T, torch.ones_like(lam_T))
-    scalars = torch.stack([mask_T.sum().double(), lam_T.sum(), lam_T.square().sum(), -torch.xlogy(p_TE, p_TE).sum()])
+    share_TE = p_TE / p_TE.sum(1, keepdim=True).clamp_min(torch.finfo(p_TE.dtype).tiny)  # not every router's sum to 1
+    entropy = -torch.xlogy(share_TE, share_TE).sum()
+    scalars = torch.stack([mask_T.sum().double(), lam_T.sum(), lam_T.square().sum(), entropy])
     return torch.cat([scalars, histogram[:-1], active_TE.sum(0).double(), p_TE.sum(0)])
 
 
@@ -63,10 +65,11 @@ def summarize(sums_S: Tensor) -> dict[str, Any]:
         sums_S: (S,) from `routing_sums`, added up.
 
     Returns:
-        "tokens"; "lambda_mean" and "lambda_std" over tokens; "experts_per_token", their mean, and "histogram", the share of
-        tokens with 0, 1, ..., E experts; "entropy" of p, mean over tokens, as a share of its greatest, ln E; "load", each
-        expert's share of the active (token, expert) pairs, and "weight", its share of the weights; "max_load", the largest
-        load times E (1 is balance, E is one expert for all); "dead_experts", the number of experts without a token.
+        "tokens"; "lambda_mean" and "lambda_std" over tokens, where there is a lambda; "experts_per_token", their mean, and
+        "histogram", the share of tokens with 0, 1, ..., E experts; "entropy" of p divided by its sum, mean over tokens, as a
+        share of its greatest, ln E; "load", each expert's share of the active (token, expert) pairs, and "weight", its share
+        of the weights; "max_load", the largest load times E (1 is balance, E is one expert for all); "dead_experts", the
+        number of experts without a token.
     """
     num_experts = (len(sums_S) - 5) // 3
     scalars, histogram, active, weights = sums_S.double().cpu().split([4, num_experts + 1, num_experts, num_experts])
@@ -74,15 +77,17 @@ def summarize(sums_S: Tensor) -> dict[str, Any]:
     count = max(tokens, 1.0)
     load = active / active.sum().clamp_min(1)
     mean = lam / count
-    return {
-        "tokens": int(tokens),
-        "lambda_mean": mean,
-        "lambda_std": math.sqrt(max(lam_square / count - mean * mean, 0.0)),
-        "experts_per_token": float(active.sum()) / count,
-        "histogram": (histogram / count).tolist(),
-        "entropy": entropy / count / math.log(num_experts) if num_experts > 1 else 0.0,
-        "load": load.tolist(),
-        "weight": (weights / weights.sum().clamp_min(1e-300)).tolist(),
-        "max_load": float(load.max()) * num_experts,
-        "dead_experts": int((active == 0).sum()),
-    }
+    spread = {"lambda_mean": mean, "lambda_std": math.sqrt(max(lam_square / count - mean * mean, 0.0))}
+    return (
+        {"tokens": int(tokens)}
+        | ({} if math.isnan(lam) else spread)
+        | {
+            "experts_per_token": float(active.sum()) / count,
+            "histogram": (histogram / count).tolist(),
+            "entropy": entropy / count / math.log(num_experts) if num_experts > 1 else 0.0,
+            "load": load.tolist(),
+            "weight": (weights / weights.sum().clamp_min(1e-300)).tolist(),
+            "max_load": float(load.max()) * num_experts,
+            "dead_experts": int((active == 0).sum()),
+        }
+    )

@@ -15,15 +15,16 @@ import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from ldmole_dist.method.context import TERMS
 from ldmole_dist.monitor.linears import Linears
 
 NUMBERS = ("lambda_mean", "lambda_std", "experts_per_token", "entropy", "max_load", "dead_experts")
 CHANGED = "support_changed"
 PIXELS = 16  # side of one (layer, expert) in an image
 
-HEADLINES = {
+HEADLINES: dict[str, list[str]] = {
     "loss": ["train/loss$", "train/loss_task$"],
-    "auxiliary losses": ["train/loss_balance$", "train/loss_sparsity$", "train/loss_z$"],
+    "auxiliary losses": [],  # depend on the router
     "evaluation loss": ["eval/eval_loss$"],
     "evaluation accuracy": ["eval/accuracy$"],
     "experts per token": ["train/experts_per_token$"],
@@ -38,13 +39,22 @@ HEADLINES = {
 }
 
 
-def write_layout(board: SummaryWriter, linears: Iterable[str]) -> None:
-    """Tell TensorBoard's custom scalars page which lines belong into one chart."""
-    table = Linears(linears)
+def write_layout(board: SummaryWriter, metrics: Iterable[str], routing: Mapping[str, Mapping[str, Any]]) -> None:
+    """Tell TensorBoard's custom scalars page which lines belong into one chart.
+
+    Args:
+        board: of the run.
+        metrics: the names of what a step reports: auxiliary losses and lambda depend on the router.
+        routing: name of a linear -> `statistics.summarize`.
+    """
+    headlines, table, metrics = dict(HEADLINES), Linears(routing), set(metrics)
+    headlines["auxiliary losses"] = [f"train/loss_{term}$" for term in TERMS if f"loss_{term}" in metrics]
+    if "lambda_mean" not in metrics:
+        del headlines["lambda, mean and spread"]
     layered = [p for p in table.projections if any(table.place[name].layer is not None for name in table.of(p))]
-    numbers = [*NUMBERS, CHANGED]
+    numbers = [*_reported(routing), CHANGED]
     layout = {
-        "1 headlines": {title: ["Multiline", tags] for title, tags in HEADLINES.items()},
+        "1 headlines": {title: ["Multiline", tags] for title, tags in headlines.items() if tags},
         "2 routing by projection": {number: ["Multiline", [f"routing/{number}/"]] for number in numbers},
         "3 routing by layer": {
             f"{projection}: {number}": ["Multiline", [f"layers/{re.escape(projection)}/{number}/"]]
@@ -72,7 +82,7 @@ def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, 
     """
     linears = Linears(routing)
     scalars: dict[str, float] = {}
-    for number in NUMBERS:
+    for number in _reported(routing):
         scalars |= _by_place(linears, number, {name: summary[number] for name, summary in routing.items()})
     write_scalars(board, step, scalars)
     for projection in linears.projections:
@@ -84,6 +94,11 @@ def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, 
 def write_changes(board: SummaryWriter, step: int, changed: dict[str, float]) -> None:
     """The share of the probe set's tokens whose experts changed, for each linear."""
     write_scalars(board, step, _by_place(Linears(changed), CHANGED, changed))
+
+
+def _reported(routing: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Those of `NUMBERS` that there are: not every router has a lambda."""
+    return [number for number in NUMBERS if number in next(iter(routing.values()))]
 
 
 def _by_place(linears: Linears, number: str, values: Mapping[str, float]) -> dict[str, float]:

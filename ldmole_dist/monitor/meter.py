@@ -5,6 +5,7 @@ Every rank reports the same kinds of numbers in the same steps, so the reduction
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.grad_norms import gradient_norms
 from ldmole_dist.engine.startup import Process
+from ldmole_dist.method.context import TERMS
 from ldmole_dist.method.statistics import RoutingSums, summarize
 from ldmole_dist.parallel.wire import KINDS, TIMED
 from ldmole_dist.peft_method import tuner_of
 
 # What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
-SUMS = ("loss", "loss_task", "loss_balance", "loss_sparsity", "loss_z", "active", "lambda", "decisions", "tokens")
+SUMS = ("loss", "loss_task", *(f"loss_{term}" for term in TERMS), "active", "lambda", "decisions", "tokens")
 
 
 class Report(NamedTuple):
@@ -64,7 +66,7 @@ class StepMeter:
         tokens = batch["attention_mask"].sum()
         stats = list(self.context.stats.values())
         active, lam = torch.stack(stats).sum(0)
-        auxiliary = [torch.as_tensor(self.context.mean(term)).detach() for term in ("balance", "sparsity", "z")]
+        auxiliary = [torch.as_tensor(self.context.mean(term)).detach() for term in TERMS]
         values = [loss, task, *auxiliary, active, lam, tokens * len(stats), tokens]
         self._sums += torch.stack([v.to(device=loss.device, dtype=torch.float64) for v in values])
         self._micro_batches += 1
@@ -90,8 +92,9 @@ class StepMeter:
             metrics["wire_by_group"] = _by_group(groups, elements)
         by_linear = dict(zip(routed, rest.split([len(s) for s in routed.values()]), strict=True))
         routing = {name: summarize(linear_sums) for name, linear_sums in by_linear.items()}
-        # Experts of different linears have nothing to do with each other, but lambdas do.
-        metrics["lambda_std"] = summarize(torch.stack(list(by_linear.values())).sum(0))["lambda_std"]
+        if "lambda_mean" in metrics:
+            # Experts of different linears have nothing to do with each other, but lambdas do.
+            metrics["lambda_std"] = summarize(torch.stack(list(by_linear.values())).sum(0))["lambda_std"]
         metrics["dead_experts"] = sum(summary["dead_experts"] for summary in routing.values())
         metrics |= self._extremes()  # before the norms, which need some memory of their own
         metrics["grad_norm_by_part"] = gradient_norms(self.engine)
@@ -99,16 +102,13 @@ class StepMeter:
 
     def _means(self, total: dict[str, float]) -> dict[str, Any]:
         decisions = max(total["decisions"], 1)
-        means = {
-            name: total[name] / (self._micro_batches * self.process.world_size)
-            for name in SUMS
-            if name.startswith("loss")
-        }
-        return means | {
-            "experts_per_token": total["active"] / decisions,
-            "lambda_mean": total["lambda"] / decisions,
-            "tokens": total["tokens"],
-        }
+        # What the router does not have is not reported: a 0 would be taken for a measured one.
+        losses = ["loss", "loss_task", *(f"loss_{term}" for term in TERMS if term in self.context.terms)]
+        means = {name: total[name] / (self._micro_batches * self.process.world_size) for name in losses}
+        means["experts_per_token"] = total["active"] / decisions
+        if not math.isnan(total["lambda"]):
+            means["lambda_mean"] = total["lambda"] / decisions
+        return means | {"tokens": total["tokens"]}
 
     def _extremes(self) -> dict[str, Any]:
         """What the slowest and the fullest rank needed."""

@@ -54,7 +54,7 @@ class Monitor:
             if report.routing:
                 self._routing.append(step, {"linears": _rounded(report.routing)})
                 if not self._layout_written:
-                    write_layout(self._tensorboard, report.routing)
+                    write_layout(self._tensorboard, report.metrics, report.routing)
                     self._layout_written = True
                 write_routing(self._tensorboard, step, report.routing)
 

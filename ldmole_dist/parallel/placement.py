@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldmole_dist.method.linear import kaiming_uniform_
 from ldmole_dist.method.noise import stream
-from ldmole_dist.method.routers import kaiming_uniform_
 
 
 @dataclass(frozen=True)

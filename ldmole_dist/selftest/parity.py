@@ -30,9 +30,15 @@ OPTIMIZER: dict[str, Any] = dict(lr=1e-3, weight_decay=0.1, eps=1e-4)
 MAX_GRAD_NORM = 0.3  # below the norms that occur, so that clipping does something
 
 
-def build(architecture: str, dtype: torch.dtype, parallel: ExpertParallel, checkpointing: bool = False) -> PeftModel:
+def build(
+    architecture: str,
+    dtype: torch.dtype,
+    parallel: ExpertParallel,
+    checkpointing: bool = False,
+    router: str = "sparsegen",
+) -> PeftModel:
     """A tiny adapted model on this process's device."""
-    model = adapted(tiny_backbone(architecture, dtype, start().device), parallel)
+    model = adapted(tiny_backbone(architecture, dtype, start().device), parallel, router=router)
     if checkpointing:
         enable_gradient_checkpointing(model)
     return model
@@ -50,17 +56,19 @@ def loss_of(
     return loss, logits
 
 
-def gradients(architecture: str, ep_size: int, checkpointing: bool, mode: Mode = "auto") -> dict[str, float]:
+def gradients(
+    architecture: str, ep_size: int, checkpointing: bool, mode: Mode = "auto", router: str = "sparsegen"
+) -> dict[str, float]:
     """float64 without the engine: logits, loss and every gradient of one micro-batch a rank."""
     parallel, process = expert_parallel(ep_size, mode), start()
     world, device = process.world_size, process.device
-    model = build(architecture, torch.float64, parallel, checkpointing)
+    model = build(architecture, torch.float64, parallel, checkpointing, router)
     batches = [micro_batch(rank, device) for rank in range(world)]
     answers = sum(answer_count(next_tokens(b["labels"])) for b in batches) / world
     loss, logits = loss_of(model, model, batches[process.rank], answers)
     loss.backward()
 
-    reference = build(architecture, torch.float64, ExpertParallel())
+    reference = build(architecture, torch.float64, ExpertParallel(), router=router)
     ref_losses = []
     for rank, batch in enumerate(batches):
         ref_loss, ref_logits = loss_of(reference, reference, batch, answers)
@@ -90,7 +98,13 @@ class RoutingFlipped(Exception):
 
 
 def updates(
-    architecture: str, ds_config: str, ep_size: int, checkpointing: bool, mode: Mode = "auto", **zero: Any
+    architecture: str,
+    ds_config: str,
+    ep_size: int,
+    checkpointing: bool,
+    mode: Mode = "auto",
+    router: str = "sparsegen",
+    **zero: Any,
 ) -> dict[str, float]:
     """float32 through DeepSpeed: the update of every parameter after 3 optimizer steps of 2 micro-batches, clipping on.
 
@@ -100,12 +114,13 @@ def updates(
         ep_size: ranks that share one copy of the experts.
         checkpointing: whether the decoder layers are recomputed in the backward.
         mode: what may move.
+        router: its name.
         zero: further settings of DeepSpeed's zero_optimization.
     """
     for supply in range(5):
         try:
             parallel = expert_parallel(ep_size, mode)
-            return _updates(architecture, ds_config, parallel, checkpointing, zero, first_batch=10_000 * supply)
+            return _updates(architecture, ds_config, parallel, checkpointing, router, zero, 10_000 * supply)
         except RoutingFlipped:
             continue
     raise RoutingFlipped("in five supplies of batches: this is no longer rounding")
@@ -116,13 +131,14 @@ def _updates(
     ds_config: str,
     parallel: ExpertParallel,
     checkpointing: bool,
+    router: str,
     zero: dict[str, Any],
     first_batch: int,
 ) -> dict[str, float]:
     steps, accumulation = 3, 2
     process = start()
     world, device = process.world_size, process.device
-    model = build(architecture, torch.float32, parallel, checkpointing)
+    model = build(architecture, torch.float32, parallel, checkpointing, router)
     before = {n: whole(model, n, p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
     settings = load_ds_config(ds_config)
     settings["zero_optimization"].update(zero)
@@ -140,7 +156,7 @@ def _updates(
         lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
         MAX_GRAD_NORM,
     )
-    reference = build(architecture, torch.float32, ExpertParallel())
+    reference = build(architecture, torch.float32, ExpertParallel(), router=router)
     trainable = {name: p for name, p in reference.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), **OPTIMIZER)
     distances = {"loss": 0.0, "grad_norm": 0.0}

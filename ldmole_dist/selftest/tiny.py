@@ -21,7 +21,7 @@ from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import is_expert_tensor, spread_experts, tuner_of
 
 EXPERTS, RANK, VOCABULARY = 8, 2, 64
-LOSS_WEIGHTS = LossWeights(balance=0.7, sparsity=0.3, z=0.05, target_k=2)
+LOSS_WEIGHTS = LossWeights(balance=0.7, sparsity=0.3, z=0.05, l1=0.2, entropy=0.1, target_k=2)
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
@@ -49,10 +49,14 @@ def tiny_backbone(architecture: str, dtype: torch.dtype, device: torch.device) -
     return nn.Module.to(model, dtype=dtype, device=device)
 
 
-def adapted(backbone: PreTrainedModel, parallel: ExpertParallel, dropout: float = 0.0) -> PeftModel:
+def adapted(
+    backbone: PreTrainedModel, parallel: ExpertParallel, dropout: float = 0.0, router: str = "sparsegen"
+) -> PeftModel:
     """All seven linears of every layer adapted, B drawn at random, the same under every placement."""
     spread_experts(backbone, parallel)
-    config = LdMoleConfig(num_experts=EXPERTS, r=RANK, lora_dropout=dropout, lambda_hidden=16, task_type="CAUSAL_LM")
+    config = LdMoleConfig(
+        num_experts=EXPERTS, r=RANK, lora_dropout=dropout, router=router, lambda_hidden=16, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(backbone, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

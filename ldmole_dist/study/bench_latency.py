@@ -29,6 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from ldmole_dist.engine.startup import start
 from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.experts import ExpertBank
+from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.layer import InputGroup, MoELinear
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.peft_config import LdMoleConfig
@@ -260,16 +261,22 @@ def _given(model: PeftModel, call: Callable[[], Any]) -> list[_Given]:
         x = _leaf(seen)
         x_TD = x.detach().reshape(-1, x.shape[-1])
         with torch.no_grad():
-            lam_T = leader.lambda_mlps[ADAPTER](x_TD)
+            lam_T = _lambda_mlp(leader)(x_TD)
             routings = [_route(m, x_TD, lam_T) for m in group.members]
             y = [m.base_layer(x) for m in group.members]
-        routings = [Routing(*map(_leaf, routing)) for routing in routings]
+        routings = [Routing(_leaf(r.p_TE), _leaf(r.logits_TE), _leaf(lam_T)) for r in routings]
         given.append(_Given(group.members, x, _leaf(lam_T), routings, list(map(_leaf, y))))
     return given
 
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(torch.is_grad_enabled())
+
+
+def _lambda_mlp(leader: MoELinear) -> LambdaMLP:
+    found = leader.lambda_mlps[ADAPTER]
+    assert found is not None  # sparsegen is what is measured
+    return found
 
 
 def _route(member: MoELinear, x_TD: Tensor, lam_T: Tensor) -> Routing:
@@ -288,10 +295,10 @@ class _Parts:
         for g in self.given:
             yield from (g.x, g.lam_T, *g.y)
             for routing in g.routings:
-                yield from routing
+                yield from (tensor for tensor in routing if tensor is not None)
 
     def lambdas(self) -> list[Tensor]:
-        return [g.members[0].lambda_mlps[ADAPTER](g.x_TD) for g in self.given]
+        return [_lambda_mlp(g.members[0])(g.x_TD) for g in self.given]
 
     def routers(self) -> list[Tensor]:
         return [_route(member, g.x_TD, g.lam_T).p_TE for g in self.given for member in g.members]
@@ -314,7 +321,8 @@ class _Parts:
             outputs.append(leader.lora_dropout[ADAPTER](g.x))
             for member, routing, y in zip(g.members, g.routings, g.y, strict=True):
                 if leader.training:
-                    self.context.report(member.name, routing, g.x.shape[:-1])
+                    router: Any = member.router[ADAPTER]
+                    self.context.report(member.name, routing, g.x.shape[:-1], router.losses)
                 outputs.append(y + y.detach())
         self.context.end()
         loss = self.context.auxiliary_loss()

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_experts, sparse_experts
-from ldmole_dist.method.routers import LambdaMLP, SparsegenRouter
+from ldmole_dist.method.lambda_mlp import LambdaMLP
+from ldmole_dist.method.routers import SparsegenRouter
 
 LAMBDA_HIDDEN, LAMBDA_EPS, ALPHA = 256, 0.01, 16
 # What is fast runs this long, at most 10 times, in one turn, and its fastest run counts: on a machine that does other

@@ -9,9 +9,10 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.experts import ExpertBank
+from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.layer import LocalDispatch, MoELinear
 from ldmole_dist.method.losses import load_balance_loss, router_z_loss, sparsity_loss
-from ldmole_dist.method.routers import LambdaMLP, SparsegenRouter
+from ldmole_dist.method.routers import SparsegenRouter
 
 B, S, D, E, R = 2, 5, 6, 4, 2
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])

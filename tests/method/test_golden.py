@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.experts import ExpertBank, fused_experts, sparse_experts
+from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.layer import LocalDispatch, MoELinear
 from ldmole_dist.method.losses import load_balance_loss, sparsity_loss
-from ldmole_dist.method.routers import LambdaMLP, Routing, SparsegenRouter
+from ldmole_dist.method.routers import Routing, SparsegenRouter
 
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 
@@ -75,7 +76,7 @@ def test_golden(path: Path, formulation: str) -> None:
     layer.dispatch = FixedFormulation(formulation)
     seen: list[Routing] = []
     report = context.report
-    context.report = lambda name, routing, shape: (seen.append(routing), report(name, routing, shape))[1]
+    context.report = lambda name, routing, *rest: (seen.append(routing), report(name, routing, *rest))[1]
     mask = g["attention_mask"]
     x = g["x"].clone().requires_grad_()
 

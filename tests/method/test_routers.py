@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmole_dist.method.routers import LambdaMLP, PromotingLinear, SparsegenRouter, linear
+from ldmole_dist.method.lambda_mlp import LambdaMLP
+from ldmole_dist.method.linear import PromotingLinear, linear
+from ldmole_dist.method.routers import SparsegenRouter
 from ldmole_dist.method.sparsegen import sparsegen
 
 D, H, E, T = 64, 256, 8, 2000

@@ -32,7 +32,8 @@ def test_against_a_generic_simplex_solver(lam: float, E: int) -> None:
             method="SLSQP",
             options={"ftol": 1e-14, "maxiter": 500},
         )
-        assert solution.success
+        # At this tolerance its line search may end (8) where rounding leaves it no way down, on some processors.
+        assert solution.status in (0, 8), solution.message
         p = sparsegen(torch.from_numpy(u), torch.tensor(lam, dtype=torch.float64))
         np.testing.assert_allclose(p.numpy(), solution.x, atol=1e-6)
 

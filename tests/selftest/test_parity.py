@@ -31,6 +31,21 @@ def test_gradients_in_the_fixed_modes(ranks4: LocalRanks, ep_size: int, mode: Mo
     assert distance < 1e-12, name
 
 
+# The tensors that a linear trains: A and B, and a router's weight.
+TRAINED = {"topk": 3, "relu": 3, "softmax": 3, "top_p": 3, "lora": 2}
+
+
+@pytest.mark.parametrize("mode", ["auto", "all_to_all", "gather"])
+@pytest.mark.parametrize(
+    "router", ["relu", "lora", *(pytest.param(name, marks=pytest.mark.full) for name in ("topk", "softmax", "top_p"))]
+)
+def test_gradients_of_other_routers(ranks4: LocalRanks, router: str, mode: Mode) -> None:
+    results = ranks4.run(parity.gradients, "llama", 2 if mode == "auto" else 4, True, mode, router)
+    distance, name = parity.worst(results)
+    assert distance < 1e-12, name
+    assert all(len(found) == 7 * 2 * TRAINED[router] + 2 for found in results)
+
+
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 
 
@@ -60,6 +75,15 @@ def test_updates_with_offload(ranks4: LocalRanks, ds_config: str) -> None:
 @pytest.mark.parametrize("ds_config", STAGES)
 def test_updates_everywhere(ranks4: LocalRanks, ds_config: str, ep_size: int, checkpointing: bool) -> None:
     check_updates(ranks4, ds_config, ep_size, checkpointing)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("router", "ds_config"),
+    [*(("relu", stage) for stage in STAGES), *zip(("lora", "topk", "softmax", "top_p"), STAGES[1:] * 2, strict=False)],
+)
+def test_updates_of_other_routers(ranks4: LocalRanks, router: str, ds_config: str) -> None:
+    check_updates(ranks4, ds_config, 2, True, router=router, **(PARTITION_ALL if ds_config == "zero3" else {}))
 
 
 @pytest.mark.full

@@ -31,6 +31,16 @@ from ldmole_dist.study.report.style import (
 Summaries = Mapping[str, Mapping[str, Any]]  # linear -> `statistics.summarize`
 
 
+def has_lambda(of: Summaries) -> bool:
+    """Whether the router has one."""
+    return all("lambda_mean" in summary for summary in of.values())
+
+
+def spread(summary: Mapping[str, Any]) -> str:
+    """Mean and standard deviation of lambda, in words."""
+    return f"{summary['lambda_mean']:.3f} ± {summary['lambda_std']:.3f}"
+
+
 def lambda_by_layer(linears: Linears, of: Summaries) -> Figure:
     """Mean and standard deviation of lambda."""
     means = {p: linears.values(p, lambda n: of[n]["lambda_mean"]) for p in linears.projections}

@@ -10,6 +10,7 @@ import numpy as np
 from ldmole_dist.method.statistics import summarize
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.study.html import Figure
+from ldmole_dist.study.report.by_layer import has_lambda
 from ldmole_dist.study.report.movement import Movement
 from ldmole_dist.study.report.style import (
     FROM_ZERO,
@@ -62,10 +63,11 @@ def movement_lines(linears: Linears, movement: Movement) -> Figure:
     drawn: list[tuple[str, Callable[[int, str], float]]] = [
         ("tokens routed otherwise than at the end, %", lambda i, name: 100 * states[i].to_final[name]),
         ("active experts per token", lambda i, name: summaries[i][name]["experts_per_token"]),
-        ("λ", lambda i, name: summaries[i][name]["lambda_mean"]),
     ]
+    if has_lambda(summaries[0]):
+        drawn.append(("λ", lambda i, name: summaries[i][name]["lambda_mean"]))
     with styled():
-        figure, axes = panels(3, 4.2, columns=3)
+        figure, axes = panels(len(drawn), 4.2, columns=len(drawn))
         for (label, value), ax in zip(drawn, axes, strict=True):
             for index, projection in enumerate(linears.projections):
                 names = linears.of(projection)
@@ -80,8 +82,9 @@ def movement_lines(linears: Linears, movement: Movement) -> Figure:
             "movement_lines",
             "Routing at the checkpoints",
             "Means over the layers of each projection and over the same tokens as above: the share of tokens whose set of "
-            "active experts is not yet that of the final adapter, active experts per token, and λ, which is the same for "
-            "projections that read the same tensor. The steps stand at equal distances, whatever lies between them.",
+            "active experts is not yet that of the final adapter, active experts per token, and λ where "
+            "there is one, which is the same for projections that read the same tensor. The steps stand at equal distances, "
+            "whatever lies between them.",
             png(figure),
         )
 
@@ -96,8 +99,10 @@ def curves(linears: Linears, lines: Sequence[Mapping[str, Any]]) -> Figure:
     ]
     steps = [line["step"] for line in lines]
     recorded = set.intersection(*(set(line["linears"]) for line in lines))
+    if not has_lambda(lines[0]["linears"]):
+        drawn = [entry for entry in drawn if entry[0] != "lambda_mean"]
     with styled():
-        figure, axes = panels(4, 3.4, columns=2, sharex=True)
+        figure, axes = panels(len(drawn), 3.4, columns=2, sharex=True)
         for (key, label, over_layers), ax in zip(drawn, axes, strict=True):
             for index, projection in enumerate(linears.projections):
                 names = [name for name in linears.of(projection) if name in recorded]
@@ -112,8 +117,9 @@ def curves(linears: Linears, lines: Sequence[Mapping[str, Any]]) -> Figure:
             "curves",
             "Routing while training",
             "What the run itself recorded of the tokens that it was training on (routing.jsonl), over the layers of each "
-            "projection: mean active experts per token, mean λ, the load of each linear's busiest expert as a multiple of the "
-            "even share (1 is balance), and the number of experts that no token of the recorded steps used.",
+            "projection: mean active experts per token, mean λ where there is one, the load of each linear's "
+            "busiest expert as a multiple of the even share (1 is balance), and the number of experts that no token of "
+            "the recorded steps used.",
             png(figure),
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ldmole_dist.method.statistics import summarize
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.study.html import Figure, Table
+from ldmole_dist.study.report.by_layer import spread
 from ldmole_dist.study.report.collect import added
 from ldmole_dist.study.report.style import WIDTH, layer_ticks, line_style, panels, png, styled
 
@@ -23,13 +24,18 @@ def domain_figure(linears: Linears, by_domain: ByDomain) -> Figure:
         for layer in linears.layers
     }
     x = np.arange(len(layers))
+    found = {
+        domain: [summarize(added(sums[name] for name in names)) for names in layers.values()]
+        for domain, sums in by_domain.items()
+    }
+    drawn = {"experts_per_token": "active experts per token", "lambda_mean": "λ"}
+    if not all("lambda_mean" in summary for summaries in found.values() for summary in summaries):
+        del drawn["lambda_mean"]
     with styled():
-        figure, axes = panels(2, 4.2, columns=2)
-        for index, (domain, sums) in enumerate(by_domain.items()):
-            found = [summarize(added(sums[name] for name in names)) for names in layers.values()]
-            for key, ax in zip(("experts_per_token", "lambda_mean"), axes, strict=True):
-                ax.plot(x, [summary[key] for summary in found], label=domain, **line_style(index))
-        for ax, title in zip(axes, ("active experts per token", "λ"), strict=True):
+        figure, axes = panels(len(drawn), 4.2, columns=len(drawn))
+        for (key, title), ax in zip(drawn.items(), axes, strict=True):
+            for index, (domain, summaries) in enumerate(found.items()):
+                ax.plot(x, [summary[key] for summary in summaries], label=domain, **line_style(index))
             ax.set_title(title)
             ax.set_xlabel("layer")
             layer_ticks(ax.xaxis, linears, most=16)
@@ -40,8 +46,9 @@ def domain_figure(linears: Linears, by_domain: ByDomain) -> Figure:
         return Figure(
             "domains",
             "Routing by domain",
-            "Mean active experts per token and mean λ over all tokens of a domain and all linears of a layer. Lines that part "
-            "are layers whose routers tell the domains from each other; the vertical axes do not begin at 0.",
+            "Mean active experts per token, and mean λ where there is one, over all tokens of a domain and all linears of a "
+            "layer. Lines that part are layers whose routers tell the domains from each other; the vertical axes do not begin "
+            "at 0.",
             png(figure),
         )
 
@@ -66,7 +73,7 @@ def domain_table(linears: Linears, by_domain: ByDomain, rows: Mapping[str, int])
                 domain,
                 f"{rows[domain]:,}",
                 f"{tokens:,}",
-                f"{whole['lambda_mean']:.3f} ± {whole['lambda_std']:.3f}",
+                spread(whole) if "lambda_mean" in whole else "–",
                 f"{whole['experts_per_token']:.2f}",
                 *(f"{value:.2f}" for value in by_projection),
             ]

@@ -169,7 +169,11 @@ def read_curves(run: Path | None) -> list[dict[str, Any]]:
     for number, line in enumerate(read_lines(path), start=1):
         try:
             read = json.loads(line)
-            linears = {name: {key: summary[key] for key in CURVES} for name, summary in read["linears"].items()}
+            linears = {
+                # lambda is missing where the router has none
+                name: {key: summary[key] for key in CURVES if key in summary or key != "lambda_mean"}
+                for name, summary in read["linears"].items()
+            }
             lines.append({"step": int(read["step"]), "linears": linears})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number} is damaged: remove the line, or the file") from error

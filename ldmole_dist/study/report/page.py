@@ -12,7 +12,14 @@ from ldmole_dist.method.statistics import summarize
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.study.html import Figure, Section, Table, page
-from ldmole_dist.study.report.by_layer import experts_by_layer, experts_histogram, lambda_by_layer, load_map
+from ldmole_dist.study.report.by_layer import (
+    experts_by_layer,
+    experts_histogram,
+    has_lambda,
+    lambda_by_layer,
+    load_map,
+    spread,
+)
 from ldmole_dist.study.report.coactivation import coactivation
 from ldmole_dist.study.report.collect import Observed, added
 from ldmole_dist.study.report.course import curves, movement_lines, movement_map
@@ -71,9 +78,10 @@ def key_numbers(material: Material) -> list[tuple[str, str]]:
         ("run with", material.how),
         ("experts per token", f"{whole['experts_per_token']:.2f} of {experts} in the mean over tokens and linears"),
         ("most and fewest", f"{linear(by_experts[-1])}; {linear(by_experts[0])}"),
-        (
-            "λ",
-            f"{whole['lambda_mean']:.3f} ± {whole['lambda_std']:.3f} (mean ± standard deviation over tokens and linears)",
+        *(
+            [("λ", f"{spread(whole)} (mean ± standard deviation over tokens and linears)")]
+            if "lambda_mean" in whole
+            else []
         ),
         ("dead experts", f"{dead:,} of {len(of) * experts:,} are used by no token of this data"),
         ("most loaded", f"{expert(max(loads))} (even: {1 / experts:.1%})"),
@@ -86,7 +94,9 @@ def sections(material: Material, tokenizer: PreTrainedTokenizerBase) -> list[Sec
     observed, data = material.observed, material.data
     linears = Linears(observed.together)
     of = {name: summarize(sums) for name, sums in observed.by_linear.items()}
-    how_many = [figure(linears, of) for figure in (lambda_by_layer, experts_by_layer, experts_histogram)]
+    how_many = [figure(linears, of) for figure in (experts_by_layer, experts_histogram)]
+    if has_lambda(of):
+        how_many.insert(0, lambda_by_layer(linears, of))
     together = coactivation(linears, observed.together, int(observed.tokens_V.sum()))
     drawn = [
         Section("Summary", [Table([], key_numbers(material))]),

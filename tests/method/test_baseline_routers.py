@@ -1,0 +1,141 @@
+"""The routers beside Sparsegen: weights, supports and gradients against formulas written out token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmole_dist.method.losses import adapted_l1, entropy_loss, l1_loss
+from ldmole_dist.method.routers import ROUTERS, Router, new_router
+
+D, E, T = 6, 5, 40
+TOP_K, TOP_P = 2, 0.6
+
+
+def router(name: str, experts: int = E) -> Router:
+    made = new_router(name, D, experts, top_k=TOP_K, top_p=TOP_P).double()
+    made.reset(torch.Generator().manual_seed(0))
+    return made
+
+
+def scores(seed: int = 1) -> Tensor:
+    return torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def softmax(u: list[float]) -> list[float]:
+    powers = [math.exp(value - max(u)) for value in u]
+    return [power / sum(powers) for power in powers]
+
+
+def top_k(u: list[float]) -> list[float]:
+    chosen = sorted(range(E), key=lambda e: -u[e])[:TOP_K]
+    weights = iter(softmax([u[e] for e in chosen]))
+    p = dict(zip(chosen, weights, strict=True))
+    return [p.get(e, 0.0) for e in range(E)]
+
+
+def top_p(u: list[float]) -> list[float]:
+    p, mass = softmax(u), 0.0
+    kept = [0.0] * E
+    for e in sorted(range(E), key=lambda e: -u[e]):
+        kept[e] = p[e]
+        mass += p[e]
+        if mass >= TOP_P:
+            break
+    return kept
+
+
+REFERENCES: dict[str, Callable[[list[float]], list[float]]] = {
+    "softmax": softmax,
+    "topk": top_k,
+    "top_p": top_p,
+    "relu": lambda u: [max(value, 0.0) for value in u],
+    "lora": lambda u: [1.0] * E,
+}
+
+
+def routed(name: str, u_TE: Tensor) -> Tensor:
+    made = router(name, u_TE.shape[1])
+    return made.weigh(u_TE, None, made.decide(u_TE, None)).p_TE
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_weights(name: str) -> None:
+    expected = torch.tensor([REFERENCES[name](u) for u in scores().tolist()], dtype=torch.float64)
+    torch.testing.assert_close(routed(name, scores()), expected)
+
+
+@pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"lora"}))
+def test_gradients(name: str) -> None:
+    assert torch.autograd.gradcheck(lambda u: routed(name, u), scores()[:6].requires_grad_())
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize(
+    "u_TE",
+    [
+        torch.tensor([[200.0, -200.0, 0.0], [-200.0, -200.0, -200.0]]),
+        torch.zeros(3, E),
+        torch.randn(4, 1, generator=torch.Generator().manual_seed(2)),
+        torch.zeros(0, E),
+        torch.tensor([[1e-40, -1e-40, 1.0]]),
+    ],
+    ids=["extreme", "equal", "one expert", "no token", "subnormal"],
+)
+def test_a_weight_says_who_is_active(name: str, u_TE: Tensor) -> None:
+    """What moves between ranks is decided from the support and carried out from the weights."""
+    if u_TE.shape[1] < TOP_K and name == "topk":
+        pytest.skip("more experts are asked for than there are: the config refuses it")
+    made = router(name, u_TE.shape[1])
+    support = made.decide(u_TE, None)
+    p_TE = made.weigh(u_TE, None, support).p_TE
+    assert torch.equal(p_TE != 0, support) and bool(p_TE.isfinite().all())
+    if name == "relu":
+        assert torch.equal(support, u_TE > 0)
+    if name == "topk":
+        assert bool((support.sum(-1) == TOP_K).all())
+
+
+@pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"lora"}))
+def test_a_score_that_is_no_number_is_not_hidden(name: str) -> None:
+    u_TE = scores()
+    u_TE[3, 1] = torch.nan
+    assert bool(routed(name, u_TE)[3].isnan().any()) and bool(routed(name, u_TE)[:3].isfinite().all())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_scores_are_at_least_float32(name: str) -> None:
+    x_TD = torch.randn(T, D).bfloat16()
+    assert router(name).float()(x_TD).dtype == torch.float32
+
+
+def test_l1_loss() -> None:
+    p_TE = routed("relu", scores()).detach().requires_grad_()
+    mask = torch.arange(T) % 3 != 0
+    p, active = p_TE[mask], (p_TE[mask] != 0).double()
+    f_E = E / (TOP_K * len(p)) * active.sum(0)
+    expected = sum(f_E[e] * p[:, e].sum() / len(p) for e in range(E))
+    loss = l1_loss(p_TE, TOP_K, mask)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, p_TE)
+    torch.testing.assert_close(gradient, mask.unsqueeze(1) * f_E / len(p))
+    assert float(l1_loss(p_TE, TOP_K, torch.zeros(T, dtype=torch.bool)).detach()) == 0
+
+
+def test_l1_coefficient_adapts() -> None:
+    assert adapted_l1(0.5, 3.0, 2, 1.2) == pytest.approx(0.6)
+    assert adapted_l1(0.6, 1.9, 2, 1.2) == pytest.approx(0.5)
+    assert adapted_l1(0.5, 2.0, 2, 1.2) == 0.5
+
+
+def test_entropy_loss() -> None:
+    mask = torch.arange(T) % 4 != 0
+    entropies = [-sum(p * math.log(p) for p in softmax(u)) for u in scores()[mask].tolist()]
+    assert float(entropy_loss(scores(), mask)) == pytest.approx(sum(entropies) / len(entropies))
+    flat, sharp = torch.zeros(1, E), torch.tensor([[500.0] + [0.0] * (E - 1)])
+    assert float(entropy_loss(flat)) == pytest.approx(math.log(E)) and float(entropy_loss(sharp)) == 0
+    assert float(entropy_loss(scores(), torch.zeros(T, dtype=torch.bool))) == 0

@@ -1,0 +1,73 @@
+"""Adapters with other routers than Sparsegen: as PEFT's own LoRA, in files, and in whole runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from ldmole_dist.cli import main
+from ldmole_dist.peft_method import LdMoleLinear
+from ldmole_dist.ranks import LocalRanks
+from tests.small_adapter import E, R, adapt, backbone, config, logits, move
+from tests.small_run import make_config, make_folder, run_training
+
+
+def test_experts_without_a_router_are_one_lora() -> None:
+    ours = move(adapt(router="lora"))
+    targets = list(config().target_modules or [])
+    theirs = get_peft_model(
+        backbone(), LoraConfig(r=E * R, lora_alpha=E * config().lora_alpha, lora_dropout=0.0, target_modules=targets)
+    )
+    lora = dict(theirs.named_modules())
+    for name, module in ours.named_modules():
+        if isinstance(module, LdMoleLinear):
+            A_ERD, B_EOR = module.lora_A["default"].data, module.lora_B["default"].data
+            other = lora[name]
+            other.lora_A["default"].weight.data = A_ERD.flatten(0, 1)
+            other.lora_B["default"].weight.data = B_EOR.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    assert not torch.allclose(logits(ours), logits(backbone()), atol=1e-2)
+
+
+@pytest.mark.parametrize("router", ["topk", "lora"])
+def test_only_what_a_router_needs_is_in_the_file(tmp_path: Path, router: str) -> None:
+    adapt(router=router).save_pretrained(tmp_path)
+    kinds = {name.split("_proj.")[-1] for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert kinds == {"lora_A", "lora_B"} | ({"router.weight"} if router == "topk" else set())
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match=f"top_k={E + 1} is more than num_experts={E}"):
+        config(router="topk", top_k=E + 1)
+    with pytest.raises(ValueError, match="top_p=1.5 must lie in"):
+        config(router="top_p", top_p=1.5)
+    with pytest.raises(ValueError, match="router='best' is not known"):
+        config(router="best")
+
+
+def test_a_run_reports_what_its_router_has(tmp_path: Path, ranks1: LocalRanks) -> None:
+    """ReLU: no lambda anywhere, and an L1 coefficient that follows the number of active experts."""
+    folder = make_folder(tmp_path)
+    path = make_config(
+        folder,
+        adapter={"router": "relu"},
+        optimisation={"l1_coef": 0.5, "l1_rate": 1.5, "sparsity_target": 1, "max_steps": 5},
+        parallelism={"ep_size": 1},
+        run={"detail_every": 1, "save_every": 2},
+    )
+    ranks1.run(run_training, str(path))
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    auxiliary = {key for key in lines[0] if key.startswith("loss_")}
+    assert auxiliary == {"loss_task", "loss_l1", "loss_z"}
+    assert not any("lambda" in key for line in lines for key in line)
+    for line, following in zip(lines, lines[1:], strict=False):
+        grows = line["experts_per_token"] > 1
+        assert following["l1_coef"] == pytest.approx(line["l1_coef"] * (1.5 if grows else 1 / 1.5))
+        expected = line["loss_task"] + line["l1_coef"] * line["loss_l1"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert main(["report", str(folder / "run"), "--limit", "8", "--output", str(tmp_path / "report")]) == 0
