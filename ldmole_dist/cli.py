@@ -25,6 +25,7 @@ from ldmole_dist.errors import (
 from ldmole_dist.leave import leave
 from ldmole_dist.pulse import show_stacks
 from ldmole_dist.study import bench
+from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.study.plan import command as planning
 from ldmole_dist.study.report import arguments as report_arguments
 from ldmole_dist.study.scaling import command as scaling_command
@@ -172,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
 
     scaling = commands.add_parser("scaling", help="how training scales here", description=scaling_command.SCALING)
     scaling_command.add_arguments(scaling)
+
+    compare = commands.add_parser("compare", help="routers against each other", description=compare_command.COMPARE)
+    compare_command.add_arguments(compare)
 
     bench.add_commands(commands.add_parser("bench", help="measure"))
     return parser

@@ -174,6 +174,7 @@ class Run:
         output_dir: the run's folder (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl, routing.jsonl).
         seed: of initial values, dropout and data order.
         eval_every: optimizer steps between evaluations; 0: only before and after training.
+        eval_before: evaluate before the first step too.
         save_every: optimizer steps between checkpoints; 0: none.
         keep_last: checkpoints that are kept.
         detail_every: optimizer steps between detailed reports: routing of each linear, gradient norms by part, time in
@@ -187,6 +188,7 @@ class Run:
     output_dir: str
     seed: int = 0
     eval_every: NotNegative = 0
+    eval_before: bool = True
     save_every: NotNegative = 0
     keep_last: Positive = 2
     detail_every: Positive = 10

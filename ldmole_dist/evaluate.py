@@ -19,7 +19,7 @@ from ldmole_dist.data.encode import Encoded
 from ldmole_dist.engine.startup import Process
 from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import Observer
-from ldmole_dist.objective import IGNORED, answer_loss, answer_positions, next_tokens
+from ldmole_dist.objective import IGNORED, answer_losses, answer_positions, next_tokens
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
 from ldmole_dist.pulse import pulse
 
@@ -42,6 +42,7 @@ class Evaluator:
         self, examples: Sequence[Encoded], choices: Sequence[int] | None, pad_id: int, batch_size: int, process: Process
     ) -> None:
         self.choices, self.pad_id, self.batch_size, self.process = choices, pad_id, batch_size, process
+        self.domains = sorted({e.domain for e in examples if e.domain is not None})
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
         share = -(-len(examples) // process.world_size)
         mine = order[process.rank :: process.world_size]
@@ -57,39 +58,49 @@ class Evaluator:
             doing: what the progress bar says.
 
         Returns:
-            "eval_loss" (mean over answers), and "accuracy" (share of rows, 0 to 1) where there are choices or classes.
+            "eval_loss" (mean over answers), and "accuracy" (share of rows, 0 to 1) where there are choices or classes; the same
+            as "code/eval_loss", "code/accuracy" of the rows of each domain, where rows have one.
         """
         was_training = model.training
         model.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.process.device)  # loss, answers, right, rows
+        # Of all rows, then of each domain: loss, answers, right, rows.
+        sums = torch.zeros(1 + len(self.domains), 4, dtype=torch.float64, device=self.process.device)
         starts = range(0, len(self.examples), self.batch_size)
         for start in tqdm(starts, desc=doing, disable=not self.process.is_main, unit="batch"):
             pulse(doing)
             examples = self.examples[start : start + self.batch_size]
             counted = max(0, min(len(examples), self.counted - start))
-            sums += self._batch(model, collate(examples, self.pad_id, self.process.device), counted)
+            of_rows = self._batch(model, collate(examples, self.pad_id, self.process.device))[:counted]
+            sums[0] += of_rows.sum(0)
+            for index, domain in enumerate(self.domains, start=1):
+                mine = torch.tensor([e.domain == domain for e in examples[:counted]], device=of_rows.device)
+                sums[index] += of_rows[mine.bool()].sum(0)
         model.train(was_training)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        loss, answers, right, rows = sums.tolist()
-        result = {"eval_loss": loss / max(answers, 1)}
-        if rows:
-            result["accuracy"] = right / rows
+        result = {}
+        for prefix, of in zip(["", *(f"{domain}/" for domain in self.domains)], sums.tolist(), strict=True):
+            loss, answers, right, rows = of
+            result[f"{prefix}eval_loss"] = loss / max(answers, 1)
+            if rows:
+                result[f"{prefix}accuracy"] = right / rows
         return result
 
-    def _batch(self, model: nn.Module, batch: dict[str, Tensor], counted: int) -> Tensor:
+    def _batch(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """(B, 4) of each row: loss, answers, right ones, and those that can be right or wrong."""
         targets, logits = batch_logits(model, batch)
-        logits, targets = logits[:counted], targets[:counted]
-        right = rows = torch.zeros((), device=logits.device)
+        targets_BS = targets.unflatten(0, (len(targets), -1)) if targets.dim() == 1 else targets
+        logits_BSV = logits.unflatten(0, (len(logits), -1)) if logits.dim() == 2 else logits
+        answered_BS = targets_BS != IGNORED
+        right_BS = rows_BS = torch.zeros_like(answered_BS)
         if targets.dim() == 1:
-            right, rows = (logits.argmax(-1) == targets).sum(), torch.tensor(counted)
+            right_BS, rows_BS = logits_BSV.argmax(-1) == targets_BS, answered_BS
         elif self.choices is not None:
-            answered = targets != IGNORED
             choices = torch.tensor(self.choices, device=logits.device)
-            picked = choices[logits[answered][:, choices].argmax(-1)]
-            right, rows = (picked == targets[answered]).sum(), answered.sum()
-        values = (answer_loss(logits, targets), (targets != IGNORED).sum(), right, rows)
-        return torch.stack([v.to(device=logits.device, dtype=torch.float64) for v in values])
+            picked_BS = choices[logits_BSV[..., choices].argmax(-1)]
+            right_BS, rows_BS = (picked_BS == targets_BS) & answered_BS, answered_BS
+        loss_BS = answer_losses(logits_BSV, targets_BS)
+        return torch.stack([v.double().sum(1) for v in (loss_BS, answered_BS, right_BS, rows_BS)], dim=1)
 
 
 def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

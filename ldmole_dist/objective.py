@@ -46,6 +46,22 @@ def answer_count(targets: Tensor) -> Tensor:
     return (targets != IGNORED).sum()
 
 
+def answer_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of each answer, in at least float32.
+
+    Args:
+        logits: (..., V).
+        targets: (...) token ids or classes, -100 where there is none.
+
+    Returns:
+        (...), 0 where there is no answer.
+    """
+    answers = targets != IGNORED
+    losses = torch.zeros(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    losses[answers] = F.cross_entropy(logits[answers].to(losses.dtype), targets[answers], reduction="none")
+    return losses
+
+
 def answer_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Summed cross entropy of the answers, in at least float32.
 

@@ -98,7 +98,7 @@ class Trainer:
         run = self.config.run
         if self.first_step >= self.last_step:  # it has reported that already
             return self._evaluate(self.first_step)
-        result = self._observe(0) if self.first_step == 0 else {}
+        result = self._observe(0) if self.first_step == 0 and run.eval_before else {}
         steps = tqdm(
             range(self.first_step + 1, self.last_step + 1),
             desc="training",

@@ -15,10 +15,11 @@ from ldmole_dist.objective import IGNORED
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one sequence and its labels: ids where the answer is and -100 elsewhere, or one class."""
+    """Token ids of one sequence and its labels: ids where the answer is and -100 elsewhere, or one class; and its domain."""
 
     input_ids: list[int]
     labels: list[int] | int
+    domain: str | None = None
 
 
 class Encoder:
@@ -60,10 +61,11 @@ class Encoder:
         """One row."""
         if self.task == "sequence_classification":
             assert self.labels is not None  # checked with the config
-            return Encoded(self._fit(self.tokenizer(row.source)["input_ids"], 0, row), self.labels.index(row.target))
+            ids = self._fit(self.tokenizer(row.source)["input_ids"], 0, row)
+            return Encoded(ids, self.labels.index(row.target), row.domain)
         prompt, answer = self.prompt_ids(row.source), self.answer_ids(row.target)
         ids = self._fit(prompt + answer, len(answer), row)
-        return Encoded(ids, [IGNORED] * (len(ids) - len(answer)) + answer)
+        return Encoded(ids, [IGNORED] * (len(ids) - len(answer)) + answer, row.domain)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a prompt, special tokens of the tokenizer included."""

@@ -10,24 +10,19 @@ import csv
 import io
 import json
 import os
-import platform
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 from ldmole_dist.checkpoint.files import explained, write_text
 from ldmole_dist.errors import UserError
 from ldmole_dist.ranks import RankFailed
 from ldmole_dist.study.bench_latency import Latency
+from ldmole_dist.study.machine import machine
 from ldmole_dist.study.scaling.cells import AXES, Cell
 from ldmole_dist.study.scaling.code import code
 from ldmole_dist.study.scaling.measure import WARMUP, Measured
 
-LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 _DONE = "ok"
 _RESULTS = tuple(field.name for field in fields(Measured))
 COLUMNS = (*AXES, "status", *_RESULTS)
@@ -65,24 +60,7 @@ def environment(steps: int) -> dict[str, str]:
     Args:
         steps: that are timed.
     """
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    memory = psutil.virtual_memory().total / 2**30
-    return {
-        "device": f"{len(gpus)} x {gpus[0]}" if gpus else "CPU",
-        "processor": _processor(),
-        "cores": str(cores()),
-        "memory": f"{memory:.0f} GB",
-        "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
-        "code": code(),
-        "warmup_steps": str(WARMUP),
-        "timed_steps": str(steps),
-    }
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
+    return machine() | {"code": code(), "warmup_steps": str(WARMUP), "timed_steps": str(steps)}
 
 
 class Store:
@@ -216,8 +194,3 @@ def _parsed(values: list[str]) -> Row:
 
 def _value(text: str) -> Any:
     return int(text) if text.lstrip("-").isdigit() else text
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

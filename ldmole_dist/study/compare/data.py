@@ -1,0 +1,46 @@
+"""The data of the comparison: WordNet definitions and VADER's rated sentences, as one mixture of five domains."""
+
+from __future__ import annotations
+
+import json
+import random
+from importlib.resources import files
+from pathlib import Path
+
+from ldmole_dist.checkpoint.files import explained, write_text
+from ldmole_dist.data.vader import DOMAINS, LABELS, read_vader
+
+WORDNET_LABELS = [" animal", " plant", " food", " person", " object", " body", " place", " time"]
+ALL_LABELS = [*WORDNET_LABELS, *LABELS]
+TRAIN, TEST = {"wordnet": 480, "vader": 200}, 80  # rows of a domain
+
+
+def write_data(archive: str, folder: Path) -> tuple[Path, Path]:
+    """Write train.jsonl and test.jsonl: the same rows every time, drawn from all that there are.
+
+    Args:
+        archive: vaderSentiment-3.3.2.tar.gz (`data.vader`).
+        folder: made if need be.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        UserError: where the archive is another one, or the folder cannot be written.
+    """
+    draw = random.Random(0)
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
+    for split, number in (("train", TRAIN["wordnet"]), ("test", TEST)):
+        text = files("ldmole_dist.data.wordnet").joinpath(f"{split}.jsonl").read_text(encoding="utf-8")
+        drawn = draw.sample(text.splitlines(), number)
+        rows[split] += [json.loads(line) | {"domain": "wordnet"} for line in drawn]
+    sentences = read_vader(archive)
+    for domain in DOMAINS:
+        for split, number in (("train", TRAIN["vader"]), ("test", TEST)):
+            there = [s for s in sentences if s.domain == domain and s.for_testing == (split == "test")]
+            rows[split] += [sentence.row() for sentence in draw.sample(there, number)]
+    with explained(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, chosen in rows.items():
+            write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
+    return folder / "train.jsonl", folder / "test.jsonl"
