@@ -65,21 +65,42 @@ class Adapter:
 
 
 @dataclass(config=_strict_keys)
-class Data:
-    """JSON lines with "prompt" and "completion" (causal_lm) or "text" and "label" (sequence_classification).
+class Source:
+    """One data set of several (docs/data.md).
 
     Args:
-        train: file to train on.
-        eval: file to evaluate on, or None.
-        labels: the possible completions, one token each, or class names: given, every row must have one of them, and
-            evaluation reports accuracy.
-        max_length: tokens of a sequence.
-        truncation: cut longer sequences at the start of the prompt; off, a longer one is an error.
-        eval_limit: evaluate on so many rows of the file, from its start.
+        path: file: .jsonl, .json, .csv or .parquet. A task without one comes from the hub.
+        task: name of one of the paper's tasks (docs/tasks.md), whose columns the data has.
+        format: of the rows, if it is not a task's; None recognises it by the keys of the first row.
+        split: of a task on the hub, instead of its usual one.
+        weight: share of what is trained on, relative to the weights of the other sources; all of them have one or none has.
+        name: domain of rows that name none, in results; the task's or the file's name, if there are several sources.
     """
 
-    train: str
-    eval: str | None = None
+    path: str | None = None
+    task: str | None = None
+    format: Literal["prompt_completion", "alpaca", "sharegpt", "messages", "text", "classification"] | None = None
+    split: str | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+    name: str | None = None
+
+
+@dataclass(config=_strict_keys)
+class Data:
+    """What is trained and evaluated on (docs/data.md).
+
+    Args:
+        train: file to train on, or a list of sources.
+        eval: file to evaluate on, or a list of sources, or None.
+        labels: the possible completions, one token each, or class names: given, every row must have one of them, and
+            evaluation reports accuracy. Tasks bring their own.
+        max_length: tokens of a sequence.
+        truncation: cut longer sequences at the start of the prompt, plain texts at their end; off, a longer one is an error.
+        eval_limit: evaluate on so many rows of each source, from its start.
+    """
+
+    train: str | list[Source]
+    eval: str | list[Source] | None = None
     labels: list[str] | None = None
     max_length: Annotated[int, Field(ge=2)] = 1024
     truncation: bool = False
@@ -291,10 +312,34 @@ def _check(config: Config) -> None:
             f"adapter.num_experts={experts} is no multiple of parallelism.ep_size={ep_size}: "
             f"choose ep_size among {[p for p in range(1, experts + 1) if experts % p == 0]}"
         )
+    _check_sources(config)
     if config.backbone.task == "sequence_classification" and not config.data.labels:
         raise UserError("backbone.task=sequence_classification needs data.labels, the names of the classes")
     if config.data.labels is not None and len(set(config.data.labels)) < max(2, len(config.data.labels)):
         raise UserError(f"data.labels={config.data.labels} must be at least two different values")
+
+
+def _check_sources(config: Config) -> None:
+    from ldmole_dist.data.tasks import TASKS  # which builds on this file
+
+    for key, data in (("train", config.data.train), ("eval", config.data.eval)):
+        sources = data if isinstance(data, list) else []
+        if isinstance(data, list) and not data:
+            raise UserError(f"data.{key} is an empty list: give at least one source")
+        for source in sources:
+            if source.task is not None and source.task not in TASKS:
+                raise UserError(f"data.{key}: task {source.task!r} is not known: choose one of {sorted(TASKS)}")
+            if source.task is None and source.path is None:
+                raise UserError(f"data.{key}: a source needs a path or a task")
+            if source.task is not None and source.format is not None:
+                raise UserError(f"data.{key}: task {source.task} has a format of its own, leave format out")
+        if len({source.weight is None for source in sources}) > 1:
+            raise UserError(f"data.{key}: some sources have a weight and some none: give all of them one, or none")
+        if key == "train" and config.data.labels is None and config.backbone.task == "sequence_classification":
+            named = {TASKS[source.task].labels for source in sources if source.task is not None}
+            if len(named) == 1 and all(source.task is not None for source in sources):
+                labels = named.pop()
+                config.data.labels = None if labels is None else list(labels)
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

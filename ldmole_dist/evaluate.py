@@ -17,7 +17,6 @@ from tqdm import tqdm
 from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.engine.startup import Process
-from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import Observer
 from ldmole_dist.objective import IGNORED, answer_losses, answer_positions, next_tokens
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
@@ -29,19 +28,13 @@ class Evaluator:
 
     Args:
         examples: all of them, on every rank.
-        choices: token ids of the possible answers of a causal model, one token each, for accuracy; None if free text.
         pad_id: for batches.
         batch_size: sequences of one forward.
         process: of this rank.
-
-    Raises:
-        UserError: where an answer is longer than one token although choices are given.
     """
 
-    def __init__(
-        self, examples: Sequence[Encoded], choices: Sequence[int] | None, pad_id: int, batch_size: int, process: Process
-    ) -> None:
-        self.choices, self.pad_id, self.batch_size, self.process = choices, pad_id, batch_size, process
+    def __init__(self, examples: Sequence[Encoded], pad_id: int, batch_size: int, process: Process) -> None:
+        self.pad_id, self.batch_size, self.process = pad_id, batch_size, process
         self.domains = sorted({e.domain for e in examples if e.domain is not None})
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
         share = -(-len(examples) // process.world_size)
@@ -70,7 +63,7 @@ class Evaluator:
             pulse(doing)
             examples = self.examples[start : start + self.batch_size]
             counted = max(0, min(len(examples), self.counted - start))
-            of_rows = self._batch(model, collate(examples, self.pad_id, self.process.device))[:counted]
+            of_rows = self._batch(model, examples)[:counted]
             sums[0] += of_rows.sum(0)
             for index, domain in enumerate(self.domains, start=1):
                 mine = torch.tensor([e.domain == domain for e in examples[:counted]], device=of_rows.device)
@@ -86,21 +79,32 @@ class Evaluator:
                 result[f"{prefix}accuracy"] = right / rows
         return result
 
-    def _batch(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """(B, 4) of each row: loss, answers, right ones, and those that can be right or wrong."""
-        targets, logits = batch_logits(model, batch)
+    def _batch(self, model: nn.Module, examples: Sequence[Encoded]) -> Tensor:
+        """(B, 4) of each row: loss, answers, whether it is right, and whether it can be right or wrong: a class can, and the
+        first token of an answer among choices."""
+        targets, logits = batch_logits(model, collate(examples, self.pad_id, self.process.device))
         targets_BS = targets.unflatten(0, (len(targets), -1)) if targets.dim() == 1 else targets
         logits_BSV = logits.unflatten(0, (len(logits), -1)) if logits.dim() == 2 else logits
         answered_BS = targets_BS != IGNORED
-        right_BS = rows_BS = torch.zeros_like(answered_BS)
+        loss_B = answer_losses(logits_BSV, targets_BS).sum(1)
+        # The first answer of each row.
+        rows_B, first_B = torch.arange(len(examples), device=logits.device), answered_BS.int().argmax(1)
+        target_B, logits_BV = targets_BS[rows_B, first_B], logits_BSV[rows_B, first_B]
         if targets.dim() == 1:
-            right_BS, rows_BS = logits_BSV.argmax(-1) == targets_BS, answered_BS
-        elif self.choices is not None:
-            choices = torch.tensor(self.choices, device=logits.device)
-            picked_BS = choices[logits_BSV[..., choices].argmax(-1)]
-            right_BS, rows_BS = (picked_BS == targets_BS) & answered_BS, answered_BS
-        loss_BS = answer_losses(logits_BSV, targets_BS)
-        return torch.stack([v.double().sum(1) for v in (loss_BS, answered_BS, right_BS, rows_BS)], dim=1)
+            scored_B, right_B = answered_BS[:, 0], logits_BV.argmax(-1) == target_B
+        else:
+            choices_BC = _padded([e.choices or () for e in examples], logits.device)
+            scores_BC = logits_BV.gather(1, choices_BC.clamp_min(0)).masked_fill(choices_BC < 0, -torch.inf)
+            scored_B = (choices_BC[:, 0] >= 0) & answered_BS.any(1)
+            right_B = choices_BC[rows_B, scores_BC.argmax(1)] == target_B
+        values = (loss_B, answered_BS.sum(1), right_B & scored_B, scored_B)
+        return torch.stack([v.double() for v in values], dim=1)
+
+
+def _padded(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, C), -1 where a row has fewer; C at least 1."""
+    width = max(1, *map(len, choices))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in choices], device=device)
 
 
 def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -141,25 +145,3 @@ def route(model: PeftModel, batch: Mapping[str, Tensor], observer: Observer | No
         model(**inputs)
     finally:
         context.observer = None
-
-
-def single_token_choices(labels: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int]:
-    """Token ids of labels that are one token each.
-
-    Args:
-        labels: for the message.
-        ids: their token ids.
-
-    Raises:
-        UserError: naming the first that is longer, or two that are the same token.
-    """
-    for label, tokens in zip(labels, ids, strict=True):
-        if len(tokens) != 1:
-            raise UserError(
-                f"data.labels: {label!r} is {len(tokens)} tokens for this tokenizer, accuracy needs labels of one token: "
-                "write a leading space where words follow one, choose other words, or leave data.labels out"
-            )
-    choices = [tokens[0] for tokens in ids]
-    if len(set(choices)) < len(choices):
-        raise UserError(f"data.labels {list(labels)}: two of them are the same token for this tokenizer")
-    return choices

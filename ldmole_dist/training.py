@@ -26,9 +26,9 @@ from ldmole_dist.checkpoint.export import export_adapter
 from ldmole_dist.checkpoint.load import choose_checkpoint, load_checkpoint, newest
 from ldmole_dist.checkpoint.save import Saver, point_to
 from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
-from ldmole_dist.data.batches import TrainingOrder, describe_order
+from ldmole_dist.data.batches import TrainingOrder, describe_order, mixture_of
 from ldmole_dist.data.encode import Encoder
-from ldmole_dist.data.rows import read_rows
+from ldmole_dist.data.sources import read_rows
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
@@ -36,7 +36,7 @@ from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.engine.startup import Process, agreed, start
 from ldmole_dist.errors import UserError
-from ldmole_dist.evaluate import Evaluator, single_token_choices
+from ldmole_dist.evaluate import Evaluator
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.monitor.probe import Probe
 from ldmole_dist.parallel.dispatch import ExpertParallel
@@ -77,16 +77,15 @@ def prepare(config: Config) -> Trainer:
         data, task = config.data, config.backbone.task
         encoder = Encoder(tokenizer, task, data.labels, data.max_length, data.truncation)
         quiet = not process.is_main
-        examples = encoder(read_rows(data.train, task, data.labels), "tokenising the training set", quiet)
+        by_source = read_rows(data.train, task, data.labels)
+        mixture = mixture_of(data.train, [len(rows) for rows in by_source])
+        examples = encoder([row for rows in by_source for row in rows], "tokenising the training set", quiet)
         held_out = None
         if data.eval is not None:
-            rows = read_rows(data.eval, task, data.labels, data.eval_limit)
-            held_out = encoder(rows, "tokenising the evaluation set", quiet)
-        choices = None
-        if task == "causal_lm" and data.labels is not None:
-            choices = single_token_choices(data.labels, [encoder.answer_ids(label) for label in data.labels])
+            found = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
+            held_out = encoder([row for rows in found for row in rows], "tokenising the evaluation set", quiet)
     folder = Path(config.run.output_dir)
-    data_order = describe_order(config, examples)
+    data_order = describe_order(config, examples, mixture)
     resumed = choose_checkpoint(config, data_order, process)
     with agreed("preparing the output folder"):
         if process.is_main:
@@ -115,10 +114,12 @@ def prepare(config: Config) -> Trainer:
         first_step = load_checkpoint(engine, resumed, process)
     lengths = [len(e.input_ids) for e in examples]
     o = config.optimisation
-    order = TrainingOrder(lengths, o.global_batch_size, o.micro_batch_size, process.world_size, config.run.seed)
+    order = TrainingOrder(
+        lengths, o.global_batch_size, o.micro_batch_size, process.world_size, config.run.seed, mixture
+    )
     evaluator = None
     if held_out is not None:
-        evaluator = Evaluator(held_out, choices, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
+        evaluator = Evaluator(held_out, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
     probe = Probe(examples if held_out is None else held_out, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
     saver = Saver(folder / "checkpoints", config, process, data_order)
     if process.is_main:

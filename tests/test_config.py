@@ -12,6 +12,7 @@ from ldmole_dist.cli import main
 from ldmole_dist.config import Config, accumulation_steps, check_parallelism, dump_config, load_config
 from ldmole_dist.errors import UserError
 
+SHIPPED = sorted((Path(__file__).parents[1] / "launch" / "configs").rglob("*.yaml"))
 QUICKSTART = Path(__file__).parents[1] / "launch" / "configs" / "quickstart.yaml"
 MINIMAL: dict[str, Any] = {
     "backbone": {"path": "backbone"},
@@ -104,3 +105,10 @@ def test_validate_says_so(path: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "is valid for 2 ranks" in capsys.readouterr().out
     assert main(["validate", path, "deepspeed=zero9"]) == 2
     assert "zero9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    config = load_config(str(path), [])
+    assert config.backbone.task == "causal_lm" or config.data.labels
+    check_parallelism(config, config.parallelism.ep_size)

@@ -50,6 +50,7 @@ def test_bad_options() -> None:
         config(router="best")
 
 
+@pytest.mark.full
 def test_a_run_reports_what_its_router_has(tmp_path: Path, ranks1: LocalRanks) -> None:
     """ReLU: no lambda anywhere, and an L1 coefficient that follows the number of active experts."""
     folder = make_folder(tmp_path)

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldmole_dist.data.batches import TrainingOrder
+from ldmole_dist.data.batches import Mixture, TrainingOrder
 
 LENGTHS = [3 + (7 * i) % 11 for i in range(37)]
 
@@ -42,3 +42,30 @@ def test_a_resumed_order_goes_on_where_it_was() -> None:
     order = make(2)
     steps = [order.micro_batches(step, 1) for step in range(12)]
     assert [make(2).micro_batches(step, 1) for step in (9, 3, 11)] == [steps[9], steps[3], steps[11]]
+
+
+def test_a_mixture_has_the_shares_of_its_weights_and_each_source_in_turn() -> None:
+    sizes, weights = [10, 27], [3.0, 1.0]
+    order = TrainingOrder(LENGTHS, 8, 2, 1, seed=5, mixture=Mixture(sizes, weights))
+    drawn = list(itertools.chain.from_iterable(order.step(step) for step in range(500)))
+    first, second = [e for e in drawn if e < 10], [e for e in drawn if e >= 10]
+    assert abs(len(first) / len(drawn) - 0.75) < 0.03
+    for source, size in ((first, 10), (second, 27)):  # no row again before all others of its source
+        epochs = [source[i : i + size] for i in range(0, len(source) - size, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs) and len(set(map(tuple, epochs))) > 1
+    alike = TrainingOrder(LENGTHS[:20], 8, 2, 1, seed=5, mixture=Mixture([10, 10], weights))
+    drawn = list(itertools.chain.from_iterable(alike.step(step) for step in range(20)))
+    assert [e for e in drawn if e < 10][:10] != [e - 10 for e in drawn if e >= 10][:10]
+
+
+def test_a_mixture_is_the_same_for_any_number_of_ranks_and_after_a_resume() -> None:
+    def made(world_size: int) -> TrainingOrder:
+        return TrainingOrder(LENGTHS, 8, 2, world_size, seed=5, mixture=Mixture([10, 27], [1.0, 1.0]))
+
+    one = made(1)
+    steps = [one.micro_batches(step, 0) for step in range(300)]
+    for world_size in (2, 4):
+        order = made(world_size)
+        for step in (299, 0, 150):  # who goes on begins in the middle
+            dealt = [order.micro_batches(step, rank) for rank in range(world_size)]
+            assert [batch for turn in zip(*dealt, strict=True) for batch in turn] == steps[step]

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ldmole_dist.data.encode import Encoder
-from ldmole_dist.data.rows import Row, read_rows
+from ldmole_dist.data.rows import Row
+from ldmole_dist.data.sources import read_rows
 from ldmole_dist.errors import UserError
 from ldmole_dist.objective import IGNORED
 from tests.small_run import make_backbone
@@ -22,12 +23,17 @@ def write(path: Path, *lines: object) -> str:
     return str(path)
 
 
+def read(path: str, task: str, labels: list[str] | None, limit: int | None = None) -> list[Row]:
+    (rows,) = read_rows(path, task, labels, limit)
+    return rows
+
+
 def test_rows_know_where_they_are_from(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", GOOD, "", GOOD | {"extra": 1}, GOOD)
-    rows = read_rows(path, "causal_lm", [" blue"])
+    rows = read(path, "causal_lm", [" blue"])
     assert [row.where for row in rows] == [f"{path}, line {n}" for n in (1, 3, 4)]
     assert rows[0].source == GOOD["prompt"] and rows[0].target == " blue"
-    assert len(read_rows(path, "causal_lm", None, limit=2)) == 2
+    assert len(read(path, "causal_lm", None, limit=2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -42,21 +48,21 @@ def test_rows_know_where_they_are_from(tmp_path: Path) -> None:
 )
 def test_the_first_bad_line_is_named(tmp_path: Path, line: object, said: str) -> None:
     with pytest.raises(UserError) as raised:
-        read_rows(write(tmp_path / "data.jsonl", GOOD, line), "causal_lm", [" blue"])
+        read(write(tmp_path / "data.jsonl", GOOD, line), "causal_lm", [" blue"])
     assert said in str(raised.value)
 
 
 def test_a_row_may_have_a_domain(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", GOOD | {"domain": "code"}, GOOD, GOOD | {"domain": 3})
-    assert [row.domain for row in read_rows(path, "causal_lm", None)] == ["code", None, "3"]
+    assert [row.domain for row in read(path, "causal_lm", None)] == ["code", None, "3"]
 
 
 def test_files_that_hold_nothing_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no rows"):
-        read_rows(write(tmp_path / "empty.jsonl", ""), "causal_lm", None)
+        read(write(tmp_path / "empty.jsonl", ""), "causal_lm", None)
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not UTF-8"):
-        read_rows(str(tmp_path / "binary.jsonl"), "causal_lm", None)
+        read(str(tmp_path / "binary.jsonl"), "causal_lm", None)
 
 
 @pytest.fixture(scope="module")

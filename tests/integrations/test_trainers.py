@@ -150,7 +150,7 @@ def distance(found: Gradients, expected: Gradients) -> float:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize("kind", ["trainer", "sft"])
 def test_gradients_are_our_trainers(folder: Path, ours: Any, kind: str, accumulation: int, checkpointing: bool) -> None:
     expected, rows = ours(accumulation)

@@ -77,18 +77,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _store(args: argparse.Namespace, folder: Path) -> Any:
     from ldmole_dist.config import dump_config
+    from ldmole_dist.data.sources import sources_of
     from ldmole_dist.study.compare.store import Store, commit
     from ldmole_dist.study.machine import machine
 
     base = _base(args, folder)
     contents = hashlib.sha256()
-    for path in (base.data.train, base.data.eval):
-        if path is None:
-            raise UserError("data.eval is missing: without it nothing can be compared")
+    if base.data.eval is None:
+        raise UserError("data.eval is missing: without it nothing can be compared")
+    for source in [*sources_of(base.data.train), *sources_of(base.data.eval)]:
+        contents.update(repr(source).encode())
         try:
-            contents.update(Path(path).read_bytes())
+            contents.update(b"" if source.path is None else Path(source.path).read_bytes())
         except OSError as error:
-            raise UserError(f"data file {path}: {error.strerror}; check data.train and data.eval") from error
+            raise UserError(f"data file {source.path}: {error.strerror}; check data.train and data.eval") from error
     settings = hashlib.sha256(dump_config(base).encode()).hexdigest()[:12]
     about = machine() | {"data": contents.hexdigest()[:12], "settings": settings, "code": commit()}
     vader = [] if args.vader is None else ["--vader", Path(args.vader).name]

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from ldmole_dist.backbone import backbone_of, load_adapter, load_backbone
-from ldmole_dist.config import Config, load_config
+from ldmole_dist.config import Config, Source, load_config
 from ldmole_dist.data.encode import Encoded, Encoder
-from ldmole_dist.data.rows import Row, read_rows
+from ldmole_dist.data.rows import Row
+from ldmole_dist.data.sources import read_rows, sources_of
 from ldmole_dist.errors import UserError
 from ldmole_dist.peft_config import LdMoleConfig
 
@@ -110,23 +111,25 @@ def read_data(subject: Subject, path: str | None, limit: int | None, tokenizer: 
         UserError: where there is no file to take, or a row cannot be read.
     """
     task, max_length, labels = _task(subject), MAX_LENGTH, None
+    given: str | Sequence[Source] = path or ""
     if subject.config is not None:
         data = subject.config.data
         max_length, labels = data.max_length, data.labels
         if path is None:
-            path, limit = data.eval or data.train, limit or (data.eval_limit if data.eval else None)
+            given, limit = data.eval or data.train, limit or (data.eval_limit if data.eval else None)
     elif path is None:
         raise UserError(
             f"{subject.adapter} is an adapter without a run, which has no data of its own: give --data FILE"
         )
     # Other data may have other classes: routing does not depend on them.
-    rows = read_rows(path, task, None, limit)
+    rows = [row for of_source in read_rows(given, task, None, limit, split="eval") for row in of_source]
     if task == "sequence_classification":
         labels = sorted({row.target for row in rows})
     encoder = Encoder(tokenizer, task, labels, min(max_length, tokenizer.model_max_length), truncation=True)
     encoded = encoder(rows, "tokenising", quiet=False)
     full = sum(len(example.input_ids) == encoder.max_length for example in encoded)
-    return DataSet(path, _by_domain(rows, encoded), encoder.max_length, full)
+    named = ", ".join(source.path or source.task or "" for source in sources_of(given))
+    return DataSet(named, _by_domain(rows, encoded), encoder.max_length, full)
 
 
 def load_model(subject: Subject, precision: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
