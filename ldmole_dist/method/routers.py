@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmole_dist.method.linear import kaiming_uniform_, linear
@@ -103,7 +104,7 @@ class SoftmaxRouter(Router):
 
 
 class TopKRouter(Router):
-    """The k largest scores are active: p = softmax over them (MoLA, arXiv 2402.08562).
+    """The k largest scores are active, of equal ones the first: p = softmax over them (MoLA, arXiv 2402.08562).
 
     Args:
         in_features: D.
@@ -118,7 +119,8 @@ class TopKRouter(Router):
     @torch.no_grad()
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
         """See `Router`."""
-        chosen = logits_TE.topk(self.top_k, dim=-1).indices
+        # Not topk: which of equal scores it takes depends on the device.
+        chosen = logits_TE.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
         return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, chosen, True)  # a NaN is the largest
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
@@ -146,8 +148,8 @@ class TopPRouter(Router):
     @torch.no_grad()
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
         """See `Router`."""
-        sorted_TE, order_TE = logits_TE.softmax(-1).sort(-1, descending=True)
-        before_TE = sorted_TE.cumsum(-1) - sorted_TE
+        sorted_TE, order_TE = logits_TE.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        before_TE = F.pad(sorted_TE.cumsum(-1)[..., :-1], (1, 0))
         # An expert belongs to it if those before it are not enough; ~(>=) and not <: a NaN makes the whole row active.
         return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, order_TE, ~(before_TE >= self.top_p))
 
