@@ -23,11 +23,12 @@ from ldmole_dist.method.sparsegen import at_least_float32, sparsegen_on_support,
 
 class Routing(NamedTuple):
     """What one router says of T tokens. `p_TE != 0` is the support: the active experts. `lam_T` is None where the router has
-    no lambda."""
+    no lambda. `prob_TE`: the probabilities of all experts that it chose from; None where p is all there is."""
 
     p_TE: Tensor
     logits_TE: Tensor
     lam_T: Tensor | None
+    prob_TE: Tensor | None = None
 
 
 def lambda_or_nan(routing: Routing) -> Tensor:
@@ -126,7 +127,7 @@ class TopKRouter(Router):
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
         """See `Router`."""
         p_TE = logits_TE.masked_fill(~support_TE, -torch.inf).softmax(-1)
-        return Routing(_kept(p_TE, support_TE), logits_TE, None)
+        return Routing(_kept(p_TE, support_TE), logits_TE, None, logits_TE.softmax(-1))
 
 
 class TopPRouter(Router):
@@ -155,7 +156,8 @@ class TopPRouter(Router):
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
         """See `Router`."""
-        return Routing(_kept(logits_TE.softmax(-1), support_TE), logits_TE, None)
+        prob_TE = logits_TE.softmax(-1)
+        return Routing(_kept(prob_TE, support_TE), logits_TE, None, prob_TE)
 
 
 class ReluRouter(Router):

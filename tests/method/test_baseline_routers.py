@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.losses import adapted_l1, entropy_loss, l1_loss
 from ldmole_dist.method.routers import ROUTERS, Router, new_router
 
@@ -111,6 +112,38 @@ def test_a_score_that_is_no_number_is_not_hidden(name: str) -> None:
 def test_scores_are_at_least_float32(name: str) -> None:
     x_TD = torch.randn(T, D).bfloat16()
     assert router(name).float()(x_TD).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["softmax", "topk", "top_p"])
+def test_the_balance_loss_is_of_the_choice_and_the_softmax_before_it(name: str) -> None:
+    u_TE, mask = scores().requires_grad_(), torch.arange(T) % 3 != 0
+    made = router(name)
+    routing = made.weigh(u_TE, None, made.decide(u_TE, None))
+    context = StepContext()
+    context.weights = LossWeights(balance=1.0)
+    context.begin(mask.view(1, T))
+    context.report("linear", routing, torch.Size((1, T)), made.losses)
+    rows = u_TE[mask].tolist()
+    active = [[weight > 0 for weight in REFERENCES[name](u)] for u in rows]
+    freq = [sum(token[e] for token in active) / sum(map(sum, active)) for e in range(E)]
+    prop = [sum(softmax(u)[e] for u in rows) / len(rows) for e in range(E)]
+    loss = context.auxiliary_loss()
+    assert float(loss) == pytest.approx(E * sum(f * p for f, p in zip(freq, prop, strict=True)))
+    if name == "softmax":  # all are active: there is nothing to balance
+        assert float(loss) == pytest.approx(1)
+    else:
+        (gradient,) = torch.autograd.grad(loss, u_TE)
+        assert (gradient[mask][routing.p_TE[mask] == 0] != 0).all()  # an expert that was not chosen learns too
+        assert not gradient[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["topk", "top_p"])
+def test_of_equal_scores_the_first(name: str) -> None:
+    """On every device, so that what is decided does not depend on it: torch.topk promises nothing of ties."""
+    for experts in (3, 64, 3000):
+        made = new_router(name, D, experts, top_k=2, top_p=1.5 / experts)
+        assert made.decide(torch.zeros(5, experts), None)[:, :2].all()
+        assert int(made.decide(torch.zeros(5, experts), None).sum()) == 10
 
 
 def test_l1_loss() -> None:
