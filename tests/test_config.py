@@ -66,8 +66,8 @@ def test_a_key_without_its_section(path: str) -> None:
         ("adapter.num_experts=[]", ": adapter.num_experts=[]: list should have at least 1 item"),
         ("adapter.num_experts=[4, 0]", ": adapter.num_experts.1=0: input should be greater than or equal to 1"),
         (
-            "adapter.num_experts=[4, 6]",
-            "adapter.num_experts=[4, 6] is no multiple of parallelism.ep_size=4: choose ep_size among [1, 2]",
+            "adapter.num_experts=[2, 4]",
+            "adapter.num_experts=[2, 4] is no multiple of parallelism.ep_size=4: choose ep_size among [1, 2]",
         ),
         (
             "adapter={router: topk, num_experts: [2, 8], top_k: 4}",

@@ -127,3 +127,14 @@ def refusal(path: str, *overrides: str) -> str:
 def test_a_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder / "run"), "--limit", "8", "--output", str(tmp_path / "report")]) == 0
     assert "1.00 of 2 to 4 (by layer) in the mean" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_going_on_from_the_adapter_on_other_ranks(folder: Path, tmp_path: Path, ranks2: LocalRanks) -> None:
+    adapter, out = folder / "run" / "adapter", tmp_path / "further"
+    overrides = [f"adapter.init_from={adapter}", f"run.output_dir={out}", "learning_rate=1e-12", "max_steps=1"]
+    ranks2.run(run_training, str(folder / "config.yaml"), *overrides)
+    before, after = (load_file(of / "adapter_model.safetensors") for of in (adapter, out / "adapter"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ldmole_dist.method.context import LossWeights, StepContext
@@ -101,6 +103,38 @@ def test_a_weight_says_who_is_active(name: str, u_TE: Tensor) -> None:
         assert bool((support.sum(-1) == TOP_K).all())
 
 
+@pytest.mark.parametrize("name", REFERENCES)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-200.0, -1.5, -1e-30, 0.0, 0.3, 1.0, 200.0]), min_size=E, max_size=E), max_size=6
+    ),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_whatever_the_scores(name: str, rows: list[list[float]], dtype: torch.dtype) -> None:
+    """Ties, underflow and rows without a positive score: support and weights agree, and the support is the router's."""
+    u_TE = torch.tensor(rows, dtype=dtype).view(-1, E).requires_grad_()
+    made = router(name)
+    support = made.decide(u_TE, None)
+    routing = made.weigh(u_TE, None, support)
+    assert torch.equal(routing.p_TE != 0, support)
+    if name != "lora":
+        routing.p_TE.sum().backward()
+        assert u_TE.grad is not None and bool(u_TE.grad.isfinite().all())
+    prob_TE = u_TE.detach().softmax(-1)
+    if name == "topk":
+        assert bool((support.sum(-1) == TOP_K).all())
+        torch.testing.assert_close(routing.p_TE.sum(-1).detach(), torch.ones(len(rows), dtype=dtype))
+    if name == "top_p":
+        mass = (prob_TE * support).sum(-1)
+        least = prob_TE.masked_fill(~support, 2).amin(-1)
+        assert bool((mass >= TOP_P - 1e-6).all()) and bool((mass - least < TOP_P + 1e-6).all())
+    if name in ("topk", "top_p"):  # nobody outside is ahead of somebody inside
+        order_TE = u_TE.detach() if name == "topk" else prob_TE
+        inside, outside = order_TE.masked_fill(~support, 300), order_TE.masked_fill(support, -300)
+        assert bool((inside.amin(-1) >= outside.amax(-1)).all())
+
+
 @pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"lora"}))
 def test_a_score_that_is_no_number_is_not_hidden(name: str) -> None:
     u_TE = scores()
@@ -128,9 +162,9 @@ def test_the_balance_loss_is_of_the_choice_and_the_softmax_before_it(name: str) 
     freq = [sum(token[e] for token in active) / sum(map(sum, active)) for e in range(E)]
     prop = [sum(softmax(u)[e] for u in rows) / len(rows) for e in range(E)]
     loss = context.auxiliary_loss()
-    assert float(loss) == pytest.approx(E * sum(f * p for f, p in zip(freq, prop, strict=True)))
+    assert float(loss.detach()) == pytest.approx(E * sum(f * p for f, p in zip(freq, prop, strict=True)))
     if name == "softmax":  # all are active: there is nothing to balance
-        assert float(loss) == pytest.approx(1)
+        assert float(loss.detach()) == pytest.approx(1)
     else:
         (gradient,) = torch.autograd.grad(loss, u_TE)
         assert (gradient[mask][routing.p_TE[mask] == 0] != 0).all()  # an expert that was not chosen learns too

@@ -80,7 +80,8 @@ def test_updates_everywhere(ranks4: LocalRanks, ds_config: str, ep_size: int, ch
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("router", "ds_config"),
-    [*(("relu", stage) for stage in STAGES), *zip(("lora", "topk", "softmax", "top_p"), STAGES[1:] * 2, strict=False)],
+    [*(("relu", stage) for stage in STAGES), *zip(("lora", "topk", "softmax", "top_p"), STAGES[1:] * 2, strict=False)]
+    + [("lora", "zero3"), ("topk", "zero3")],
 )
 def test_updates_of_other_routers(ranks4: LocalRanks, router: str, ds_config: str) -> None:
     check_updates(ranks4, ds_config, 2, True, router=router, **(PARTITION_ALL if ds_config == "zero3" else {}))
