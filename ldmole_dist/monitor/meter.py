@@ -64,10 +64,9 @@ class StepMeter:
             batch: from `collate`.
         """
         tokens = batch["attention_mask"].sum()
-        stats = list(self.context.stats.values())
-        active, lam = torch.stack(stats).sum(0)
+        active, lam, decisions = torch.stack(list(self.context.stats.values())).sum(0)
         auxiliary = [torch.as_tensor(self.context.mean(term)).detach() for term in TERMS]
-        values = [loss, task, *auxiliary, active, lam, tokens * len(stats), tokens]
+        values = [loss, task, *auxiliary, active, lam, decisions, tokens]
         self._sums += torch.stack([v.to(device=loss.device, dtype=torch.float64) for v in values])
         self._micro_batches += 1
 

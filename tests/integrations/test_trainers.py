@@ -1,0 +1,225 @@
+"""Hugging Face's Trainer and TRL's SFTTrainer: their gradients are our own trainer's, auxiliary losses included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from ldmole_dist.backbone import load_adapter, load_backbone, load_tokenizer
+from ldmole_dist.config import load_config
+from ldmole_dist.hf_trainer import AuxiliaryLosses, LdMoleTrainer
+from ldmole_dist.method.context import LossWeights
+from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.training import prepare
+from tests.small_adapter import move
+from tests.small_run import make_config, make_folder
+
+MICRO, WEIGHTS = 4, LossWeights(balance=0.7, sparsity=0.3, z=0.05, target_k=2)
+Gradients = dict[str, Tensor]
+
+
+class LdMoleSFTTrainer(AuxiliaryLosses, SFTTrainer):
+    """As docs/integrations.md says it."""
+
+
+class InOrder(TrainerCallback):
+    """Keeps the gradients of the first optimizer step."""
+
+    def __init__(self) -> None:
+        self.gradients: Gradients = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.gradients = gradients_of(kwargs["model"])
+
+
+def gradients_of(model: Any) -> Gradients:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def our_gradients(config: str, *overrides: str) -> tuple[Gradients, list[list[dict[str, list[int]]]]]:
+    """Of the first optimizer step of our trainer, and the micro-batches that it had; sent to a rank."""
+    trainer = prepare(load_config(config, list(overrides)))
+    found: list[Gradients] = []
+    engine: Any = trainer.engine
+    update = engine.step
+
+    def step() -> None:
+        if engine.deepspeed.is_gradient_accumulation_boundary():
+            found.append(gradients_of(engine.module))
+        update()
+
+    engine.step = step
+    trainer._step(1)
+    trainer.monitor.close()
+    batches = [
+        [{"input_ids": trainer.examples[i].input_ids, "labels": trainer.examples[i].labels} for i in micro_batch]
+        for micro_batch in trainer.order.micro_batches(0, 0)
+    ]
+    return found[0], batches  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone, data and an adapter that is away from its start, where its gradients vanish."""
+    folder = make_folder(tmp_path_factory.mktemp("trainers"))
+    settings = LdMoleConfig(num_experts=4, r=2, lambda_hidden=16, lora_dropout=0.0, task_type="CAUSAL_LM")
+    move(get_peft_model(load_backbone(str(folder / "backbone"), "causal_lm", "fp32"), settings)).save_pretrained(
+        folder / "adapter"
+    )
+    return folder
+
+
+def loaded(folder: Path) -> PeftModel:
+    backbone = load_backbone(str(folder / "backbone"), "causal_lm", "fp32")
+    return load_adapter(backbone, str(folder / "adapter"), trainable=True)
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path, ranks1: LocalRanks) -> Callable[[int], tuple[Gradients, list[dict[str, list[int]]]]]:
+    """By accumulation steps."""
+    known: dict[int, Any] = {}
+
+    def get(accumulation: int) -> Any:
+        if accumulation not in known:
+            config = make_config(
+                folder,
+                adapter={"init_from": str(folder / "adapter")},
+                data={"labels": None},
+                optimisation={
+                    "micro_batch_size": MICRO,
+                    "global_batch_size": MICRO * accumulation,
+                    "max_grad_norm": 0.0,
+                    "balance_coef": WEIGHTS.balance,
+                    "sparsity_coef": WEIGHTS.sparsity,
+                    "z_coef": WEIGHTS.z,
+                },
+                parallelism={"ep_size": 1, "deepspeed": "zero0"},
+                run={"output_dir": str(folder / f"ours_{accumulation}")},
+            )
+            (gradients, batches) = ranks1.run(our_gradients, str(config))[0]
+            known[accumulation] = gradients, [row for batch in batches for row in batch]
+        return known[accumulation]
+
+    return get
+
+
+def theirs(kind: str, folder: Path, rows: list[dict[str, list[int]]], accumulation: int, **changes: Any) -> Any:
+    """A trainer that is about to train one step on these rows in this order, and what keeps its gradients."""
+    kept, tokenizer = InOrder(), load_tokenizer(str(folder / "backbone"))
+    settings: dict[str, Any] = dict(
+        max_steps=1,
+        per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=0.0,
+        report_to="none",
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    given: dict[str, Any] = dict(model=loaded(folder), train_dataset=Dataset.from_list(rows), callbacks=[kept])
+    settings |= changes
+    output = str(folder / "theirs")
+    made: Any
+    if kind == "sft":
+        config = SFTConfig(output, bf16=False, **({"gradient_checkpointing": False} | settings))
+        made = LdMoleSFTTrainer(args=config, processing_class=tokenizer, auxiliary=WEIGHTS, **given)
+    else:
+        args, collator = TrainingArguments(output, **settings), DataCollatorForSeq2Seq(tokenizer)
+        made = LdMoleTrainer(args=args, data_collator=collator, auxiliary=WEIGHTS, **given)
+    made._get_train_sampler = lambda dataset: SequentialSampler(dataset)
+    return made, kept
+
+
+def distance(found: Gradients, expected: Gradients) -> float:
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - g).norm() / g.norm()) for n, g in expected.items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_gradients_are_our_trainers(folder: Path, ours: Any, kind: str, accumulation: int, checkpointing: bool) -> None:
+    expected, rows = ours(accumulation)
+    trainer, kept = theirs(kind, folder, rows, accumulation, gradient_checkpointing=checkpointing)
+    trainer.train()
+    assert distance(kept.gradients, expected) < 1e-5
+    logged = next(line for line in trainer.state.log_history if "loss_balance" in line)
+    assert 1 <= logged["experts_per_token"] <= 4 and logged["lambda_mean"] < 1 and logged["loss_z"] > 0
+
+
+def test_a_loss_scale_scales_the_auxiliary_losses_too(folder: Path, ours: Any) -> None:
+    """As fp16 has it: accelerate's scaler, on the CPU."""
+    expected, rows = ours(4)
+    trainer, kept = theirs("trainer", folder, rows, 4)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.train()
+    unscaled = {name: gradient / 1024 for name, gradient in kept.gradients.items()}
+    assert distance(unscaled, expected) < 1e-5
+
+
+def test_a_loss_of_ones_own(folder: Path, ours: Any) -> None:
+    """It is normalised over the step by whoever wrote it, also where the model takes no number of answers."""
+    expected, rows = ours(4)
+
+    def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+    trainer, kept = theirs("trainer", folder, rows, 4)
+    trainer.compute_loss_func, trainer.model_accepts_loss_kwargs = own, False
+    trainer.train()
+    assert distance(kept.gradients, expected) < 1e-5
+
+
+def test_evaluation_has_no_auxiliary_loss(folder: Path, ours: Any) -> None:
+    _, rows = ours(1)
+    trainer, _ = theirs("trainer", folder, rows, 1)
+    with_aux = trainer.evaluate(Dataset.from_list(rows))["eval_loss"]
+    trainer.context.weights = LossWeights()
+    assert trainer.evaluate(Dataset.from_list(rows))["eval_loss"] == with_aux
+
+
+def test_reentrant_checkpointing_is_refused(folder: Path, ours: Any) -> None:
+    _, rows = ours(1)
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer, _ = theirs("trainer", folder, rows, 1, **kwargs)
+    with pytest.raises(ValueError, match="use_reentrant=True drops the gradient"):
+        trainer.train()
+
+
+def test_spread_experts_are_refused(folder: Path, ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, rows = ours(1)
+    monkeypatch.setattr(ExpertParallel, "size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="spread over 2 ranks"):
+        theirs("trainer", folder, rows, 1)
+
+
+def test_saved_and_resumed(folder: Path, ours: Any, tmp_path: Path) -> None:
+    _, rows = ours(4)
+    again: dict[str, Tensor] = {}
+    for run in ("whole", "resumed"):
+        trainer, _ = theirs("trainer", folder, rows, 1, max_steps=3, save_strategy="steps", save_steps=2)
+        trainer.args.output_dir = str(tmp_path)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if run == "resumed" else None)
+        trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        assert not again or all(trained[n].equal(value) for n, value in again.items())
+        again = trained
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = load_adapter(
+        load_backbone(str(folder / "backbone"), "causal_lm", "fp32"), str(tmp_path / "saved"), trainable=True
+    )
+    assert all(p.equal(again[n]) for n, p in saved.named_parameters() if p.requires_grad)
