@@ -6,13 +6,14 @@ An unknown key, a wrong type or a value out of range is one `UserError` that nam
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ldmole_dist.errors import UserError
@@ -22,6 +23,11 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Coefficient = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# The tags let pydantic say what is wrong with the one that is meant, and not what is wrong with each.
+ExpertCounts = Annotated[
+    Annotated[Positive, Tag("<number>")] | Annotated[list[Positive], Field(min_length=1), Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<number>"),
+]
 
 
 @dataclass(config=_strict_keys)
@@ -50,7 +56,7 @@ class Adapter:
     r: Positive = 8
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_dropout: Share = 0.1
-    num_experts: Positive = 8
+    num_experts: ExpertCounts = 8
     target_modules: list[str] | str = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -302,15 +308,18 @@ def check_ep_size(ep_size: int, world_size: int) -> None:
 
 
 def _check(config: Config) -> None:
-    o, experts, ep_size = config.optimisation, config.adapter.num_experts, config.parallelism.ep_size
+    o, a, ep_size = config.optimisation, config.adapter, config.parallelism.ep_size
+    counts = a.num_experts if isinstance(a.num_experts, list) else [a.num_experts]
     if (o.epochs is None) == (o.max_steps is None):
         raise UserError("give one of optimisation.epochs and optimisation.max_steps, not both and not neither")
-    if config.adapter.router == "topk" and config.adapter.top_k > experts:
-        raise UserError(f"adapter.top_k={config.adapter.top_k} is more than adapter.num_experts={experts}: lower it")
-    if experts % ep_size:
+    if a.router == "topk" and a.top_k > min(counts):
         raise UserError(
-            f"adapter.num_experts={experts} is no multiple of parallelism.ep_size={ep_size}: "
-            f"choose ep_size among {[p for p in range(1, experts + 1) if experts % p == 0]}"
+            f"adapter.top_k={a.top_k} is more than adapter.num_experts={a.num_experts}: lower it to at most {min(counts)}"
+        )
+    if math.gcd(*counts) % ep_size:
+        raise UserError(
+            f"adapter.num_experts={a.num_experts} is no multiple of parallelism.ep_size={ep_size}: "
+            f"choose ep_size among {[p for p in range(1, min(counts) + 1) if math.gcd(*counts) % p == 0]}"
         )
     _check_sources(config)
     if config.backbone.task == "sequence_classification" and not config.data.labels:
@@ -366,7 +375,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
+    path = [str(part) for part in error["loc"] if part not in ("<number>", "<list>")]
     key = ".".join(path)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _names(_section(path[:-1]))

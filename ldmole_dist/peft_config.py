@@ -35,7 +35,13 @@ class LdMoleConfig(PeftConfig):
             "help": "Dropout on the input of router, lambda-MLP and experts alike; one mask for linears with one input."
         },
     )
-    num_experts: int = field(default=8, metadata={"help": "Experts of every adapted linear."})
+    num_experts: int | list[int] = field(
+        default=8,
+        metadata={
+            "help": "Experts of every adapted linear; several numbers are spread over the decoder layers in equal stretches, "
+            "the first number for the first layers."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default_factory=lambda: list(LINEARS),
         metadata={"help": "Names (or one regular expression) of the linears to adapt."},
@@ -43,7 +49,9 @@ class LdMoleConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names never adapted."})
     router: str = field(default="sparsegen", metadata={"help": f"One of {sorted(ROUTERS)}."})
     top_k: int = field(default=2, metadata={"help": "Active experts per token of router 'topk'."})
-    top_p: float = field(default=0.4, metadata={"help": "Softmax mass that router 'top_p' wants of the active experts."})
+    top_p: float = field(
+        default=0.4, metadata={"help": "Softmax mass that router 'top_p' wants of the active experts."}
+    )
     lambda_hidden: int = field(default=256, metadata={"help": "Hidden units of the lambda-MLP."})
     lambda_eps: float = field(default=0.01, metadata={"help": "lambda stays below 1 - lambda_eps."})
     lambda_init: str = field(
@@ -64,18 +72,27 @@ class LdMoleConfig(PeftConfig):
             raise ValueError(
                 f"format_version={self.format_version} is newer than this ldmole_dist reads ({FORMAT_VERSION}): upgrade it"
             )
-        for name in ("r", "num_experts", "top_k", "lambda_hidden"):
+        for name in ("r", "top_k", "lambda_hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(self.expert_counts, default=0) < 1:
+            raise ValueError(f"num_experts={self.num_experts} must be at least 1, or a list of such numbers")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} must lie in [0, 1)")
         if not 0 < self.lambda_eps <= 1:
             raise ValueError(f"lambda_eps={self.lambda_eps} must lie in (0, 1]")
         if self.router not in ROUTERS:
             raise ValueError(f"router={self.router!r} is not known: choose one of {sorted(ROUTERS)}")
-        if self.router == "topk" and self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}: lower it")
+        if self.router == "topk" and self.top_k > min(self.expert_counts):
+            raise ValueError(
+                f"top_k={self.top_k} is more than num_experts={self.num_experts}: lower it to at most {min(self.expert_counts)}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.lambda_init not in ("live", "authors"):
             raise ValueError(f"lambda_init={self.lambda_init!r} is not known: choose 'live' or 'authors'")
+
+    @property
+    def expert_counts(self) -> list[int]:
+        """Experts of a linear in each of the stretches of decoder layers; one number where all have the same."""
+        return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]

@@ -11,6 +11,7 @@ once, `base_model.lambda_mlp.<D>.fc1.weight` and so on.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -163,9 +164,10 @@ class LdMoleModel(BaseTuner):
         D, O = base.in_features, base.out_features
         weight = base.weight
         like = torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device)
-        placement = self.parallel.placement(config.num_experts)
+        experts = experts_of_linear(self.model, config, current_key)
+        placement = self.parallel.placement(experts)
         A, B = draw_bank(placement, config.r, D, O, config.init_seed, current_key, like)
-        router = new_router(config.router, D, config.num_experts, top_k=config.top_k, top_p=config.top_p).to(like)
+        router = new_router(config.router, D, experts, top_k=config.top_k, top_p=config.top_p).to(like)
         router.reset(seeded(config.init_seed, current_key, "router"))
         bank = ExpertBank(nn.Parameter(A), nn.Parameter(B), config.lora_alpha / config.r)
         lambda_mlp = self._lambda_mlp(adapter_name, config, D, like) if router.needs_lambda else None
@@ -240,9 +242,12 @@ class LdMoleModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        local = tuner_of(model).parallel.placement(_ours(config).num_experts).local
-        whole_shapes = _check_fits(model, _ours(config), adapter_name, remapped)
-        return {key: value[local] if key in whole_shapes else value for key, value in remapped.items()}
+        parallel = tuner_of(model).parallel
+        banks = _check_fits(model, _ours(config), adapter_name, remapped)
+        return {
+            key: value[parallel.placement(len(value)).local] if key in banks else value
+            for key, value in remapped.items()
+        }
 
 
 def spread_experts(model: nn.Module, parallel: ExpertParallel) -> None:
@@ -263,14 +268,42 @@ def is_expert_tensor(name: str) -> bool:
     return any(f".{tensor}." in name or name.endswith(f".{tensor}") for tensor in EXPERT_TENSORS)
 
 
+def experts_of_linear(model: nn.Module, config: LdMoleConfig, name: str) -> int:
+    """E of an adapted linear.
+
+    Args:
+        model: the backbone.
+        config: of the adapter; several numbers of experts are each for an equal stretch of the decoder layers.
+        name: of the linear in the backbone; the first whole number in it is its layer.
+
+    Raises:
+        ValueError: where there are several numbers, and the linear is in no numbered layer or the layers are fewer.
+    """
+    counts = config.expert_counts
+    if len(counts) == 1:
+        return counts[0]
+    layered = re.match(r"(.+?)\.(\d+)\.", name)
+    if layered is None:
+        raise ValueError(
+            f"num_experts={counts} goes by layer, and {name} is in none: give one number for all linears, or leave it out of "
+            "target_modules"
+        )
+    layers: Any = model.get_submodule(layered[1])
+    if len(layers) < len(counts):
+        raise ValueError(
+            f"num_experts={counts} has {len(counts)} numbers, and {layered[1]} only {len(layers)} layers: give at most one each"
+        )
+    return counts[int(layered[2]) * len(counts) // len(layers)]
+
+
 def _check_fits(model: nn.Module, config: LdMoleConfig, adapter_name: str, loaded: dict[str, Tensor]) -> set[str]:
     """The expert tensors among the loaded ones. Raises ValueError where the adapter belongs to another backbone."""
-    mine = _adapter_parameters(model, adapter_name)
+    mine, parallel = _adapter_parameters(model, adapter_name), tuner_of(model).parallel
     experts = {name for name in mine if is_expert_tensor(name)}
     for name, parameter in mine.items():
         shape = tuple(parameter.shape)
         if name in experts:
-            shape = (config.num_experts, *shape[1:])
+            shape = (shape[0] * parallel.size, *shape[1:])
         if name not in loaded or tuple(loaded[name].shape) != shape:
             found = tuple(loaded[name].shape) if name in loaded else "nothing"
             raise ValueError(

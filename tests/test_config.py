@@ -63,6 +63,17 @@ def test_a_key_without_its_section(path: str) -> None:
         ("parallelism.dispatch=some", "parallelism.dispatch='some'"),
         ("parallelism.precision=int8", "parallelism.precision='int8'"),
         ("adapter.num_experts=6", "choose ep_size among [1, 2, 3, 6]"),
+        ("adapter.num_experts=0", ": adapter.num_experts=0: input should be greater than or equal to 1"),
+        ("adapter.num_experts=[]", ": adapter.num_experts=[]: list should have at least 1 item"),
+        ("adapter.num_experts=[4, 0]", ": adapter.num_experts.1=0: input should be greater than or equal to 1"),
+        (
+            "adapter.num_experts=[2, 4]",
+            "adapter.num_experts=[2, 4] is no multiple of parallelism.ep_size=4: choose ep_size among [1, 2]",
+        ),
+        (
+            "adapter={router: topk, num_experts: [2, 8], top_k: 4}",
+            "adapter.top_k=4 is more than adapter.num_experts=[2, 8]",
+        ),
         ("optimisation.epochs=1", "give one of optimisation.epochs and optimisation.max_steps"),
         ("optimisation.max_steps=null", "give one of optimisation.epochs and optimisation.max_steps"),
         ("backbone.task=sequence_classification", "needs data.labels"),

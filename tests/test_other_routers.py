@@ -57,7 +57,7 @@ def test_a_run_reports_what_its_router_has(tmp_path: Path, ranks1: LocalRanks) -
     path = make_config(
         folder,
         adapter={"router": "relu"},
-        optimisation={"l1_coef": 0.5, "l1_rate": 1.5, "sparsity_target": 1, "max_steps": 5},
+        optimisation={"l1_coef": 0.5, "l1_rate": 1.5, "sparsity_target": 2, "max_steps": 5},
         parallelism={"ep_size": 1},
         run={"detail_every": 1, "save_every": 2},
     )
@@ -67,8 +67,31 @@ def test_a_run_reports_what_its_router_has(tmp_path: Path, ranks1: LocalRanks) -
     assert auxiliary == {"loss_task", "loss_l1", "loss_z"}
     assert not any("lambda" in key for line in lines for key in line)
     for line, following in zip(lines, lines[1:], strict=False):
-        grows = line["experts_per_token"] > 1
+        grows = line["experts_per_token"] > 2
         assert following["l1_coef"] == pytest.approx(line["l1_coef"] * (1.5 if grows else 1 / 1.5))
         expected = line["loss_task"] + line["l1_coef"] * line["loss_l1"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     assert main(["report", str(folder / "run"), "--limit", "8", "--output", str(tmp_path / "report")]) == 0
+
+
+@pytest.mark.full
+def test_the_coefficient_goes_on_under_another_topology(tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks) -> None:
+    """Whether too many experts are active is decided from the sums of all ranks, so that it does not depend on how many."""
+    path = make_config(
+        make_folder(tmp_path),
+        adapter={"router": "relu", "lora_dropout": 0.0},
+        data={"eval": None},
+        optimisation={"l1_coef": 0.01, "sparsity_target": 1},
+        run={"save_every": 3, "keep_last": 9},
+    )
+    ranks2.run(run_training, str(path))
+
+    def coefficients(run: Path) -> list[float]:
+        return [json.loads(line)["l1_coef"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    whole = coefficients(tmp_path / "run")
+    assert whole == pytest.approx([0.01 * 1.2**step for step in range(6)])  # more than one is active, so it grows
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000003"
+    overrides = [f"run.resume={checkpoint}", f"run.output_dir={tmp_path / 'alone'}", "parallelism.ep_size=1"]
+    ranks1.run(run_training, str(path), *overrides, "parallelism.deepspeed=zero1")
+    assert coefficients(tmp_path / "alone") == whole[3:]

@@ -16,7 +16,9 @@ def print_table(checkpoint: Path) -> None:
     t, adapter = manifest.topology, manifest.config["adapter"]
     print(f"{checkpoint}: after {manifest.step} optimizer steps, format {manifest.format_version}")
     print(f"written by {t['world_size']} rank(s), ZeRO {t['zero_stage']}, ep_size {t['ep_size']}")
-    print(f"backbone {manifest.backbone['path']}; {adapter['num_experts']} experts of rank {adapter['r']}")
+    experts = adapter["num_experts"]
+    by_layer = f"{', '.join(map(str, experts))} (by layer)" if isinstance(experts, list) else experts
+    print(f"backbone {manifest.backbone['path']}; {by_layer} experts of rank {adapter['r']}")
     tensors, elements = Counter[str](), Counter[str]()
     for name, shape in manifest.shapes.items():
         kind = _kind(name)

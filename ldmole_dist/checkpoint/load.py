@@ -5,6 +5,7 @@ Every rank reads, of every parameter, just the stretch that it keeps.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from ldmole_dist.checkpoint.files import Stretches
 from ldmole_dist.checkpoint.manifest import NAME, Manifest, content_problems, file_problems, fingerprint, read_manifest
 from ldmole_dist.checkpoint.save import topology
-from ldmole_dist.config import Config
+from ldmole_dist.config import Adapter, Config
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import make_moments, pieces, refresh_parameters, whole_shapes
 from ldmole_dist.engine.startup import Process, agreed, from_main
@@ -145,8 +146,10 @@ def _problems(checkpoint: Path, process: Process) -> list[str]:
 
 def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict[str, int | str]) -> None:
     saved = manifest.config
-    for key in ("num_experts", "r", "lambda_hidden", "target_modules"):
-        was, now = saved["adapter"].get(key), getattr(config.adapter, key)
+    # With the default of each key that there was not yet when the checkpoint was written.
+    adapter = asdict(Adapter()) | saved["adapter"]
+    for key in ("router", "top_k", "top_p", "num_experts", "r", "lambda_hidden", "target_modules"):
+        was, now = adapter[key], getattr(config.adapter, key)
         if was != now:
             raise UserError(
                 f"{checkpoint} is of an adapter with adapter.{key}={was}, this run has {now}: set it as it was, or "

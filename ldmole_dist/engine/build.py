@@ -55,7 +55,7 @@ class Engine:
         self._scales_losses = fp16 is not None
         self._clips_itself = self.stage == 0
         ep_size = self.parallel.size
-        mark_experts(model, model.active_peft_config.num_experts, ep_size, self.stage)
+        mark_experts(model, max(model.active_peft_config.expert_counts), ep_size, self.stage)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             config=ds_config,

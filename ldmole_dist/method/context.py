@@ -177,7 +177,7 @@ class StepContext:
 def _auxiliary(term: str, routing: Routing, target_k: int, mask_T: Tensor | None) -> Tensor:
     """One auxiliary loss of one adapted linear."""
     if term == "balance":
-        return load_balance_loss(routing.p_TE, mask_T)
+        return load_balance_loss(routing.p_TE, mask_T, routing.prob_TE)
     if term == "sparsity":
         assert routing.lam_T is not None  # defined for routers with a lambda only
         return sparsity_loss(routing.logits_TE, routing.lam_T, target_k, mask_T)

@@ -13,22 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def load_balance_loss(p: Tensor, mask: Tensor | None = None) -> Tensor:
+def load_balance_loss(p: Tensor, mask: Tensor | None = None, prob: Tensor | None = None) -> Tensor:
     """E * sum_e freq_e * prop_e: 1 when all experts are used alike, E when one does everything.
 
-    freq_e is expert e's share of the active (token, expert) pairs and carries no gradient; prop_e its mean weight.
+    freq_e is expert e's share of the active (token, expert) pairs and carries no gradient; prop_e its mean weight, or the mean
+    probability that it had before the choice, which tells the experts that were not chosen too.
 
     Args:
         p: (T, E) routing weights.
         mask: (T,) bool, True for real tokens; None counts every token.
+        prob: (T, E) probabilities before the choice, for top-k and top-p; None where p is all there is.
 
     Returns:
-        Scalar. Source: the paper's load-balancing loss (METHOD, L_lb).
+        Scalar. Source: the paper's load-balancing loss (METHOD, L_lb); with `prob` that of the Switch Transformer, arXiv
+        2101.03961, as MoLA and Huang et al. have it.
     """
     mask_T1 = _mask(p, mask)
     active_E = ((p.detach() != 0) & mask_T1).sum(dim=0).to(p.dtype)
     freq_E = active_E / active_E.sum().clamp_min(1)
-    prop_E = _masked(p, mask_T1).sum(dim=0) / mask_T1.sum().clamp_min(1)
+    prop_E = _masked(p if prob is None else prob, mask_T1).sum(dim=0) / mask_T1.sum().clamp_min(1)
     return p.shape[-1] * (freq_E * prop_E).sum()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmole_dist.method.linear import kaiming_uniform_, linear
@@ -22,11 +23,12 @@ from ldmole_dist.method.sparsegen import at_least_float32, sparsegen_on_support,
 
 class Routing(NamedTuple):
     """What one router says of T tokens. `p_TE != 0` is the support: the active experts. `lam_T` is None where the router has
-    no lambda."""
+    no lambda. `prob_TE`: the probabilities of all experts that it chose from; None where p is all there is."""
 
     p_TE: Tensor
     logits_TE: Tensor
     lam_T: Tensor | None
+    prob_TE: Tensor | None = None
 
 
 def lambda_or_nan(routing: Routing) -> Tensor:
@@ -103,7 +105,7 @@ class SoftmaxRouter(Router):
 
 
 class TopKRouter(Router):
-    """The k largest scores are active: p = softmax over them (MoLA, arXiv 2402.08562).
+    """The k largest scores are active, of equal ones the first: p = softmax over them (MoLA, arXiv 2402.08562).
 
     Args:
         in_features: D.
@@ -118,13 +120,14 @@ class TopKRouter(Router):
     @torch.no_grad()
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
         """See `Router`."""
-        chosen = logits_TE.topk(self.top_k, dim=-1).indices
+        # Not topk: which of equal scores it takes depends on the device.
+        chosen = logits_TE.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
         return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, chosen, True)  # a NaN is the largest
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
         """See `Router`."""
         p_TE = logits_TE.masked_fill(~support_TE, -torch.inf).softmax(-1)
-        return Routing(_kept(p_TE, support_TE), logits_TE, None)
+        return Routing(_kept(p_TE, support_TE), logits_TE, None, logits_TE.softmax(-1))
 
 
 class TopPRouter(Router):
@@ -146,14 +149,15 @@ class TopPRouter(Router):
     @torch.no_grad()
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
         """See `Router`."""
-        sorted_TE, order_TE = logits_TE.softmax(-1).sort(-1, descending=True)
-        before_TE = sorted_TE.cumsum(-1) - sorted_TE
+        sorted_TE, order_TE = logits_TE.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        before_TE = F.pad(sorted_TE.cumsum(-1)[..., :-1], (1, 0))
         # An expert belongs to it if those before it are not enough; ~(>=) and not <: a NaN makes the whole row active.
         return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, order_TE, ~(before_TE >= self.top_p))
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
         """See `Router`."""
-        return Routing(_kept(logits_TE.softmax(-1), support_TE), logits_TE, None)
+        prob_TE = logits_TE.softmax(-1)
+        return Routing(_kept(prob_TE, support_TE), logits_TE, None, prob_TE)
 
 
 class ReluRouter(Router):

@@ -8,10 +8,12 @@ Shapes: T tokens, E experts; S sums of one linear, S = 4 + (E + 1) + 2 E.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ldmole_dist.method.routers import Routing, lambda_or_nan
 
@@ -58,6 +60,22 @@ def routing_sums(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     return torch.cat([scalars, histogram[:-1], active_TE.sum(0).double(), p_TE.sum(0)])
 
 
+def added(sums: Iterable[Tensor]) -> Tensor:
+    """The sums of several linears, or of several parts of the data, as those of one; where the numbers of experts differ, those
+    that a linear lacks count as never used.
+
+    Args:
+        sums: each (S,) from `routing_sums`.
+    """
+    return torch.cat([pad_sequence(list(part)).sum(1) for part in zip(*map(_parts, sums), strict=True)])
+
+
+def _parts(sums_S: Tensor) -> tuple[Tensor, ...]:
+    """Scalars (4,), histogram (E + 1,), active tokens (E,) and weights (E,)."""
+    num_experts = (len(sums_S) - 5) // 3
+    return sums_S.split([4, num_experts + 1, num_experts, num_experts])
+
+
 def summarize(sums_S: Tensor) -> dict[str, Any]:
     """What one linear did, from its sums over any number of micro-batches and ranks.
 
@@ -71,8 +89,8 @@ def summarize(sums_S: Tensor) -> dict[str, Any]:
         of the weights; "max_load", the largest load times E (1 is balance, E is one expert for all); "dead_experts", the
         number of experts without a token.
     """
-    num_experts = (len(sums_S) - 5) // 3
-    scalars, histogram, active, weights = sums_S.double().cpu().split([4, num_experts + 1, num_experts, num_experts])
+    scalars, histogram, active, weights = _parts(sums_S.double().cpu())
+    num_experts = len(active)
     tokens, lam, lam_square, entropy = scalars.tolist()
     count = max(tokens, 1.0)
     load = active / active.sum().clamp_min(1)

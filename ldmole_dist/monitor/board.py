@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from ldmole_dist.method.context import TERMS
-from ldmole_dist.monitor.linears import Linears
+from ldmole_dist.monitor.linears import Linears, as_table
 
 NUMBERS = ("lambda_mean", "lambda_std", "experts_per_token", "entropy", "max_load", "dead_experts")
 CHANGED = "support_changed"
@@ -87,7 +87,7 @@ def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, 
     write_scalars(board, step, scalars)
     for projection in linears.projections:
         summaries = [routing[name] for name in linears.of(projection)]
-        _write_histogram(board, step, projection, np.mean([s["histogram"] for s in summaries], axis=0))
+        _write_histogram(board, step, projection, np.mean(as_table([s["histogram"] for s in summaries], 0), axis=0))
         board.add_image(f"load/{projection}", _heat_map([s["load"] for s in summaries]), step, dataformats="HWC")
 
 
@@ -131,9 +131,12 @@ def _write_histogram(board: SummaryWriter, step: int, projection: str, share_of_
 
 
 def _heat_map(load_NE: list[list[float]]) -> np.ndarray:
-    """(height, width, 3) from 0 to 1: from white to dark blue at twice the even share of the load; red without a token."""
-    load = np.asarray(load_NE)
-    darkness = np.clip(load * load.shape[1] / 2, 0, 1)
+    """(height, width, 3) from 0 to 1: from white to dark blue at twice the even share of the load; red without a token, grey
+    where the linear has fewer experts than others."""
+    load = as_table(load_NE, np.nan)
+    there = np.isfinite(load)
+    darkness = np.clip(np.nan_to_num(load) * there.sum(axis=1, keepdims=True) / 2, 0, 1)
     colours = np.stack([1 - 0.95 * darkness, 1 - 0.75 * darkness, 1 - 0.4 * darkness], axis=-1)
     colours[load == 0] = (0.8, 0.1, 0.1)
+    colours[~there] = (0.6, 0.6, 0.6)
     return colours.repeat(PIXELS, axis=0).repeat(PIXELS, axis=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,18 @@ class Linears:
         """ "layer 3 q_proj"."""
         projection, layer = self.place[name]
         return projection if layer is None else f"layer {layer} {projection}"
+
+
+def as_table(rows: Sequence[Sequence[float]], filler: float, width: int = 0) -> np.ndarray:
+    """What linears say of each of their experts, one row a linear, as one table: not all may have the same number.
+
+    Args:
+        rows: of any lengths.
+        filler: behind the shorter ones.
+        width: of the table at least.
+    """
+    width = max(width, *map(len, rows))
+    return np.array([[*row, *[filler] * (width - len(row))] for row in rows])
 
 
 def _places(names: list[str]) -> dict[str, Place]:

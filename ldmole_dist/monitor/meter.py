@@ -16,7 +16,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.grad_norms import gradient_norms
 from ldmole_dist.engine.startup import Process
 from ldmole_dist.method.context import TERMS
-from ldmole_dist.method.statistics import RoutingSums, summarize
+from ldmole_dist.method.statistics import RoutingSums, added, summarize
 from ldmole_dist.parallel.wire import KINDS, TIMED
 from ldmole_dist.peft_method import tuner_of
 
@@ -93,7 +93,7 @@ class StepMeter:
         routing = {name: summarize(linear_sums) for name, linear_sums in by_linear.items()}
         if "lambda_mean" in metrics:
             # Experts of different linears have nothing to do with each other, but lambdas do.
-            metrics["lambda_std"] = summarize(torch.stack(list(by_linear.values())).sum(0))["lambda_std"]
+            metrics["lambda_std"] = summarize(added(by_linear.values()))["lambda_std"]
         metrics["dead_experts"] = sum(summary["dead_experts"] for summary in routing.values())
         metrics |= self._extremes()  # before the norms, which need some memory of their own
         metrics["grad_norm_by_part"] = gradient_norms(self.engine)

@@ -22,7 +22,7 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.objective import answer_count, answer_loss, next_tokens
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.peft_method import is_expert_tensor, tuner_of
-from ldmole_dist.selftest.tiny import adapted, micro_batch, relative, tiny_backbone, whole
+from ldmole_dist.selftest.tiny import EXPERTS, adapted, micro_batch, relative, tiny_backbone, whole
 
 # Adam divides by the gradient's own size. With a usual eps and a larger step, the rounding of gradients near 0 grows until
 # tokens cross the edge of a support or a ReLU, where gradients jump; what is compared here are the sums over ranks.
@@ -36,9 +36,12 @@ def build(
     parallel: ExpertParallel,
     checkpointing: bool = False,
     router: str = "sparsegen",
+    num_experts: int | list[int] = EXPERTS,
 ) -> PeftModel:
     """A tiny adapted model on this process's device."""
-    model = adapted(tiny_backbone(architecture, dtype, start().device), parallel, router=router)
+    model = adapted(
+        tiny_backbone(architecture, dtype, start().device), parallel, router=router, num_experts=num_experts
+    )
     if checkpointing:
         enable_gradient_checkpointing(model)
     return model
@@ -57,18 +60,23 @@ def loss_of(
 
 
 def gradients(
-    architecture: str, ep_size: int, checkpointing: bool, mode: Mode = "auto", router: str = "sparsegen"
+    architecture: str,
+    ep_size: int,
+    checkpointing: bool,
+    mode: Mode = "auto",
+    router: str = "sparsegen",
+    num_experts: int | list[int] = EXPERTS,
 ) -> dict[str, float]:
     """float64 without the engine: logits, loss and every gradient of one micro-batch a rank."""
     parallel, process = expert_parallel(ep_size, mode), start()
     world, device = process.world_size, process.device
-    model = build(architecture, torch.float64, parallel, checkpointing, router)
+    model = build(architecture, torch.float64, parallel, checkpointing, router, num_experts)
     batches = [micro_batch(rank, device) for rank in range(world)]
     answers = sum(answer_count(next_tokens(b["labels"])) for b in batches) / world
     loss, logits = loss_of(model, model, batches[process.rank], answers)
     loss.backward()
 
-    reference = build(architecture, torch.float64, ExpertParallel(), router=router)
+    reference = build(architecture, torch.float64, ExpertParallel(), router=router, num_experts=num_experts)
     ref_losses = []
     for rank, batch in enumerate(batches):
         ref_loss, ref_logits = loss_of(reference, reference, batch, answers)
@@ -104,6 +112,7 @@ def updates(
     checkpointing: bool,
     mode: Mode = "auto",
     router: str = "sparsegen",
+    num_experts: int | list[int] = EXPERTS,
     **zero: Any,
 ) -> dict[str, float]:
     """float32 through DeepSpeed: the update of every parameter after 3 optimizer steps of 2 micro-batches, clipping on.
@@ -115,30 +124,30 @@ def updates(
         checkpointing: whether the decoder layers are recomputed in the backward.
         mode: what may move.
         router: its name.
+        num_experts: of every linear, or by layer.
         zero: further settings of DeepSpeed's zero_optimization.
     """
     for supply in range(5):
         try:
             parallel = expert_parallel(ep_size, mode)
-            return _updates(architecture, ds_config, parallel, checkpointing, router, zero, 10_000 * supply)
+            model = build(architecture, torch.float32, parallel, checkpointing, router, num_experts)
+            reference = build(architecture, torch.float32, ExpertParallel(), False, router, num_experts)
+            return _updates(model, reference, ds_config, zero, 10_000 * supply)
         except RoutingFlipped:
             continue
     raise RoutingFlipped("in five supplies of batches: this is no longer rounding")
 
 
 def _updates(
-    architecture: str,
+    model: PeftModel,
+    reference: PeftModel,
     ds_config: str,
-    parallel: ExpertParallel,
-    checkpointing: bool,
-    router: str,
     zero: dict[str, Any],
     first_batch: int,
 ) -> dict[str, float]:
     steps, accumulation = 3, 2
     process = start()
     world, device = process.world_size, process.device
-    model = build(architecture, torch.float32, parallel, checkpointing, router)
     before = {n: whole(model, n, p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
     settings = load_ds_config(ds_config)
     settings["zero_optimization"].update(zero)
@@ -150,13 +159,12 @@ def _updates(
             accumulation=accumulation,
             max_grad_norm=MAX_GRAD_NORM,
             precision="fp32",
-            ep_size=parallel.size,
+            ep_size=tuner_of(model).parallel.size,
         ),
         lambda groups: torch.optim.AdamW(groups, **OPTIMIZER),
         lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
         MAX_GRAD_NORM,
     )
-    reference = build(architecture, torch.float32, ExpertParallel(), router=router)
     trainable = {name: p for name, p in reference.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), **OPTIMIZER)
     distances = {"loss": 0.0, "grad_norm": 0.0}

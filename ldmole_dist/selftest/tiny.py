@@ -50,18 +50,22 @@ def tiny_backbone(architecture: str, dtype: torch.dtype, device: torch.device) -
 
 
 def adapted(
-    backbone: PreTrainedModel, parallel: ExpertParallel, dropout: float = 0.0, router: str = "sparsegen"
+    backbone: PreTrainedModel,
+    parallel: ExpertParallel,
+    dropout: float = 0.0,
+    router: str = "sparsegen",
+    num_experts: int | list[int] = EXPERTS,
 ) -> PeftModel:
     """All seven linears of every layer adapted, B drawn at random, the same under every placement."""
     spread_experts(backbone, parallel)
     config = LdMoleConfig(
-        num_experts=EXPERTS, r=RANK, lora_dropout=dropout, router=router, lambda_hidden=16, task_type="CAUSAL_LM"
+        num_experts=num_experts, r=RANK, lora_dropout=dropout, router=router, lambda_hidden=16, task_type="CAUSAL_LM"
     )
     model = get_peft_model(backbone, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                first = parallel.placement(EXPERTS).local.start
+                first = parallel.placement(len(parameter) * parallel.size).local.start
                 for local in range(len(parameter)):
                     drawn = torch.randn(parameter[local].shape, generator=seeded(1, name, first + local)) * 0.1
                     parameter[local].copy_(drawn)

@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.losses import adapted_l1, entropy_loss, l1_loss
 from ldmole_dist.method.routers import ROUTERS, Router, new_router
 
@@ -100,6 +103,38 @@ def test_a_weight_says_who_is_active(name: str, u_TE: Tensor) -> None:
         assert bool((support.sum(-1) == TOP_K).all())
 
 
+@pytest.mark.parametrize("name", REFERENCES)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-200.0, -1.5, -1e-30, 0.0, 0.3, 1.0, 200.0]), min_size=E, max_size=E), max_size=6
+    ),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_whatever_the_scores(name: str, rows: list[list[float]], dtype: torch.dtype) -> None:
+    """Ties, underflow and rows without a positive score: support and weights agree, and the support is the router's."""
+    u_TE = torch.tensor(rows, dtype=dtype).view(-1, E).requires_grad_()
+    made = router(name)
+    support = made.decide(u_TE, None)
+    routing = made.weigh(u_TE, None, support)
+    assert torch.equal(routing.p_TE != 0, support)
+    if name != "lora":
+        routing.p_TE.sum().backward()
+        assert u_TE.grad is not None and bool(u_TE.grad.isfinite().all())
+    prob_TE = u_TE.detach().softmax(-1)
+    if name == "topk":
+        assert bool((support.sum(-1) == TOP_K).all())
+        torch.testing.assert_close(routing.p_TE.sum(-1).detach(), torch.ones(len(rows), dtype=dtype))
+    if name == "top_p":
+        mass = (prob_TE * support).sum(-1)
+        least = prob_TE.masked_fill(~support, 2).amin(-1)
+        assert bool((mass >= TOP_P - 1e-6).all()) and bool((mass - least < TOP_P + 1e-6).all())
+    if name in ("topk", "top_p"):  # nobody outside is ahead of somebody inside
+        order_TE = u_TE.detach() if name == "topk" else prob_TE
+        inside, outside = order_TE.masked_fill(~support, 300), order_TE.masked_fill(support, -300)
+        assert bool((inside.amin(-1) >= outside.amax(-1)).all())
+
+
 @pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"lora"}))
 def test_a_score_that_is_no_number_is_not_hidden(name: str) -> None:
     u_TE = scores()
@@ -111,6 +146,38 @@ def test_a_score_that_is_no_number_is_not_hidden(name: str) -> None:
 def test_scores_are_at_least_float32(name: str) -> None:
     x_TD = torch.randn(T, D).bfloat16()
     assert router(name).float()(x_TD).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["softmax", "topk", "top_p"])
+def test_the_balance_loss_is_of_the_choice_and_the_softmax_before_it(name: str) -> None:
+    u_TE, mask = scores().requires_grad_(), torch.arange(T) % 3 != 0
+    made = router(name)
+    routing = made.weigh(u_TE, None, made.decide(u_TE, None))
+    context = StepContext()
+    context.weights = LossWeights(balance=1.0)
+    context.begin(mask.view(1, T))
+    context.report("linear", routing, torch.Size((1, T)), made.losses)
+    rows = u_TE[mask].tolist()
+    active = [[weight > 0 for weight in REFERENCES[name](u)] for u in rows]
+    freq = [sum(token[e] for token in active) / sum(map(sum, active)) for e in range(E)]
+    prop = [sum(softmax(u)[e] for u in rows) / len(rows) for e in range(E)]
+    loss = context.auxiliary_loss()
+    assert float(loss.detach()) == pytest.approx(E * sum(f * p for f, p in zip(freq, prop, strict=True)))
+    if name == "softmax":  # all are active: there is nothing to balance
+        assert float(loss.detach()) == pytest.approx(1)
+    else:
+        (gradient,) = torch.autograd.grad(loss, u_TE)
+        assert (gradient[mask][routing.p_TE[mask] == 0] != 0).all()  # an expert that was not chosen learns too
+        assert not gradient[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["topk", "top_p"])
+def test_of_equal_scores_the_first(name: str) -> None:
+    """On every device, so that what is decided does not depend on it: torch.topk promises nothing of ties."""
+    for experts in (3, 64, 3000):
+        made = new_router(name, D, experts, top_k=2, top_p=1.5 / experts)
+        assert made.decide(torch.zeros(5, experts), None)[:, :2].all()
+        assert int(made.decide(torch.zeros(5, experts), None).sum()) == 10
 
 
 def test_l1_loss() -> None:

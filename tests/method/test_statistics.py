@@ -31,12 +31,12 @@ def test_a_summary_by_hand() -> None:
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
-    parts = [Routing(*(t[part] for t in THREE)) for part in (slice(0, 1), slice(1, 3))]
+    parts = [Routing(*(t[part] for t in THREE[:3])) for part in (slice(0, 1), slice(1, 3))]
     torch.testing.assert_close(sum(routing_sums(part) for part in parts), routing_sums(THREE))
 
 
 def test_padding_counts_nowhere_even_if_it_is_no_number() -> None:
-    broken = Routing(*(torch.cat([t, torch.full_like(t[:1], torch.nan)]) for t in THREE))
+    broken = Routing(*(torch.cat([t, torch.full_like(t[:1], torch.nan)]) for t in THREE[:3]))
     mask_T = torch.tensor([True, True, True, False])
     assert routing_sums(broken, mask_T).equal(routing_sums(THREE))
     assert summarize(routing_sums(THREE, torch.zeros(3, dtype=torch.bool)))["dead_experts"] == 4

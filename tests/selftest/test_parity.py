@@ -80,10 +80,29 @@ def test_updates_everywhere(ranks4: LocalRanks, ds_config: str, ep_size: int, ch
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("router", "ds_config"),
-    [*(("relu", stage) for stage in STAGES), *zip(("lora", "topk", "softmax", "top_p"), STAGES[1:] * 2, strict=False)],
+    [*(("relu", stage) for stage in STAGES), *zip(("lora", "topk", "softmax", "top_p"), STAGES[1:] * 2, strict=False)]
+    + [("lora", "zero3"), ("topk", "zero3")],
 )
 def test_updates_of_other_routers(ranks4: LocalRanks, router: str, ds_config: str) -> None:
     check_updates(ranks4, ds_config, 2, True, router=router, **(PARTITION_ALL if ds_config == "zero3" else {}))
+
+
+BY_LAYER = [4, 8]  # the two decoder layers
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("router", "mode"), [("topk", "auto"), ("relu", "all_to_all"), ("sparsegen", "gather")])
+def test_gradients_with_experts_by_layer(ranks4: LocalRanks, router: str, mode: Mode) -> None:
+    results = ranks4.run(parity.gradients, "llama", 4, True, mode, router, BY_LAYER)
+    distance, name = parity.worst(results)
+    assert distance < 1e-12, name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("router", "ds_config"), [("topk", "zero1"), ("sparsegen", "zero3")])
+def test_updates_with_experts_by_layer(ranks4: LocalRanks, router: str, ds_config: str) -> None:
+    zero = PARTITION_ALL if ds_config == "zero3" else {}
+    check_updates(ranks4, ds_config, 2, True, router=router, num_experts=BY_LAYER, **zero)
 
 
 @pytest.mark.full

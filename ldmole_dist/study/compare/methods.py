@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ldmole_dist.config import Adapter
+from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.peft_method import experts_of_linear
 
 BASELINE = "sparsegen"  # that the others are held against, seed by seed
 
@@ -54,32 +57,33 @@ def overrides_of(name: str, adapter: Adapter, backbone: str) -> list[str]:
     """
     overrides = list(METHODS[name].overrides)
     if name == "lora":
-        rank = equal_rank(linears_of(backbone, adapter.target_modules), adapter)
+        rank = equal_rank(linears_of(backbone, adapter), adapter)
         alpha = adapter.lora_alpha / adapter.r * rank  # the same scaling
         overrides += ["adapter.num_experts=1", f"adapter.r={rank}", f"adapter.lora_alpha={alpha}"]
     return overrides
 
 
-def linears_of(backbone: str, targets: list[str] | str) -> list[tuple[int, int]]:
-    """(in-features, out-features) of every linear that is adapted; nothing is loaded but the backbone's config."""
+def linears_of(backbone: str, adapter: Adapter) -> list[tuple[int, int, int]]:
+    """(in-features, out-features, experts) of every linear that is adapted; nothing is loaded but the backbone's config."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(backbone))
+    config = LdMoleConfig(num_experts=adapter.num_experts, target_modules=adapter.target_modules)
     return [
-        (module.in_features, module.out_features)
+        (module.in_features, module.out_features, experts_of_linear(model, config, name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets
+        if isinstance(module, nn.Linear) and check_target_module_exists(config, name)
     ]
 
 
-def equal_rank(linears: list[tuple[int, int]], adapter: Adapter) -> int:
+def equal_rank(linears: list[tuple[int, int, int]], adapter: Adapter) -> int:
     """The rank of a LoRA whose number of parameters is nearest to that of an LD-MoLE adapter on the same linears.
 
     Args:
-        linears: (D, O) of each.
-        adapter: E, r and hidden units of the lambda-MLP.
+        linears: (D, O, E) of each.
+        adapter: r and hidden units of the lambda-MLP.
     """
-    experts = adapter.num_experts * adapter.r * sum(D + O for D, O in linears)
-    routers = adapter.num_experts * sum(D for D, _ in linears)
+    experts = adapter.r * sum(E * (D + O) for D, O, E in linears)
+    routers = sum(E * D for D, _, E in linears)
     hidden = adapter.lambda_hidden
-    lambda_mlps = sum(hidden * D + 2 * hidden + 1 for D in {D for D, _ in linears})
-    return round((experts + routers + lambda_mlps) / sum(D + O for D, O in linears))
+    lambda_mlps = sum(hidden * D + 2 * hidden + 1 for D in {D for D, _, _ in linears})
+    return max(1, round((experts + routers + lambda_mlps) / sum(D + O for D, O, _ in linears)))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from ldmole_dist.monitor.linears import Linears
+from ldmole_dist.monitor.linears import Linears, as_table
 from ldmole_dist.study.html import Figure
 from ldmole_dist.study.report.style import (
     AROUND_A_CENTRE,
@@ -97,7 +97,9 @@ def experts_by_layer(linears: Linears, of: Summaries) -> Figure:
         means = [summary["experts_per_token"] for summary in of.values()]
         top = max(means)
         if top > experts / 2:
-            ax.axhline(experts, color=GREY, linewidth=1, linestyle="--", label=f"all {experts} experts")
+            alike = all(len(summary["load"]) == experts for summary in of.values())
+            label = f"all {experts} experts" if alike else f"{experts} experts, the most there are"
+            ax.axhline(experts, color=GREY, linewidth=1, linestyle="--", label=label)
             top = experts
         ax.set_ylim(min(1.0, *means) - 0.03 * top, 1.04 * top)
         ax.set_xlabel("layer")
@@ -107,7 +109,8 @@ def experts_by_layer(linears: Linears, of: Summaries) -> Figure:
         return Figure(
             "experts_by_layer",
             "Experts per token by layer",
-            f"Mean over all tokens of the number of active experts (weight above 0), of {experts}, by layer and projection. "
+            f"Mean over all tokens of the number of active experts (weight above 0), of {counts_said(of)}, by layer and "
+            "projection. "
             "A high line is a linear that mixes many experts for each token; a line near 1 is one that picks.",
             png(figure),
         )
@@ -119,7 +122,10 @@ def experts_histogram(linears: Linears, of: Summaries) -> Figure:
     with styled():
         figure, axes = panels(len(linears.projections), 2.7, sharex=True, sharey=True)
         numbers = np.arange(experts + 1)
-        shares = {p: np.mean([of[name]["histogram"] for name in linears.of(p)], axis=0) for p in linears.projections}
+        shares = {
+            p: as_table([of[name]["histogram"] for name in linears.of(p)], 0, experts + 1).mean(axis=0)
+            for p in linears.projections
+        }
         some = np.flatnonzero(np.sum(list(shares.values()), axis=0))
         first, last = min(int(some[0]), 1), int(some[-1])
         for index, (projection, ax) in enumerate(zip(linears.projections, axes, strict=True)):
@@ -151,7 +157,8 @@ def load_map(linears: Linears, of: Summaries) -> Figure:
     grids = {p: _load_grid(linears, of, p, experts) for p in linears.projections}
     dead = sum(int((grid == 0).sum()) for grid in grids.values())
     with np.errstate(divide="ignore"):
-        ratios = {p: np.log2(grid * experts) for p, grid in grids.items()}
+        # Times the even share of the linear, which has as many experts as its row has numbers.
+        ratios = {p: np.log2(grid * np.isfinite(grid).sum(axis=1, keepdims=True)) for p, grid in grids.items()}
     limit = log2_limit(np.concatenate([r.ravel() for r in ratios.values()]), 0.25, 3)
     with styled():
         figure, axes = panels(len(ratios), float(np.clip(1.1 + 0.13 * layers, 2.4, 7)), sharey=True)
@@ -175,13 +182,14 @@ def load_map(linears: Linears, of: Summaries) -> Figure:
             ax.set_ylabel("layer")
         bar = figure.colorbar(image, ax=axes, fraction=0.03, aspect=30)
         ticks = np.linspace(-limit, limit, 5)
-        bar.set_ticks(list(ticks), labels=[f"{100 / experts * 2**t:.3g}" for t in ticks])
-        bar.set_label("share of active pairs, %")
+        bar.set_ticks(list(ticks), labels=[f"{2**t:.3g}" for t in ticks])
+        bar.set_label("share of active pairs, times the even share")
         return Figure(
             "load",
             "Load of the experts",
-            "Each expert's share (in %) of the active (token, expert) pairs of its linear, one row a layer, on a logarithmic "
-            f"scale. White is the even share, {100 / experts:.3g} %; orange experts are used more, purple ones less. "
+            "Each expert's share of the active (token, expert) pairs of its linear, one row a layer, as a multiple of the even "
+            f"share, 1 of {counts_said(of)}, on a logarithmic scale. White is even; orange experts are used more, purple ones "
+            "less. "
             + (
                 f"× marks the {dead} experts that no token used. "
                 if dead
@@ -193,10 +201,17 @@ def load_map(linears: Linears, of: Summaries) -> Figure:
 
 
 def _load_grid(linears: Linears, of: Summaries, projection: str, experts: int) -> np.ndarray:
-    """(layers, experts); no number where the projection has no linear."""
+    """(layers, experts); no number where the projection has no linear, or the linear fewer experts."""
     names = [linears.name(projection, layer) for layer in linears.layers]
-    return np.array([[np.nan] * experts if name is None else of[name]["load"] for name in names])
+    return as_table([[] if name is None else of[name]["load"] for name in names], np.nan, experts)
+
+
+def counts_said(of: Summaries) -> str:
+    """How many experts the linears have, in words."""
+    counts = {len(summary["load"]) for summary in of.values()}
+    return f"{max(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)} (by layer)"
 
 
 def _experts(of: Summaries) -> int:
-    return len(next(iter(of.values()))["load"])
+    """The most that a linear has."""
+    return max(len(summary["load"]) for summary in of.values())

@@ -54,7 +54,7 @@ def coactivation(linears: Linears, together: Mapping[str, Tensor], tokens: int) 
     Returns:
         None for a single expert, which is with none.
     """
-    experts = len(next(iter(together.values())))
+    experts = max(map(len, together.values()))
     if experts == 1:
         return None
     numbered = [layer for layer in linears.layers if layer is not None] or linears.layers
@@ -82,7 +82,7 @@ def coactivation(linears: Linears, together: Mapping[str, Tensor], tokens: int) 
                     ax.text(expert, expert, f"{share:.0f}", ha="center", va="center", fontsize=size, color="#333333")
             ax.set_title(projection if layer is None else f"{projection}\nlayer {layer}", fontsize=10)
             for axis in (ax.xaxis, ax.yaxis):
-                expert_ticks(axis, experts, most=4 if experts > 10 else 10)
+                expert_ticks(axis, len(values), most=4 if experts > 10 else 10)
             map_axes(ax)
         bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=30)
         ticks = np.linspace(-limit, limit, 5)

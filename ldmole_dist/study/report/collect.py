@@ -5,7 +5,7 @@ Shapes: B sequences, S positions, T = B S tokens, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluate import route
 from ldmole_dist.method.routers import Routing
-from ldmole_dist.method.statistics import RoutingSums
+from ldmole_dist.method.statistics import RoutingSums, added
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,6 @@ class Observed:
         """Linear -> sums over all domains."""
         names = next(iter(self.by_domain.values()))
         return {name: added(sums[name] for sums in self.by_domain.values()) for name in names}
-
-
-def added(sums: Iterable[Tensor]) -> Tensor:
-    """The sums of several linears or domains together."""
-    return torch.stack(list(sums)).sum(0)
 
 
 class Counter:

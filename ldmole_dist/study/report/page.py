@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.method.statistics import summarize
+from ldmole_dist.method.statistics import added, summarize
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.study.html import Figure, Section, Table, page
 from ldmole_dist.study.report.by_layer import (
+    counts_said,
     experts_by_layer,
     experts_histogram,
     has_lambda,
@@ -21,7 +22,7 @@ from ldmole_dist.study.report.by_layer import (
     spread,
 )
 from ldmole_dist.study.report.coactivation import coactivation
-from ldmole_dist.study.report.collect import Observed, added
+from ldmole_dist.study.report.collect import Observed
 from ldmole_dist.study.report.course import curves, movement_lines, movement_map
 from ldmole_dist.study.report.domains import domain_figure, domain_table
 from ldmole_dist.study.report.movement import Movement
@@ -57,12 +58,12 @@ def key_numbers(material: Material) -> list[tuple[str, str]]:
     subject, config, data, observed = material.subject, material.config, material.data, material.observed
     sums = observed.by_linear
     linears, of = Linears(sums), {name: summarize(s) for name, s in sums.items()}
-    whole, experts = summarize(added(sums.values())), config.num_experts
-    loads = [(load, name, expert) for name, s in of.items() for expert, load in enumerate(s["load"])]
+    whole, experts = summarize(added(sums.values())), counts_said(of)
+    loads = [(load * len(s["load"]), name, e) for name, s in of.items() for e, load in enumerate(s["load"])]
     by_experts = sorted(of, key=lambda name: of[name]["experts_per_token"])
 
     def expert(load: tuple[float, str, int]) -> str:
-        return f"expert {load[2]} of {linears.label(load[1])}, {load[0]:.1%} of its linear's active pairs"
+        return f"expert {load[2]} of {linears.label(load[1])}, {load[0]:.2f} times the even share of its linear's active pairs"
 
     def linear(name: str) -> str:
         return f"{of[name]['experts_per_token']:.2f} in {linears.label(name)}"
@@ -83,8 +84,8 @@ def key_numbers(material: Material) -> list[tuple[str, str]]:
             if "lambda_mean" in whole
             else []
         ),
-        ("dead experts", f"{dead:,} of {len(of) * experts:,} are used by no token of this data"),
-        ("most loaded", f"{expert(max(loads))} (even: {1 / experts:.1%})"),
+        ("dead experts", f"{dead:,} of {len(loads):,} are used by no token of this data"),
+        ("most loaded", expert(max(loads))),
         ("least loaded", expert(min(loads))),
     ]
 
