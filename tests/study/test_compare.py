@@ -1,0 +1,208 @@
+"""The comparison of routers: what its page says, where its data comes from, and a small slice of it from end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from ldmole_dist.config import Adapter
+from ldmole_dist.data import vader
+from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
+from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.study.compare.data import TEST, TRAIN, write_data
+from ldmole_dist.study.compare.methods import DEFAULT, METHODS, equal_rank, linears_of, overrides_of
+from ldmole_dist.study.compare.page import page, spread, verdict
+from ldmole_dist.study.compare.store import Row, Store
+from tests.small_run import make_backbone, make_config, make_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def archive(path: Path, rows: dict[str, int], line: str = "{n}_1\t{rating}\tsentence {n} of {name}.\r\n") -> Path:
+    """As vaderSentiment's source distribution, with other sentences."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        for domain, (name, _) in vader.DOMAINS.items():
+            ratings = [-3.2, -0.49, 0.0, 0.5, 2.5]
+            text = "".join(line.format(n=n, rating=ratings[n % 5], name=domain) for n in range(rows[domain])).encode()
+            add(tar, f"hutto_ICWSM_2014/{name}", text)
+    with tarfile.open(path, mode="w:gz") as tar:
+        add(tar, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    return path
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+WHOLE = {domain: rows for domain, (_, rows) in vader.DOMAINS.items()}
+
+
+def test_rated_sentences(tmp_path: Path) -> None:
+    sentences = vader.read_vader(str(archive(tmp_path / "v.tar.gz", WHOLE)))
+    assert Counter(s.domain for s in sentences) == WHOLE
+    labels = [s.label for s in sentences[:5]]
+    assert labels == [" negative", " neutral", " neutral", " positive", " positive"]
+    assert sentences[0].row() == {
+        "prompt": "Text: sentence 0 of tweets.\nSentiment:",
+        "completion": " negative",
+        "domain": "tweets",
+    }
+    assert 0.18 < statistics.mean(s.for_testing for s in sentences) < 0.22
+    twice = [vader.Sentence("products", "7", 1.0, text).for_testing for text in ("a", "b")]
+    assert twice[0] == twice[1]  # sentences of one document stay together
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda p: archive(p, WHOLE | {"tweets": 3}), "tweets_GroundTruth.txt has 3 rows instead of 4200"),
+        (lambda p: archive(p, WHOLE, line="{n} {rating}\n"), "is not number, rating and text"),
+        (lambda p: p.write_bytes(b"no archive"), "cannot be read as vaderSentiment 3.3.2"),
+        (lambda p: tarfile.open(p, "w:gz").close(), "does not hold additional_resources"),
+        (lambda p: None, "No such file"),
+    ],
+)
+def test_another_archive_is_refused(tmp_path: Path, made: Any, said: str) -> None:
+    made(tmp_path / "v.tar.gz")
+    with pytest.raises(UserError, match=said):
+        vader.read_vader(str(tmp_path / "v.tar.gz"))
+
+
+def test_the_mixture_is_the_same_every_time(tmp_path: Path) -> None:
+    source = str(archive(tmp_path / "v.tar.gz", WHOLE))
+    first, again = [[p.read_bytes() for p in write_data(source, tmp_path / name)] for name in ("a", "b")]
+    assert first == again
+    train, test = [[json.loads(line) for line in text.decode().splitlines()] for text in first]
+    assert Counter(r["domain"] for r in train) == dict.fromkeys(vader.DOMAINS, TRAIN["vader"]) | {
+        "wordnet": TRAIN["wordnet"]
+    }
+    assert set(Counter(r["domain"] for r in test).values()) == {TEST}
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
+
+
+def test_lora_has_as_many_parameters(tmp_path: Path) -> None:
+    adapter = Adapter(num_experts=4, r=2, lambda_hidden=8)
+    backbone = str(make_backbone(tmp_path / "backbone"))
+    linears = linears_of(backbone, adapter)
+    assert len(linears) == 7 * 2
+    rank = equal_rank(linears, adapter)
+    per_rank = sum(D + O for D, O, _ in linears)
+    settings = LdMoleConfig(num_experts=4, r=2, lambda_hidden=8, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(backbone), settings)
+    whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert abs(rank * per_rank - whole) <= per_rank / 2
+    assert f"adapter.r={rank}" in overrides_of("lora", adapter, backbone)
+    assert set(DEFAULT) <= set(METHODS)
+
+
+def rows() -> list[Row]:
+    made = []
+    for method, accuracies in {
+        "sparsegen": [0.7, 0.8, 0.75],
+        "topk": [0.69, 0.79, 0.73],
+        "lora": [0.8, 0.7, 0.9],
+    }.items():
+        for seed, accuracy in enumerate(accuracies):
+            after = {"step": 3, "accuracy": accuracy, "eval_loss": 1 - accuracy, "tweets/accuracy": accuracy / 2}
+            before = {"accuracy": 0.5, "tweets/accuracy": 0.25} if (method, seed) == ("sparsegen", 0) else None
+            made.append(Row(method, seed, after, before, 2.5, 1_000_000, 40.0, None))
+    return made
+
+
+def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
+    store = Store(tmp_path, {"command": "launch/compare_routers.py x", "config": "x", "code": "abc", "cores": "2"})
+    for row in rows():
+        store.add(row)
+    text = page(Store(tmp_path, None))
+    assert "| LD-MoLE (Sparsegen) | 3 | 75.0 ± 5.0 | 0.250 ± 0.050 | 2.50 ± 0.00 | 1.00 M | 40.0 ± 0.0 | – |" in text
+    assert "Before training: 50.0 %." in text and "| before training | 25.0 |" in text
+    assert "| plain LoRA | 40.0 ± 5.0 |" in text
+    assert "| top-2 (MoLA's router) | -1.3 ± 0.6 | +0.013 ± 0.006 |" in text
+    assert "- top-2 (MoLA's router): 1.3 points below the baseline" in text
+    assert "- plain LoRA: not told apart by 3 seeds" in text
+
+
+def test_verdicts() -> None:
+    assert "tells nothing" in verdict([1.0])
+    assert verdict([1.0, 1.2, 1.1]).startswith("1.1 points above")
+    assert "not told apart" in verdict([1.0, -1.2, 0.4]) and "not told apart" in verdict([0.0, 0.0])
+    assert spread([], 1) == "–" and spread([2.0], 1) == "2.0" and spread([1.0, 2.0], 1, sign=True) == "+1.5 ± 0.7"
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    about = {"command": "c", "config": "x", "code": "abc"}
+    Store(tmp_path / "a", about)
+    Store(tmp_path / "a", about)
+    with pytest.raises(UserError, match="code abc, here def"):
+        Store(tmp_path / "a", about | {"code": "def"})
+    with pytest.raises(UserError, match="holds no comparison"):
+        Store(tmp_path / "b", None)
+    (tmp_path / "a" / "cells.jsonl").write_text('{"method": 1}\n')
+    with pytest.raises(UserError, match="line 1 cannot be read"):
+        Store(tmp_path / "a", None).rows()
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    script = [sys.executable, str(ROOT / "launch" / "compare_routers.py"), str(folder / "config.yaml")]
+    options = [
+        "--output",
+        str(folder / "out"),
+        "--seeds",
+        "2",
+        "--methods",
+        "sparsegen,relu,lora",
+        "--jobs",
+        "2",
+        *more,
+    ]
+    return subprocess.Popen([*script, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.full
+def test_a_small_slice_interrupted_and_gone_on_with(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    make_config(tmp_path, optimisation={"max_steps": 40}, parallelism={"ep_size": 1}, run={"detail_every": 5})
+    first = start(tmp_path)
+    try:
+        run = tmp_path / "out" / "sparsegen" / "seed_0"
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+            assert first.poll() is None, first.communicate()[0]
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)
+        said = first.communicate(timeout=120)[0]
+    finally:
+        first.kill()
+    assert first.returncode == EXIT_PREEMPTED and "the same command goes on" in said
+    assert list((run / "checkpoints").glob("step_*")), said
+
+    again = start(tmp_path)
+    said = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, said
+    rows = Store(tmp_path / "out", None).rows()
+    assert Counter(row.method for row in rows) == {"sparsegen": 2, "relu": 2, "lora": 2}
+    assert [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == list(
+        range(1, 41)
+    )
+    text = (tmp_path / "out" / "routers.md").read_text()
+    assert "plain LoRA" in text and "Before training" in text
+    third = start(tmp_path)  # nothing is left to do
+    assert third.communicate(timeout=60)[0].count("Loading weights") == 0 and third.returncode == 0
+
+    wrong = start(tmp_path, "--methods", "best")
+    assert "--methods best are not known" in wrong.communicate(timeout=60)[0] and wrong.returncode == EXIT_EXPLAINED
