@@ -23,6 +23,14 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Coefficient = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+TaskName = Literal[
+    "arc_challenge", "arc_easy", "commonsense_qa", "openbookqa", "swag", "hellaswag", "mmlu_pro", "cola", "rte"
+]
+# Of those tasks that are sequence classification: the class names, in the order of the data's numbers.
+TASK_CLASSES: dict[str, tuple[str, ...]] = {
+    "cola": ("unacceptable", "acceptable"),
+    "rte": ("entailment", "not_entailment"),
+}
 # The tags let pydantic say what is wrong with the one that is meant, and not what is wrong with each.
 ExpertCounts = Annotated[
     Annotated[Positive, Tag("<number>")] | Annotated[list[Positive], Field(min_length=1), Tag("<list>")],
@@ -84,11 +92,17 @@ class Source:
     """
 
     path: str | None = None
-    task: str | None = None
+    task: TaskName | None = None
     format: Literal["prompt_completion", "alpaca", "sharegpt", "messages", "text", "classification"] | None = None
     split: str | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
     name: str | None = None
+
+
+Sources = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[Source], Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<text>"),
+]
 
 
 @dataclass(config=_strict_keys)
@@ -105,8 +119,8 @@ class Data:
         eval_limit: evaluate on so many rows of each source, from its start.
     """
 
-    train: str | list[Source]
-    eval: str | list[Source] | None = None
+    train: Sources
+    eval: Sources | None = None
     labels: list[str] | None = None
     max_length: Annotated[int, Field(ge=2)] = 1024
     truncation: bool = False
@@ -329,15 +343,11 @@ def _check(config: Config) -> None:
 
 
 def _check_sources(config: Config) -> None:
-    from ldmole_dist.data.tasks import TASKS  # which builds on this file
-
     for key, data in (("train", config.data.train), ("eval", config.data.eval)):
         sources = data if isinstance(data, list) else []
         if isinstance(data, list) and not data:
             raise UserError(f"data.{key} is an empty list: give at least one source")
         for source in sources:
-            if source.task is not None and source.task not in TASKS:
-                raise UserError(f"data.{key}: task {source.task!r} is not known: choose one of {sorted(TASKS)}")
             if source.task is None and source.path is None:
                 raise UserError(f"data.{key}: a source needs a path or a task")
             if source.task is not None and source.format is not None:
@@ -345,10 +355,9 @@ def _check_sources(config: Config) -> None:
         if len({source.weight is None for source in sources}) > 1:
             raise UserError(f"data.{key}: some sources have a weight and some none: give all of them one, or none")
         if key == "train" and config.data.labels is None and config.backbone.task == "sequence_classification":
-            named = {TASKS[source.task].labels for source in sources if source.task is not None}
-            if len(named) == 1 and all(source.task is not None for source in sources):
-                labels = named.pop()
-                config.data.labels = None if labels is None else list(labels)
+            named = {TASK_CLASSES.get(source.task or "") for source in sources}
+            if len(named) == 1 and (classes := named.pop()) is not None:
+                config.data.labels = list(classes)
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -375,7 +384,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"] if part not in ("<number>", "<list>")]
+    path = [str(part) for part in error["loc"] if part not in ("<number>", "<list>", "<text>")]
     key = ".".join(path)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _names(_section(path[:-1]))
@@ -389,7 +398,7 @@ def _explain(error: Any) -> str:
 def _section(path: list[str]) -> Any:
     section: Any = Config
     for name in path:
-        section = typing.get_type_hints(section)[name]
+        section = Source if name.isdigit() else typing.get_type_hints(section)[name]
     return section
 
 

@@ -24,6 +24,7 @@ FLOORS = [
         "diagnose",
         "evaluate",
         "generate",
+        "hf_trainer",
         "monitor",
         "ranks",
         "selftest",

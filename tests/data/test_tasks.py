@@ -149,7 +149,8 @@ def test_parts_of_a_data_set_with_one_split() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("data.train=[{task: arc}]", "task 'arc' is not known: choose one of ['arc_challenge'"),
+        ("data.train=[{task: arc}]", "data.train.0.task='arc': input should be 'arc_challenge'"),
+        ("data.train=[{tsk: rte}]", "unknown key data.train.0.tsk; did you mean task?"),
         ("data.train=[{}]", "a source needs a path or a task"),
         ("data.train=[]", "data.train is an empty list"),
         ("data.train=[{path: a, weight: 1}, {path: b}]", "some sources have a weight and some none"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ldmole_dist.config import TASK_CLASSES
 from ldmole_dist.data.formats import text_of
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.tasks.task import Task, number_of
@@ -29,12 +30,12 @@ class GlueTask(Task):
 
 
 GLUE = (
-    GlueTask("cola", ("nyu-mll/glue", "cola"), max_length=512, labels=("unacceptable", "acceptable")),
+    GlueTask("cola", ("nyu-mll/glue", "cola"), max_length=512, labels=TASK_CLASSES["cola"]),
     GlueTask(
         "rte",
         ("nyu-mll/glue", "rte"),
         max_length=512,
-        labels=("entailment", "not_entailment"),
+        labels=TASK_CLASSES["rte"],
         columns=("sentence1", "sentence2"),
     ),
 )
