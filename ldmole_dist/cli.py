@@ -22,6 +22,8 @@ from ldmole_dist.errors import (
     Preempted,
     UserError,
 )
+from ldmole_dist.evaluation import command as evaluation_command
+from ldmole_dist.generation import command as generation_command
 from ldmole_dist.leave import leave
 from ldmole_dist.pulse import show_stacks
 from ldmole_dist.study import bench
@@ -32,7 +34,7 @@ from ldmole_dist.study.scaling import command as scaling_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; `train` does not return, but ends the process.
+    """Run a subcommand; `train` and `eval` do not return, but end the process.
 
     Returns:
         0; EXIT_EXPLAINED where something failed that the message explains; EXIT_PEER where the message is another rank's;
@@ -40,11 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(args, "overrides") or any(argument.startswith("-") for argument in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    elif rest:
-        args.overrides += rest  # argparse does not take up a list again after an option
-    if args.call is not _train:
+    if rest:  # argparse does not take up a list again after an option
+        more = next((getattr(args, name) for name in ("overrides", "prompts") if hasattr(args, name)), None)
+        if more is None or any(argument.startswith("-") for argument in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        more += rest
+    if args.call not in (_train, evaluation_command.run):
         return _explained(args)
     try:
         code = _explained(args)
@@ -144,13 +147,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("adapter", help="folder to make")
     export.set_defaults(call=_checkpoint_export)
 
-    generate = commands.add_parser("generate", help="continue prompts with a saved adapter")
-    generate.add_argument("adapter", help="folder of the adapter, such as runs/quickstart/adapter")
-    generate.add_argument("prompts", nargs="+", help="texts to continue; \\n stands for a line break")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--backbone", help="path of the backbone, if not where the adapter says")
-    generate.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
-    generate.set_defaults(call=_generate)
+    evaluate = commands.add_parser("eval", help="evaluate a run or an adapter", description=evaluation_command.EVAL)
+    evaluation_command.add_arguments(evaluate)
+
+    generate = commands.add_parser(
+        "generate", help="continue prompts with an adapter", description=generation_command.GENERATE
+    )
+    generation_command.add_arguments(generate)
 
     report = commands.add_parser(
         "report", help="what the routers of a run or an adapter do", description=report_arguments.DESCRIPTION
@@ -238,14 +241,6 @@ def _checkpoint_export(args: argparse.Namespace) -> int:
 
     export_checkpoint(Path(args.checkpoint), Path(args.adapter))
     print(f"adapter: {args.adapter}")
-    return 0
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from ldmole_dist.generate import generate
-
-    prompts = [prompt.replace("\\n", "\n") for prompt in args.prompts]
-    generate(args.adapter, prompts, args.max_new_tokens, args.backbone, args.precision)
     return 0
 
 

@@ -86,6 +86,8 @@ class Source:
         path: file: .jsonl, .json, .csv or .parquet. A task without one comes from the hub.
         task: name of one of the paper's tasks (docs/tasks.md), whose columns the data has.
         format: of the rows, if it is not a task's; None recognises it by the keys of the first row.
+        answers: of a multiple-choice task: "letter" shows the options and answers with a letter, as the paper does; "text"
+            shows none, and the answer is the option itself.
         split: of a task on the hub, instead of its usual one.
         weight: share of what is trained on, relative to the weights of the other sources; all of them have one or none has.
         name: domain of rows that name none, in results; the task's or the file's name, if there are several sources.
@@ -94,6 +96,7 @@ class Source:
     path: str | None = None
     task: TaskName | None = None
     format: Literal["prompt_completion", "alpaca", "sharegpt", "messages", "text", "classification"] | None = None
+    answers: Literal["letter", "text"] = "letter"
     split: str | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
     name: str | None = None
@@ -265,6 +268,20 @@ def load_config(path: str, overrides: list[str]) -> Config:
         raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    return make_config(raw, overrides, path)
+
+
+def make_config(raw: Any, overrides: list[str], path: str) -> Config:
+    """Override and check what was read.
+
+    Args:
+        raw: as YAML gives it; changed.
+        overrides: see `load_config`.
+        path: where it is from, for messages.
+
+    Raises:
+        UserError: see the head of this file.
+    """
     if not isinstance(raw, dict):
         raise UserError(f"config {path} must be a mapping with the sections {_names(Config)}, it holds: {raw!r:.80}")
     for override in overrides:
@@ -350,6 +367,8 @@ def _check_sources(config: Config) -> None:
         for source in sources:
             if source.task is None and source.path is None:
                 raise UserError(f"data.{key}: a source needs a path or a task")
+            if source.answers == "text" and (source.task is None or source.task in TASK_CLASSES):
+                raise UserError(f"data.{key}: answers=text is for multiple-choice tasks, not for {source.task or source.path}")
             if source.task is not None and source.format is not None:
                 raise UserError(f"data.{key}: task {source.task} has a format of its own, leave format out")
         if len({source.weight is None for source in sources}) > 1:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.evaluate import batch_logits
+from ldmole_dist.evaluation.evaluator import batch_logits
 
 
 @torch.no_grad()

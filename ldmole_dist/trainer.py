@@ -21,7 +21,7 @@ from ldmole_dist.diagnose import explain_nonfinite
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.startup import Process, agreed
 from ldmole_dist.errors import NonFiniteLoss, Preempted
-from ldmole_dist.evaluate import Evaluator, batch_logits
+from ldmole_dist.evaluation.evaluator import Evaluator, batch_logits
 from ldmole_dist.method.losses import adapted_l1
 from ldmole_dist.method.noise import RouterNoise, linear_decay
 from ldmole_dist.monitor.meter import Report, StepMeter

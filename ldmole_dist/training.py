@@ -36,7 +36,7 @@ from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.engine.startup import Process, agreed, start
 from ldmole_dist.errors import UserError
-from ldmole_dist.evaluate import Evaluator
+from ldmole_dist.evaluation.evaluator import Evaluator
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.monitor.probe import Probe
 from ldmole_dist.parallel.dispatch import ExpertParallel

@@ -22,7 +22,7 @@ class Encoded:
         input_ids: all of them.
         labels: ids where the answer is and -100 elsewhere, or one class.
         domain: as in `Row`.
-        choices: token ids that the first token of the answer is one of, where the possible answers are known.
+        choices: token ids that the first token of the answer is one of, where the possible answers are known, one token each.
     """
 
     input_ids: list[int]
@@ -93,9 +93,32 @@ class Encoder:
         ids = self._ids(row.target)
         return ids if self.labels is not None and row.choices is None else [*ids, self.tokenizer.eos_token_id]
 
+    def alternatives(self, row: Row) -> list[Encoded]:
+        """The prompt with each of the answers that are possible for it, without an end-of-sequence token: as many sequences as
+        there are choices, for comparing their likelihoods.
+
+        Raises:
+            UserError: where none are known, or an answer has no tokens.
+        """
+        choices = row.choices or self.labels
+        if choices is None or self.task != "causal_lm":
+            raise UserError(
+                f"{row.where}: no answers to compare by likelihood: rows need 'choices', the data a task or data.labels"
+            )
+        prompt = self.prompt_ids(row.source)
+        alternatives = []
+        for choice in choices:
+            ids = self._ids(choice)
+            if not ids or not prompt:
+                raise UserError(f"{row.where}: a likelihood needs a prompt and an answer of at least one token each")
+            alternatives.append(Encoded(*self._fit([(prompt, False), (ids, True)], row), row.domain))
+        return alternatives
+
     def _choices(self, row: Row) -> tuple[int, ...] | None:
         if row.choices is None:
             return self._label_ids
+        if any(len(self._ids(choice)) != 1 for choice in row.choices):
+            return None
         return self._one_token_each(row.choices, row.where)
 
     def _one_token_each(self, answers: Sequence[str], where: str) -> tuple[int, ...]:

@@ -25,8 +25,18 @@ ROLES = {
 
 
 def prompt_completion(record: Record, where: str) -> Row:
-    """{"prompt", "completion"}: the completion is learnt."""
-    return Row(text_of(record, "prompt", where), text_of(record, "completion", where), where, domain_of(record))
+    """{"prompt", "completion"}: the completion is learnt. "choices" may list all completions that are possible for this row."""
+    prompt, completion = text_of(record, "prompt", where), text_of(record, "completion", where)
+    choices = record.get("choices")
+    if choices is None:
+        return Row(prompt, completion, where, domain_of(record))
+    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    if not texts or len(set(choices)) < max(2, len(choices)) or completion not in choices:
+        raise UserError(
+            f"{where}: 'choices' must be a list of at least two different texts with the completion {completion!r:.60} among "
+            f"them, is {choices!r:.60}"
+        )
+    return Row(prompt, completion, where, domain_of(record), tuple(choices))
 
 
 def alpaca(record: Record, where: str) -> Row:

@@ -15,6 +15,7 @@ from ldmole_dist.data.formats import FORMATS, Format, recognised
 from ldmole_dist.data.records import Located, read_records
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.tasks import TASKS
+from ldmole_dist.data.tasks.choice import ChoiceTask
 from ldmole_dist.data.tasks.task import Task
 from ldmole_dist.errors import UserError
 
@@ -71,7 +72,7 @@ def _formatted(source: Source, task: str, split: str) -> Iterator[Row]:
             raise UserError(
                 f"task {known.name} is for backbone.task={known.model_task}, this run has backbone.task={task}: change one"
             )
-        format = known.row
+        format = known.worded if isinstance(known, ChoiceTask) and source.answers == "text" else known.row
     elif source.format is not None:
         format = FORMATS[source.format]
         if (source.format == "classification") != (task == "sequence_classification"):

@@ -12,7 +12,7 @@ from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.startup import Process
-from ldmole_dist.evaluate import route
+from ldmole_dist.evaluation.evaluator import route
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.pulse import pulse

@@ -31,7 +31,7 @@ from ldmole_dist.ranks import LocalRanks
 from ldmole_dist.study.report import cost, movement
 from ldmole_dist.study.report.collect import collect
 from ldmole_dist.study.report.movement import trace_movement
-from ldmole_dist.study.report.subject import find_subject
+from ldmole_dist.subject import find_subject
 from tests.small_run import LABELS, make_backbone, make_config, make_data, make_folder, run_training
 
 EXPERTS = 4

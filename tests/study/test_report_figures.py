@@ -21,8 +21,9 @@ from ldmole_dist.study.html import Figure, Section, Table, page
 from ldmole_dist.study.report.by_layer import _load_grid
 from ldmole_dist.study.report.coactivation import lift
 from ldmole_dist.study.report.collect import Counter, Observed
+from ldmole_dist.study.report.inputs import WHOLE, DataSet
 from ldmole_dist.study.report.page import Material, key_numbers, sections
-from ldmole_dist.study.report.subject import WHOLE, DataSet, Subject
+from ldmole_dist.subject import Subject
 from tests.small_run import make_backbone
 
 

@@ -16,8 +16,9 @@ from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config, stag
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.startup import start
-from ldmole_dist.generate import generate
+from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
 from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.subject import find_subject
 from ldmole_dist.training import build_model, make_scheduler
 from tests.small_run import LABELS, make_backbone, make_config, make_data
 
@@ -87,9 +88,8 @@ def test_one_process_loads_what_two_ranks_trained(tmp_path: Path, ranks2: LocalR
     assert float((untrained - logits).norm() / logits.norm()) > 1e-2
 
     if task == "causal_lm":
-        (text,) = generate(
-            str(tmp_path / "adapter"), ["The colour of rose is"], max_new_tokens=5, backbone=None, precision="fp32"
-        )
+        generator, tokenizer = load_generator(find_subject(str(tmp_path / "adapter"), None), "fp32")
+        (text,) = continue_batch(generator, tokenizer, ["The colour of rose is"], Sampling(max_new_tokens=5))
         assert text
 
 

@@ -44,6 +44,13 @@ class ChoiceTask(Task):
 
     question: Callable[[Mapping[str, Any], str], Question] | None = None
 
+    def worded(self, record: Mapping[str, Any], where: str) -> Row:
+        """The row without a list of options; its answer is the text of the right one. Errors as in `row`."""
+        assert self.question is not None
+        asked, options, answer, _ = self.question(record, where)
+        choices = tuple(f" {option}" for option in options)
+        return Row(f"{asked}Answer:", choices[answer], where, choices=choices)
+
     def row(self, record: Mapping[str, Any], where: str) -> Row:
         """See `Task`."""
         assert self.question is not None

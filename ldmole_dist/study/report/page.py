@@ -25,9 +25,10 @@ from ldmole_dist.study.report.coactivation import coactivation
 from ldmole_dist.study.report.collect import Observed
 from ldmole_dist.study.report.course import curves, movement_lines, movement_map
 from ldmole_dist.study.report.domains import domain_figure, domain_table
+from ldmole_dist.study.report.inputs import DataSet
 from ldmole_dist.study.report.movement import Movement
-from ldmole_dist.study.report.subject import DataSet, Subject
 from ldmole_dist.study.report.tokens import tokens_figure
+from ldmole_dist.subject import Subject
 
 
 @dataclass(frozen=True)

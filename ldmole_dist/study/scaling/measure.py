@@ -24,7 +24,7 @@ from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.startup import start
-from ldmole_dist.evaluate import batch_logits
+from ldmole_dist.evaluation.evaluator import batch_logits
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.objective import IGNORED, answer_loss
 from ldmole_dist.peft_config import LdMoleConfig

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.engine.startup import Process
+from ldmole_dist.evaluation.metrics import Outcomes, training_metrics
 from ldmole_dist.method.context import Observer
 from ldmole_dist.objective import IGNORED, answer_losses, answer_positions, next_tokens
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
@@ -27,7 +28,7 @@ class Evaluator:
     """Evaluates a model on a fixed set.
 
     Args:
-        examples: all of them, on every rank.
+        examples: all N of them, on every rank.
         pad_id: for batches.
         batch_size: sequences of one forward.
         process: of this rank.
@@ -35,14 +36,13 @@ class Evaluator:
 
     def __init__(self, examples: Sequence[Encoded], pad_id: int, batch_size: int, process: Process) -> None:
         self.pad_id, self.batch_size, self.process = pad_id, batch_size, process
-        self.domains = sorted({e.domain for e in examples if e.domain is not None})
+        self.examples = examples
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
         share = -(-len(examples) // process.world_size)
         mine = order[process.rank :: process.world_size]
         self.counted = len(mine)
-        self.examples = [examples[i] for i in (mine + order[:1] * share)[:share]]
+        self.mine = (mine + order[:1] * share)[:share]
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module, doing: str) -> dict[str, float]:
         """Run it; every rank calls it.
 
@@ -51,54 +51,48 @@ class Evaluator:
             doing: what the progress bar says.
 
         Returns:
-            "eval_loss" (mean over answers), and "accuracy" (share of rows, 0 to 1) where there are choices or classes; the same
-            as "code/eval_loss", "code/accuracy" of the rows of each domain, where rows have one.
+            See `training_metrics`.
         """
+        return training_metrics(self.outcomes(model, doing), [example.domain for example in self.examples])
+
+    @torch.no_grad()
+    def outcomes(self, model: nn.Module, doing: str) -> Outcomes:
+        """Of every example, in their order, on every rank; every rank calls it, and arguments are as above."""
         was_training = model.training
         model.eval()
-        # Of all rows, then of each domain: loss, answers, right, rows.
-        sums = torch.zeros(1 + len(self.domains), 4, dtype=torch.float64, device=self.process.device)
-        starts = range(0, len(self.examples), self.batch_size)
+        rows_N5 = torch.zeros(len(self.examples), 5, dtype=torch.float64, device=self.process.device)
+        starts = range(0, len(self.mine), self.batch_size)
         for start in tqdm(starts, desc=doing, disable=not self.process.is_main, unit="batch"):
             pulse(doing)
-            examples = self.examples[start : start + self.batch_size]
-            counted = max(0, min(len(examples), self.counted - start))
-            of_rows = self._batch(model, examples)[:counted]
-            sums[0] += of_rows.sum(0)
-            for index, domain in enumerate(self.domains, start=1):
-                mine = torch.tensor([e.domain == domain for e in examples[:counted]], device=of_rows.device)
-                sums[index] += of_rows[mine.bool()].sum(0)
+            indices = self.mine[start : start + self.batch_size]
+            rows_B5 = self._batch(model, [self.examples[i] for i in indices])
+            counted = max(0, min(len(indices), self.counted - start))
+            rows_N5[indices[:counted]] = rows_B5[:counted]
         model.train(was_training)
         if dist.is_initialized():
-            dist.all_reduce(sums)
-        result = {}
-        for prefix, of in zip(["", *(f"{domain}/" for domain in self.domains)], sums.tolist(), strict=True):
-            loss, answers, right, rows = of
-            result[f"{prefix}eval_loss"] = loss / max(answers, 1)
-            if rows:
-                result[f"{prefix}accuracy"] = right / rows
-        return result
+            dist.all_reduce(rows_N5)  # a row is of one rank, and zero on all others
+        return Outcomes(*rows_N5.cpu().unbind(1))
 
     def _batch(self, model: nn.Module, examples: Sequence[Encoded]) -> Tensor:
-        """(B, 4) of each row: loss, answers, whether it is right, and whether it can be right or wrong: a class can, and the
-        first token of an answer among choices."""
+        """(B, 5), the fields of `Outcomes`. A choice is made by the first token of the answer."""
         targets, logits = batch_logits(model, collate(examples, self.pad_id, self.process.device))
         targets_BS = targets.unflatten(0, (len(targets), -1)) if targets.dim() == 1 else targets
         logits_BSV = logits.unflatten(0, (len(logits), -1)) if logits.dim() == 2 else logits
         answered_BS = targets_BS != IGNORED
         loss_B = answer_losses(logits_BSV, targets_BS).sum(1)
-        # The first answer of each row.
-        rows_B, first_B = torch.arange(len(examples), device=logits.device), answered_BS.int().argmax(1)
-        target_B, logits_BV = targets_BS[rows_B, first_B], logits_BSV[rows_B, first_B]
+        likeliest_BS = logits_BSV.argmax(-1)
+        greedy_B = ((likeliest_BS == targets_BS) | ~answered_BS).all(1)
         if targets.dim() == 1:
-            scored_B, right_B = answered_BS[:, 0], logits_BV.argmax(-1) == target_B
+            chosen_B, target_B = likeliest_BS[:, 0], targets
         else:
+            rows_B, first_B = torch.arange(len(examples), device=logits.device), answered_BS.int().argmax(1)
             choices_BC = _padded([e.choices or () for e in examples], logits.device)
-            scores_BC = logits_BV.gather(1, choices_BC.clamp_min(0)).masked_fill(choices_BC < 0, -torch.inf)
-            scored_B = (choices_BC[:, 0] >= 0) & answered_BS.any(1)
-            right_B = choices_BC[rows_B, scores_BC.argmax(1)] == target_B
-        values = (loss_B, answered_BS.sum(1), right_B & scored_B, scored_B)
-        return torch.stack([v.double() for v in values], dim=1)
+            scores_BC = logits_BSV[rows_B, first_B].gather(1, choices_BC.clamp_min(0))
+            chosen_B = scores_BC.masked_fill(choices_BC < 0, -torch.inf).argmax(1)
+            target_B = (choices_BC == targets_BS[rows_B, first_B].unsqueeze(1)).int().argmax(1)
+            choosing_B = (choices_BC[:, 0] >= 0) & answered_BS.any(1)
+            chosen_B, target_B = chosen_B.where(choosing_B, -1), target_B.where(choosing_B, -1)
+        return torch.stack([v.double() for v in (loss_B, answered_BS.sum(1), greedy_B, chosen_B, target_B)], dim=1)
 
 
 def _padded(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:

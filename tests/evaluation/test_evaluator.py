@@ -11,7 +11,7 @@ import torch
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
-from ldmole_dist.evaluate import Evaluator
+from ldmole_dist.evaluation.evaluator import Evaluator
 from ldmole_dist.objective import IGNORED
 from ldmole_dist.ranks import LocalRanks
 from ldmole_dist.selftest.parity import build

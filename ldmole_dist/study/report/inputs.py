@@ -1,4 +1,4 @@
-"""What a report is of: a run's folder or a saved adapter, the data that goes through it, and the model on its device."""
+"""The data that goes through the model of a report, and that model on its device."""
 
 from __future__ import annotations
 
@@ -10,70 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.backbone import backbone_of, load_adapter, load_backbone
-from ldmole_dist.config import Config, Source, load_config
+from ldmole_dist.backbone import load_adapter, load_backbone
+from ldmole_dist.config import Source
 from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import read_rows, sources_of
 from ldmole_dist.errors import UserError
 from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.subject import Subject
 
 MAX_LENGTH = 4096  # tokens of a sequence where no run says otherwise
 WHOLE = ""  # the domain of rows in data without domains
 NO_DOMAIN = "(no domain)"  # of rows without one in data with domains
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A run, or an adapter alone.
-
-    Attributes:
-        adapter: its folder.
-        backbone: path of the backbone.
-        run: the run's folder, if it is one.
-        config: of that run.
-    """
-
-    adapter: Path
-    backbone: str
-    run: Path | None = None
-    config: Config | None = None
-
-    @property
-    def name(self) -> str:
-        """For titles and folders."""
-        return (self.run or self.adapter).resolve().name
-
-
-def find_subject(path: str, backbone: str | None) -> Subject:
-    """See what is in a folder.
-
-    Args:
-        path: of a run or an adapter.
-        backbone: its path, if it is not where the run or the adapter says.
-
-    Raises:
-        UserError: where there is neither, or a run without an adapter.
-    """
-    folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
-        return Subject(folder, backbone or backbone_of(str(folder)))
-    if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{path} is neither a run (it has no config.yaml) nor an adapter (it has no adapter_config.json): give the "
-            "folder of one of them"
-        )
-    config = load_config(str(folder / "config.yaml"), [])
-    if not (folder / "adapter" / "adapter_config.json").is_file():
-        raise UserError(
-            f"the run in {path} has no adapter yet: let it end, or export a checkpoint of it "
-            "(ldmole checkpoint export CHECKPOINT ADAPTER) and report on that"
-        )
-    return Subject(folder / "adapter", backbone or config.backbone.path, folder, config)
 
 
 @dataclass(frozen=True)
@@ -110,7 +62,7 @@ def read_data(subject: Subject, path: str | None, limit: int | None, tokenizer: 
     Raises:
         UserError: where there is no file to take, or a row cannot be read.
     """
-    task, max_length, labels = _task(subject), MAX_LENGTH, None
+    task, max_length, labels = subject.task, MAX_LENGTH, None
     given: str | Sequence[Source] = path or ""
     if subject.config is not None:
         data = subject.config.data
@@ -140,7 +92,7 @@ def load_model(subject: Subject, precision: str, tokenizer: PreTrainedTokenizerB
     """
     # PEFT 0.21 asks transformers 5.23 for an attribute by its old name, at every injection; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
-    task = _task(subject)
+    task = subject.task
     classes = _class_names(subject.adapter) if task == "sequence_classification" else None
     attention = subject.config.backbone.attention if subject.config else None
     backbone = load_backbone(
@@ -157,13 +109,6 @@ def adapter_config(model: PeftModel) -> LdMoleConfig:
     config = model.active_peft_config
     assert isinstance(config, LdMoleConfig)
     return config
-
-
-def _task(subject: Subject) -> str:
-    if subject.config is not None:
-        return subject.config.backbone.task
-    task_type = PeftConfig.from_pretrained(str(subject.adapter)).task_type
-    return "sequence_classification" if task_type == "SEQ_CLS" else "causal_lm"
 
 
 def _class_names(adapter: Path) -> list[str]:

@@ -1,0 +1,156 @@
+"""Tasks of the LM Evaluation Harness on a model of any ZeRO stage and expert-parallel size.
+
+Every rank runs the harness with all requests; the forwards that answer them are shared out as those of any evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ldmole_dist.data.encode import Encoded
+from ldmole_dist.engine.startup import agreed, from_main
+from ldmole_dist.errors import UserError
+from ldmole_dist.evaluation.model import Evaluated
+from ldmole_dist.generation.continuations import Sampling, continue_batch
+from ldmole_dist.objective import IGNORED
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+try:
+    from lm_eval import simple_evaluate, utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise UserError(
+        f"--lm-eval needs the LM Evaluation Harness ({error}): pip install 'ldmole-dist[eval]'"
+    ) from error
+
+
+def run_lm_eval(
+    model: Evaluated, tasks: Sequence[str], folder: str | None, num_fewshot: int | None, limit: int | None
+) -> dict[str, Any]:
+    """Run tasks; every rank calls it.
+
+    Args:
+        model: to evaluate, a causal language model.
+        tasks: names of tasks or groups.
+        folder: with tasks that the harness does not have.
+        num_fewshot: examples in prompts; None: as the task says.
+        limit: documents of each task.
+
+    Returns:
+        "lm_eval": task -> its results, as the harness names them; "versions" of the tasks.
+
+    Raises:
+        UserError, PeerError: on every rank, where a task is not known or its data cannot be had.
+    """
+    if model.config.backbone.task != "causal_lm":
+        raise UserError(f"--lm-eval is for causal language models, not for backbone.task={model.config.backbone.task}")
+    if folder is not None and not os.path.isdir(folder):
+        raise UserError(f"--lm-eval-path {folder}: there is no such folder")
+    with agreed("looking for the tasks"):
+        manager = TaskManager(include_path=folder)
+        if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+            raise UserError(
+                f"lm-eval does not know {', '.join(unknown)}: see `lm_eval ls tasks`, or give --lm-eval-path"
+            )
+    results: Any = simple_evaluate(
+        LdMoleLM(model),
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
+    # The harness has results on the first rank of each node only.
+    return from_main(results and {"lm_eval": results["results"], "versions": results["versions"]})
+
+
+class LdMoleLM(TemplateLM):
+    """What the harness asks of a model."""
+
+    def __init__(self, model: Evaluated) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, model.tokenizer
+        self._device = model.process.device
+        positions = getattr(model.engine.module.config, "max_position_embeddings", None)
+        self.max_length = int(positions or model.tokenizer.model_max_length)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer(string, **special)["input_ids"])
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        examples = []
+        for _texts, context, continuation in requests:
+            ids = (context + continuation)[-self.max_length :]
+            labels = ([IGNORED] * len(context) + continuation)[-self.max_length :]
+            examples.append(Encoded(ids, labels))
+        outcomes = self.model.outcomes(examples, "lm-eval")
+        return [(-loss, bool(greedy)) for loss, greedy in zip(outcomes.loss_N.tolist(), outcomes.greedy_N, strict=True)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        counts = []
+        for request in requests:
+            (text,) = request.args
+            rolling = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 1,  # a window is one token longer with what it predicts from
+                context_len=1,
+            )
+            of_text = [(None, *utils.make_disjoint_window(window)) for window in rolling]
+            windows += of_text
+            counts.append(len(of_text))
+        scores = iter([score for score, _ in self._loglikelihood_tokens(windows)])
+        return [sum(next(scores) for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        if self.model.process.world_size > 1:
+            raise UserError(
+                "tasks of lm-eval that generate run in one process, because ranks would finish at different lengths: "
+                "start ldmole eval without a launcher"
+            )
+        answers = []
+        for request in requests:
+            prompt, settings = request.args
+            stops = settings.get("until") or []
+            stops = [stops] if isinstance(stops, str) else list(stops)
+            sampling = Sampling(
+                max_new_tokens=int(settings.get("max_gen_toks", 256)),
+                temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
+                top_p=float(settings.get("top_p", 1.0)),
+            )
+            (text,) = continue_batch(self.model.engine.module, self.tokenizer, [prompt], sampling, stop=stops)
+            for stop in stops:
+                text = text.partition(stop)[0] if stop else text
+            answers.append(text)
+        return answers

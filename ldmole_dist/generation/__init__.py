@@ -1,0 +1,1 @@
+"""Text out of a saved adapter, in one process."""

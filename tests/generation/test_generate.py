@@ -1,0 +1,174 @@
+"""Continuations: alone and padded beside others, drawn, of files that are gone on with, typed, and in a chat."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from ldmole_dist.backbone import load_backbone, new_adapter
+from ldmole_dist.cli import _parser
+from ldmole_dist.errors import UserError
+from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
+from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.subject import find_subject
+from tests.small_run import make_backbone
+
+PROMPTS = ["The colour of rose is", "grass", "The colour of sky and sea and jay and ash is", "a leaf is a leaf"]
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a router that adds so much that the backbone alone says something else."""
+    folder = tmp_path_factory.mktemp("generate")
+    make_backbone(folder / "backbone")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "backbone")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "backbone")
+    model = new_adapter(load_backbone(str(folder / "backbone"), "causal_lm", "fp32"), LdMoleConfig(num_experts=4, r=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(str(folder / "adapter"))
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def generator(adapter: Path) -> tuple[Any, Any]:
+    return load_generator(find_subject(str(adapter), None), "fp32")
+
+
+def generate(adapter: Path, *arguments: str) -> None:
+    args = _parser().parse_args(["generate", str(adapter), *arguments, "--precision", "fp32", "--max-new-tokens", "6"])
+    assert args.call(args) == 0
+
+
+def test_a_batch_says_what_each_says_alone(generator: tuple[Any, Any]) -> None:
+    together = continue_batch(*generator, PROMPTS, Sampling(12))
+    alone = [continue_batch(*generator, [prompt], Sampling(12))[0] for prompt in PROMPTS]
+    assert together == alone and len(set(together)) > 1
+    assert generator[1].padding_side == "right"  # as it was
+
+
+def test_the_adapter_is_what_speaks(adapter: Path, generator: tuple[Any, Any]) -> None:
+    backbone = load_generator(find_subject(str(adapter), None), "fp32", with_adapter=False)
+    assert continue_batch(*backbone, PROMPTS, Sampling(12)) != continue_batch(*generator, PROMPTS, Sampling(12))
+
+
+def test_draws_are_of_the_seed(generator: tuple[Any, Any]) -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(continue_batch(*generator, PROMPTS, Sampling(12, temperature=1.5, top_p=0.9, top_k=50)))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_text_ends_where_it_should(generator: tuple[Any, Any]) -> None:
+    (whole,) = continue_batch(*generator, PROMPTS[:1], Sampling(12))
+    letters = re.search("[a-z]{2}", whole)
+    assert letters is not None  # most of it is bytes that are no text
+    stop = letters.group()
+    (ended,) = continue_batch(*generator, PROMPTS[:1], Sampling(12), stop=[stop])
+    assert whole.startswith(ended) and stop in ended and len(ended) < len(whole)
+
+
+def test_an_empty_prompt(generator: tuple[Any, Any]) -> None:
+    with pytest.raises(UserError, match="an empty prompt"):
+        continue_batch(*generator, ["", "grass"], Sampling(1))
+
+
+def make_prompts(folder: Path) -> Path:
+    path = folder / "prompts.jsonl"
+    records: list[dict[str, Any]] = [{"prompt": prompt, "id": n} for n, prompt in enumerate(PROMPTS)]
+    records.append({"messages": [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_a_file_cut_off_and_gone_on_with(adapter: Path, generator: Any, tmp_path: Path, temperature: str) -> None:
+    prompts, whole, cut = make_prompts(tmp_path), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    arguments = ["--file", str(prompts), "--batch-size", "2", "--temperature", temperature]
+    generate(adapter, *arguments, "--output", str(whole))
+    records = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [record.get("id") for record in records] == [0, 1, 2, 3, None]
+    if temperature == "0":
+        alone = [continue_batch(*generator, [prompt], Sampling(6))[0] for prompt in PROMPTS]
+        assert [record["generated"] for record in records[:4]] == alone
+        turn = continue_batch(*generator, ["[user] sky?\n[assistant]"], Sampling(6), rendered=True)
+        assert records[4]["generated"] == turn[0]
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cut.write_bytes(b"".join(lines[:2]) + lines[2][:7])
+    generate(adapter, *arguments, "--output", str(cut))
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_another_files_continuations_are_left_alone(adapter: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text('{"prompt": "other", "generated": "x"}\n')
+    with pytest.raises(UserError, match="line 1 is not of prompt 1"):
+        generate(adapter, "--file", str(make_prompts(tmp_path)), "--output", str(output))
+    assert output.read_text() == '{"prompt": "other", "generated": "x"}\n'
+
+
+def test_prompts_of_the_command_line(adapter: Path, generator: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(adapter, *PROMPTS[:2])
+    said = capsys.readouterr().out
+    for prompt in PROMPTS[:2]:
+        assert prompt + continue_batch(*generator, [prompt], Sampling(6))[0] in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["hello", "--output", "x"], "--output is for"),
+        (["hello", "--system", "x"], "--system is for"),
+        (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--file", "nowhere.txt"], "cannot be read"),
+        (["--file", "BAD"], "bad.jsonl, line 1: needs a text 'prompt' or a list 'messages'"),
+    ],
+)
+def test_bad_arguments(adapter: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(UserError, match=said):
+        generate(adapter, *(str(tmp_path / "bad.jsonl") if a == "BAD" else a for a in arguments))
+
+
+def test_many_ranks_are_refused_and_told_what_to_do(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="finish at different lengths.*ldmole checkpoint export CHECKPOINT ADAPTER"):
+        generate(adapter, "hello")
+
+
+@pytest.mark.full
+def test_what_is_typed_is_a_conversation(adapter: Path, generator: Any) -> None:
+    command = [sys.executable, "-m", "ldmole_dist.cli", "generate", str(adapter), "--chat", "--system", "be brief"]
+    said = subprocess.run(
+        [*command, "--precision", "fp32", "--max-new-tokens", "6"],
+        input="sky?\n\ngrass?\n/new\ngrass?\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+
+    def answer(conversation: str) -> str:
+        return continue_batch(*generator, [conversation], Sampling(6), rendered=True)[0]
+
+    start = "[system] be brief\n[user] {}\n[assistant]"
+    first = answer(start.format("sky?"))
+    second = answer(f"[system] be brief\n[user] sky?\n[assistant] {first}\n[user] grass?\n[assistant]")
+    third = answer(start.format("grass?"))
+    assert said == f"{first}\n{second}\n{third}\n"
