@@ -119,6 +119,9 @@ class Data:
             evaluation reports accuracy. Tasks bring their own.
         max_length: tokens of a sequence.
         truncation: cut longer sequences at the start of the prompt, plain texts at their end; off, a longer one is an error.
+        streaming: leave the training set on the disk: .jsonl files are read and checked once at the start, and rows are encoded
+            when a step needs them. Needs truncation.
+        workers: processes on each rank that read and encode ahead, with streaming.
         eval_limit: evaluate on so many rows of each source, from its start.
     """
 
@@ -127,6 +130,8 @@ class Data:
     labels: list[str] | None = None
     max_length: Annotated[int, Field(ge=2)] = 1024
     truncation: bool = False
+    streaming: bool = False
+    workers: NotNegative = 0
     eval_limit: Positive | None = None
 
 
@@ -353,10 +358,29 @@ def _check(config: Config) -> None:
             f"choose ep_size among {[p for p in range(1, min(counts) + 1) if math.gcd(*counts) % p == 0]}"
         )
     _check_sources(config)
+    _check_streaming(config.data)
     if config.backbone.task == "sequence_classification" and not config.data.labels:
         raise UserError("backbone.task=sequence_classification needs data.labels, the names of the classes")
     if config.data.labels is not None and len(set(config.data.labels)) < max(2, len(config.data.labels)):
         raise UserError(f"data.labels={config.data.labels} must be at least two different values")
+
+
+def _check_streaming(data: Data) -> None:
+    if data.workers and not data.streaming:
+        raise UserError(
+            f"data.workers={data.workers} is for data.streaming=true: in memory all rows are encoded at the start"
+        )
+    if data.streaming and not data.truncation:
+        raise UserError(
+            "data.streaming=true needs data.truncation=true: how long rows are is not known before their step"
+        )
+    sources = data.train if isinstance(data.train, list) else [Source(path=data.train)]
+    for source in sources if data.streaming else []:
+        if source.path is None or Path(source.path).suffix != ".jsonl":
+            raise UserError(
+                f"data.streaming=true reads .jsonl files, not {source.path or source.task}: write its rows to one, an object a "
+                "line, or leave streaming out"
+            )
 
 
 def _check_sources(config: Config) -> None:
@@ -368,7 +392,9 @@ def _check_sources(config: Config) -> None:
             if source.task is None and source.path is None:
                 raise UserError(f"data.{key}: a source needs a path or a task")
             if source.answers == "text" and (source.task is None or source.task in TASK_CLASSES):
-                raise UserError(f"data.{key}: answers=text is for multiple-choice tasks, not for {source.task or source.path}")
+                raise UserError(
+                    f"data.{key}: answers=text is for multiple-choice tasks, not for {source.task or source.path}"
+                )
             if source.task is not None and source.format is not None:
                 raise UserError(f"data.{key}: task {source.task} has a format of its own, leave format out")
         if len({source.weight is None for source in sources}) > 1:

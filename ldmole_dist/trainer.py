@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from tqdm import tqdm
 
 from ldmole_dist.checkpoint.save import Saver
 from ldmole_dist.config import Config
-from ldmole_dist.data.batches import TrainingOrder, collate
-from ldmole_dist.data.encode import Encoded
+from ldmole_dist.data.batches import collate
+from ldmole_dist.data.training_data import TrainingData
 from ldmole_dist.diagnose import explain_nonfinite
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.startup import Process, agreed
-from ldmole_dist.errors import NonFiniteLoss, Preempted
+from ldmole_dist.errors import NonFiniteLoss, Preempted, UserError
 from ldmole_dist.evaluation.evaluator import Evaluator, batch_logits
 from ldmole_dist.method.losses import adapted_l1
 from ldmole_dist.method.noise import RouterNoise, linear_decay
@@ -39,8 +38,7 @@ class Trainer:
     Args:
         config: of the run.
         engine: with the model.
-        examples: of the training set, all of them on every rank.
-        order: which of them when.
+        data: what this rank trains on.
         evaluator: or None.
         probe: of how routing changes.
         pad_id: for batches.
@@ -54,8 +52,7 @@ class Trainer:
         self,
         config: Config,
         engine: Engine,
-        examples: Sequence[Encoded],
-        order: TrainingOrder,
+        data: TrainingData,
         evaluator: Evaluator | None,
         probe: Probe,
         pad_id: int,
@@ -65,7 +62,7 @@ class Trainer:
         last_step: int,
     ) -> None:
         self.config, self.engine, self.process = config, engine, process
-        self.examples, self.order, self.pad_id = examples, order, pad_id
+        self.data, self.pad_id = data, pad_id
         self.evaluator, self.probe = evaluator, probe
         self.first_step, self.last_step = first_step, last_step
         self.saver, self.stop = saver, StopRequest()
@@ -90,6 +87,7 @@ class Trainer:
                 self.saver.finish()  # what is being written is of before
                 raise
             finally:
+                self.data.close()
                 self.monitor.close()
             self._check_reports()
         return result
@@ -168,8 +166,7 @@ class Trainer:
         started = time.perf_counter()
         engine = self.engine
         meter = StepMeter(engine, self.process, detailed=step % self.config.run.detail_every == 0)
-        batches = self._batches(step)
-        share = self._task_share(batches)
+        batches, share = self._agreed_batches(step)
         losses = []
         for turn, batch in enumerate(batches):
             pulse(f"step {step}")
@@ -224,15 +221,29 @@ class Trainer:
 
     def _batches(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of an optimizer step (from 1)."""
-        return [
-            collate([self.examples[i] for i in micro_batch], self.pad_id, self.process.device)
-            for micro_batch in self.order.micro_batches(step - 1, self.process.rank)
-        ]
+        return [collate(examples, self.pad_id, self.process.device) for examples in self.data.micro_batches(step - 1)]
 
-    def _task_share(self, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """What a summed loss is multiplied with, so that the engine's mean over ranks and micro-batches becomes the mean
-        over the answers of the whole optimizer step."""
+    def _agreed_batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """This rank's micro-batches, and what a summed loss is multiplied with, so that the engine's mean over ranks and
+        micro-batches becomes the mean over the answers of the whole optimizer step.
+
+        Raises:
+            UserError: on a rank that cannot read a row; PeerError on the others.
+        """
+        batches: list[dict[str, Tensor]] = []
+        unread: UserError | None = None
+        try:
+            batches = self._batches(step)
+        except UserError as error:
+            unread = error
         targets = [b["labels"] if b["labels"].dim() == 1 else next_tokens(b["labels"]) for b in batches]
-        answers = torch.stack([answer_count(t) for t in targets]).sum()
-        dist.all_reduce(answers)
-        return self.process.world_size * len(batches) / answers.clamp_min(1).float()
+        answers = sum(
+            (answer_count(t) for t in targets), torch.zeros((), dtype=torch.int64, device=self.process.device)
+        )
+        counts = torch.stack([answers, torch.tensor(int(unread is not None), device=self.process.device)])
+        dist.all_reduce(counts)
+        if counts[1] > 0:
+            with agreed(f"reading the rows of step {step}"):
+                if unread is not None:
+                    raise unread
+        return batches, self.process.world_size * len(batches) / counts[0].clamp_min(1).float()

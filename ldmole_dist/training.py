@@ -26,9 +26,6 @@ from ldmole_dist.checkpoint.export import export_adapter
 from ldmole_dist.checkpoint.load import choose_checkpoint, load_checkpoint, newest
 from ldmole_dist.checkpoint.save import Saver, point_to
 from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
-from ldmole_dist.data.batches import TrainingOrder, describe_order, mixture_of
-from ldmole_dist.data.encode import Encoder
-from ldmole_dist.data.sources import read_rows
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
@@ -42,6 +39,7 @@ from ldmole_dist.monitor.probe import Probe
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import is_expert_tensor, spread_experts, tuner_of
+from ldmole_dist.reading import read_data
 from ldmole_dist.stop import StopRequest
 from ldmole_dist.trainer import Trainer
 
@@ -72,21 +70,10 @@ def prepare(config: Config) -> Trainer:
     with agreed("checking the config"):
         check_parallelism(config, process.world_size)
         ds_config = resolve_run(config, process.world_size)
-    with agreed("reading the data"):
         tokenizer = load_tokenizer(config.backbone.path)
-        data, task = config.data, config.backbone.task
-        encoder = Encoder(tokenizer, task, data.labels, data.max_length, data.truncation)
-        quiet = not process.is_main
-        by_source = read_rows(data.train, task, data.labels)
-        mixture = mixture_of(data.train, [len(rows) for rows in by_source])
-        examples = encoder([row for rows in by_source for row in rows], "tokenising the training set", quiet)
-        held_out = None
-        if data.eval is not None:
-            found = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
-            held_out = encoder([row for rows in found for row in rows], "tokenising the evaluation set", quiet)
+    data = read_data(config, tokenizer, process)
     folder = Path(config.run.output_dir)
-    data_order = describe_order(config, examples, mixture)
-    resumed = choose_checkpoint(config, data_order, process)
+    resumed = choose_checkpoint(config, data.described, process)
     with agreed("preparing the output folder"):
         if process.is_main:
             try:
@@ -99,7 +86,7 @@ def prepare(config: Config) -> Trainer:
 
     parallel = expert_parallel(config.parallelism.ep_size, config.parallelism.dispatch, config.parallelism.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
-    total_steps = number_of_steps(config.optimisation, len(examples))
+    total_steps = number_of_steps(config.optimisation, data.size)
     engine = Engine(
         model,
         ds_config,
@@ -112,20 +99,13 @@ def prepare(config: Config) -> Trainer:
     first_step = 0
     if resumed is not None:
         first_step = load_checkpoint(engine, resumed, process)
-    lengths = [len(e.input_ids) for e in examples]
-    o = config.optimisation
-    order = TrainingOrder(
-        lengths, o.global_batch_size, o.micro_batch_size, process.world_size, config.run.seed, mixture
-    )
-    evaluator = None
-    if held_out is not None:
-        evaluator = Evaluator(held_out, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
-    probe = Probe(examples if held_out is None else held_out, tokenizer.pad_token_id, 2 * o.micro_batch_size, process)
-    saver = Saver(folder / "checkpoints", config, process, data_order)
+    pad_id, batch_size, held_out = tokenizer.pad_token_id, 2 * config.optimisation.micro_batch_size, data.held_out
+    evaluator = None if held_out is None else Evaluator(held_out, pad_id, batch_size, process)
+    probe = Probe(data.few if held_out is None else held_out, pad_id, batch_size, process)
+    saver = Saver(folder / "checkpoints", config, process, data.described)
     if process.is_main:
         _announce(model, config, process, first_step, total_steps)
-    pad_id = tokenizer.pad_token_id
-    return Trainer(config, engine, examples, order, evaluator, probe, pad_id, process, saver, first_step, total_steps)
+    return Trainer(config, engine, data.training, evaluator, probe, pad_id, process, saver, first_step, total_steps)
 
 
 def build_model(

@@ -27,6 +27,7 @@ FLOORS = [
         "hf_trainer",
         "monitor",
         "ranks",
+        "reading",
         "selftest",
         "study",
         "trainer",

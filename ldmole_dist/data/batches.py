@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ldmole_dist.config import Config, Source
 from ldmole_dist.data.encode import Encoded
+from ldmole_dist.data.permutation import Permutation
 from ldmole_dist.objective import IGNORED
 from ldmole_dist.parallel.placement import seeded
 
@@ -60,22 +61,21 @@ class Pool:
 
     def __init__(self, first: int, size: int, seed: int) -> None:
         self.first, self.size, self.seed = first, size, seed
-        self._epoch, self._permutation = -1, torch.empty(0)
+        self._epoch, self._permutation = -1, Permutation(1)
 
     def example(self, position: int) -> int:
         """The example at a position of the endless sequence."""
         epoch, index = divmod(position, self.size)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
-        return self.first + int(self._permutation[index])
+            self._epoch, self._permutation = epoch, Permutation(self.size, self.seed, epoch)
+        return self.first + self._permutation(index)
 
 
 class TrainingOrder:
     """Which examples each rank sees at each optimizer step.
 
     Args:
-        lengths: tokens of each example.
+        lengths: of each example, by which a step's are grouped.
         global_batch_size: examples of an optimizer step.
         micro_batch_size: examples of one forward on one rank.
         world_size: number of ranks.
@@ -130,16 +130,30 @@ class TrainingOrder:
         return self._pools[source].example(earlier)
 
 
-def describe_order(config: Config, examples: Sequence[Encoded], mixture: Mixture | None = None) -> dict[str, int | str]:
-    """What the order of the examples depends on: who goes on with a run must have all of it as it was."""
+def digest_of(examples: Sequence[Encoded]) -> str:
+    """Of the contents of a training set."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{len(example.input_ids)} {sum(example.input_ids)} {example.labels}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def describe_order(
+    config: Config, examples: int, contents: str, mixture: Mixture | None = None
+) -> dict[str, int | str]:
+    """What the order of the examples depends on: who goes on with a run must have all of it as it was.
+
+    Args:
+        config: of the run.
+        examples: number of them.
+        contents: a digest.
+        mixture: of sources with weights.
+    """
     described: dict[str, int | str] = {
         "global_batch_size": config.optimisation.global_batch_size,
         "seed": config.run.seed,
-        "examples": len(examples),
-        "contents": digest.hexdigest()[:16],
+        "examples": examples,
+        "contents": contents,
     }
     if mixture is not None:
         described["mixture"] = f"{mixture.weights} of {mixture.sizes}"

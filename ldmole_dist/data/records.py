@@ -56,11 +56,32 @@ def _lines(file: Path) -> Iterator[Located]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file}, line {number}"
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from error
-                yield _object(record, where), where
+                yield parse_line(line, where), where
+
+
+def parse_line(line: str | bytes, where: str) -> dict[str, Any]:
+    """The JSON object in a line.
+
+    Raises:
+        UserError: naming `where`, if there is none.
+    """
+    try:
+        return _object(json.loads(line), where)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8 text: {error}") from error
+
+
+def located_line(file: Path, offset: int) -> str:
+    """ "FILE, line N" of the line that begins at a byte."""
+    with file.open("rb") as content:
+        before, number = offset, 1
+        while before > 0:
+            block = content.read(min(before, 1 << 20))
+            number += block.count(b"\n")
+            before -= len(block)
+    return f"{file}, line {number}"
 
 
 def _array(file: Path) -> Iterator[Located]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -45,42 +45,59 @@ def read_rows(
         UserError: naming file and line, where a row is not as it should be; naming the source, where there is none.
     """
     sources = sources_of(data)
-    return [_rows(source, task, labels, limit, split, named=len(sources) > 1) for source in sources]
+    by_source = []
+    for source in sources:
+        maker = RowMaker(source, task, labels, named=len(sources) > 1)
+        rows = [maker(record, where) for record, where in islice(_records(source, split), limit)]
+        if not rows:
+            raise UserError(f"data file {source.path or source.task} holds no rows")
+        by_source.append(rows)
+    return by_source
 
 
-def _rows(
-    source: Source, task: str, labels: Sequence[str] | None, limit: int | None, split: str, named: bool
-) -> list[Row]:
-    name = source.name or (source.task or Path(source.path or "").stem if named else None)
-    rows = []
-    for row in islice(_formatted(source, task, split), limit):
-        if labels is not None and row.choices is None and row.target not in labels:
+class RowMaker:
+    """Makes rows of one source's records, and checks them.
+
+    Args:
+        source: of the config.
+        task: "causal_lm" or "sequence_classification".
+        labels: if given, every target must be one of them, unless its row has choices of its own.
+        named: rows that name no domain have the source's name.
+
+    Raises:
+        UserError: where the source does not go with the task.
+    """
+
+    def __init__(self, source: Source, task: str, labels: Sequence[str] | None, named: bool) -> None:
+        self.task, self.labels = task, labels
+        self.name = source.name or (source.task or Path(source.path or "").stem if named else None)
+        self._format: Format | None = None
+        if source.task is not None:
+            known: Task = TASKS[source.task]
+            if known.model_task != task:
+                raise UserError(
+                    f"task {known.name} is for backbone.task={known.model_task}, this run has backbone.task={task}: change one"
+                )
+            self._format = known.worded if isinstance(known, ChoiceTask) and source.answers == "text" else known.row
+        elif source.format is not None:
+            self._format = FORMATS[source.format]
+            if (source.format == "classification") != (task == "sequence_classification"):
+                raise UserError(f"format {source.format} does not go with backbone.task={task}: change one of them")
+
+    def __call__(self, record: Mapping[str, Any], where: str) -> Row:
+        """The first record decides the format, where neither task nor config does.
+
+        Raises:
+            UserError: naming `where`, the reason and the remedy.
+        """
+        if self._format is None:
+            self._format = FORMATS[recognised(record, where, self.task)]
+        row = self._format(record, where)
+        if self.labels is not None and row.choices is None and row.target not in self.labels:
             raise UserError(
-                f"{row.where}: {row.target!r} is none of data.labels {list(labels)}: correct the row or add the label"
+                f"{row.where}: {row.target!r} is none of data.labels {list(self.labels)}: correct the row or add the label"
             )
-        rows.append(row if row.domain is not None or name is None else replace(row, domain=name))
-    if not rows:
-        raise UserError(f"data file {source.path or source.task} holds no rows")
-    return rows
-
-
-def _formatted(source: Source, task: str, split: str) -> Iterator[Row]:
-    format: Format | None = None
-    if source.task is not None:
-        known: Task = TASKS[source.task]
-        if known.model_task != task:
-            raise UserError(
-                f"task {known.name} is for backbone.task={known.model_task}, this run has backbone.task={task}: change one"
-            )
-        format = known.worded if isinstance(known, ChoiceTask) and source.answers == "text" else known.row
-    elif source.format is not None:
-        format = FORMATS[source.format]
-        if (source.format == "classification") != (task == "sequence_classification"):
-            raise UserError(f"format {source.format} does not go with backbone.task={task}: change one of them")
-    for record, where in _records(source, split):
-        if format is None:
-            format = FORMATS[recognised(record, where, task)]
-        yield format(record, where)
+        return row if row.domain is not None or self.name is None else replace(row, domain=self.name)
 
 
 def _records(source: Source, split: str) -> Iterator[Located]:

@@ -64,8 +64,8 @@ def our_gradients(config: str, *overrides: str) -> tuple[Gradients, list[list[di
     trainer._step(1)
     trainer.monitor.close()
     batches = [
-        [{"input_ids": trainer.examples[i].input_ids, "labels": trainer.examples[i].labels} for i in micro_batch]
-        for micro_batch in trainer.order.micro_batches(0, 0)
+        [{"input_ids": example.input_ids, "labels": example.labels} for example in micro_batch]
+        for micro_batch in trainer.data.micro_batches(0)
     ]
     return found[0], batches  # type: ignore[return-value]
 
