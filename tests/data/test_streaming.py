@@ -127,6 +127,7 @@ def test_a_workers_error_arrives_as_it_was_said(folder: Path, tmp_path: Path) ->
     assert str(raised.value).startswith(str(folder / "train.jsonl")) and "Traceback" not in str(raised.value)
 
 
+@pytest.mark.full
 def test_a_streamed_run_goes_on_as_if_it_had_not_stopped(folder: Path, ranks2: LocalRanks) -> None:
     stream = {"streaming": True, "truncation": True}
     config = str(make_config(folder, data=stream, adapter={"lora_dropout": 0.0}))
