@@ -119,6 +119,9 @@ class Data:
             evaluation reports accuracy. Tasks bring their own.
         max_length: tokens of a sequence.
         truncation: cut longer sequences at the start of the prompt, plain texts at their end; off, a longer one is an error.
+        packing: the sequences of a micro-batch follow each other in one row instead of being padded, each with positions and
+            attention of its own. Needs an attention that knows where they begin: "sdpa", "eager" or "flash_attention_2".
+        cache: folder of token ids that were encoded before, which all ranks see; what they depend on is part of their names.
         streaming: leave the training set on the disk: .jsonl files are read and checked once at the start, and rows are encoded
             when a step needs them. Needs truncation.
         workers: processes on each rank that read and encode ahead, with streaming.
@@ -130,6 +133,8 @@ class Data:
     labels: list[str] | None = None
     max_length: Annotated[int, Field(ge=2)] = 1024
     truncation: bool = False
+    packing: bool = False
+    cache: str | None = None
     streaming: bool = False
     workers: NotNegative = 0
     eval_limit: Positive | None = None
@@ -359,10 +364,21 @@ def _check(config: Config) -> None:
         )
     _check_sources(config)
     _check_streaming(config.data)
+    _check_packing(config)
     if config.backbone.task == "sequence_classification" and not config.data.labels:
         raise UserError("backbone.task=sequence_classification needs data.labels, the names of the classes")
     if config.data.labels is not None and len(set(config.data.labels)) < max(2, len(config.data.labels)):
         raise UserError(f"data.labels={config.data.labels} must be at least two different values")
+
+
+def _check_packing(config: Config) -> None:
+    if config.data.packing and config.backbone.task == "sequence_classification":
+        raise UserError("data.packing=true is for causal language models: a classifier reads the last token of each row")
+    known = (None, "sdpa", "eager", "flash_attention_2")
+    if config.data.packing and config.backbone.attention not in known:
+        raise UserError(
+            f"data.packing=true was not tested with backbone.attention={config.backbone.attention}: choose one of {known[1:]}"
+        )
 
 
 def _check_streaming(data: Data) -> None:

@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ldmole_dist.config import Config
 from ldmole_dist.data.batches import Mixture, TrainingOrder, describe_order, digest_of, mixture_of
+from ldmole_dist.data.cache import encode_cached
 from ldmole_dist.data.encode import Encoded, Encoder
+from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import RowMaker, read_rows, sources_of
 from ldmole_dist.data.streaming import Part, StreamedRows, read_part
 from ldmole_dist.data.training_data import InMemory, Streamed, TrainingData
@@ -45,13 +47,18 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, process: Proce
         UserError, PeerError: on every rank, naming file, line and reason of the first row that is not as it should be.
     """
     data, task, quiet = config.data, config.backbone.task, not process.is_main
+
+    def encoded(by_source: list[list[Row]], doing: str) -> list[Encoded]:
+        rows = [row for rows in by_source for row in rows]
+        return encode_cached(encoder, rows, data.cache, doing, quiet, write=process.is_main)
+
     streamed = _look_at_files(config, process) if data.streaming else None
     with agreed("reading the data"):
         encoder = Encoder(tokenizer, task, data.labels, data.max_length, data.truncation)
         held_out = None
         if data.eval is not None:
             found = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
-            held_out = encoder([row for rows in found for row in rows], "tokenising the evaluation set", quiet)
+            held_out = encoded(found, "tokenising the evaluation set")
         if streamed is not None:
             mixture = mixture_of(data.train, streamed.sizes)
             order = _order(config, streamed.lengths, process, mixture)
@@ -61,7 +68,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, process: Proce
             return RunData(training, len(streamed), described, few, held_out)
         by_source = read_rows(data.train, task, data.labels)
         mixture = mixture_of(data.train, [len(rows) for rows in by_source])
-        examples = encoder([row for rows in by_source for row in rows], "tokenising the training set", quiet)
+        examples = encoded(by_source, "tokenising the training set")
     order = _order(config, [len(example.input_ids) for example in examples], process, mixture)
     described = describe_order(config, len(examples), digest_of(examples), mixture)
     return RunData(InMemory(examples, order, process.rank), len(examples), described, examples[:FEW], held_out)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ldmole_dist.checkpoint.save import Saver
 from ldmole_dist.config import Config
-from ldmole_dist.data.batches import collate
+from ldmole_dist.data.batches import collate, pack
 from ldmole_dist.data.training_data import TrainingData
 from ldmole_dist.diagnose import explain_nonfinite
 from ldmole_dist.engine.build import Engine
@@ -221,7 +221,10 @@ class Trainer:
 
     def _batches(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of an optimizer step (from 1)."""
-        return [collate(examples, self.pad_id, self.process.device) for examples in self.data.micro_batches(step - 1)]
+        device = self.process.device
+        if self.config.data.packing:
+            return [pack(examples, device) for examples in self.data.micro_batches(step - 1)]
+        return [collate(examples, self.pad_id, device) for examples in self.data.micro_batches(step - 1)]
 
     def _agreed_batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """This rank's micro-batches, and what a summed loss is multiplied with, so that the engine's mean over ranks and

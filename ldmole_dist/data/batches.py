@@ -182,3 +182,36 @@ def collate(examples: Sequence[Encoded], pad_id: int, device: torch.device) -> d
         "labels": [e.labels if isinstance(e.labels, int) else padded(e.labels, IGNORED) for e in examples],
     }
     return {name: torch.tensor(value, device=device) for name, value in batch.items()}
+
+
+def pack(examples: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
+    """One after the other in one row. Without an attention mask, transformers takes positions that begin anew for the start of
+    a sequence that does not see the one before.
+
+    Args:
+        examples: sequences of T tokens together, each with token labels.
+        device: where the batch goes.
+
+    Returns:
+        input_ids, position_ids and labels (1, T).
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    for example in examples:
+        assert isinstance(example.labels, list)  # the config's check says that there are no classes
+        ids += example.input_ids
+        positions += range(len(example.input_ids))
+        labels += [IGNORED, *example.labels[1:]]  # the sequence before does not predict how this one begins
+    batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return {name: torch.tensor([values], device=device) for name, values in batch.items()}
+
+
+def real_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """Number of tokens that are not padding, a scalar.
+
+    Args:
+        batch: from `collate` or `pack`.
+    """
+    mask = batch.get("attention_mask")
+    return (torch.ones_like(batch["input_ids"]) if mask is None else mask).sum()

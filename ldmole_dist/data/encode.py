@@ -82,7 +82,7 @@ class Encoder:
         if row.messages:
             return Encoded(*self._fit(self._conversation(row), row), row.domain)
         parts = [(self.prompt_ids(row.source), False), (self.answer_ids(row), True)]
-        return Encoded(*self._fit(parts, row), row.domain, self._choices(row))
+        return Encoded(*self._fit(parts, row), row.domain, self.choices_of(row))
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a prompt, special tokens of the tokenizer included."""
@@ -114,7 +114,10 @@ class Encoder:
             alternatives.append(Encoded(*self._fit([(prompt, False), (ids, True)], row), row.domain))
         return alternatives
 
-    def _choices(self, row: Row) -> tuple[int, ...] | None:
+    def choices_of(self, row: Row) -> tuple[int, ...] | None:
+        """See `Encoded`."""
+        if self.task == "sequence_classification" or row.messages:
+            return None
         if row.choices is None:
             return self._label_ids
         if any(len(self._ids(choice)) != 1 for choice in row.choices):

@@ -106,12 +106,12 @@ def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
     Args:
         model: callable as a Hugging Face model, an `Engine` included.
-        batch: from `collate`.
+        batch: from `collate` or `pack`.
 
     Returns:
         (B, S') and (B, S', V), or (B,) and (B, V) for classes.
     """
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"} | {"use_cache": False}
     if batch["labels"].dim() == 1:
         return batch["labels"], model(**inputs).logits
     targets = next_tokens(batch["labels"])

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ldmole_dist.data.batches import real_tokens
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.grad_norms import gradient_norms
 from ldmole_dist.engine.startup import Process
@@ -63,7 +64,7 @@ class StepMeter:
             task: the part of the task, likewise.
             batch: from `collate`.
         """
-        tokens = batch["attention_mask"].sum()
+        tokens = real_tokens(batch)
         active, lam, decisions = torch.stack(list(self.context.stats.values())).sum(0)
         auxiliary = [torch.as_tensor(self.context.mean(term)).detach() for term in TERMS]
         values = [loss, task, *auxiliary, active, lam, decisions, tokens]

@@ -1,0 +1,114 @@
+"""Token ids that were encoded before: the same, not encoded again, and never those of something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldmole_dist.backbone import load_tokenizer
+from ldmole_dist.data.cache import encode_cached
+from ldmole_dist.data.encode import Encoded, Encoder
+from ldmole_dist.data.rows import Message, Row
+from ldmole_dist.errors import UserError
+from tests.small_run import LABELS, make_backbone
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+TALK = (Message("user", "sky?"), Message("assistant", "blue"))
+ROWS = [
+    Row("The colour of rose is", " red", "line 1", "flowers"),
+    Row("Which? A. sky B. sea", " blue", "line 2", choices=(" blue", " red")),
+    Row("", "", "line 3", messages=TALK),
+]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_backbone(tmp_path_factory.mktemp("cache") / "backbone")
+
+
+def make_encoder(backbone: Path, **settings: Any) -> Encoder:
+    tokenizer = load_tokenizer(str(backbone))
+    tokenizer.chat_template = settings.pop("template", TEMPLATE)
+    return Encoder(tokenizer, **{"task": "causal_lm", "labels": None, "max_length": 90, "truncation": False} | settings)
+
+
+def encode(encoder: Encoder, rows: list[Row], folder: Path) -> list[Encoded]:
+    return encode_cached(encoder, rows, str(folder), "tokenising", quiet=True, write=True)
+
+
+def deaf(encoder: Encoder) -> Encoder:
+    """Fails where it has to encode."""
+
+    def fail(row: Row) -> Encoded:
+        raise AssertionError("encoded again")
+
+    encoder.encode = fail  # type: ignore[method-assign]
+    return encoder
+
+
+def test_the_second_time_nothing_is_encoded(backbone: Path, tmp_path: Path) -> None:
+    first = encode(make_encoder(backbone), ROWS, tmp_path)
+    assert first == make_encoder(backbone)(ROWS, "tokenising", quiet=True)
+    assert encode(deaf(make_encoder(backbone)), ROWS, tmp_path) == first
+    assert [e.domain for e in first] == ["flowers", None, None] and first[1].choices is not None
+
+
+def test_classes(backbone: Path, tmp_path: Path) -> None:
+    def encoder() -> Encoder:
+        return make_encoder(backbone, task="sequence_classification", labels=["red", "blue"])
+
+    rows = [Row("rose", "red", "1"), Row("sky and sea", "blue", "2"), Row("jay", "blue", "3")]
+    first = encode(encoder(), rows, tmp_path)
+    assert encode(deaf(encoder()), rows, tmp_path) == first and [e.labels for e in first] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: (make_encoder(b), [*ROWS[:2], Row("", "", "", messages=(Message("user", "sea?"), TALK[1]))]),
+        lambda b: (make_encoder(b), [Row("The colour of rose is", " blue", "line 1"), *ROWS[1:]]),
+        lambda b: (make_encoder(b), ROWS[:2]),
+        lambda b: (make_encoder(b, template=TEMPLATE.replace("[", "<")), ROWS),
+        lambda b: (make_encoder(b, max_length=91), ROWS),
+        lambda b: (make_encoder(b, truncation=True), ROWS),
+        lambda b: (make_encoder(b, labels=LABELS), ROWS),
+    ],
+    ids=["conversation", "answer", "rows", "template", "max_length", "truncation", "labels"],
+)
+def test_what_changes_is_encoded_anew(
+    backbone: Path, tmp_path: Path, change: Callable[[Path], tuple[Encoder, list[Row]]]
+) -> None:
+    encode(make_encoder(backbone), ROWS, tmp_path)
+    encoder, rows = change(backbone)
+    with pytest.raises(AssertionError, match="encoded again"):
+        encode(deaf(encoder), rows, tmp_path)
+
+
+def test_another_tokenizer(backbone: Path, tmp_path: Path) -> None:
+    encode(make_encoder(backbone), ROWS, tmp_path)
+    other = make_encoder(backbone)
+    other.tokenizer.add_tokens(["rose"])
+    with pytest.raises(AssertionError, match="encoded again"):
+        encode(deaf(other), ROWS, tmp_path)
+
+
+def test_a_damaged_file_is_written_again(backbone: Path, tmp_path: Path) -> None:
+    first = encode(make_encoder(backbone), ROWS, tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:100], whole[:-40], b"", whole[:150] + b"x" + whole[151:]):
+        file.write_bytes(damaged)
+        assert encode(make_encoder(backbone), ROWS, tmp_path) == first
+        assert encode(deaf(make_encoder(backbone)), ROWS, tmp_path) == first
+
+
+def test_a_folder_that_cannot_be_made(backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data.cache .*file"):
+        encode(make_encoder(backbone), ROWS, tmp_path / "file")
