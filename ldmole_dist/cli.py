@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ldmole_dist.cluster import command
+from ldmole_dist.compose import command as compose_command
 from ldmole_dist.errors import (
     EXIT_EXPLAINED,
     EXIT_PEER,
@@ -160,6 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     report_arguments.add_arguments(report)
     report.set_defaults(call=_report)
+
+    compose = commands.add_parser("compose", help="an adapter of existing LoRA adapters", description=compose_command.COMPOSE)
+    compose_command.add_arguments(compose)
 
     convert = commands.add_parser("convert", help="make a model folder from a GGUF file")
     convert.add_argument("gguf", help="GGUF file")

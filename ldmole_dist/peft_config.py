@@ -52,6 +52,10 @@ class LdMoleConfig(PeftConfig):
     top_p: float = field(
         default=0.4, metadata={"help": "Softmax mass that router 'top_p' wants of the active experts."}
     )
+    train_experts: bool = field(
+        default=True,
+        metadata={"help": "False: experts stay as they are (`ldmole compose`), routers and lambda-MLPs are trained."},
+    )
     lambda_hidden: int = field(default=256, metadata={"help": "Hidden units of the lambda-MLP."})
     lambda_eps: float = field(default=0.01, metadata={"help": "lambda stays below 1 - lambda_eps."})
     lambda_init: str = field(

@@ -128,6 +128,7 @@ class LdMoleModel(BaseTuner):
         self.lambda_mlp[adapter_name] = nn.ModuleDict()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._group(model, adapter_name)
+        self._freeze_experts()
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 _keep_wide(module.modules_to_save[adapter_name])
@@ -188,11 +189,22 @@ class LdMoleModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode)
         for name, mlps in self.lambda_mlp.items():
             mlps.requires_grad_(name in self.active_adapters and not inference_mode)
+        self._freeze_experts()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
         for name, mlps in self.lambda_mlp.items():
             mlps.requires_grad_(enabled and name in self.active_adapters)
+        self._freeze_experts()
+
+    def _freeze_experts(self) -> None:
+        """Those of adapters whose experts are not trained, whatever PEFT made of them."""
+        for module in self.model.modules():
+            if isinstance(module, LdMoleLinear):
+                for name in module.lora_A:
+                    if not _ours(self.peft_config[name]).train_experts:
+                        module.lora_A[name].requires_grad_(False)
+                        module.lora_B[name].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, lambda-MLPs included."""

@@ -21,6 +21,7 @@ FLOORS = [
     [
         "cluster",
         "checkpoint",
+        "compose",
         "diagnose",
         "evaluation",
         "generation",

@@ -6,6 +6,7 @@ Either way one tensor is in memory at a time.
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
     It appears whole or not at all; one that was there before is replaced.
     """
     pulse("writing the adapter")
-    keys, shapes, tuner = adapter_keys(engine.module), whole_shapes(engine), tuner_of(engine.module)
+    keys, shapes, tuner = adapter_keys(engine.module), whole_shapes(engine, frozen_experts=True), tuner_of(engine.module)
     unfinished = folder.with_name(f".{folder.name}")
     parameters = {n: p for n, p in engine.module.named_parameters() if n in shapes}
     with agreed("preparing the adapter's folder"), explained(f"the adapter {folder}"):
@@ -75,6 +76,11 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         raise UserError(problems[0])
     if folder.exists():
         raise UserError(f"{folder} exists already: remove it or choose another folder")
+    if json.loads((checkpoint / CONFIG_NAME).read_text()).get("train_experts") is False:
+        raise UserError(
+            f"the experts of this run are frozen, so {checkpoint} does not hold them: let the run go on to its end, "
+            "which writes the adapter with them"
+        )
     entries = [Entry(manifest.adapter_keys[n], shape, torch.float32) for n, shape in manifest.shapes.items()]
     unfinished = folder.with_name(f".{folder.name}")
     with explained(f"the adapter {folder}"):

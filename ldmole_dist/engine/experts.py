@@ -61,14 +61,16 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
         return
     name = _group_name(ep_size)
     data_parallel = groups._get_expert_data_parallel_group(name)
+    trained = False
     parameter: Any  # DeepSpeed reads these from the parameter itself
     for parameter_name, parameter in model.named_parameters():
-        if is_expert_tensor(parameter_name) and parameter.requires_grad:
+        if is_expert_tensor(parameter_name):  # frozen ones too: every rank has its own
+            trained = trained or parameter.requires_grad
             parameter.allreduce, parameter.group_name = False, name
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = name
             parameter.ds_zero_partition_process_group = data_parallel
-    if stage < 3:
+    if stage < 3 and trained:  # stages 1 and 2 want experts in the optimizer of a model that has some
         model.add_module("expert_marker", _ExpertMarker(num_experts, ep_size))
 
 
@@ -92,7 +94,7 @@ def check_partition_groups(model: nn.Module, ep_size: int) -> None:
     expected = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(_group_name(ep_size)))
     parameter: Any
     for name, parameter in model.named_parameters():
-        if is_expert_tensor(name) and parameter.requires_grad:
+        if is_expert_tensor(name):
             ranks = dist.get_process_group_ranks(parameter.ds_process_group)
             if ranks != expected:
                 raise RuntimeError(

@@ -51,11 +51,16 @@ class Piece(NamedTuple):
         return self._replace(start=self.start + first, states=states)
 
 
-def whole_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every trainable parameter, all experts included."""
+def whole_shapes(engine: Engine, frozen_experts: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every trainable parameter, all experts included.
+
+    Args:
+        engine: with the model.
+        frozen_experts: of experts that are not trained, too.
+    """
     shapes = {}
     for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or (frozen_experts and is_expert_tensor(name)):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             shapes[name] = (shape[0] * engine.parallel.size, *shape[1:]) if is_expert_tensor(name) else shape
     return shapes

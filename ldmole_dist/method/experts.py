@@ -76,17 +76,20 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, None]:
         x, p, A, B, h = ctx.saved_tensors
         num_experts, rank, _ = A.shape
         grad_hp = grad @ _B_cat(B, grad.dtype).t()  # (T, L R)
         wide = p.dtype
         grad_p = (grad_hp.to(wide) * h.to(wide)).unflatten(1, (num_experts, rank)).sum(-1) * ctx.scaling
-        grad_B = _weighted(h, p, ctx.scaling).t() @ grad  # (L R, O)
         grad_h = _weighted(grad_hp, p, ctx.scaling)
         grad_x = grad_h @ A.to(x.dtype).flatten(0, 1) if ctx.needs_input_grad[0] else None
-        grad_A = (grad_h.t() @ x).view_as(A).to(A.dtype)
-        return grad_x, grad_p, grad_A, grad_B.view(num_experts, rank, -1).transpose(1, 2).to(B.dtype), None
+        grad_A = grad_B = None
+        if ctx.needs_input_grad[2]:  # frozen experts need neither
+            grad_A = (grad_h.t() @ x).view_as(A).to(A.dtype)
+            grad_LRO = (_weighted(h, p, ctx.scaling).t() @ grad).view(num_experts, rank, -1)
+            grad_B = grad_LRO.transpose(1, 2).to(B.dtype)
+        return grad_x, grad_p, grad_A, grad_B, None
 
 
 def _B_cat(B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,18 +119,21 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None, None]:
         x, p, A, B, h = ctx.saved_tensors
         grad_x = x.new_zeros(x.shape, dtype=at_least_float32(x.dtype))
-        grad_p, grad_A, grad_B = torch.zeros_like(p), torch.zeros_like(A), torch.zeros_like(B)
+        grad_p = torch.zeros_like(p)
+        trained = ctx.needs_input_grad[2]  # frozen experts need no gradient
+        grad_A, grad_B = (torch.zeros_like(bank) if trained else None for bank in (A, B))
         for expert, pairs, tokens in _segments(p, ctx.counts):
             grad_y, h_e = grad[tokens], h[pairs]
             grad_hp = grad_y @ B[expert].to(x.dtype)
             weights = (p[tokens, expert] * ctx.scaling).to(x.dtype).unsqueeze(-1)
             grad_p[tokens, expert] = (grad_hp.to(p.dtype) * h_e.to(p.dtype)).sum(-1) * ctx.scaling
-            grad_B[expert] = grad_y.t() @ (h_e * weights)
             grad_h = grad_hp * weights
-            grad_A[expert] = grad_h.t() @ x[tokens]
+            if grad_A is not None and grad_B is not None:
+                grad_A[expert] = grad_h.t() @ x[tokens]
+                grad_B[expert] = grad_y.t() @ (h_e * weights)
             grad_x.index_add_(0, tokens, (grad_h @ A[expert].to(x.dtype)).to(grad_x.dtype))
         return grad_x.to(x.dtype), grad_p, grad_A, grad_B, None, None
 
