@@ -134,14 +134,18 @@ def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
     assert "Before training: 50.0 %." in text and "| before training | 25.0 |" in text
     assert "| plain LoRA | 40.0 ± 5.0 |" in text
     assert "| top-2 (MoLA's router) | -1.3 ± 0.6 | +0.013 ± 0.006 |" in text
-    assert "- top-2 (MoLA's router): 1.3 points below the baseline" in text
-    assert "- plain LoRA: not told apart by 3 seeds" in text
+    # Student's t of two degrees of freedom: 4.303 standard errors to both sides.
+    told = "not told apart (-1.3 points, 95 % interval -2.8 to +0.1)"
+    assert f"- top-2 (MoLA's router): accuracy {told}; loss not told apart (+0.013, 95 % interval" in text
+    assert "- plain LoRA: accuracy not told apart" in text
 
 
 def test_verdicts() -> None:
-    assert "tells nothing" in verdict([1.0])
-    assert verdict([1.0, 1.2, 1.1]).startswith("1.1 points above")
-    assert "not told apart" in verdict([1.0, -1.2, 0.4]) and "not told apart" in verdict([0.0, 0.0])
+    assert "tells nothing" in verdict([1.0], 1, "")
+    assert verdict([1.0, 1.2, 1.1], 1, " points") == "above the baseline (+1.1 points, 95 % interval +0.9 to +1.3)"
+    assert verdict([-1.0, -1.2, -1.1], 2, "").startswith("below the baseline (-1.10, ")
+    for alike in ([1.0, -1.2, 0.4], [0.0, 0.0], [1.0, 1.0, 2.0]):
+        assert verdict(alike, 1, "").startswith("not told apart")
     assert spread([], 1) == "–" and spread([2.0], 1) == "2.0" and spread([1.0, 2.0], 1, sign=True) == "+1.5 ± 0.7"
 
 

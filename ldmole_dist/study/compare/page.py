@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+from scipy import stats
+
 from ldmole_dist.study.compare.methods import BASELINE, METHODS
 from ldmole_dist.study.compare.store import Row, Store
 
@@ -80,24 +82,33 @@ def _against_baseline(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
     for name in others:
         if paired[name]:
             body.append([METHODS[name].title, spread(paired[name], 1, sign=True), spread(losses[name], 3, sign=True)])
-            said.append(f"- {METHODS[name].title}: {verdict(paired[name])}")
+            accuracy, loss = verdict(paired[name], 1, " points"), verdict(losses[name], 3, "")
+            said.append(f"- {METHODS[name].title}: accuracy {accuracy}; loss {loss}.")
     return [
         f"## Against {METHODS[BASELINE].title}",
-        "The other minus the baseline, within a seed; mean ± standard deviation over seeds.",
+        "The other minus the baseline, within a seed; mean ± standard deviation over seeds. The intervals know of seeds only: "
+        "another test set would move the numbers too.",
         _table(["method", "accuracy, points", "evaluation loss"], body),
         "\n".join(said),
     ]
 
 
-def verdict(differences: Sequence[float]) -> str:
-    """What differences in accuracy within seeds say, in a sentence."""
+def verdict(differences: Sequence[float], digits: int, unit: str) -> str:
+    """What differences within seeds say of their mean: its 95 % interval by Student's t, and whether 0 is outside of it.
+
+    Args:
+        differences: to the baseline, one a seed.
+        digits: after the point.
+        unit: of the differences, with a space before; empty for none.
+    """
     if len(differences) < 2:
-        return "one seed, which tells nothing of the spread."
-    mean, apart = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
-    if abs(mean) <= 2 * apart or mean == 0:
-        return f"not told apart by {len(differences)} seeds (mean {mean:+.1f}, standard error {apart:.1f} points)."
-    side = "above" if mean > 0 else "below"
-    return f"{abs(mean):.1f} points {side} the baseline, more than twice the standard error ({apart:.1f})."
+        return "one seed, which tells nothing of the spread"
+    mean = statistics.mean(differences)
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / len(differences) ** 0.5
+    interval = f"{mean:+.{digits}f}{unit}, 95 % interval {mean - half:+.{digits}f} to {mean + half:+.{digits}f}"
+    if abs(mean) <= half or mean == 0:
+        return f"not told apart ({interval})"
+    return f"{'above' if mean > 0 else 'below'} the baseline ({interval})"
 
 
 def spread(values: Sequence[float], digits: int, sign: bool = False) -> str:
