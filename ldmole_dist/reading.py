@@ -48,13 +48,15 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, process: Proce
     """
     data, task, quiet = config.data, config.backbone.task, not process.is_main
 
+    with agreed("looking at the tokenizer"):
+        encoder = Encoder(tokenizer, task, data.labels, data.max_length, data.truncation)
+
     def encoded(by_source: list[list[Row]], doing: str) -> list[Encoded]:
         rows = [row for rows in by_source for row in rows]
         return encode_cached(encoder, rows, data.cache, doing, quiet, write=process.is_main)
 
-    streamed = _look_at_files(config, process) if data.streaming else None
+    streamed = _look_at_files(config, encoder, process) if data.streaming else None
     with agreed("reading the data"):
-        encoder = Encoder(tokenizer, task, data.labels, data.max_length, data.truncation)
         held_out = None
         if data.eval is not None:
             found = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
@@ -79,13 +81,13 @@ def _order(config: Config, lengths: Sequence[int], process: Process, mixture: Mi
     return TrainingOrder(lengths, o.global_batch_size, o.micro_batch_size, process.world_size, config.run.seed, mixture)
 
 
-def _look_at_files(config: Config, process: Process) -> StreamedRows:
+def _look_at_files(config: Config, encoder: Encoder, process: Process) -> StreamedRows:
     """Every rank reads and checks its part of every file, and knows all parts afterwards."""
     sources = sources_of(config.data.train)
     with agreed("checking the data"):
         makers = [RowMaker(s, config.backbone.task, config.data.labels, named=len(sources) > 1) for s in sources]
         mine = [
-            read_part(source, maker, process.rank, process.world_size, not process.is_main)
+            read_part(source, maker, encoder.check, process.rank, process.world_size, not process.is_main)
             for source, maker in zip(sources, makers, strict=True)
         ]
     of_ranks: list[list[Part]] = [mine] * process.world_size

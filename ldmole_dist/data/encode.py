@@ -84,6 +84,16 @@ class Encoder:
         parts = [(self.prompt_ids(row.source), False), (self.answer_ids(row), True)]
         return Encoded(*self._fit(parts, row), row.domain, self.choices_of(row))
 
+    def check(self, row: Row) -> None:
+        """See that a row can be encoded, if that is in doubt: a long answer may leave no room to read, a template may refuse.
+
+        Raises:
+            UserError: where it cannot.
+        """
+        # No tokenizer makes many more tokens than bytes.
+        if row.messages or (row.source and 2 * len(row.target.encode()) + 2 >= self.max_length):
+            self.encode(row)
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of a prompt, special tokens of the tokenizer included."""
         return list(self.tokenizer(prompt)["input_ids"])

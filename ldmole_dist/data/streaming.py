@@ -44,12 +44,15 @@ class Part:
     digest: int
 
 
-def read_part(source: Source, maker: RowMaker, part: int, parts: int, quiet: bool) -> Part:
+def read_part(
+    source: Source, maker: RowMaker, check: Callable[[Row], None], part: int, parts: int, quiet: bool
+) -> Part:
     """Read and check the rows of one of equal parts of a file.
 
     Args:
         source: a .jsonl file.
-        maker: checks rows.
+        maker: of rows.
+        check: raises where a row cannot be encoded.
         part: which, from 0.
         parts: how many there are.
         quiet: no progress bar.
@@ -67,7 +70,9 @@ def read_part(source: Source, maker: RowMaker, part: int, parts: int, quiet: boo
             # A line that began before belongs to the part before.
             file.seek(max(0, first - 1))
             offset = first if first == 0 else first - 1 + len(file.readline())
-            return _read(file, path, maker, offset, end, quiet)
+            return _read(
+                file, path, lambda line, where: check(maker(parse_line(line, where), where)), offset, end, quiet
+            )
     except OSError as error:
         raise UserError(f"data file {path}: {error.strerror or error}; check data.train") from error
 
@@ -82,7 +87,7 @@ def _recognise(file: BinaryIO, path: Path, maker: RowMaker) -> None:
     raise UserError(f"data file {path} holds no rows")
 
 
-def _read(file: BinaryIO, path: Path, maker: RowMaker, offset: int, end: int, quiet: bool) -> Part:
+def _read(file: BinaryIO, path: Path, check: Callable[[bytes, str], None], offset: int, end: int, quiet: bool) -> Part:
     rows = lines = digest = 0
     marks: list[tuple[int, int]] = []
     file.seek(offset)
@@ -92,10 +97,9 @@ def _read(file: BinaryIO, path: Path, maker: RowMaker, offset: int, end: int, qu
         while offset < end and (line := file.readline()):
             if line.strip():
                 try:
-                    maker(parse_line(line, ""), "")
+                    check(line, "")
                 except UserError:  # said again with the place, which takes counting the lines before
-                    where = located_line(path, offset)
-                    maker(parse_line(line, where), where)
+                    check(line, located_line(path, offset))
                     raise
                 if rows % STRIDE == 0:
                     marks.append((offset, lines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 from ldmole_dist.study.compare.methods import BASELINE, METHODS
 from ldmole_dist.study.compare.store import Row, Store
