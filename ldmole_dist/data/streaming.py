@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def _recognise(file: BinaryIO, path: Path, maker: RowMaker) -> None:
 
 def _read(file: BinaryIO, path: Path, check: Callable[[bytes, str], None], offset: int, end: int, quiet: bool) -> Part:
     rows = lines = digest = 0
-    marks: list[tuple[int, int]] = []
+    marks = array("q")
     file.seek(offset)
     with tqdm(
         total=max(0, end - offset), desc=f"checking {path.name}", unit="B", unit_scale=True, disable=quiet
@@ -102,7 +103,7 @@ def _read(file: BinaryIO, path: Path, check: Callable[[bytes, str], None], offse
                     check(line, located_line(path, offset))
                     raise
                 if rows % STRIDE == 0:
-                    marks.append((offset, lines))
+                    marks.extend((offset, lines))
                 rows += 1
                 digest += int.from_bytes(hashlib.blake2b(line.strip(), digest_size=8).digest())
             lines += 1

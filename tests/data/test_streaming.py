@@ -209,7 +209,7 @@ def test_bad_settings(tmp_path: Path, override: list[str], said: str) -> None:
 
 
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from ldmole_dist.config import Source
@@ -219,8 +219,8 @@ from ldmole_dist.data.sources import RowMaker
 from ldmole_dist.data.streaming import StreamedRows, read_part
 from ldmole_dist.data.training_data import Streamed
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this program; getrusage would say that of the process that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 folder = Path(sys.argv[1])
 encoder = Encoder(AutoTokenizer.from_pretrained(folder / "backbone"), "causal_lm", None, 32, truncation=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ import torch
 import yaml
 
 from ldmole_dist.backbone import load_adapter, load_backbone, load_tokenizer
-from ldmole_dist.cli import main
 from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.evaluation.command import table
@@ -122,16 +123,15 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
     return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
-def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """In a process of its own, as `eval` ends it."""
+@pytest.mark.full
+def test_the_command(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    pid = os.fork()
-    if pid == 0:
-        main(["eval", str(folder / "run"), "--output", str(out), "--batch-size", "4"])
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    command = [sys.executable, "-m", "ldmole_dist.cli", "eval", str(folder / "run"), "--output", str(out)]
+    done = subprocess.run([*command, "--batch-size", "4"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["chosen_by"] == "first token" and result["adapter"] == str(folder / "run" / "adapter")
-    assert f"{100 * result['all']['accuracy']:.2f} ± " in capfd.readouterr().out
+    assert f"{100 * result['all']['accuracy']:.2f} ± " in done.stdout
 
 
 def test_the_table_has_a_line_for_each_domain() -> None:
