@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--lm-eval-path and --num-fewshot are for --lm-eval TASKS")
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: there is no such folder; make it first")
+    if args.lm_eval is not None:
+        from ldmole_dist.evaluation.lm_eval_bridge import run_lm_eval  # says at once where the harness is not installed
     from ldmole_dist.evaluation.model import config_of, prepared, rows_and_encoder
     from ldmole_dist.subject import find_subject
 
@@ -63,8 +65,6 @@ def run(args: argparse.Namespace) -> int:
             scored = "likelihood" if args.likelihood else "first token" if encoder.task == "causal_lm" else "class"
             result = {"chosen_by": scored} | found
         else:
-            from ldmole_dist.evaluation.lm_eval_bridge import run_lm_eval
-
             result = run_lm_eval(model, args.lm_eval.split(","), args.lm_eval_path, args.num_fewshot, args.limit)
         is_main = model.process.is_main
     if is_main:

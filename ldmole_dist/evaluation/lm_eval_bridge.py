@@ -16,14 +16,13 @@ from ldmole_dist.evaluation.model import Evaluated
 from ldmole_dist.generation.continuations import Sampling, continue_batch
 from ldmole_dist.objective import IGNORED
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 try:
     from lm_eval import simple_evaluate, utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise UserError(
-        f"--lm-eval needs the LM Evaluation Harness ({error}): pip install 'ldmole-dist[eval]'"
+        f"--lm-eval needs the LM Evaluation Harness ({error}): pip install 'lm_eval>=0.4.13,<0.5'"
     ) from error
 
 
@@ -49,12 +48,20 @@ def run_lm_eval(
         raise UserError(f"--lm-eval is for causal language models, not for backbone.task={model.config.backbone.task}")
     if folder is not None and not os.path.isdir(folder):
         raise UserError(f"--lm-eval-path {folder}: there is no such folder")
-    with agreed("looking for the tasks"):
+    with agreed("loading the tasks"):
         manager = TaskManager(include_path=folder)
         if unknown := [task for task in tasks if not manager.match_tasks([task])]:
             raise UserError(
                 f"lm-eval does not know {', '.join(unknown)}: see `lm_eval ls tasks`, or give --lm-eval-path"
             )
+        try:
+            manager.load(list(tasks))  # once more below, from a cache; a rank that cannot must not leave the others waiting
+        except Exception as error:  # of many kinds: no network, no such file, data that is not as the task thinks
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"tasks {', '.join(tasks)} cannot be loaded ({reason}): without a hub, give tasks on local files by "
+                "--lm-eval-path"
+            ) from error
     results: Any = simple_evaluate(
         LdMoleLM(model),
         tasks=list(tasks),

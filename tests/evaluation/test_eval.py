@@ -193,7 +193,11 @@ def make_tasks(folder: Path) -> Path:
         "generation_kwargs": {"until": ["."], "max_gen_toks": 8, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
     }
-    for task in (choosing, reading, writing):
+    broken = choosing | {
+        "task": "no_data",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "nowhere.jsonl")}},
+    }
+    for task in (choosing, reading, writing, broken):
         (tasks / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
     return tasks
 
@@ -248,6 +252,7 @@ def test_what_cannot_be_done_is_said(folder: Path, ranks2: LocalRanks) -> None:
     make_tasks(folder)
     for said in ranks2.run(refusal, harness, folder, ["flavour_answers"], False):
         assert "run in one process, because ranks would finish at different lengths" in said
+    assert "tasks no_data cannot be loaded" in ranks2.run(refusal, harness, folder, ["no_data"], False)[0]
     assert "lm-eval does not know no_such_task" in ranks2.run(refusal, harness, folder, ["no_such_task"], False)[0]
     assert (
         "eval.jsonl, line 1: no answers to compare"
