@@ -100,7 +100,9 @@ def count_differently(checkpoint: Path) -> str:
 DAMAGES = [truncate, flip, remove, newer, garble, count_differently]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [pytest.param(damage, marks=[] if number == 0 else pytest.mark.full) for number, damage in enumerate(DAMAGES)]
+)
 def test_a_damaged_checkpoint_is_refused_and_auto_takes_an_older_one(
     copy: Copy, damage: Callable[[Path], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +127,7 @@ def test_where_none_is_whole_nothing_starts_anew_by_itself(copy: Copy) -> None:
     assert "no checkpoint to go on from is whole" in copy.refused()
 
 
+@pytest.mark.full
 def test_going_on_from_an_older_one_puts_later_ones_aside(copy: Copy) -> None:
     assert copy.go_on(f"run.resume={copy.first}", "run.save_every=3") == [1, 2, 3, 4, 5, 6]
     names = sorted(path.name for path in (copy.run / "checkpoints").iterdir())
@@ -165,6 +168,7 @@ def test_another_precision_keeps_its_own_loss_scale(
     assert scaler["cur_scale"] == (128 if scale else 2**8) and scaler["dynamic"] is (not scale)
 
 
+@pytest.mark.full
 def test_resume_names_what_is_no_checkpoint(copy: Copy, tmp_path: Path) -> None:
     assert "is neither a checkpoint" in copy.refused(f"run.resume={tmp_path}")
     # A run's folder stands for its newest checkpoint.
@@ -173,6 +177,7 @@ def test_resume_names_what_is_no_checkpoint(copy: Copy, tmp_path: Path) -> None:
     assert [json.loads(x)["step"] for x in (other / "metrics.jsonl").read_text().splitlines()] == [5, 6]
 
 
+@pytest.mark.full
 def test_another_adapter_backbone_or_data_is_refused(copy: Copy, trained: Path, tmp_path: Path) -> None:
     assert "adapter.num_experts=4, this run has 8" in copy.refused("adapter.num_experts=8")
     assert "adapter.r=2, this run has 4" in copy.refused("adapter.r=4")
@@ -216,6 +221,7 @@ def test_a_full_disk_stops_all_ranks_and_leaves_the_former_checkpoint(copy: Copy
     copy.go_on()
 
 
+@pytest.mark.full
 def test_a_folder_that_cannot_be_written_is_named(copy: Copy, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "run.output_dir=" in copy.refused(f"run.output_dir={tmp_path}/file/run")

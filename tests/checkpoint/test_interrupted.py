@@ -83,9 +83,8 @@ def fresh(tmp_path: Path, like: Run) -> Run:
     return run
 
 
-@pytest.mark.parametrize(
-    ("number", "rank"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(
     tmp_path: Path, whole: Run, number: signal.Signals, rank: int
 ) -> None:
@@ -104,6 +103,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(
     assert run.same_as(whole)
 
 
+@pytest.mark.full
 def test_ctrl_c_under_deepspeeds_launcher_saves(tmp_path: Path, whole: Run) -> None:
     run = fresh(tmp_path, whole)
     train = Path(__file__).parents[2] / "launch" / "train.py"
@@ -132,6 +132,7 @@ def test_ctrl_c_under_deepspeeds_launcher_saves(tmp_path: Path, whole: Run) -> N
     assert checkpoint.name == f"step_{run.steps():08d}"
 
 
+@pytest.mark.full
 def test_after_the_death_of_a_peer_nobody_saves(tmp_path: Path, whole: Run) -> None:
     run = fresh(tmp_path, whole)
     with Launched(run.config, "run.save_every=0") as launched:

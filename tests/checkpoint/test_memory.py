@@ -49,7 +49,7 @@ def save_and_load(config: str, overrides: list[str]) -> dict[str, int]:
     return extra
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 3))])
 def test_at_most_two_layers_experts_at_a_time(tmp_path: Path, ranks2: LocalRanks, stage: int) -> None:
     make_backbone(tmp_path / "backbone", layers=LAYERS)
     make_data(tmp_path / "train.jsonl", 20)

@@ -41,7 +41,7 @@ PAIRS = [
     ((3, 1, 1), (2, 4, 4)),
     ((3, 2, 4), (3, 1, 2)),
 ]
-QUICK = [((2, 2, 2), (3, 1, 1)), ((3, 4, 4), (2, 2, 2)), ((0, 2, 2), (1, 4, 4))]
+QUICK = [((3, 4, 4), (2, 2, 2))]
 CASES = [
     pytest.param(Topology(*a), Topology(*b), id=f"{Topology(*a)} to {Topology(*b)}", marks=marks)
     for a, b in PAIRS

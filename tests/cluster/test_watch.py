@@ -191,6 +191,7 @@ def test_a_stopped_rank_counts_as_failed(jobs: Callable[..., Job]) -> None:
     assert job.end() == [1] * SIZE
 
 
+@pytest.mark.full
 def test_a_stall_is_told_with_stacks_of_all(jobs: Callable[..., Job], tmp_path: Path) -> None:
     program = (
         "import os, pathlib, sys, time; from ldmole_dist.pulse import pulse, show_stacks; show_stacks()\n"

@@ -74,6 +74,7 @@ def fail_in_one(failing: int) -> int:
     return dist.get_rank()
 
 
+@pytest.mark.full
 def test_local_ranks_report_a_failure_and_start_again() -> None:
     with LocalRanks(2, timeout=100) as ranks:
         with pytest.raises(RankFailed, match="fail_in_one failed on rank 1(.|\n)*UserError: broken on purpose"):

@@ -64,7 +64,7 @@ def test_updates(ranks4: LocalRanks, ds_config: str) -> None:
     check_updates(ranks4, ds_config, 2, True, **(PARTITION_ALL if ds_config == "zero3" else {}))
 
 
-@pytest.mark.parametrize("ds_config", ["zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize("ds_config", ["zero2_offload", pytest.param("zero3_offload", marks=pytest.mark.full)])
 def test_updates_with_offload(ranks4: LocalRanks, ds_config: str) -> None:
     check_updates(ranks4, ds_config, 2, True, **(PARTITION_ALL if ds_config == "zero3_offload" else {}))
 
@@ -126,6 +126,7 @@ def test_gradients_in_rounds(ranks4: LocalRanks, mode: Mode, checkpointing: bool
     assert distance < 1e-12, name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_updates_in_rounds_under_zero3(ranks4: LocalRanks, checkpointing: bool) -> None:
     args = ("llama", "zero3", 2, checkpointing, "all_to_all")

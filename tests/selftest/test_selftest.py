@@ -30,6 +30,7 @@ def test_cases_cover_stages_and_every_ep_size() -> None:
     assert {case.args for case in list_cases(6) if case.name == "replay"} == {(1,), (2,)}  # 3 does not divide 8 experts
 
 
+@pytest.mark.full
 def test_table_and_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = [
         Case("first", "within", 1e-3, close, (1e-4,)),

@@ -249,6 +249,7 @@ def test_report_of_an_adapter(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
     check_page(tmp_path / "report_adapter", FIGURES)
 
 
+@pytest.mark.full
 def test_report_of_a_classifier(tmp_path: Path, ranks1: LocalRanks) -> None:
     make_backbone(tmp_path / "backbone")
     data = make_data(tmp_path / "train.jsonl", 8, "sequence_classification")

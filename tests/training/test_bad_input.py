@@ -87,7 +87,7 @@ def test_unreadable_config(folder: Path, tmp_path: Path, kind: str) -> None:
     assert expected[kind] in ends_with(path)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_one_rank_that_fails_alone_stops_all(folder: Path, tmp_path: Path, stage: int) -> None:
     damaged = make_backbone(tmp_path / "damaged") / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1000])
@@ -101,7 +101,7 @@ def test_one_rank_that_fails_alone_stops_all(folder: Path, tmp_path: Path, stage
         assert f"stopped: rank 1 failed while {doing}: UserError: {said}" in output
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_nan_in_a_weight_names_step_rank_and_layer(folder: Path, tmp_path: Path, stage: int) -> None:
     broken: Any = make_backbone(tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
