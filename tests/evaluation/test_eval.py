@@ -22,7 +22,7 @@ from ldmole_dist.evaluation.model import config_of, prepared, rows_and_encoder
 from ldmole_dist.evaluation.rows import evaluate_rows
 from ldmole_dist.ranks import LocalRanks
 from ldmole_dist.subject import find_subject
-from tests.small_run import make_config, make_folder, run_training
+from tests.small_run import COLOURS, LABELS, make_config, make_data, make_folder, run_training
 
 OF_QUESTIONS = ("data.labels=null", "data.max_length=64")
 FLAVOURS = [" sour", " sweet and red", " not at all sour, but a little salty"]
@@ -45,10 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ranks2: LocalRanks) -> Path
     return folder
 
 
-def evaluated(folder: Path, *overrides: str, data: str | None = None, **settings: Any) -> dict[str, Any]:
+def evaluated(
+    folder: Path, *overrides: str, data: str | None = None, subject: str = "run", **settings: Any
+) -> dict[str, Any]:
     """Sent to ranks."""
-    subject = find_subject(str(folder / "run"), None)
-    config = config_of(subject, list(overrides), data and str(folder / data), settings.get("limit"), 3)
+    found = find_subject(str(folder / subject), None)
+    config = config_of(found, list(overrides), data and str(folder / data), settings.get("limit"), 3)
     with prepared(config, settings.get("with_adapter", True)) as model:
         rows, encoder = rows_and_encoder(model)
         return evaluate_rows(model, encoder, rows, settings.get("likelihood", False))
@@ -92,6 +94,11 @@ def test_as_the_training_run_said(folder: Path, ranks1: LocalRanks) -> None:
     assert whole["all"]["accuracy"] == last["accuracy"] and whole["all"]["loss"] == pytest.approx(
         last["eval_loss"], rel=1e-5
     )
+    # An adapter alone has neither data nor labels of its own.
+    labels = f"data.labels={json.dumps(LABELS)}"
+    alone = {"subject": "run/adapter", "data": "eval.jsonl"}
+    (adapter,) = ranks1.run(evaluated, folder, labels, "parallelism.precision=fp32", "data.max_length=32", **alone)
+    assert flat(adapter) == pytest.approx(flat(found), rel=1e-5)
     (few,) = ranks1.run(evaluated, folder, limit=5)
     assert few["all"]["rows"] == 5
 
@@ -116,6 +123,22 @@ def test_alike_on_four_ranks(folder: Path, ranks1: LocalRanks, ranks4: LocalRank
         overrides = [f"parallelism.deepspeed=zero{stage}", "parallelism.ep_size=2", *labels]
         for found in ranks4.run(evaluated, folder, *overrides, **settings):
             assert flat(found) == pytest.approx(flat(alone), rel=1e-5)
+
+
+@pytest.mark.full
+def test_a_classifier(tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks) -> None:
+    make_folder(tmp_path)
+    for name, rows in (("train", 60), ("eval", 25)):
+        make_data(tmp_path / f"{name}.jsonl", rows, "sequence_classification")
+    changes: dict[str, Any] = {"backbone": {"task": "sequence_classification"}, "data": {"labels": COLOURS}}
+    ranks2.run(run_training, str(make_config(tmp_path, **changes)))
+    last = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()[-1])
+    (alone,) = ranks1.run(evaluated, tmp_path)
+    assert alone["all"]["accuracy"] == last["accuracy"]
+    assert alone["all"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    assert {"f1_macro", "matthews"} <= set(alone["all"])
+    for found in ranks2.run(evaluated, tmp_path, "parallelism.deepspeed=zero3"):
+        assert flat(found) == pytest.approx(flat(alone), rel=1e-5)
 
 
 def flat(result: dict[str, Any]) -> dict[str, float]:
