@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
 
     subject = find_subject(args.subject, args.backbone)
     config = config_of(subject, args.overrides, args.data, args.limit, args.batch_size)
+    rows, encoder = rows_and_encoder(config) if args.lm_eval is None else ([], None)
     with prepared(config, with_adapter=not args.no_adapter) as model:
-        if args.lm_eval is None:
+        if encoder is not None:
             from ldmole_dist.evaluation.rows import evaluate_rows
 
-            rows, encoder = rows_and_encoder(model)
             found = evaluate_rows(model, encoder, rows, args.likelihood)
             scored = "likelihood" if args.likelihood else "first token" if encoder.task == "causal_lm" else "class"
             result = {"chosen_by": scored} | found

@@ -120,16 +120,17 @@ def prepared(config: Config, with_adapter: bool) -> Iterator[Evaluated]:
         yield Evaluated(config, engine, tokenizer, process, stage_of(ds_config))
 
 
-def rows_and_encoder(model: Evaluated) -> tuple[list[Row], Encoder]:
-    """What the config evaluates on, on every rank.
+def rows_and_encoder(config: Config) -> tuple[list[Row], Encoder]:
+    """What the config evaluates on; every rank calls it, before the model is loaded, which takes longer.
 
     Raises:
         UserError, PeerError: on every rank, where it cannot be read.
     """
-    data, task = model.config.data, model.config.backbone.task
+    start(config.parallelism.timeout_minutes)
+    data, task = config.data, config.backbone.task
     with agreed("reading the data"):
         if data.eval is None:
             raise UserError("there is no data to evaluate on: give --data FILE, or data.eval=[...]")
         found = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
-        encoder = Encoder(model.tokenizer, task, data.labels, data.max_length, data.truncation)
+        encoder = Encoder(load_tokenizer(config.backbone.path), task, data.labels, data.max_length, data.truncation)
     return [row for rows in found for row in rows], encoder

@@ -51,8 +51,8 @@ def evaluated(
     """Sent to ranks."""
     found = find_subject(str(folder / subject), None)
     config = config_of(found, list(overrides), data and str(folder / data), settings.get("limit"), 3)
+    rows, encoder = rows_and_encoder(config)
     with prepared(config, settings.get("with_adapter", True)) as model:
-        rows, encoder = rows_and_encoder(model)
         return evaluate_rows(model, encoder, rows, settings.get("likelihood", False))
 
 
