@@ -69,6 +69,7 @@ class Adapter:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     router: Literal["sparsegen", "topk", "relu", "softmax", "top_p", "lora"] = "sparsegen"
+    router_input: Literal["layer", "hidden"] = "layer"
     top_k: Positive = 2
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.4
     lambda_hidden: Positive = 256

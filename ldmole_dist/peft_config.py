@@ -48,6 +48,13 @@ class LdMoleConfig(PeftConfig):
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names never adapted."})
     router: str = field(default="sparsegen", metadata={"help": f"One of {sorted(ROUTERS)}."})
+    router_input: str = field(
+        default="layer",
+        metadata={
+            "help": "'layer': routers read their linear's input; 'hidden', as in X-LoRA: all read the last hidden states of a "
+            "forward without the adapter, which comes first and needs use_cache=False."
+        },
+    )
     top_k: int = field(default=2, metadata={"help": "Active experts per token of router 'topk'."})
     top_p: float = field(
         default=0.4, metadata={"help": "Softmax mass that router 'top_p' wants of the active experts."}
@@ -93,6 +100,8 @@ class LdMoleConfig(PeftConfig):
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.router_input not in ("layer", "hidden"):
+            raise ValueError(f"router_input={self.router_input!r} is not known: choose 'layer' or 'hidden'")
         if self.lambda_init not in ("live", "authors"):
             raise ValueError(f"lambda_init={self.lambda_init!r} is not known: choose 'live' or 'authors'")
 

@@ -46,7 +46,7 @@ class LdMoleLinear(MoELinear, BaseTunerLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or not active:
+        if self.disable_adapters or not active or self.context.plain:
             return self.base_layer(x)
         return self.adapted(x, active[0])
 
@@ -90,6 +90,30 @@ class LdMoleModel(BaseTuner):
         # A number of positions, from the end, needs no telling: masks are taken from there anyway.
         positions = given.get("logits_to_keep", given.get("kwargs", {}).get("logits_to_keep"))
         self.context.begin(given.get("attention_mask"), positions if isinstance(positions, Tensor) else None)
+        self.context.hidden = self._hidden(model, given) if self.reads_hidden else None
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether routers of the active adapter read the hidden states of another forward (`router_input`)."""
+        return any(_ours(self.peft_config[name]).router_input == "hidden" for name in self.active_adapters)
+
+    @torch.no_grad()
+    def _hidden(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
+        """(B, S, H): the last hidden states of the backbone without adapters."""
+        if given.get("past_key_values") is not None or given.get("use_cache", False):
+            raise ValueError(
+                "router_input='hidden' reads a forward without the adapter, whose keys and values are others than those of the "
+                "adapted one: pass use_cache=False"
+            )
+        names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        inputs = {name: given[name] for name in names if name in given}
+        decoder: Any = model.base_model
+        self.context.plain = True
+        try:
+            hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+        finally:
+            self.context.plain = False
+        return hidden
 
     def _end(self, *_: Any) -> None:
         self.context.end()
@@ -168,10 +192,11 @@ class LdMoleModel(BaseTuner):
         experts = experts_of_linear(self.model, config, current_key)
         placement = self.parallel.placement(experts)
         A, B = draw_bank(placement, config.r, D, O, config.init_seed, current_key, like)
-        router = new_router(config.router, D, experts, top_k=config.top_k, top_p=config.top_p).to(like)
+        read = self.model.config.hidden_size if config.router_input == "hidden" else D
+        router = new_router(config.router, read, experts, top_k=config.top_k, top_p=config.top_p).to(like)
         router.reset(seeded(config.init_seed, current_key, "router"))
         bank = ExpertBank(nn.Parameter(A), nn.Parameter(B), config.lora_alpha / config.r)
-        lambda_mlp = self._lambda_mlp(adapter_name, config, D, like) if router.needs_lambda else None
+        lambda_mlp = self._lambda_mlp(adapter_name, config, read, like) if router.needs_lambda else None
         target.add_adapter(adapter_name, bank, router, lambda_mlp, config.lora_dropout)
 
     def _lambda_mlp(self, adapter_name: str, config: LdMoleConfig, in_features: int, like: Tensor) -> LambdaMLP:

@@ -59,7 +59,12 @@ class Lora(NamedTuple):
 
 
 def compose(
-    output: str, adapters: Sequence[str], backbone: str | None, router: str = "sparsegen", top_k: int = 2
+    output: str,
+    adapters: Sequence[str],
+    backbone: str | None,
+    router: str = "sparsegen",
+    top_k: int = 2,
+    router_input: str = "layer",
 ) -> LdMoleConfig:
     """Write the adapter; one bank is in memory at a time.
 
@@ -69,6 +74,7 @@ def compose(
         backbone: path of the backbone, if it is not where they say.
         router: see `LdMoleConfig`.
         top_k: see there.
+        router_input: see there.
 
     Returns:
         The config of what was written.
@@ -94,6 +100,7 @@ def compose(
             target_modules=names,
             router=router,
             top_k=top_k,
+            router_input=router_input,
             train_experts=False,
             task_type="CAUSAL_LM",
             base_model_name_or_path=path,

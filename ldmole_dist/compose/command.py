@@ -15,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapters", nargs="+", help="folders of LoRA adapters of the same backbone")
     parser.add_argument("--backbone", metavar="PATH", help="if it is not where the adapters say")
     parser.add_argument("--router", choices=ROUTERS, default="sparsegen", help="(default: %(default)s)")
+    parser.add_argument(
+        "--router-input",
+        choices=("layer", "hidden"),
+        default="layer",
+        help="what routers read: their linear's input, or, as X-LoRA's, hidden states of a forward without the adapter",
+    )
     parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts of a token, with --router topk")
     parser.set_defaults(call=run)
 
@@ -27,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
     """
     from ldmole_dist.compose.build import compose
 
-    config = compose(args.output, args.adapters, args.backbone, args.router, args.top_k)
+    config = compose(args.output, args.adapters, args.backbone, args.router, args.top_k, args.router_input)
     print(f"{config.num_experts} experts of rank {config.r}: train their routers with adapter.init_from={args.output}")
     return 0

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ldmole_dist.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.errors import UserError
+from ldmole_dist.peft_method import tuner_of
 from ldmole_dist.subject import Subject
 
 
@@ -97,11 +98,14 @@ def continue_batch(
     if inputs["input_ids"].shape[1] == 0 or not inputs["attention_mask"].any(1).all():
         raise UserError("an empty prompt cannot be continued with this tokenizer: give it at least a word")
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Routers that read another forward have no use for what the adapted one has cached.
+    use_cache = not (isinstance(model, PeftModel) and tuner_of(model).reads_hidden)
     ids = causal.generate(
         **inputs.to(causal.device),
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
+        use_cache=use_cache,
         **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
         **sampling.settings(),
     )

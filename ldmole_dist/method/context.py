@@ -65,6 +65,8 @@ class StepContext:
         self.observer: Observer | None = None
         self.terms: dict[str, list[Tensor]] = {}
         self.stats: dict[str, Tensor] = {}
+        self.plain = False  # while adapted linears are to do what they did without their adapter
+        self.hidden: Tensor | None = None  # (B, S, H), what all routers read, if not each linear's own input
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
         self._open = False
@@ -86,6 +88,29 @@ class StepContext:
     def end(self) -> None:
         """The forward is over; what runs now is a recomputation and reports nothing."""
         self._open = False
+
+    def read(self, name: str, x_TD: Tensor) -> Tensor:
+        """What router and lambda-MLP of an adapted linear read.
+
+        Args:
+            name: of the linear.
+            x_TD: its input, T tokens.
+
+        Returns:
+            That, or (T, H) where all routers read the same hidden states.
+
+        Raises:
+            ValueError: where the linear has other rows than there are tokens.
+        """
+        if self.hidden is None:
+            return x_TD
+        hidden_TH = self.hidden.flatten(0, -2)
+        if len(hidden_TH) != len(x_TD):
+            raise ValueError(
+                f"{name} has {len(x_TD)} rows where there are {len(hidden_TH)} tokens, so which hidden state is of which row "
+                "cannot be told: leave it out of target_modules, or let routers read their layer (router_input='layer')"
+            )
+        return hidden_TH
 
     def auxiliary_loss(self) -> Tensor | float:
         """c_lb L_lb + c_sp L_sparse + ... of this micro-batch, each averaged over the adapted linears (METHOD, Losses)."""

@@ -111,11 +111,12 @@ class InputGroup:
         context, dispatch = leader.context, leader.dispatch
         context.check_not_reentrant()
         x_TD = leader.lora_dropout[adapter](x).reshape(-1, x.shape[-1])
+        read_TD = context.read(leader.name, x_TD)
         lambda_mlp = leader.lambda_mlps[adapter]
-        lam_T = None if lambda_mlp is None else lambda_mlp(x_TD)
+        lam_T = None if lambda_mlp is None else lambda_mlp(read_TD)
         routers: list[Any] = [m.router[adapter] for m in members]
         banks = [ExpertBank(m.lora_A[adapter], m.lora_B[adapter], m.scaling[adapter]) for m in members]
-        logits = [router(x_TD) for router in routers]
+        logits = [router(read_TD) for router in routers]
         if leader.training and context.noise is not None:
             logits = [context.noise.added(u_TE, m.name) for m, u_TE in zip(members, logits, strict=True)]
 
@@ -168,7 +169,7 @@ class MoELinear(nn.Module):
         Args:
             adapter: its name.
             bank: parameters A (L, R, D) and B (L, O, R).
-            router: over all E experts.
+            router: over all E experts, of D features or of what routers read instead (`StepContext.read`).
             lambda_mlp: shared by the linears with this D; None where the router needs none.
             dropout: probability, acts on x before router, lambda-MLP and experts alike.
         """

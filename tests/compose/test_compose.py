@@ -67,8 +67,9 @@ def test_a_router_that_chooses_one_expert_is_that_lora(folder: Path, number: int
     assert (logits(backbone(folder)) - expected).abs().max() > 0.01 * expected.abs().max()
 
 
-def test_one_lora_alone_is_itself(folder: Path, tmp_path: Path) -> None:
-    compose(str(tmp_path / "one"), [str(folder / "second")], None, "softmax")
+@pytest.mark.parametrize("router_input", ["layer", "hidden"])
+def test_one_lora_alone_is_itself(folder: Path, tmp_path: Path, router_input: str) -> None:
+    compose(str(tmp_path / "one"), [str(folder / "second")], None, "softmax", router_input=router_input)
     expected = logits(PeftModel.from_pretrained(backbone(folder), folder / "second"))
     found = logits(load_adapter(backbone(folder), str(tmp_path / "one"), trainable=False))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
