@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from ldmole_dist.errors import UserError
 
 Located = tuple[dict[str, Any], str]
@@ -32,7 +29,7 @@ def read_records(path: str) -> Iterator[Located]:
         raise UserError(f"data file {path}: {error.strerror or error}; check data.train and data.eval") from error
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8 text: {error}") from error
-    except (pyarrow.ArrowException, csv.Error) as error:
+    except csv.Error as error:
         raise UserError(f"data file {path} is damaged: {error}") from error
 
 
@@ -105,11 +102,16 @@ def _csv(file: Path) -> Iterator[Located]:
 
 
 def _parquet(file: Path) -> Iterator[Located]:
+    import pyarrow.parquet  # which takes its time, and most files are others
+
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
-        for record in batch.to_pylist():
-            number += 1
-            yield record, f"{file}, row {number}"
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield record, f"{file}, row {number}"
+    except pyarrow.ArrowException as error:
+        raise UserError(f"data file {file} is damaged: {error}") from error
 
 
 def _object(record: Any, where: str) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from ldmole_dist.config import Source
 from ldmole_dist.data.formats import FORMATS, Format, recognised
 from ldmole_dist.data.records import Located, read_records
@@ -108,6 +106,8 @@ def _records(source: Source, split: str) -> Iterator[Located]:
 
 
 def _from_hub(task: Task, split: str | None, default: str) -> Iterator[Located]:
+    import datasets  # and pandas with it: a fifth of what a process takes to start, and most runs read files
+
     path, config = task.hub
     name = split or task.splits[default]
     try:
