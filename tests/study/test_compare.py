@@ -181,7 +181,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
 @pytest.mark.full
 def test_a_small_slice_interrupted_and_gone_on_with(tmp_path: Path) -> None:
     make_folder(tmp_path)
-    make_config(tmp_path, optimisation={"max_steps": 20}, parallelism={"ep_size": 1}, run={"detail_every": 5})
+    make_config(tmp_path, optimisation={"max_steps": 40}, parallelism={"ep_size": 1}, run={"detail_every": 5})
     first = start(tmp_path)
     try:
         run = tmp_path / "out" / "sparsegen" / "seed_0"

@@ -40,9 +40,9 @@ def test_resume_with_a_trained_head(tmp_path: Path, ranks2: LocalRanks, ds_confi
 
 
 @pytest.mark.full
-def test_resume_with_a_coefficient_that_adapts(folder: Path, ranks2: LocalRanks) -> None:
+def test_resume_with_a_coefficient_that_adapts(tmp_path: Path, ranks2: LocalRanks) -> None:
     changes = {"adapter": {"router": "relu"}, "optimisation": {"l1_coef": 0.5, "l1_rate": 2.0}}
-    check_resume(folder, ranks2, "zero2", 2, "fp32", **changes)
+    check_resume(make_folder(tmp_path), ranks2, "zero2", 2, "fp32", **changes)
 
 
 def reported(run: Path) -> tuple[list[float], list[Any], list[Any]]:
