@@ -61,31 +61,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explained(args: argparse.Namespace) -> int:
     """Call the subcommand; of errors that a user can act on, only the message is printed."""
     call: Callable[[argparse.Namespace], int] = args.call
+    # Before it joins the others, which may number its device anew.
+    speaks_for_its_node = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return call(args)
     except Preempted as error:
         torch.distributed.destroy_process_group()
-        if _speaks_for_its_node():
+        if speaks_for_its_node:
             print(error, file=sys.stderr, flush=True)
         return EXIT_PREEMPTED
     except (UserError, NonFiniteLoss) as error:
         # Once the ranks are together, a UserError is raised on the rank that found it and a PeerError on the others; before,
         # and for a loss that all have in common, one rank of every node speaks.
         together = isinstance(error, UserError) and torch.distributed.is_initialized()
-        if together or _speaks_for_its_node():
+        if together or speaks_for_its_node:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_EXPLAINED
     except PeerError as error:
-        if _speaks_for_its_node():
+        if speaks_for_its_node:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
         return EXIT_PEER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     return 1
-
-
-def _speaks_for_its_node() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     report_arguments.add_arguments(report)
     report.set_defaults(call=_report)
 
-    compose = commands.add_parser("compose", help="an adapter of existing LoRA adapters", description=compose_command.COMPOSE)
+    compose = commands.add_parser(
+        "compose", help="an adapter of existing LoRA adapters", description=compose_command.COMPOSE
+    )
     compose_command.add_arguments(compose)
 
     convert = commands.add_parser("convert", help="make a model folder from a GGUF file")

@@ -374,7 +374,9 @@ def _check(config: Config) -> None:
 
 def _check_packing(config: Config) -> None:
     if config.data.packing and config.backbone.task == "sequence_classification":
-        raise UserError("data.packing=true is for causal language models: a classifier reads the last token of each row")
+        raise UserError(
+            "data.packing=true is for causal language models: a classifier reads the last token of each row"
+        )
     known = (None, "sdpa", "eager", "flash_attention_2")
     if config.data.packing and config.backbone.attention not in known:
         raise UserError(

@@ -95,7 +95,9 @@ class AuxiliaryLosses(_Base):
     @torch.no_grad()
     def _note(self) -> None:
         active, lam, decisions = torch.stack(list(self.context.stats.values())).sum(0)
-        values = {f"loss_{term}": torch.as_tensor(self.context.mean(term)) for term in TERMS if term in self.context.terms}
+        values = {
+            f"loss_{term}": torch.as_tensor(self.context.mean(term)) for term in TERMS if term in self.context.terms
+        }
         values |= {"experts_per_token": active / decisions, "lambda_mean": lam / decisions}
         for name, value in values.items():
             self._reported[name] = self._reported.get(name, torch.zeros_like(value)) + value.detach()

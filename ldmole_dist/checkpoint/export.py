@@ -40,7 +40,11 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
     It appears whole or not at all; one that was there before is replaced.
     """
     pulse("writing the adapter")
-    keys, shapes, tuner = adapter_keys(engine.module), whole_shapes(engine, frozen_experts=True), tuner_of(engine.module)
+    keys, shapes, tuner = (
+        adapter_keys(engine.module),
+        whole_shapes(engine, frozen_experts=True),
+        tuner_of(engine.module),
+    )
     unfinished = folder.with_name(f".{folder.name}")
     parameters = {n: p for n, p in engine.module.named_parameters() if n in shapes}
     with agreed("preparing the adapter's folder"), explained(f"the adapter {folder}"):

@@ -74,17 +74,20 @@ def start(timeout_minutes: float = 30.0) -> Process:
             names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
             neighbours = next((int(os.environ[name]) for name in names if name in os.environ), 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not on_cpu:
+        # Slurm can let each rank see its own device only; DeepSpeed takes the device's number from these variables.
+        local_rank %= accelerator.device_count()
+        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+            if name in os.environ:
+                os.environ[name] = str(local_rank)
+        accelerator.set_device(local_rank)
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
             timeout=timedelta(minutes=timeout_minutes),
             verbose=False,
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if not on_cpu:
-        # Slurm can let each rank see its own device only.
-        local_rank %= accelerator.device_count()
-        accelerator.set_device(local_rank)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return Process(dist.get_rank(), dist.get_world_size(), device)
 

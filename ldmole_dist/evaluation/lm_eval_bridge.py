@@ -55,7 +55,8 @@ def run_lm_eval(
                 f"lm-eval does not know {', '.join(unknown)}: see `lm_eval ls tasks`, or give --lm-eval-path"
             )
         try:
-            manager.load(list(tasks))  # once more below, from a cache; a rank that cannot must not leave the others waiting
+            # Once more below, from a cache; a rank that cannot must not leave the others waiting.
+            manager.load(list(tasks))
         except Exception as error:  # of many kinds: no network, no such file, data that is not as the task thinks
             reason = str(error).strip().partition("\n")[0]
             raise UserError(

@@ -126,8 +126,8 @@ class StepContext:
     def report(self, name: str, routing: Routing, shape: torch.Size, losses: Sequence[str]) -> None:
         """An adapted linear tells what it routed: auxiliary losses and counts are taken from it.
 
-        The losses are computed in a recomputation too and thrown away there: what a checkpointed region computes, its
-        recomputation must compute again, or the tensors it saved cannot be matched.
+        The losses that count are computed in a recomputation too and thrown away there: of what a checkpointed region saved,
+        its recomputation must save everything again, or the tensors cannot be matched. The other losses save nothing.
 
         Args:
             name: of the linear, unique in the model.
@@ -138,7 +138,10 @@ class StepContext:
         mask_T, weights = self._token_mask(shape), self.weights
         terms = {}
         for term in losses:
-            with _grad_if(weights.of(term)):
+            counts = weights.of(term) > 0
+            if not (counts or self._open):
+                continue
+            with torch.set_grad_enabled(torch.is_grad_enabled() and counts):
                 terms[term] = _auxiliary(term, routing, weights.target_k, mask_T)
         if not self._open:
             return
@@ -211,11 +214,6 @@ def _auxiliary(term: str, routing: Routing, target_k: int, mask_T: Tensor | None
     if term == "l1":
         return l1_loss(routing.p_TE, target_k, mask_T)
     return entropy_loss(routing.logits_TE, mask_T)
-
-
-def _grad_if(weight: float) -> torch.set_grad_enabled:
-    """Gradients for a loss that counts; one that does not is only reported."""
-    return torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0)
 
 
 class _Region(AbstractContextManager[None]):

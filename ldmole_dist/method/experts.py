@@ -4,13 +4,14 @@ fused:  h = x A_cat^T over all experts at once, weighted by p, then one product 
         weights are 0. Keeps x, p and h (T, L R).
 sparse: the rows of each expert's support gathered, two small products, added back. Keeps x, p and h of the active pairs.
 
-Neither ever builds a (T, L, O) tensor. Which one is faster depends on L R / k alone (`ldmole bench layer`).
+Neither ever builds a (T, L, O) tensor. Which one is faster depends on L R / k and the device (`ldmole bench layer`).
 
 Shapes: T tokens, D in-features, O out-features, L experts held here, R LoRA rank, N active (token, expert) pairs.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from ldmole_dist.method.sparsegen import at_least_float32
 
 # Fused is ahead below L R / k = 64, sparse from 256 on; measured on CPU, float32 (docs/method.md).
-FUSED_UP_TO = 115
+FUSED_UP_TO_ON_CPU = 115
 
 
 class ExpertBank(NamedTuple):
@@ -32,10 +33,17 @@ class ExpertBank(NamedTuple):
     scaling: float
 
 
+def fused_up_to(on_cpu: bool) -> int:
+    """The largest L R / k at which fused is the faster formulation."""
+    # Elsewhere sparse waits for the launches of each expert's small kernels: on an H200 0.6 ms an expert, forward and
+    # backward, where fused takes 1.2 ms for 8 experts and for 32 (docs/method.md).
+    return FUSED_UP_TO_ON_CPU if on_cpu else sys.maxsize
+
+
 def fused_suffices(bank: ExpertBank) -> bool:
     """Whether the fused formulation is the faster one even if every token had a single active expert."""
     num_experts, rank, _ = bank.A_LRD.shape
-    return num_experts * rank <= FUSED_UP_TO
+    return num_experts * rank <= fused_up_to(bank.A_LRD.device.type == "cpu")
 
 
 def apply_experts(x_TD: Tensor, p_TL: Tensor, bank: ExpertBank, counts_L: list[int] | None) -> Tensor:
@@ -51,7 +59,8 @@ def apply_experts(x_TD: Tensor, p_TL: Tensor, bank: ExpertBank, counts_L: list[i
         (T, O) in the dtype of x.
     """
     num_experts, rank, _ = bank.A_LRD.shape
-    if counts_L is None or num_experts * rank * x_TD.shape[0] <= FUSED_UP_TO * sum(counts_L):
+    up_to = fused_up_to(x_TD.device.type == "cpu")
+    if counts_L is None or num_experts * rank * x_TD.shape[0] <= up_to * sum(counts_L):
         return fused_experts(x_TD, p_TL, bank)
     return sparse_experts(x_TD, p_TL, bank, counts_L)
 

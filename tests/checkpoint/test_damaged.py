@@ -101,7 +101,8 @@ DAMAGES = [truncate, flip, remove, newer, garble, count_differently]
 
 
 @pytest.mark.parametrize(
-    "damage", [pytest.param(damage, marks=[] if number == 0 else pytest.mark.full) for number, damage in enumerate(DAMAGES)]
+    "damage",
+    [pytest.param(damage, marks=[] if number == 0 else pytest.mark.full) for number, damage in enumerate(DAMAGES)],
 )
 def test_a_damaged_checkpoint_is_refused_and_auto_takes_an_older_one(
     copy: Copy, damage: Callable[[Path], str], capsys: pytest.CaptureFixture[str]

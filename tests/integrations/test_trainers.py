@@ -146,7 +146,8 @@ def theirs(kind: str, folder: Path, rows: list[dict[str, list[int]]], accumulati
 
 def distance(found: Gradients, expected: Gradients) -> float:
     assert found.keys() == expected.keys()
-    return max(float((found[n] - g).norm() / g.norm()) for n, g in expected.items())
+    # Ours was on the GPU where there is one, theirs is on the CPU.
+    return max(float((found[n].cpu() - g.cpu()).norm() / g.norm()) for n, g in expected.items())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_experts, sparse_experts
+from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_experts, fused_suffices, sparse_experts
 from ldmole_dist.method.sparsegen import sparsegen
 
 T, D, O, E, R = 21, 10, 12, 6, 3
@@ -91,7 +91,21 @@ def test_choice_follows_the_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
     x, p, bank = inputs()
     expected = direct(x, p, bank)
     for threshold in (0, 10**6):
-        monkeypatch.setattr("ldmole_dist.method.experts.FUSED_UP_TO", threshold)
+        monkeypatch.setattr("ldmole_dist.method.experts.FUSED_UP_TO_ON_CPU", threshold)
         y = apply_experts(x, p, bank, counts(p))
         torch.testing.assert_close(y, expected)
         assert ("Fused" if threshold else "Sparse") in type(y.grad_fn).__name__
+
+
+def test_off_the_cpu_all_experts_are_computed_at_once() -> None:
+    """Without a GPU: tensors on the meta device have no data, and autograd all the same."""
+    num_experts, tokens = 512, 8
+    for device, name in (("cpu", "Sparse"), ("meta", "Fused")):
+        x = torch.ones(tokens, D, device=device)
+        p = torch.eye(tokens, num_experts, device=device).requires_grad_()
+        bank = ExpertBank(
+            torch.ones(num_experts, R, D, device=device), torch.ones(num_experts, O, R, device=device), 1.0
+        )
+        assert fused_suffices(bank) == (name == "Fused")
+        y = apply_experts(x, p, bank, [1] * tokens + [0] * (num_experts - tokens))
+        assert name in type(y.grad_fn).__name__

@@ -95,5 +95,8 @@ def test_runs_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(r.milliseconds) == 2 and r.median > 0 for r in results)
     print_table(results)
     printed = capsys.readouterr().out
-    assert torch.__version__ in printed and "threads" in printed and "d_out/r=16" in printed
+    # Without a GPU it says how many threads there were.
+    assert (
+        torch.__version__ in printed and (torch.cuda.is_available() or "threads" in printed) and "d_out/r=16" in printed
+    )
     assert all(f"\n  {name} " in printed for name in FORMULATIONS) and "whole linear: base" in printed

@@ -82,7 +82,7 @@ def _backbone(kind: Callable[..., PretrainedConfig], layers: int) -> PretrainedC
 def cases() -> list[Case]:
     """ZeRO 0 to 3, experts whole and spread, with and without recomputation, both formulations of the experts."""
     llama, qwen = _backbone(LlamaConfig, 4), _backbone(Qwen3Config, 3)
-    few = Workload(llama, num_experts=8, rank=4, lambda_hidden=32, micro_batch=2, seq=64, answer_tokens=16)
+    few = Workload(llama, num_experts=8, rank=4, lambda_hidden=32, micro_batch=2, seq=64, answer_tokens=16, on_cpu=True)
     many = replace(few, backbone=qwen, num_experts=16, rank=16, dropout=0.0)
     all_few = replace(few, active=8.0)
     return [

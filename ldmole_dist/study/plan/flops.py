@@ -48,7 +48,7 @@ def forward_flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
         "router": sum(2.0 * T * D * w.num_experts for D, _ in linears),
         "lambda_mlp": sum(2.0 * T * (group.in_features + 1) * w.lambda_hidden for group in groups),
         "experts": sum(
-            2.0 * call.columns(w.rank) * (group.in_features + out)
+            2.0 * call.columns(w) * (group.in_features + out)
             for group in groups
             for out, call in work(group, w, strategy)
         ),

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ldmole_dist.method.experts import FUSED_UP_TO
+from ldmole_dist.method.experts import fused_up_to
 from ldmole_dist.parallel.plan import GroupSizes, count_elements
 from ldmole_dist.study.plan.shapes import Group
 from ldmole_dist.study.plan.workload import Strategy, Workload
@@ -34,13 +34,13 @@ class Work(NamedTuple):
     experts: int
     pairs: float
 
-    def fused(self, rank: int) -> bool:
+    def fused(self, workload: Workload) -> bool:
         """Which formulation it takes (`method.experts.apply_experts`)."""
-        return self.experts * rank * self.rows <= FUSED_UP_TO * self.pairs
+        return self.experts * workload.rank * self.rows <= fused_up_to(workload.on_cpu) * self.pairs
 
-    def columns(self, rank: int) -> float:
+    def columns(self, workload: Workload) -> float:
         """Elements of h: R for each (row, expert) computed."""
-        return (self.rows * self.experts if self.fused(rank) else self.pairs) * rank
+        return (self.rows * self.experts if self.fused(workload) else self.pairs) * workload.rank
 
 
 def sizes_of(group: Group, workload: Workload, strategy: Strategy) -> GroupSizes:
@@ -109,7 +109,7 @@ def kept(group: Group, workload: Workload, strategy: Strategy) -> float:
     Indices are int64, and a view keeps the whole of what it is a view of.
     """
     w, a = workload, workload.itemsize
-    h = sum(call.columns(w.rank) for _, call in work(group, w, strategy)) * a
+    h = sum(call.columns(w) for _, call in work(group, w, strategy)) * a
     if strategy.ep_size == 1:
         return h
     m, sizes = moves(group, w, strategy), sizes_of(group, w, strategy)
@@ -131,8 +131,8 @@ def temporaries(group: Group, workload: Workload, strategy: Strategy) -> float:
     w = workload
     most = 0.0
     for out, call in work(group, w, strategy):
-        columns = call.columns(w.rank)
-        if call.fused(w.rank):
+        columns = call.columns(w)
+        if call.fused(w):
             most = max(most, columns * (3 * 4 + 2 * w.itemsize))
         else:
             most = max(

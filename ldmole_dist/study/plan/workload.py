@@ -36,6 +36,7 @@ class Workload:
         precision: of the frozen backbone and the activations.
         padded: whether a batch holds padding: attention then needs a mask, and keeps it.
         dropout: on the input of the adapters.
+        on_cpu: whether it trains on a CPU, which takes another formulation for many experts.
     """
 
     backbone: PretrainedConfig
@@ -51,6 +52,7 @@ class Workload:
     precision: Precision = "bf16"
     padded: bool = True
     dropout: float = 0.1
+    on_cpu: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "rank", "lambda_hidden", "micro_batch", "accumulation", "seq"):

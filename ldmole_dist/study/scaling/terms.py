@@ -29,7 +29,7 @@ def terms(cell: Cell, experts_per_token: float, cores: int | None) -> dict[str, 
         cores: that the ranks share, each computing with one at most: ranks beyond them wait for a core with all that they
             do, so every amount counts ranks / cores times. None where each has a device of its own.
     """
-    workload, strategy = planned(cell, experts_per_token)
+    workload, strategy = planned(cell, experts_per_token, on_cpu=cores is not None)
     compute, sent = flops(workload, strategy), traffic_bytes(workload, strategy)
     adapter = sum(compute[part] for part in ("router", "lambda_mlp", "experts"))
     for_experts = sum(number for kind, number in sent.items() if kind in DISPATCH)
@@ -48,7 +48,7 @@ def terms(cell: Cell, experts_per_token: float, cores: int | None) -> dict[str, 
     return {name: crowd * amount for name, amount in zip(UNITS, amounts, strict=True)}
 
 
-def planned(cell: Cell, experts_per_token: float) -> tuple[Workload, Strategy]:
+def planned(cell: Cell, experts_per_token: float, on_cpu: bool) -> tuple[Workload, Strategy]:
     """The cell as the planner has it."""
     workload = Workload(
         cell.backbone(),
@@ -63,6 +63,7 @@ def planned(cell: Cell, experts_per_token: float) -> tuple[Workload, Strategy]:
         precision=cell.precision,  # type: ignore[arg-type]  # checked with the cell
         padded=False,
         dropout=0.0,
+        on_cpu=on_cpu,
     )
     dispatch = cell.dispatch
     return workload, Strategy(cell.ranks, cell.stage, cell.ep_size, dispatch)  # type: ignore[arg-type]
