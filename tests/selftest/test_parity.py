@@ -135,8 +135,7 @@ def test_updates_in_rounds_under_zero3(ranks4: LocalRanks, checkpointing: bool) 
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("ep_size", [1, 2, 4])
-@pytest.mark.parametrize("ds_config", STAGES)
+@pytest.mark.parametrize(("ds_config", "ep_size"), zip(STAGES, [1, 2, 4, 2], strict=True))
 def test_updates_of_a_qwen3(ranks4: LocalRanks, ds_config: str, ep_size: int) -> None:
     check_updates(ranks4, ds_config, ep_size, True, "qwen3")
 
