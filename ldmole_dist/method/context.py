@@ -123,17 +123,17 @@ class StepContext:
         values = self.terms.get(term, [])
         return torch.stack(values).mean() if values else 0.0
 
-    def report(self, name: str, routing: Routing, shape: torch.Size, losses: Sequence[str]) -> None:
-        """An adapted linear tells what it routed: auxiliary losses and counts are taken from it.
+    def report(self, names: Sequence[str], routing: Routing, shape: torch.Size, losses: Sequence[str]) -> None:
+        """The linears of an input group tell what they routed: auxiliary losses and counts are taken from it.
 
         The losses that count are computed in a recomputation too and thrown away there: of what a checkpointed region saved,
         its recomputation must save everything again, or the tensors cannot be matched. The other losses save nothing.
 
         Args:
-            name: of the linear, unique in the model.
-            routing: of T tokens.
+            names: of the G linears, unique in the model.
+            routing: (G, T, E), of T tokens.
             shape: the leading dimensions of the input, whose product is T.
-            losses: the auxiliary losses that are defined for its router (`Router.losses`).
+            losses: the auxiliary losses that are defined for their router (`Router.losses`).
         """
         mask_T, weights = self._token_mask(shape), self.weights
         terms = {}
@@ -146,12 +146,14 @@ class StepContext:
         if not self._open:
             return
         for term, value in terms.items():
-            self.terms.setdefault(term, []).append(value)
+            self.terms.setdefault(term, []).extend(value.unbind())
         with torch.no_grad():
-            active_T, lam_T = (routing.p_TE != 0).sum(-1), lambda_or_nan(routing)
-            real_T = torch.ones_like(active_T, dtype=torch.bool) if mask_T is None else mask_T
-            active_T, lam_T = active_T.masked_fill(~real_T, 0), lam_T.masked_fill(~real_T, 0)
-            self.stats[name] = torch.stack([active_T.sum().to(lam_T.dtype), lam_T.sum(), real_T.sum().to(lam_T.dtype)])
+            active_GT, lam_T = (routing.p_TE != 0).sum(-1), lambda_or_nan(routing)
+            real_T = torch.ones_like(lam_T, dtype=torch.bool) if mask_T is None else mask_T
+            active_G = active_GT.masked_fill(~real_T, 0).sum(-1).to(lam_T.dtype)
+            shared = [lam_T.masked_fill(~real_T, 0).sum(), real_T.sum().to(lam_T.dtype)]
+            stats_G3 = torch.stack([active_G, *(value.expand_as(active_G) for value in shared)], dim=-1)
+            self.stats.update(zip(names, stats_G3.unbind(), strict=True))
 
     def observe(self, name: str, routing: Routing, shape: torch.Size) -> None:
         """An adapted linear shows what it routed to the observer, if there is one.

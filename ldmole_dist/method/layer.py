@@ -2,7 +2,8 @@
 
 The layer does not know how many processes there are: `dispatch` brings tokens and experts together (see `Dispatch`).
 
-Shapes: T tokens, D in-features, O out-features, E experts in all, L experts held here, R LoRA rank.
+Shapes: T tokens, D in-features, O out-features, E experts in all, L experts held here, R LoRA rank, G linears of an input
+group.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class LocalDispatch:
 class Decision(NamedTuple):
     """What a recomputed forward must not decide again: who is active, and what moves for it."""
 
-    supports: list[Tensor]  # (T, E) of each linear
+    support_GTE: Tensor
     plan: Any
 
 
@@ -120,20 +121,20 @@ class InputGroup:
         if leader.training and context.noise is not None:
             logits = [context.noise.added(u_TE, m.name) for m, u_TE in zip(members, logits, strict=True)]
 
+        # The routers of a model are of one kind and differ in their scores only: one of them goes on for all.
+        router, logits_GTE, names = routers[0], torch.stack(logits), [m.name for m in members]
         decision = context.replayed(leader)
         repeated = decision is not None
         if decision is None:
-            supports = [router.decide(u_TE, lam_T) for router, u_TE in zip(routers, logits, strict=True)]
-            decision = Decision(supports, dispatch.plan(supports, banks, leader.name))
+            support_GTE = router.decide(logits_GTE, lam_T)
+            decision = Decision(support_GTE, dispatch.plan(support_GTE.unbind(), banks, leader.name))
             context.remember(leader, decision)
-        routings = [
-            router.weigh(u_TE, lam_T, support_TE)
-            for router, u_TE, support_TE in zip(routers, logits, decision.supports, strict=True)
-        ]
-        for m, router, routing in zip(members, routers, routings, strict=True):
-            if leader.training:
-                context.report(m.name, routing, x.shape[:-1], router.losses)
-            context.observe(m.name, routing, x.shape[:-1])
+        routing = router.weigh(logits_GTE, lam_T, decision.support_GTE)
+        if leader.training:
+            context.report(names, routing, x.shape[:-1], router.losses)
+        routings = routing.by_linear()
+        for name, of_linear in zip(names, routings, strict=True):
+            context.observe(name, of_linear, x.shape[:-1])
         return dispatch.start(x_TD, routings, banks, decision.plan, repeated)
 
 

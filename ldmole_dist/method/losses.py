@@ -1,7 +1,8 @@
-"""The auxiliary losses of one adapted linear: pure functions of its routing and the token mask.
+"""The auxiliary losses of adapted linears: pure functions of their routing and the token mask.
 
 Each is a mean over the real tokens of this call; a call without a real token gives 0, attached to the graph (every rank
-must run the same backward). Averaging over linears, micro-batches and ranks is the caller's.
+must run the same backward). Averaging over linears, micro-batches and ranks is the caller's. Leading dimensions, usually the
+linears of an input group, are kept: one call for all of them starts no more kernels than a call for one.
 
 Shapes: T tokens, E experts.
 """
@@ -20,19 +21,19 @@ def load_balance_loss(p: Tensor, mask: Tensor | None = None, prob: Tensor | None
     probability that it had before the choice, which tells the experts that were not chosen too.
 
     Args:
-        p: (T, E) routing weights.
+        p: (..., T, E) routing weights.
         mask: (T,) bool, True for real tokens; None counts every token.
-        prob: (T, E) probabilities before the choice, for top-k and top-p; None where p is all there is.
+        prob: (..., T, E) probabilities before the choice, for top-k and top-p; None where p is all there is.
 
     Returns:
-        Scalar. Source: the paper's load-balancing loss (METHOD, L_lb); with `prob` that of the Switch Transformer, arXiv
+        (...). Source: the paper's load-balancing loss (METHOD, L_lb); with `prob` that of the Switch Transformer, arXiv
         2101.03961, as MoLA and Huang et al. have it.
     """
     mask_T1 = _mask(p, mask)
-    active_E = ((p.detach() != 0) & mask_T1).sum(dim=0).to(p.dtype)
-    freq_E = active_E / active_E.sum().clamp_min(1)
-    prop_E = _masked(p if prob is None else prob, mask_T1).sum(dim=0) / mask_T1.sum().clamp_min(1)
-    return p.shape[-1] * (freq_E * prop_E).sum()
+    active_E = ((p.detach() != 0) & mask_T1).sum(dim=-2).to(p.dtype)
+    freq_E = active_E / active_E.sum(dim=-1, keepdim=True).clamp_min(1)
+    prop_E = _masked(p if prob is None else prob, mask_T1).sum(dim=-2) / mask_T1.sum().clamp_min(1)
+    return p.shape[-1] * (freq_E * prop_E).sum(dim=-1)
 
 
 def sparsity_loss(logits: Tensor, lam: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
@@ -41,36 +42,36 @@ def sparsity_loss(logits: Tensor, lam: Tensor, target_k: int, mask: Tensor | Non
     lambda_low(k) = 1 - sum_{i<=k} (u_(i) - u_(k+1)) with u sorted descending and detached (Proposition 2).
 
     Args:
-        logits: (T, E) router scores u.
-        lam: (T,).
+        logits: (..., T, E) router scores u.
+        lam: (T,), or (..., T).
         target_k: k*; with k* >= E nothing can be pushed and the loss is 0.
         mask: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        Scalar.
+        (...).
     """
     mask_T1 = _mask(logits, mask)
     if target_k >= logits.shape[-1]:
-        return lam.sum() * 0
+        return lam.sum() * logits.new_zeros(logits.shape[:-2])
     top = logits.detach().topk(target_k + 1, dim=-1).values
     lam_low = 1 - (top[..., :-1] - top[..., -1:]).sum(dim=-1)
     excess_T = F.relu(lam_low - lam)
-    return _masked(excess_T, mask_T1.squeeze(-1)).sum() / mask_T1.sum().clamp_min(1)
+    return _masked(excess_T, mask_T1.squeeze(-1)).sum(dim=-1) / mask_T1.sum().clamp_min(1)
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of logsumexp(u)^2: keeps router scores from growing without bound (ST-MoE, arXiv 2202.08906, equation 5).
 
     Args:
-        logits: (T, E) router scores u.
+        logits: (..., T, E) router scores u.
         mask: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        Scalar.
+        (...).
     """
     mask_T1 = _mask(logits, mask)
     z_T = torch.logsumexp(logits, dim=-1).square()
-    return _masked(z_T, mask_T1.squeeze(-1)).sum() / mask_T1.sum().clamp_min(1)
+    return _masked(z_T, mask_T1.squeeze(-1)).sum(dim=-1) / mask_T1.sum().clamp_min(1)
 
 
 def l1_loss(p: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
@@ -80,18 +81,18 @@ def l1_loss(p: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
     coefficient adapts (`adapted_l1`).
 
     Args:
-        p: (T, E) routing weights.
+        p: (..., T, E) routing weights.
         target_k: k, the number of active experts per token that is steered to.
         mask: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        Scalar. Source: ReMoE, arXiv 2412.14711, the regularisation refined for load balancing.
+        (...). Source: ReMoE, arXiv 2412.14711, the regularisation refined for load balancing.
     """
     mask_T1 = _mask(p, mask)
     tokens = mask_T1.sum().clamp_min(1)
-    active_E = ((p.detach() != 0) & mask_T1).sum(dim=0).to(p.dtype)
+    active_E = ((p.detach() != 0) & mask_T1).sum(dim=-2).to(p.dtype)
     f_E = p.shape[-1] * active_E / (target_k * tokens)
-    return (f_E * _masked(p, mask_T1).sum(dim=0) / tokens).sum()
+    return (f_E * _masked(p, mask_T1).sum(dim=-2) / tokens).sum(dim=-1)
 
 
 def adapted_l1(coefficient: float, experts_per_token: float, target_k: int, rate: float) -> float:
@@ -113,21 +114,21 @@ def entropy_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean entropy of softmax(u), in nats: small where few experts have most of the mass, so that top-p needs few.
 
     Args:
-        logits: (T, E) router scores u.
+        logits: (..., T, E) router scores u.
         mask: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        Scalar. Source: Huang et al. 2024, arXiv 2403.07652, the dynamic loss.
+        (...). Source: Huang et al. 2024, arXiv 2403.07652, the dynamic loss.
     """
     mask_T1 = _mask(logits, mask)
     log_p_TE = logits.log_softmax(-1)
     entropy_T = -(log_p_TE.exp() * log_p_TE).sum(-1)
-    return _masked(entropy_T, mask_T1.squeeze(-1)).sum() / mask_T1.sum().clamp_min(1)
+    return _masked(entropy_T, mask_T1.squeeze(-1)).sum(dim=-1) / mask_T1.sum().clamp_min(1)
 
 
 def _mask(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return torch.ones(values.shape[0], 1, dtype=torch.bool, device=values.device)
+        return torch.ones(values.shape[-2], 1, dtype=torch.bool, device=values.device)
     return mask.bool().unsqueeze(-1)
 
 

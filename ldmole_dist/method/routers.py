@@ -6,7 +6,8 @@ to move between ranks. Whatever the router, `p_TE != 0` gives the decided suppor
 
 docs/method.md has the table of all routers with their sources and where they deviate from them.
 
-Shapes: T tokens, D in-features, E experts.
+Shapes: T tokens, D in-features, E experts, G linears of an input group. What is (T, E) below may be (G, T, E): one router
+decides and weighs for all linears that read the same tensor, as one linear's many small kernels take as long as those of all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ldmole_dist.method.sparsegen import at_least_float32, sparsegen_on_support,
 
 
 class Routing(NamedTuple):
-    """What one router says of T tokens. `p_TE != 0` is the support: the active experts. `lam_T` is None where the router has
+    """What a router says of T tokens. `p_TE != 0` is the support: the active experts. `lam_T` is None where the router has
     no lambda. `prob_TE`: the probabilities of all experts that it chose from; None where p is all there is."""
 
     p_TE: Tensor
@@ -30,10 +31,16 @@ class Routing(NamedTuple):
     lam_T: Tensor | None
     prob_TE: Tensor | None = None
 
+    def by_linear(self) -> list[Routing]:
+        """Of (G, T, E) the (T, E) of each linear."""
+        probs = [None] * len(self.p_TE) if self.prob_TE is None else self.prob_TE.unbind()
+        parts = zip(self.p_TE.unbind(), self.logits_TE.unbind(), probs, strict=True)
+        return [Routing(p_TE, logits_TE, self.lam_T, prob_TE) for p_TE, logits_TE, prob_TE in parts]
+
 
 def lambda_or_nan(routing: Routing) -> Tensor:
     """(T,) lambda for sums of a fixed size; no number where the router has none, so that nobody takes it for one."""
-    return routing.p_TE.new_full((len(routing.p_TE),), torch.nan) if routing.lam_T is None else routing.lam_T
+    return routing.p_TE.new_full(routing.p_TE.shape[-2:-1], torch.nan) if routing.lam_T is None else routing.lam_T
 
 
 class Router(nn.Module):
@@ -83,12 +90,13 @@ class SparsegenRouter(Router):
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
         """See `Router`."""
         assert lam_T is not None
-        return sparsegen_support(logits_TE, lam_T)
+        return sparsegen_support(logits_TE, lam_T.expand(logits_TE.shape[:-1]))
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
         """See `Router`."""
         assert lam_T is not None
-        return Routing(sparsegen_on_support(logits_TE, lam_T, support_TE), logits_TE, lam_T)
+        p_TE = sparsegen_on_support(logits_TE, lam_T.expand(logits_TE.shape[:-1]), support_TE)
+        return Routing(p_TE, logits_TE, lam_T)
 
 
 class SoftmaxRouter(Router):

@@ -88,7 +88,7 @@ def _never_the_same_twice() -> Decide:
 
     def decide(logits_TE: Tensor, lam_T: Tensor) -> Tensor:
         support_TE = torch.rand(logits_TE.shape, generator=generator) < 0.4
-        support_TE[:, 0] |= ~support_TE.any(-1)
+        support_TE[..., 0] |= ~support_TE.any(-1)
         return support_TE.to(logits_TE.device)
 
     return decide

@@ -239,7 +239,7 @@ class _Given(NamedTuple):
     members: list[MoELinear]
     x: Tensor
     lam_T: Tensor
-    routings: list[Routing]
+    routing: Routing  # (G, T, E)
     y: list[Tensor]
 
     @property
@@ -262,10 +262,10 @@ def _given(model: PeftModel, call: Callable[[], Any]) -> list[_Given]:
         x_TD = x.detach().reshape(-1, x.shape[-1])
         with torch.no_grad():
             lam_T = _lambda_mlp(leader)(x_TD)
-            routings = [_route(m, x_TD, lam_T) for m in group.members]
+            routing = _route(group.members, x_TD, lam_T)
             y = [m.base_layer(x) for m in group.members]
-        routings = [Routing(_leaf(r.p_TE), _leaf(r.logits_TE), _leaf(lam_T)) for r in routings]
-        given.append(_Given(group.members, x, _leaf(lam_T), routings, list(map(_leaf, y))))
+        routing = Routing(_leaf(routing.p_TE), _leaf(routing.logits_TE), _leaf(lam_T))
+        given.append(_Given(group.members, x, _leaf(lam_T), routing, list(map(_leaf, y))))
     return given
 
 
@@ -279,10 +279,10 @@ def _lambda_mlp(leader: MoELinear) -> LambdaMLP:
     return found
 
 
-def _route(member: MoELinear, x_TD: Tensor, lam_T: Tensor) -> Routing:
-    router: Any = member.router[ADAPTER]
-    logits_TE = router(x_TD)
-    return router.weigh(logits_TE, lam_T, router.decide(logits_TE, lam_T))
+def _route(members: list[MoELinear], x_TD: Tensor, lam_T: Tensor) -> Routing:
+    routers: list[Any] = [member.router[ADAPTER] for member in members]
+    logits_GTE = torch.stack([router(x_TD) for router in routers])
+    return routers[0].weigh(logits_GTE, lam_T, routers[0].decide(logits_GTE, lam_T))
 
 
 class _Parts:
@@ -294,22 +294,21 @@ class _Parts:
     def leaves(self) -> Iterator[Tensor]:
         for g in self.given:
             yield from (g.x, g.lam_T, *g.y)
-            for routing in g.routings:
-                yield from (tensor for tensor in routing if tensor is not None)
+            yield from (tensor for tensor in g.routing if tensor is not None)
 
     def lambdas(self) -> list[Tensor]:
         return [_lambda_mlp(g.members[0])(g.x_TD) for g in self.given]
 
     def routers(self) -> list[Tensor]:
-        return [_route(member, g.x_TD, g.lam_T).p_TE for g in self.given for member in g.members]
+        return [_route(g.members, g.x_TD, g.lam_T).p_TE for g in self.given]
 
     def experts(self) -> list[Tensor]:
         outputs = []
         for g in self.given:
             leader, x_TD = g.members[0], g.x_TD
             banks = [ExpertBank(m.lora_A[ADAPTER], m.lora_B[ADAPTER], m.scaling[ADAPTER]) for m in g.members]
-            plan = leader.dispatch.plan([routing.p_TE != 0 for routing in g.routings], banks, leader.name)
-            outputs += leader.dispatch.start(x_TD, g.routings, banks, plan)()
+            plan = leader.dispatch.plan((g.routing.p_TE != 0).unbind(), banks, leader.name)
+            outputs += leader.dispatch.start(x_TD, g.routing.by_linear(), banks, plan)()
         return outputs
 
     def rest(self) -> list[Tensor]:
@@ -319,11 +318,10 @@ class _Parts:
         for g in self.given:
             leader = g.members[0]
             outputs.append(leader.lora_dropout[ADAPTER](g.x))
-            for member, routing, y in zip(g.members, g.routings, g.y, strict=True):
-                if leader.training:
-                    router: Any = member.router[ADAPTER]
-                    self.context.report(member.name, routing, g.x.shape[:-1], router.losses)
-                outputs.append(y + y.detach())
+            if leader.training:
+                router: Any = leader.router[ADAPTER]
+                self.context.report([m.name for m in g.members], g.routing, g.x.shape[:-1], router.losses)
+            outputs += [y + y.detach() for y in g.y]
         self.context.end()
         loss = self.context.auxiliary_loss()
         return [*outputs, loss] if isinstance(loss, Tensor) else outputs

@@ -152,11 +152,11 @@ def test_scores_are_at_least_float32(name: str) -> None:
 def test_the_balance_loss_is_of_the_choice_and_the_softmax_before_it(name: str) -> None:
     u_TE, mask = scores().requires_grad_(), torch.arange(T) % 3 != 0
     made = router(name)
-    routing = made.weigh(u_TE, None, made.decide(u_TE, None))
-    context = StepContext()
+    of_group = made.weigh(u_TE.unsqueeze(0), None, made.decide(u_TE.unsqueeze(0), None))
+    (routing,), context = of_group.by_linear(), StepContext()
     context.weights = LossWeights(balance=1.0)
     context.begin(mask.view(1, T))
-    context.report("linear", routing, torch.Size((1, T)), made.losses)
+    context.report(["linear"], of_group, torch.Size((1, T)), made.losses)
     rows = u_TE[mask].tolist()
     active = [[weight > 0 for weight in REFERENCES[name](u)] for u in rows]
     freq = [sum(token[e] for token in active) / sum(map(sum, active)) for e in range(E)]

@@ -111,7 +111,7 @@ def decide_differently_each_time(layer: Layer, seed: int) -> None:
 
     def decide(logits_TE: Tensor, lam_T: Tensor) -> Tensor:
         support = torch.rand(logits_TE.shape, generator=draw) < 0.5
-        support[:, 0] |= ~support.any(-1)
+        support[..., 0] |= ~support.any(-1)
         return support
 
     layer.router["default"].decide = decide

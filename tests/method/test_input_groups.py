@@ -92,7 +92,7 @@ def never_the_same_twice(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
 
     def decide(logits_TE: Tensor, lam_T: Tensor) -> Tensor:
         support = torch.rand(logits_TE.shape, generator=draw) < 0.5
-        support[:, 0] |= ~support.any(-1)
+        support[..., 0] |= ~support.any(-1)
         return support
 
     return decide
