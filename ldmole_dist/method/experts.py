@@ -36,7 +36,7 @@ class ExpertBank(NamedTuple):
 def fused_up_to(on_cpu: bool) -> int:
     """The largest L R / k at which fused is the faster formulation."""
     # Elsewhere sparse waits for the launches of each expert's small kernels: on an H200 0.6 ms an expert, forward and
-    # backward, where fused takes 1.2 ms for 8 experts and for 32 (docs/method.md).
+    # backward, where fused takes 1.2 ms for 8 experts and for 32 (docs/results/h200.md).
     return FUSED_UP_TO_ON_CPU if on_cpu else sys.maxsize
 
 

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch.distributed as dist
 
+from ldmole_dist.engine import startup
 from ldmole_dist.engine.startup import agreed, start
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.ranks import LocalRanks, RankFailed
@@ -66,6 +69,29 @@ def test_without_a_launcher_a_process_is_alone() -> None:
     code = "from ldmole_dist.engine.startup import start; p = start(); print('alone', p.rank, p.world_size, p.is_main)"
     done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=100)
     assert "alone 0 1 True" in done.stdout, done.stderr
+
+
+def test_a_rank_that_sees_its_own_device_only_numbers_it_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without GPUs: the accelerator is played. DeepSpeed reads the number from the environment when it joins, and later."""
+    at_joining: list[str] = []
+    played = SimpleNamespace(
+        device_name=lambda number=None: "cuda" if number is None else f"cuda:{number}",
+        device_count=lambda: 1,
+        set_device=lambda number: at_joining.append(f"device {number}"),
+        communication_backend_name=lambda: "nccl",
+    )
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(startup, "get_accelerator", lambda: played)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(
+        deepspeed, "init_distributed", lambda **settings: at_joining.append(f"LOCAL_RANK {os.environ['LOCAL_RANK']}")
+    )
+    process = start()
+    assert at_joining == ["device 0", "LOCAL_RANK 0"]
+    assert (process.rank, process.world_size, str(process.device)) == (3, 4, "cuda:0")
 
 
 def fail_in_one(failing: int) -> int:
