@@ -21,7 +21,7 @@ from torch import Tensor
 from ldmole_dist.config import Config, Source
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.data.permutation import Permutation
-from ldmole_dist.objective import IGNORED
+from ldmole_dist.loss import IGNORED
 from ldmole_dist.parallel.placement import seeded
 
 DRAWN_AT_ONCE = 1024  # sources of so many positions

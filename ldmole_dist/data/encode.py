@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ldmole_dist.data.rows import Row
 from ldmole_dist.errors import UserError
-from ldmole_dist.objective import IGNORED
+from ldmole_dist.loss import IGNORED
 
 
 @dataclass(frozen=True)

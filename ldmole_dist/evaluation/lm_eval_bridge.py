@@ -14,7 +14,7 @@ from ldmole_dist.engine.startup import agreed, from_main
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluation.model import Evaluated
 from ldmole_dist.generation.continuations import Sampling, continue_batch
-from ldmole_dist.objective import IGNORED
+from ldmole_dist.loss import IGNORED
 
 try:
     from lm_eval import simple_evaluate, utils

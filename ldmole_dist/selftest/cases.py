@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
-from ldmole_dist.objective import answer_count, next_tokens
+from ldmole_dist.loss import answer_count, next_tokens
 from ldmole_dist.parallel.exchange import Parcel, exchange
 from ldmole_dist.parallel.wire import Tally, Wire
 from ldmole_dist.peft_method import LdMoleLinear

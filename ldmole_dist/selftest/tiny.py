@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from ldmole_dist.method.context import LossWeights
-from ldmole_dist.objective import IGNORED
+from ldmole_dist.loss import IGNORED
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import seeded
 from ldmole_dist.peft_config import LdMoleConfig

@@ -30,7 +30,7 @@ from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.startup import Process, start
 from ldmole_dist.monitor.meter import StepMeter
 from ldmole_dist.monitor.writer import Monitor
-from ldmole_dist.objective import answer_loss
+from ldmole_dist.loss import answer_loss
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import spread_experts, tuner_of
 from ldmole_dist.ranks import LocalRanks

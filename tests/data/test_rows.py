@@ -12,7 +12,7 @@ from ldmole_dist.data.encode import Encoder
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import read_rows
 from ldmole_dist.errors import UserError
-from ldmole_dist.objective import IGNORED
+from ldmole_dist.loss import IGNORED
 from tests.small_run import make_backbone
 
 GOOD = {"prompt": "The colour of sky is", "completion": " blue"}

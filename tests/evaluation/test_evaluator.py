@@ -12,7 +12,7 @@ from ldmole_dist.data.encode import Encoded
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.evaluation.evaluator import Evaluator
-from ldmole_dist.objective import IGNORED
+from ldmole_dist.loss import IGNORED
 from ldmole_dist.ranks import LocalRanks
 from ldmole_dist.selftest.parity import build
 

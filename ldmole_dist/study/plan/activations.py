@@ -24,7 +24,7 @@ from ldmole_dist.backbone import enable_gradient_checkpointing
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.layer import Finish
 from ldmole_dist.method.routers import Routing
-from ldmole_dist.objective import answer_loss
+from ldmole_dist.loss import answer_loss
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
 from ldmole_dist.study.plan.layers import last_layer
 from ldmole_dist.study.plan.live import LiveBytes

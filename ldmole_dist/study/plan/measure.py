@@ -30,7 +30,7 @@ from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.engine.startup import start
 from ldmole_dist.method.context import LossWeights, Tape
-from ldmole_dist.objective import answer_loss, next_tokens
+from ldmole_dist.loss import answer_loss, next_tokens
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import spread_experts, tuner_of
 from ldmole_dist.study.plan.workload import Strategy, Workload

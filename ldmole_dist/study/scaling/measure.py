@@ -26,7 +26,7 @@ from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.startup import start
 from ldmole_dist.evaluation.evaluator import batch_logits
 from ldmole_dist.method.context import LossWeights
-from ldmole_dist.objective import IGNORED, answer_loss
+from ldmole_dist.loss import IGNORED, answer_loss
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import spread_experts, tuner_of
 from ldmole_dist.ranks import LocalRanks

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from ldmole_dist.backbone import enable_gradient_checkpointing
 from ldmole_dist.engine.ds_config import load_ds_config
 from ldmole_dist.errors import UserError
-from ldmole_dist.objective import answer_loss
+from ldmole_dist.loss import answer_loss
 from ldmole_dist.peft_method import tuner_of
 from ldmole_dist.study.plan.live import LiveBytes
 from ldmole_dist.study.plan.memory import host_memory, memory, step_activations
