@@ -25,8 +25,8 @@ from ldmole_dist.errors import (
 )
 from ldmole_dist.evaluation import command as evaluation_command
 from ldmole_dist.generation import command as generation_command
-from ldmole_dist.leave import leave
-from ldmole_dist.pulse import show_stacks
+from ldmole_dist.cluster.exit import leave
+from ldmole_dist.cluster.heartbeat import show_stacks
 from ldmole_dist.study import bench
 from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.study.plan import command as planning

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from ldmole_dist.engine.startup import start
-from ldmole_dist.leave import leave
-from ldmole_dist.pulse import pulse, show_stacks
+from ldmole_dist.cluster.exit import leave
+from ldmole_dist.cluster.heartbeat import pulse, show_stacks
 
 MEGABYTES = 16
 

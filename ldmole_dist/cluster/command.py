@@ -15,9 +15,9 @@ from ldmole_dist.cluster.doctor import doctor
 from ldmole_dist.cluster.environment import exported
 from ldmole_dist.cluster.hosts import Host, choose, describe_layout, keep_groups_within, read_hostfile, slurm_hosts
 from ldmole_dist.cluster.launch import attempts, become_rank, rank_command, supervised
-from ldmole_dist.cluster.place import inside_mpi, inside_slurm_step
+from ldmole_dist.cluster.rank_environment import inside_mpi, inside_slurm_step
 from ldmole_dist.cluster.runners import LAUNCHERS, Start, find_launcher, launcher_command
-from ldmole_dist.cluster.say import say
+from ldmole_dist.cluster.output import say
 from ldmole_dist.config import Config, check_parallelism, load_config
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 

@@ -19,9 +19,9 @@ sys.modules["ldmole_dist"] = package
 # The files of this folder are no modules of their own.
 sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
 
-from ldmole_dist.cluster.inside_mpi import meet  # noqa: E402
-from ldmole_dist.cluster.place import find_place, inside_mpi  # noqa: E402
-from ldmole_dist.cluster.supervise import Supervisor  # noqa: E402
+from ldmole_dist.cluster.mpi_rendezvous import meet  # noqa: E402
+from ldmole_dist.cluster.rank_environment import find_place, inside_mpi  # noqa: E402
+from ldmole_dist.cluster.supervisor import Supervisor  # noqa: E402
 
 
 def main() -> int:

@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 import psutil
 
 from ldmole_dist.cluster.network import address_towards, interfaces
-from ldmole_dist.cluster.observer import Observer
+from ldmole_dist.cluster.follower import Observer
 from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment, own_devices
-from ldmole_dist.cluster.say import say
+from ldmole_dist.cluster.output import say
 from ldmole_dist.cluster.verdict import Verdict
-from ldmole_dist.cluster.watch import Watch
+from ldmole_dist.cluster.coordinator import Watch
 from ldmole_dist.errors import EXIT_PREEMPTED, UserError
 
 ENTRY = Path(__file__).with_name("entry.py")

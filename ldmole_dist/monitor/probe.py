@@ -15,7 +15,7 @@ from ldmole_dist.engine.startup import Process
 from ldmole_dist.evaluation.evaluator import route
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.monitor.supports import Supports
-from ldmole_dist.pulse import pulse
+from ldmole_dist.cluster.heartbeat import pulse
 
 SEQUENCES = 16  # of up to 1024 tokens and 8 experts, in 224 linears: 4 MB
 

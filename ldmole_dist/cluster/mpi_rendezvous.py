@@ -7,9 +7,9 @@ import socket
 import threading
 
 from ldmole_dist.cluster.network import address_towards, interfaces
-from ldmole_dist.cluster.place import Place
-from ldmole_dist.cluster.say import say
-from ldmole_dist.cluster.watch import Watch
+from ldmole_dist.cluster.rank_environment import Place
+from ldmole_dist.cluster.output import say
+from ldmole_dist.cluster.coordinator import Watch
 
 
 def meet(

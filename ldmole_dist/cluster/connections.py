@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldmole_dist.cluster.link import Link, allow_many_files, readable
+from ldmole_dist.cluster.messages import Link, allow_many_files, readable
 from ldmole_dist.errors import UserError
 
 GREETING_SECONDS = 10.0  # for a new connection to say who it is

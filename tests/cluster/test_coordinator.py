@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ldmole_dist.cluster import supervise
+from ldmole_dist.cluster import supervisor as supervise
 from ldmole_dist.cluster.launch import supervised
 from ldmole_dist.cluster.verdict import Failure, Verdict
-from ldmole_dist.cluster.watch import Watch
+from ldmole_dist.cluster.coordinator import Watch
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED
 
 SIZE = 3
@@ -194,7 +194,7 @@ def test_a_stopped_rank_counts_as_failed(jobs: Callable[..., Job]) -> None:
 @pytest.mark.full
 def test_a_stall_is_told_with_stacks_of_all(jobs: Callable[..., Job], tmp_path: Path) -> None:
     program = (
-        "import os, pathlib, sys, time; from ldmole_dist.pulse import pulse, show_stacks; show_stacks()\n"
+        "import os, pathlib, sys, time; from ldmole_dist.cluster.heartbeat import pulse, show_stacks; show_stacks()\n"
         "rank, folder = os.environ['RANK'], pathlib.Path(sys.argv[1])\n"
         "def training_step(): time.sleep(1000)\n"
         "(folder / f'up_{rank}').touch()\n"
