@@ -39,7 +39,7 @@ from ldmole_dist.monitor.probe import Probe
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import is_expert_tensor, spread_experts, tuner_of
-from ldmole_dist.reading import read_data
+from ldmole_dist.data.build import read_data
 from ldmole_dist.stop import StopRequest
 from ldmole_dist.trainer import Trainer
 
