@@ -255,7 +255,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ldmole_dist.backbone import convert_gguf
+    from ldmole_dist.model.backbone import convert_gguf
 
     convert_gguf(args.gguf, args.folder)
     return 0

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ldmole_dist.backbone import (
+from ldmole_dist.model.backbone import (
     check_backbone,
     enable_gradient_checkpointing,
     load_adapter,

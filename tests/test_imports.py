@@ -111,7 +111,7 @@ def test_every_room_was_walked() -> None:
         ("parallel/x.py", "from ldmole_dist.config import Config"),
         ("parallel/x.py", "def f():\n    from ldmole_dist.engine import build"),
         ("peft_method.py", "from ldmole_dist.engine.experts import expert_parallel"),
-        ("backbone.py", "import ldmole_dist.trainer"),
+        ("model/backbone.py", "import ldmole_dist.trainer"),
         ("engine/x.py", "from ldmole_dist.checkpoint import load_checkpoint"),
         ("config.py", "from ldmole_dist.peft_method import LdMoleConfig"),
         ("trainer.py", "import deepspeed"),

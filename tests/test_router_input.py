@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from ldmole_dist.backbone import load_backbone, load_tokenizer, new_adapter
+from ldmole_dist.model.backbone import load_backbone, load_tokenizer, new_adapter
 from ldmole_dist.generation.continuations import Sampling, continue_batch
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ldmole_dist.backbone import check_backbone, new_adapter
+from ldmole_dist.model.backbone import check_backbone, new_adapter
 from ldmole_dist.checkpoint.export import METADATA
 from ldmole_dist.checkpoint.files import Entry, explained, write_tensors
 from ldmole_dist.errors import UserError

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.lm_eval is not None:
         from ldmole_dist.evaluation.lm_eval_bridge import run_lm_eval  # says at once where the harness is not installed
     from ldmole_dist.evaluation.model import config_of, prepared, rows_and_encoder
-    from ldmole_dist.subject import find_subject
+    from ldmole_dist.model.saved import find_subject
 
     subject = find_subject(args.subject, args.backbone)
     config = config_of(subject, args.overrides, args.data, args.limit, args.batch_size)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.backbone import load_tokenizer
+from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.config import Config, check_parallelism, make_config, plain_config
 from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Row
@@ -23,7 +23,7 @@ from ldmole_dist.engine.startup import Process, agreed, start
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluation.evaluator import Evaluator
 from ldmole_dist.evaluation.metrics import Outcomes
-from ldmole_dist.subject import Subject
+from ldmole_dist.model.saved import Subject
 from ldmole_dist.training import build_model, make_scheduler
 
 

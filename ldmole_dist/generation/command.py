@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
     from ldmole_dist.generation.prompts import prompt_of
-    from ldmole_dist.subject import find_subject
+    from ldmole_dist.model.saved import find_subject
 
     model, tokenizer = load_generator(find_subject(args.subject, args.backbone), args.precision, not args.no_adapter)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)

@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from ldmole_dist.backbone import load_adapter, load_backbone, load_tokenizer
+from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.errors import UserError
 from ldmole_dist.peft_method import tuner_of
-from ldmole_dist.subject import Subject
+from ldmole_dist.model.saved import Subject
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldmole_dist.backbone import enable_gradient_checkpointing
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ldmole_dist.backbone import enable_gradient_checkpointing
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.config import Backbone, Config, Data, Optimisation, Parallelism, Run
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run

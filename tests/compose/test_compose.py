@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldmole_dist.backbone import load_adapter, load_backbone
+from ldmole_dist.model.backbone import load_adapter, load_backbone
 from ldmole_dist.checkpoint.export import export_checkpoint
 from ldmole_dist.compose.build import compose
 from ldmole_dist.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ldmole_dist.backbone import load_tokenizer
+from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.data.cache import encode_cached
 from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Message, Row

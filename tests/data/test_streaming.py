@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmole_dist import training
-from ldmole_dist.backbone import load_tokenizer
+from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.config import Source, load_config
 from ldmole_dist.data.batches import TrainingOrder
 from ldmole_dist.data.encode import Encoder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmole_dist.backbone import load_adapter, load_backbone
+from ldmole_dist.model.backbone import load_adapter, load_backbone
 from tests.small_run import make_folder
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from ldmole_dist.backbone import load_adapter, load_backbone, load_tokenizer
+from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.config import load_config
 from ldmole_dist.hf_trainer import AuxiliaryLosses, LdMoleTrainer
 from ldmole_dist.method.context import LossWeights

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ldmole_dist.backbone import load_adapter, load_backbone, load_tokenizer, new_adapter
+from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer, new_adapter
 from ldmole_dist.checkpoint.export import export_checkpoint
 from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.cli import main
@@ -31,7 +31,7 @@ from ldmole_dist.ranks import LocalRanks
 from ldmole_dist.study.report import cost, movement
 from ldmole_dist.study.report.collect import collect
 from ldmole_dist.study.report.movement import trace_movement
-from ldmole_dist.subject import find_subject
+from ldmole_dist.model.saved import find_subject
 from tests.small_run import LABELS, make_backbone, make_config, make_data, make_folder, run_training
 
 EXPERTS = 4

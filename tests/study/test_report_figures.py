@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.backbone import load_tokenizer
+from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
@@ -23,7 +23,7 @@ from ldmole_dist.study.report.coactivation import lift
 from ldmole_dist.study.report.collect import Counter, Observed
 from ldmole_dist.study.report.inputs import WHOLE, DataSet
 from ldmole_dist.study.report.page import Material, key_numbers, sections
-from ldmole_dist.subject import Subject
+from ldmole_dist.model.saved import Subject
 from tests.small_run import make_backbone
 
 

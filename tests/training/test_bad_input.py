@@ -66,7 +66,7 @@ def test_unknown_target_module(folder: Path) -> None:
 
 
 def test_adapter_of_another_backbone(folder: Path, tmp_path: Path) -> None:
-    from ldmole_dist.backbone import load_backbone, new_adapter
+    from ldmole_dist.model.backbone import load_backbone, new_adapter
     from ldmole_dist.peft_config import LdMoleConfig
 
     other = make_backbone(tmp_path / "other", layers=3)

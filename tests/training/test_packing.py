@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from ldmole_dist.backbone import load_backbone
+from ldmole_dist.model.backbone import load_backbone
 from ldmole_dist.config import load_config
 from ldmole_dist.data.batches import pack, real_tokens
 from ldmole_dist.data.encode import Encoded

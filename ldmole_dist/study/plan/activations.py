@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ldmole_dist.backbone import enable_gradient_checkpointing
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.layer import Finish
 from ldmole_dist.method.routers import Routing

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from ldmole_dist.backbone import DTYPES, enable_gradient_checkpointing
+from ldmole_dist.model.backbone import DTYPES, enable_gradient_checkpointing
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel

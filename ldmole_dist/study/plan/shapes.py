@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ldmole_dist.backbone import DTYPES, new_adapter
+from ldmole_dist.model.backbone import DTYPES, new_adapter
 from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.peft_config import LdMoleConfig

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ldmole_dist.backbone import load_tokenizer
+from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.evaluation.evaluator import route
 from ldmole_dist.method.context import Observer
 from ldmole_dist.study.report.arguments import add_arguments
 from ldmole_dist.study.report.collect import Counter, batches
 from ldmole_dist.study.report.inputs import load_model, read_data
-from ldmole_dist.subject import find_subject
+from ldmole_dist.model.saved import find_subject
 
 PAIRS = 8
 

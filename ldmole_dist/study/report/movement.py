@@ -28,7 +28,7 @@ from ldmole_dist.monitor.lines import read_lines
 from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.study.report.collect import batches
 from ldmole_dist.study.report.inputs import adapter_config
-from ldmole_dist.subject import Subject
+from ldmole_dist.model.saved import Subject
 
 CURVES = ("lambda_mean", "experts_per_token", "max_load", "dead_experts")  # of a linear, over the steps of a run
 PROBE_TOKENS = 1024  # 200 linears of 64 experts: 2 MB of supports for each state

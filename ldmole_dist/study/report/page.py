@@ -28,7 +28,7 @@ from ldmole_dist.study.report.domains import domain_figure, domain_table
 from ldmole_dist.study.report.inputs import DataSet
 from ldmole_dist.study.report.movement import Movement
 from ldmole_dist.study.report.tokens import tokens_figure
-from ldmole_dist.subject import Subject
+from ldmole_dist.model.saved import Subject
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaForCausalLM
 
-from ldmole_dist.backbone import DTYPES, enable_gradient_checkpointing
+from ldmole_dist.model.backbone import DTYPES, enable_gradient_checkpointing
 from ldmole_dist.config import Optimisation
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config

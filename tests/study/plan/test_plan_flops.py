@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import LlamaConfig
 
-from ldmole_dist.backbone import enable_gradient_checkpointing
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.study.plan.activations import on_meta, run_forward
 from ldmole_dist.study.plan.flops import PARTS, flops, forward_flops
 from ldmole_dist.study.plan.shapes import meta_model

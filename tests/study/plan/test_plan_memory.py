@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from ldmole_dist.backbone import enable_gradient_checkpointing
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.engine.ds_config import load_ds_config
 from ldmole_dist.errors import UserError
 from ldmole_dist.loss import answer_loss

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft import PeftConfig
 
-from ldmole_dist.backbone import backbone_of
+from ldmole_dist.model.backbone import backbone_of
 from ldmole_dist.config import Config, load_config
 from ldmole_dist.errors import UserError
 
