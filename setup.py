@@ -12,7 +12,7 @@ setup(
     data_files=[("share/ldmole_dist/ds_configs", sorted(glob("ds_configs/*.json")))],
     package_data={
         "ldmole_dist.data.wordnet": ["*.jsonl", "LICENSE", "README.md"],
-        "ldmole_dist.study.plan": ["presets/*.json"],
+        "ldmole_dist.planner": ["presets/*.json"],
     },
     entry_points={"console_scripts": ["ldmole = ldmole_dist.cli:main"]},
     install_requires=[

@@ -29,7 +29,7 @@ from ldmole_dist.cluster.exit import leave
 from ldmole_dist.cluster.heartbeat import show_stacks
 from ldmole_dist.study import bench
 from ldmole_dist.study.compare import command as compare_command
-from ldmole_dist.study.plan import command as planning
+from ldmole_dist.planner import command as planning
 from ldmole_dist.study.report import arguments as report_arguments
 from ldmole_dist.study.scaling import command as scaling_command
 

@@ -83,7 +83,7 @@ def _monitor(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.plan.accuracy import bench_plan, print_table
+    from ldmole_dist.planner.accuracy import bench_plan, print_table
 
     print_table(bench_plan())
     return 0

@@ -12,7 +12,7 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.parallel.dispatch import Mode
 from ldmole_dist.parallel.plan import ROWS_AT_ONCE, number_of_rounds
 from ldmole_dist.ranks import LocalRanks
-from ldmole_dist.study.plan.live import LiveBytes
+from ldmole_dist.planner.live import LiveBytes
 
 T, D, E, R = 3000, 32, 8, 4
 LINEARS = 2

@@ -118,7 +118,7 @@ def test_ranks_that_share_cores_take_longer_by_as_much() -> None:
 
 
 def test_the_planners_elements_are_those_that_were_counted() -> None:
-    from ldmole_dist.study.plan.traffic import traffic
+    from ldmole_dist.planner.traffic import traffic
     from ldmole_dist.study.scaling.terms import planned
 
     gathers = [row for row in Store(RECORDED, None).rows() if row.cell.dispatch == "gather" and row.measured]

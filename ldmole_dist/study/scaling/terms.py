@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ldmole_dist.study.plan.flops import flops
-from ldmole_dist.study.plan.shapes import shapes_of
-from ldmole_dist.study.plan.traffic import DISPATCH, messages, traffic_bytes
-from ldmole_dist.study.plan.workload import Strategy, Workload
+from ldmole_dist.planner.flops import flops
+from ldmole_dist.planner.shapes import shapes_of
+from ldmole_dist.planner.traffic import DISPATCH, messages, traffic_bytes
+from ldmole_dist.planner.workload import Strategy, Workload
 from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, Cell
 
 UNITS = {

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ldmole_dist.engine.ds_config import load_ds_config
-from ldmole_dist.study.plan.shapes import Parameter, shapes_of
-from ldmole_dist.study.plan.workload import Strategy, Workload
+from ldmole_dist.planner.shapes import Parameter, shapes_of
+from ldmole_dist.planner.workload import Strategy, Workload
 
 # DeepSpeed's own values where a config says nothing.
 DEFAULTS: dict[str, Any] = {

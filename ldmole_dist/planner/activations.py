@@ -26,10 +26,10 @@ from ldmole_dist.method.layer import Finish
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.loss import answer_loss
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
-from ldmole_dist.study.plan.layers import last_layer
-from ldmole_dist.study.plan.live import LiveBytes
-from ldmole_dist.study.plan.shapes import meta_model
-from ldmole_dist.study.plan.workload import Workload
+from ldmole_dist.planner.layers import last_layer
+from ldmole_dist.planner.live import LiveBytes
+from ldmole_dist.planner.shapes import meta_model
+from ldmole_dist.planner.workload import Workload
 
 
 class Activations(NamedTuple):

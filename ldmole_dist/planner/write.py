@@ -10,7 +10,7 @@ from typing import Any
 from ldmole_dist.config import Adapter, Backbone, Config, Data, Optimisation, Parallelism, Run, dump_config
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_run
 from ldmole_dist.errors import UserError
-from ldmole_dist.study.plan.choose import Line
+from ldmole_dist.planner.choose import Line
 
 PLACEHOLDER = "FILL_IN"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from ldmole_dist.study.plan.activations import activations
-from ldmole_dist.study.plan.gathering import gathered
-from ldmole_dist.study.plan.routed import kept, temporaries
-from ldmole_dist.study.plan.shapes import shapes_of
-from ldmole_dist.study.plan.workload import Strategy, Workload, check
-from ldmole_dist.study.plan.zero import local_elements, padded, piece, settings, shards, touched
+from ldmole_dist.planner.activations import activations
+from ldmole_dist.planner.gathering import gathered
+from ldmole_dist.planner.routed import kept, temporaries
+from ldmole_dist.planner.shapes import shapes_of
+from ldmole_dist.planner.workload import Strategy, Workload, check
+from ldmole_dist.planner.zero import local_elements, padded, piece, settings, shards, touched
 
 FLOAT = 4  # bytes: trainable parameters, their gradients, masters and moments in every precision
 PARTS = (

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ldmole_dist.study.plan.routed import work
-from ldmole_dist.study.plan.shapes import meta_model, shapes_of
-from ldmole_dist.study.plan.workload import Strategy, Workload, check
+from ldmole_dist.planner.routed import work
+from ldmole_dist.planner.shapes import meta_model, shapes_of
+from ldmole_dist.planner.workload import Strategy, Workload, check
 
 PARTS = ("base", "attention", "head", "router", "lambda_mlp", "experts", "recompute")
 

@@ -15,10 +15,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from ldmole_dist.study.plan.hooks import Event, module_order
-from ldmole_dist.study.plan.shapes import Parameter, shapes_of
-from ldmole_dist.study.plan.workload import Strategy, Workload
-from ldmole_dist.study.plan.zero import local_elements, settings
+from ldmole_dist.planner.hooks import Event, module_order
+from ldmole_dist.planner.shapes import Parameter, shapes_of
+from ldmole_dist.planner.workload import Strategy, Workload
+from ldmole_dist.planner.zero import local_elements, settings
 
 
 class Gather(NamedTuple):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ldmole_dist.peft_method import LdMoleLinear
-from ldmole_dist.study.plan.activations import on_meta, run_forward, traced_model
-from ldmole_dist.study.plan.layers import in_layer, layer_prefix, rename
-from ldmole_dist.study.plan.workload import Workload
+from ldmole_dist.planner.activations import on_meta, run_forward, traced_model
+from ldmole_dist.planner.layers import in_layer, layer_prefix, rename
+from ldmole_dist.planner.workload import Workload
 
 
 class Event(NamedTuple):

@@ -17,9 +17,9 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import LdMoleLinear, is_expert_tensor, tuner_of
-from ldmole_dist.study.plan.layers import in_layer, layer_prefix, rename
-from ldmole_dist.study.plan.presets import building
-from ldmole_dist.study.plan.workload import Workload
+from ldmole_dist.planner.layers import in_layer, layer_prefix, rename
+from ldmole_dist.planner.presets import building
+from ldmole_dist.planner.workload import Workload
 
 
 class Parameter(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ldmole_dist.cluster.command import positive
 from ldmole_dist.errors import UserError
-from ldmole_dist.study.plan.presets import is_preset, load_backbone_config, preset_names
+from ldmole_dist.planner.presets import is_preset, load_backbone_config, preset_names
 
 PLAN = """Says, without weights and without GPUs, what training needs (memory of each GPU by part, what goes over the wire,
 FLOPs), which ZeRO stages, expert-parallel sizes, gradient checkpointing and offloads fit, and which to take. docs/planner.md"""
@@ -77,11 +77,11 @@ def plan(args: argparse.Namespace) -> int:
     """
     # Imported here: they bring torch's and transformers' models with them.
     from ldmole_dist.peft_config import LINEARS
-    from ldmole_dist.study.plan.choose import Machine, all_lines, ordered
-    from ldmole_dist.study.plan.reason import nothing_fits
-    from ldmole_dist.study.plan.table import as_json, report
-    from ldmole_dist.study.plan.workload import Workload
-    from ldmole_dist.study.plan.write import write_configs
+    from ldmole_dist.planner.choose import Machine, all_lines, ordered
+    from ldmole_dist.planner.reason import nothing_fits
+    from ldmole_dist.planner.table import as_json, report
+    from ldmole_dist.planner.workload import Workload
+    from ldmole_dist.planner.write import write_configs
 
     machine = Machine(
         gpus=args.gpus,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from ldmole_dist.ranks import LocalRanks
-from ldmole_dist.study.plan.accuracy import Case, Compared, cases, compare, print_table
-from ldmole_dist.study.plan.measure import Measured, measure
+from ldmole_dist.planner.accuracy import Case, Compared, cases, compare, print_table
+from ldmole_dist.planner.measure import Measured, measure
 
 BYTES = 0.05
 CASES = cases()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ldmole_dist.study.plan.choose import Line, neighbours, smaller
+from ldmole_dist.planner.choose import Line, neighbours, smaller
 
 GB = 1e9
 

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import LlamaConfig
 
 from ldmole_dist.model.backbone import enable_gradient_checkpointing
-from ldmole_dist.study.plan.activations import on_meta, run_forward
-from ldmole_dist.study.plan.flops import PARTS, flops, forward_flops
-from ldmole_dist.study.plan.shapes import meta_model
-from ldmole_dist.study.plan.workload import Strategy, Workload
+from ldmole_dist.planner.activations import on_meta, run_forward
+from ldmole_dist.planner.flops import PARTS, flops, forward_flops
+from ldmole_dist.planner.shapes import meta_model
+from ldmole_dist.planner.workload import Strategy, Workload
 
 TOLERANCE = 0.02  # the first layer needs no gradient of its input, which the closed forms leave in
 

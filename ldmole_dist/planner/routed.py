@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from ldmole_dist.method.experts import fused_up_to
 from ldmole_dist.parallel.plan import GroupSizes, count_elements
-from ldmole_dist.study.plan.shapes import Group
-from ldmole_dist.study.plan.workload import Strategy, Workload
+from ldmole_dist.planner.shapes import Group
+from ldmole_dist.planner.workload import Strategy, Workload
 
 
 class Moves(NamedTuple):

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.study.plan.flops import flops
-from ldmole_dist.study.plan.gathering import gathers
-from ldmole_dist.study.plan.memory import host_memory, memory
-from ldmole_dist.study.plan.traffic import collectives, dispatched, messages, traffic, traffic_bytes
-from ldmole_dist.study.plan.workload import SHIPPED, Strategy, Workload
-from ldmole_dist.study.plan.zero import piece, shards
+from ldmole_dist.planner.flops import flops
+from ldmole_dist.planner.gathering import gathers
+from ldmole_dist.planner.memory import host_memory, memory
+from ldmole_dist.planner.traffic import collectives, dispatched, messages, traffic, traffic_bytes
+from ldmole_dist.planner.workload import SHIPPED, Strategy, Workload
+from ldmole_dist.planner.zero import piece, shards
 
 SIMILAR = 1.02  # a step that takes so much longer is no reason for a more complicated line
 

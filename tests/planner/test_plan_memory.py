@@ -13,11 +13,11 @@ from ldmole_dist.engine.ds_config import load_ds_config
 from ldmole_dist.errors import UserError
 from ldmole_dist.loss import answer_loss
 from ldmole_dist.peft_method import tuner_of
-from ldmole_dist.study.plan.live import LiveBytes
-from ldmole_dist.study.plan.memory import host_memory, memory, step_activations
-from ldmole_dist.study.plan.shapes import _shapes, meta_model, shapes_of
-from ldmole_dist.study.plan.workload import SHIPPED, Strategy, Workload
-from ldmole_dist.study.plan.zero import DEFAULTS, Shard, flushes, padded, settings, touched
+from ldmole_dist.planner.live import LiveBytes
+from ldmole_dist.planner.memory import host_memory, memory, step_activations
+from ldmole_dist.planner.shapes import _shapes, meta_model, shapes_of
+from ldmole_dist.planner.workload import SHIPPED, Strategy, Workload
+from ldmole_dist.planner.zero import DEFAULTS, Shard, flushes, padded, settings, touched
 
 
 def llama(vocabulary: int, layers: int = 3) -> LlamaConfig:

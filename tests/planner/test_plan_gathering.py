@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
-from ldmole_dist.study.plan.choose import Line, Machine
-from ldmole_dist.study.plan.gathering import gathered, gathers
-from ldmole_dist.study.plan.shapes import shapes_of
-from ldmole_dist.study.plan.workload import Strategy, Workload
+from ldmole_dist.planner.choose import Line, Machine
+from ldmole_dist.planner.gathering import gathered, gathers
+from ldmole_dist.planner.shapes import shapes_of
+from ldmole_dist.planner.workload import Strategy, Workload
 
 LLAMA = LlamaConfig(
     vocab_size=300,

@@ -33,7 +33,7 @@ from ldmole_dist.method.context import LossWeights, Tape
 from ldmole_dist.loss import answer_loss, next_tokens
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import spread_experts, tuner_of
-from ldmole_dist.study.plan.workload import Strategy, Workload
+from ldmole_dist.planner.workload import Strategy, Workload
 
 WARM_UP = 3  # optimizer steps: ZeRO-3 records what it gathers in the second micro-batch
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from ldmole_dist.study.plan.gathering import gathers
-from ldmole_dist.study.plan.routed import counts, moves, payload, sizes_of
-from ldmole_dist.study.plan.shapes import shapes_of
-from ldmole_dist.study.plan.workload import Strategy, Workload, check
-from ldmole_dist.study.plan.zero import STAGE0_BUCKET, Shard, flushes, padded, settings, shards
+from ldmole_dist.planner.gathering import gathers
+from ldmole_dist.planner.routed import counts, moves, payload, sizes_of
+from ldmole_dist.planner.shapes import shapes_of
+from ldmole_dist.planner.workload import Strategy, Workload, check
+from ldmole_dist.planner.zero import STAGE0_BUCKET, Shard, flushes, padded, settings, shards
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ldmole_dist.study.plan.choose import Line, Machine
-from ldmole_dist.study.plan.memory import PARTS
-from ldmole_dist.study.plan.reason import count, gb, missing, reasons
-from ldmole_dist.study.plan.shapes import shapes_of
-from ldmole_dist.study.plan.workload import Workload
+from ldmole_dist.planner.choose import Line, Machine
+from ldmole_dist.planner.memory import PARTS
+from ldmole_dist.planner.reason import count, gb, missing, reasons
+from ldmole_dist.planner.shapes import shapes_of
+from ldmole_dist.planner.workload import Workload
 
 SHOWN = 8
 HEADS = ("backb", "expert", "adapt", "grads", "optim", "activ", "work", "gather", "bucket")

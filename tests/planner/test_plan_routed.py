@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig
 
 from ldmole_dist.parallel.plan import cheapest_ships, elements
-from ldmole_dist.study.plan.routed import moves, payload, sizes_of
-from ldmole_dist.study.plan.shapes import Group
-from ldmole_dist.study.plan.traffic import collectives, messages, traffic
-from ldmole_dist.study.plan.workload import Strategy, Workload
+from ldmole_dist.planner.routed import moves, payload, sizes_of
+from ldmole_dist.planner.shapes import Group
+from ldmole_dist.planner.traffic import collectives, messages, traffic
+from ldmole_dist.planner.workload import Strategy, Workload
 
 GROUP = Group("layers.0.self_attn.q_proj", 64, (64, 16, 16))
 
