@@ -30,7 +30,7 @@ from ldmole_dist.cluster.heartbeat import show_stacks
 from ldmole_dist.study import bench
 from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.planner import command as planning
-from ldmole_dist.study.report import arguments as report_arguments
+from ldmole_dist.report import arguments as report_arguments
 from ldmole_dist.study.scaling import command as scaling_command
 
 
@@ -249,7 +249,7 @@ def _checkpoint_export(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.report.command import report
+    from ldmole_dist.report.command import report
 
     return report(args)
 

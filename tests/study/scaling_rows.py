@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ldmole_dist.study import html
+from ldmole_dist.report import html
 from ldmole_dist.study.scaling import grids
 from ldmole_dist.study.scaling.cells import Cell
 from ldmole_dist.study.scaling.measure import Measured

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ldmole_dist.checkpoint.files import explained
-from ldmole_dist.study import html
+from ldmole_dist.report import html
 from ldmole_dist.study.scaling.sections import ALL
 from ldmole_dist.study.scaling.sheet import Page
 from ldmole_dist.study.scaling.store import Store

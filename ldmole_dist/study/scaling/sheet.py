@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure as Drawing
 
-from ldmole_dist.study import html
+from ldmole_dist.report import html
 
 
 class Page:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldmole_dist.cli import main
 from ldmole_dist.ranks import LocalRanks
-from ldmole_dist.study.report.style import PALETTE
+from ldmole_dist.report.style import PALETTE
 from tests.browser import screenshot
 from tests.small_run import make_config, make_folder, run_training
 

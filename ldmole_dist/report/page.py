@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from ldmole_dist.method.statistics import added, summarize
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.study.html import Figure, Section, Table, page
-from ldmole_dist.study.report.by_layer import (
+from ldmole_dist.report.html import Figure, Section, Table, page
+from ldmole_dist.report.by_layer import (
     counts_said,
     experts_by_layer,
     experts_histogram,
@@ -21,13 +21,13 @@ from ldmole_dist.study.report.by_layer import (
     load_map,
     spread,
 )
-from ldmole_dist.study.report.coactivation import coactivation
-from ldmole_dist.study.report.collect import Observed
-from ldmole_dist.study.report.course import curves, movement_lines, movement_map
-from ldmole_dist.study.report.domains import domain_figure, domain_table
-from ldmole_dist.study.report.inputs import DataSet
-from ldmole_dist.study.report.movement import Movement
-from ldmole_dist.study.report.tokens import tokens_figure
+from ldmole_dist.report.coactivation import coactivation
+from ldmole_dist.report.collect import Observed
+from ldmole_dist.report.course import curves, movement_lines, movement_map
+from ldmole_dist.report.domains import domain_figure, domain_table
+from ldmole_dist.report.inputs import DataSet
+from ldmole_dist.report.movement import Movement
+from ldmole_dist.report.tokens import tokens_figure
 from ldmole_dist.model.saved import Subject
 
 

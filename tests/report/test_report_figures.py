@@ -17,12 +17,12 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
 from ldmole_dist.monitor.linears import Linears, Place
 from ldmole_dist.peft_config import LINEARS, LdMoleConfig
-from ldmole_dist.study.html import Figure, Section, Table, page
-from ldmole_dist.study.report.by_layer import _load_grid
-from ldmole_dist.study.report.coactivation import lift
-from ldmole_dist.study.report.collect import Counter, Observed
-from ldmole_dist.study.report.inputs import WHOLE, DataSet
-from ldmole_dist.study.report.page import Material, key_numbers, sections
+from ldmole_dist.report.html import Figure, Section, Table, page
+from ldmole_dist.report.by_layer import _load_grid
+from ldmole_dist.report.coactivation import lift
+from ldmole_dist.report.collect import Counter, Observed
+from ldmole_dist.report.inputs import WHOLE, DataSet
+from ldmole_dist.report.page import Material, key_numbers, sections
 from ldmole_dist.model.saved import Subject
 from tests.small_run import make_backbone
 

@@ -12,8 +12,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from ldmole_dist.monitor.linears import Linears, as_table
-from ldmole_dist.study.html import Figure
-from ldmole_dist.study.report.style import (
+from ldmole_dist.report.html import Figure
+from ldmole_dist.report.style import (
     AROUND_A_CENTRE,
     GREY,
     MISSING,

@@ -28,9 +28,9 @@ from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import tuner_of
 from ldmole_dist.ranks import LocalRanks
-from ldmole_dist.study.report import cost, movement
-from ldmole_dist.study.report.collect import collect
-from ldmole_dist.study.report.movement import trace_movement
+from ldmole_dist.report import cost, movement
+from ldmole_dist.report.collect import collect
+from ldmole_dist.report.movement import trace_movement
 from ldmole_dist.model.saved import find_subject
 from tests.small_run import LABELS, make_backbone, make_config, make_data, make_folder, run_training
 
@@ -309,7 +309,7 @@ def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytest
 
 
 def test_tokens_are_decoded(run: Path) -> None:
-    from ldmole_dist.study.report.tokens import kind_of, token_text
+    from ldmole_dist.report.tokens import kind_of, token_text
 
     tokenizer = load_tokenizer(str(run.parent / "backbone"))
 

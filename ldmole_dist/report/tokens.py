@@ -19,9 +19,9 @@ from matplotlib.transforms import Bbox
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.study.html import Figure
-from ldmole_dist.study.report.collect import Observed
-from ldmole_dist.study.report.style import DPI, GREY, PALETTE, WIDTH, png, styled
+from ldmole_dist.report.html import Figure
+from ldmole_dist.report.collect import Observed
+from ldmole_dist.report.style import DPI, GREY, PALETTE, WIDTH, png, styled
 
 MOST = 200  # commonest tokens that are shown
 LABELLED = 14  # of each: the commonest, those with most and those with fewest experts

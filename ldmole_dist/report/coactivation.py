@@ -12,8 +12,8 @@ from matplotlib.colors import CenteredNorm
 from torch import Tensor
 
 from ldmole_dist.monitor.linears import Linears
-from ldmole_dist.study.html import Figure
-from ldmole_dist.study.report.style import (
+from ldmole_dist.report.html import Figure
+from ldmole_dist.report.style import (
     AROUND_A_CENTRE,
     MISSING,
     expert_ticks,

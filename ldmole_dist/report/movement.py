@@ -26,8 +26,8 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import RoutingSums
 from ldmole_dist.monitor.lines import read_lines
 from ldmole_dist.monitor.supports import Supports
-from ldmole_dist.study.report.collect import batches
-from ldmole_dist.study.report.inputs import adapter_config
+from ldmole_dist.report.collect import batches
+from ldmole_dist.report.inputs import adapter_config
 from ldmole_dist.model.saved import Subject
 
 CURVES = ("lambda_mean", "experts_per_token", "max_load", "dead_experts")  # of a linear, over the steps of a run
