@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 
 
 @pytest.fixture(scope="session")

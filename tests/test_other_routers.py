@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ldmole_dist.cli import main
 from ldmole_dist.peft_method import LdMoleLinear
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_adapter import E, R, adapt, backbone, config, logits, move
 from tests.small_run import make_config, make_folder, run_training
 

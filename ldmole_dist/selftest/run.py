@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest import cases, parity
 from ldmole_dist.selftest.tiny import EXPERTS
 

@@ -26,7 +26,7 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.parallel.exchange import Parcel, exchange, exchange_counts
 from ldmole_dist.parallel.wire import Tally, Wire
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 
 GROUPS = (3, 1, 2, 1)  # linears of each input group of a decoder layer
 STRATEGIES = ("row per pair", "all_to_all", "gather", "auto", "replicate")

@@ -33,7 +33,7 @@ from ldmole_dist.monitor.writer import Monitor
 from ldmole_dist.loss import answer_loss
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import spread_experts, tuner_of
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 
 KINDS = ("silent", "plain", "detailed")
 

@@ -16,7 +16,7 @@ from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.checkpoint.manifest import _own_hash, read_manifest, verify
 from ldmole_dist.cli import main
 from ldmole_dist.errors import UserError
-from ldmole_dist.ranks import LocalRanks, RankFailed
+from ldmole_dist.selftest.local_ranks import LocalRanks, RankFailed
 from tests.small_run import make_config, make_folder, run_training
 
 

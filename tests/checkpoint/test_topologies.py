@@ -12,7 +12,7 @@ from ldmole_dist.checkpoint.export import export_adapter, export_checkpoint
 from ldmole_dist.checkpoint.files import Stretches
 from ldmole_dist.checkpoint.manifest import STATES, read_manifest, verify
 from ldmole_dist.config import load_config
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.training import prepare
 from tests.small_run import make_config, make_folder, run_training
 

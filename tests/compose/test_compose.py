@@ -17,7 +17,7 @@ from ldmole_dist.checkpoint.export import export_checkpoint
 from ldmole_dist.compose.build import compose
 from ldmole_dist.errors import UserError
 from ldmole_dist.peft_method import LdMoleLinear
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import make_config, make_folder, run_training
 
 IDS = torch.arange(2, 26).view(3, 8)

@@ -24,7 +24,7 @@ from ldmole_dist.data.sources import RowMaker, read_rows
 from ldmole_dist.data.streaming import StreamedRows, read_part
 from ldmole_dist.data.training_data import Streamed
 from ldmole_dist.errors import PeerError, UserError
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.launched import Launched
 from tests.small_run import make_backbone, make_config, make_data, make_folder, run_training
 

@@ -16,7 +16,7 @@ from ldmole_dist.data.sources import read_rows
 from ldmole_dist.data.tasks import TASKS
 from ldmole_dist.data.tasks.task import LETTERS
 from ldmole_dist.errors import UserError
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import make_backbone, make_config, run_training
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ldmole_dist.engine import startup
 from ldmole_dist.engine.startup import agreed, start
 from ldmole_dist.errors import PeerError, UserError
-from ldmole_dist.ranks import LocalRanks, RankFailed
+from ldmole_dist.selftest.local_ranks import LocalRanks, RankFailed
 
 
 def fail_on(failing: list[int]) -> tuple[str, str]:

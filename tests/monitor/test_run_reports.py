@@ -16,7 +16,7 @@ from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.engine.grad_norms import PARTS
 from ldmole_dist.monitor.lines import read_lines
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.checkpoint.test_damaged import write_no_more_than
 from tests.small_run import COLOURS, make_config, make_data, make_folder, run_training
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ldmole_dist.engine.startup import free_port
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.browser import find_chromium, screenshot
 from tests.small_run import make_config, make_folder, run_training
 

@@ -20,7 +20,7 @@ from ldmole_dist.parallel.exchange import Parcel, exchange
 from ldmole_dist.parallel.placement import Placement
 from ldmole_dist.parallel.plan import GroupSizes, count_elements, elements
 from ldmole_dist.parallel.wire import FORWARD, Tally, Wire
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 
 D, R = 6, 3
 

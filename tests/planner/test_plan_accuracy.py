@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.planner.accuracy import Case, Compared, cases, compare, print_table
 from ldmole_dist.planner.measure import Measured, measure
 

@@ -13,7 +13,7 @@ from ldmole_dist.cli import main
 from ldmole_dist.config import load_config
 from ldmole_dist.engine.ds_config import resolve_run
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.planner.choose import Line, Machine, all_lines
 from ldmole_dist.planner.command import parse_memory
 from ldmole_dist.planner.memory import PARTS

@@ -27,7 +27,7 @@ from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import tuner_of
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.report import cost, movement
 from ldmole_dist.report.collect import collect
 from ldmole_dist.report.movement import trace_movement

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ldmole_dist.cli import main
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.report.style import PALETTE
 from tests.browser import screenshot
 from tests.small_run import make_config, make_folder, run_training

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ldmole_dist.parallel.dispatch import Mode
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest import cases, parity
 
 # DeepSpeed leaves parameters below its threshold whole, and here all are below the default.

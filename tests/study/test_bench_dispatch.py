@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench_decide import CELLS, decide
 from ldmole_dist.study.bench_decide import print_table as print_decisions
 from ldmole_dist.study.bench_dispatch import GROUPS, STRATEGIES, Sizes, measure, print_table

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study import bench_latency
 from ldmole_dist.study.bench_latency import PARTS, Latency, Settings, Shape, build, measure_shape, print_table
 from ldmole_dist.study.bench_latency import _decoding_call as decoding_call

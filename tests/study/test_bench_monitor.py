@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench_monitor import Measured, Sizes, measure, print_measured
 
 

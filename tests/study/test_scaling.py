@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.scaling import command, grids
 from ldmole_dist.study.scaling.measure import run_cell, summary
 from ldmole_dist.study.scaling.series import Point, along, base_of, replicated, spread, strong, weak

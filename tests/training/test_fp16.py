@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ldmole_dist.checkpoint.manifest import read_manifest
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.checkpoint.test_topologies import states
 from tests.small_run import make_config, make_folder, run_training
 

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldmole_dist.parallel.wire import FORWARD, KINDS
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import make_config, make_folder, run_training
 
 

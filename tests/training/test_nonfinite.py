@@ -14,7 +14,7 @@ from ldmole_dist.checkpoint.manifest import verify
 from ldmole_dist.checkpoint.save import Saver
 from ldmole_dist.errors import NonFiniteLoss
 from ldmole_dist.method.layer import InputGroup, MoELinear
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import make_backbone, make_config, make_data, run_training
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import make_config, make_folder, run_training
 
 

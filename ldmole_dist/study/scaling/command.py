@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: float) -> None:
     from tqdm import tqdm
 
-    from ldmole_dist.ranks import RankFailed
+    from ldmole_dist.selftest.local_ranks import RankFailed
     from ldmole_dist.study.scaling.measure import WARMUP, measure
     from ldmole_dist.study.scaling.store import done, failed
 

@@ -29,7 +29,7 @@ from ldmole_dist.method.context import LossWeights
 from ldmole_dist.loss import IGNORED, answer_loss
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import spread_experts, tuner_of
-from ldmole_dist.ranks import LocalRanks
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench_dispatch import synchronize
 from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, VOCABULARY, Cell
 

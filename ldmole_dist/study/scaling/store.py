@@ -16,7 +16,7 @@ from typing import Any
 
 from ldmole_dist.checkpoint.files import explained, write_text
 from ldmole_dist.errors import UserError
-from ldmole_dist.ranks import RankFailed
+from ldmole_dist.selftest.local_ranks import RankFailed
 from ldmole_dist.study.bench_latency import Latency
 from ldmole_dist.study.machine import machine
 from ldmole_dist.study.scaling.cells import AXES, Cell
