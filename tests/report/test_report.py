@@ -28,7 +28,8 @@ from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import tuner_of
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.report import cost, movement
+from ldmole_dist.report import movement
+from ldmole_dist.study.bench import report as cost
 from ldmole_dist.report.collect import collect
 from ldmole_dist.report.movement import trace_movement
 from ldmole_dist.model.saved import find_subject

@@ -9,7 +9,7 @@ from pathlib import Path
 from ldmole_dist.engine.ds_config import SHIPPED
 
 PACKAGE = Path(__file__).parents[2]
-MEASURED_BY = (PACKAGE / "study/scaling/measure.py", PACKAGE / "study/bench_latency.py")
+MEASURED_BY = (PACKAGE / "study/scaling/measure.py", PACKAGE / "study/bench/latency.py")
 
 
 def code(package: Path = PACKAGE, roots: tuple[Path, ...] = MEASURED_BY, ds_configs: Path = SHIPPED) -> str:

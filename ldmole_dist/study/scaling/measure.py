@@ -30,7 +30,7 @@ from ldmole_dist.loss import IGNORED, answer_loss
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import spread_experts, tuner_of
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench_dispatch import synchronize
+from ldmole_dist.study.bench.command.dispatch import synchronize
 from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, VOCABULARY, Cell
 
 WARMUP = 4  # optimizer steps that do not count: over two ranks the first four took up to half as long again

@@ -17,7 +17,7 @@ from typing import Any
 from ldmole_dist.checkpoint.files import explained, write_text
 from ldmole_dist.errors import UserError
 from ldmole_dist.selftest.local_ranks import RankFailed
-from ldmole_dist.study.bench_latency import Latency
+from ldmole_dist.study.bench.command.latency import Latency
 from ldmole_dist.study.machine import machine
 from ldmole_dist.study.scaling.cells import AXES, Cell
 from ldmole_dist.study.scaling.code import code

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from ldmole_dist.parallel.plan import cheapest_ships, elements
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.planner.measure import Measured, measure
+from ldmole_dist.study.bench.command.plan_measure import Measured, measure
 from ldmole_dist.planner.memory import memory
 from ldmole_dist.planner.routed import sizes_of
 from ldmole_dist.planner.shapes import shapes_of

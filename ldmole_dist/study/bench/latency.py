@@ -35,7 +35,7 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import LdMoleLinear, tuner_of
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench_dispatch import synchronize
+from ldmole_dist.study.bench.command.dispatch import synchronize
 
 Phase = Literal["training", "generation"]
 

@@ -1,4 +1,4 @@
-"""What observing the routers adds to a forward, measured in pairs: `python -m ldmole_dist.report.cost RUN_OR_ADAPTER`."""
+"""What observing the routers adds to a forward, measured in pairs: `python -m ldmole_dist.study.bench.report RUN_OR_ADAPTER`."""
 
 from __future__ import annotations
 
