@@ -196,7 +196,7 @@ def _train(args: argparse.Namespace) -> int:
 
     show_stacks()
     config = load_config(args.config, args.overrides)
-    from ldmole_dist.training import train
+    from ldmole_dist.training.run import train
 
     result = train(config)
     torch.distributed.destroy_process_group()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ldmole_dist.config import load_config
-from ldmole_dist.training import train
+from ldmole_dist.training.run import train
 
 COLOURS = ["red", "green", "blue", "grey"]
 LABELS = [f" {colour}" for colour in COLOURS]

@@ -111,15 +111,15 @@ def test_every_room_was_walked() -> None:
         ("parallel/x.py", "from ldmole_dist.config import Config"),
         ("parallel/x.py", "def f():\n    from ldmole_dist.engine import build"),
         ("peft_method.py", "from ldmole_dist.engine.experts import expert_parallel"),
-        ("model/backbone.py", "import ldmole_dist.trainer"),
+        ("model/backbone.py", "import ldmole_dist.training.trainer"),
         ("engine/x.py", "from ldmole_dist.checkpoint import load_checkpoint"),
         ("config.py", "from ldmole_dist.peft_method import LdMoleConfig"),
-        ("trainer.py", "import deepspeed"),
-        ("trainer.py", "from deepspeed.accelerator import get_accelerator"),
-        ("trainer.py", "from ldmole_dist import cli"),
-        ("trainer.py", "from .engine import build"),
+        ("training/trainer.py", "import deepspeed"),
+        ("training/trainer.py", "from deepspeed.accelerator import get_accelerator"),
+        ("training/trainer.py", "from ldmole_dist import cli"),
+        ("training/trainer.py", "from .engine import build"),
         ("new_room/x.py", ""),
-        ("trainer.py", "from ldmole_dist.new_room import x"),
+        ("training/trainer.py", "from ldmole_dist.new_room import x"),
     ],
 )
 def test_the_walk_finds_what_is_forbidden(module: str, source: str) -> None:
@@ -135,8 +135,8 @@ def test_the_walk_finds_what_is_forbidden(module: str, source: str) -> None:
         ),
         ("parallel/x.py", "import torch.distributed as dist\nfrom ldmole_dist.method.layer import Dispatch"),
         ("engine/x.py", "import deepspeed\nfrom ldmole_dist.config import Config"),
-        ("trainer.py", "from ldmole_dist.engine.build import Engine\nfrom ldmole_dist import LdMoleConfig"),
-        ("cli.py", "def f():\n    from ldmole_dist.trainer import Trainer"),
+        ("training/trainer.py", "from ldmole_dist.engine.build import Engine\nfrom ldmole_dist import LdMoleConfig"),
+        ("cli.py", "def f():\n    from ldmole_dist.training.trainer import Trainer"),
     ],
 )
 def test_the_walk_lets_through_what_is_allowed(module: str, source: str) -> None:

@@ -24,7 +24,7 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.evaluation.evaluator import Evaluator
 from ldmole_dist.evaluation.metrics import Outcomes
 from ldmole_dist.model.saved import Subject
-from ldmole_dist.training import build_model, make_scheduler
+from ldmole_dist.training.run import build_model, make_scheduler
 
 
 @dataclass(frozen=True)

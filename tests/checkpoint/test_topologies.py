@@ -13,7 +13,7 @@ from ldmole_dist.checkpoint.files import Stretches
 from ldmole_dist.checkpoint.manifest import STATES, read_manifest, verify
 from ldmole_dist.config import load_config
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.training import prepare
+from ldmole_dist.training.run import prepare
 from tests.small_run import make_config, make_folder, run_training
 
 

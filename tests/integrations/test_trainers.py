@@ -22,7 +22,7 @@ from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.training import prepare
+from ldmole_dist.training.run import prepare
 from tests.small_adapter import move
 from tests.small_run import make_config, make_folder
 

@@ -19,7 +19,7 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.model.saved import find_subject
-from ldmole_dist.training import build_model, make_scheduler
+from ldmole_dist.training.run import build_model, make_scheduler
 from tests.small_run import LABELS, make_backbone, make_config, make_data
 
 IDS = torch.arange(2, 26).view(3, 8)

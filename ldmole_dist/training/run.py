@@ -40,8 +40,8 @@ from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.peft_config import LdMoleConfig
 from ldmole_dist.peft_method import is_expert_tensor, spread_experts, tuner_of
 from ldmole_dist.data.build import read_data
-from ldmole_dist.stop import StopRequest
-from ldmole_dist.trainer import Trainer
+from ldmole_dist.training.preemption import StopRequest
+from ldmole_dist.training.trainer import Trainer
 
 
 def train(config: Config) -> dict[str, float]:

@@ -16,7 +16,7 @@ from ldmole_dist.checkpoint.save import Saver
 from ldmole_dist.config import Config
 from ldmole_dist.data.batches import collate, pack
 from ldmole_dist.data.training_data import TrainingData
-from ldmole_dist.diagnose import explain_nonfinite
+from ldmole_dist.training.nonfinite import explain_nonfinite
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.startup import Process, agreed
 from ldmole_dist.errors import NonFiniteLoss, Preempted, UserError
@@ -29,7 +29,7 @@ from ldmole_dist.monitor.writer import Monitor
 from ldmole_dist.loss import answer_count, answer_loss, next_tokens
 from ldmole_dist.peft_method import tuner_of
 from ldmole_dist.cluster.heartbeat import pulse
-from ldmole_dist.stop import StopRequest
+from ldmole_dist.training.preemption import StopRequest
 
 
 class Trainer:
