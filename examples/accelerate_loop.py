@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from ldmole_dist import LdMoleConfig
 from ldmole_dist.method.context import LossWeights
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.tuner.model import tuner_of
 
 parser = argparse.ArgumentParser()
 parser.add_argument("backbone", help="folder or name of a causal language model")

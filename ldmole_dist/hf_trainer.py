@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ldmole_dist.method.context import TERMS, LossWeights
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.tuner.model import tuner_of
 
 if TYPE_CHECKING:
     _Base = Trainer

@@ -95,7 +95,7 @@ def test_no_arrow_points_back(module: str) -> None:
 
 
 def test_every_room_was_walked() -> None:
-    assert {"method/layer.py", "parallel/dispatch.py", "engine/build.py", "peft_method.py"} <= set(MODULES)
+    assert {"method/layer.py", "parallel/dispatch.py", "engine/build.py", "tuner/model.py"} <= set(MODULES)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_every_room_was_walked() -> None:
         ("parallel/x.py", "from peft import PeftModel"),
         ("parallel/x.py", "from ldmole_dist.config import Config"),
         ("parallel/x.py", "def f():\n    from ldmole_dist.engine import build"),
-        ("peft_method.py", "from ldmole_dist.engine.experts import expert_parallel"),
+        ("tuner/model.py", "from ldmole_dist.engine.experts import expert_parallel"),
         ("model/backbone.py", "import ldmole_dist.training.trainer"),
         ("engine/x.py", "from ldmole_dist.checkpoint import load_checkpoint"),
-        ("config.py", "from ldmole_dist.peft_method import LdMoleConfig"),
+        ("config.py", "from ldmole_dist.tuner.model import LdMoleConfig"),
         ("training/trainer.py", "import deepspeed"),
         ("training/trainer.py", "from deepspeed.accelerator import get_accelerator"),
         ("training/trainer.py", "from ldmole_dist import cli"),

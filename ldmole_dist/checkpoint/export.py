@@ -20,7 +20,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import whole_shapes
 from ldmole_dist.engine.startup import Process, agreed
 from ldmole_dist.errors import UserError
-from ldmole_dist.peft_method import adapter_keys, tuner_of
+from ldmole_dist.tuner.model import adapter_keys, tuner_of
 from ldmole_dist.cluster.heartbeat import pulse
 
 METADATA = {"format": "pt"}

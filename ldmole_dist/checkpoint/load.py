@@ -22,7 +22,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import make_moments, pieces, refresh_parameters, whole_shapes
 from ldmole_dist.engine.startup import Process, agreed, from_main
 from ldmole_dist.errors import UserError
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.tuner.model import tuner_of
 
 
 def choose_checkpoint(config: Config, data: dict[str, int | str], process: Process) -> Path | None:

@@ -30,7 +30,7 @@ from ldmole_dist.config import Config, plain_config
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import Piece, make_moments, pieces, whole_shapes
 from ldmole_dist.engine.startup import Process, agreed
-from ldmole_dist.peft_method import adapter_keys, tuner_of
+from ldmole_dist.tuner.model import adapter_keys, tuner_of
 from ldmole_dist.cluster.heartbeat import pulse
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")

@@ -24,8 +24,8 @@ from ldmole_dist.checkpoint.export import METADATA
 from ldmole_dist.checkpoint.files import Entry, explained, write_tensors
 from ldmole_dist.errors import UserError
 from ldmole_dist.parallel.placement import seeded
-from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.peft_method import LdMoleLinear, adapter_keys, tuner_of
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import LdMoleLinear, adapter_keys, tuner_of
 
 
 class Expert(NamedTuple):

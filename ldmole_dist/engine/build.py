@@ -17,7 +17,7 @@ from ldmole_dist.engine.ds_config import stage_of
 from ldmole_dist.engine.experts import check_partition_groups, clip_local_gradients, mark_experts, optimizer_groups
 from ldmole_dist.engine.loss_scale import use_loss_scale
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.peft_method import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 
 
 class Engine:

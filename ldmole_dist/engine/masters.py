@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.peft_method import is_expert_tensor
+from ldmole_dist.tuner.model import is_expert_tensor
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -20,7 +20,7 @@ from ldmole_dist.engine.startup import Process
 from ldmole_dist.evaluation.metrics import Outcomes, training_metrics
 from ldmole_dist.method.context import Observer
 from ldmole_dist.loss import IGNORED, answer_losses, answer_positions, next_tokens
-from ldmole_dist.peft_method import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 from ldmole_dist.cluster.heartbeat import pulse
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.errors import UserError
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.tuner.model import tuner_of
 from ldmole_dist.model.saved import Subject
 
 

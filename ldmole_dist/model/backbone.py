@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import tuner_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -19,7 +19,7 @@ from ldmole_dist.engine.startup import Process
 from ldmole_dist.method.context import TERMS
 from ldmole_dist.method.statistics import RoutingSums, added, summarize
 from ldmole_dist.parallel.wire import KINDS, TIMED
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.tuner.model import tuner_of
 
 # What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
 SUMS = ("loss", "loss_task", *(f"loss_{term}" for term in TERMS), "active", "lambda", "decisions", "tokens")

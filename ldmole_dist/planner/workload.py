@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from ldmole_dist.config import check_ep_size
 from ldmole_dist.errors import UserError
 from ldmole_dist.parallel.dispatch import Mode
-from ldmole_dist.peft_config import LINEARS
+from ldmole_dist.tuner.config import LINEARS
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "optimizer+params"]

@@ -20,7 +20,7 @@ from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import read_rows, sources_of
 from ldmole_dist.errors import UserError
-from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.model.saved import Subject
 
 MAX_LENGTH = 4096  # tokens of a sequence where no run says otherwise

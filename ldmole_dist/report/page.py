@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ldmole_dist.method.statistics import added, summarize
 from ldmole_dist.monitor.linears import Linears
-from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.report.html import Figure, Section, Table, page
 from ldmole_dist.report.by_layer import (
     counts_said,

@@ -21,7 +21,7 @@ from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.loss import answer_count, answer_loss, next_tokens
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
-from ldmole_dist.peft_method import is_expert_tensor, tuner_of
+from ldmole_dist.tuner.model import is_expert_tensor, tuner_of
 from ldmole_dist.selftest.tiny import EXPERTS, adapted, micro_batch, relative, tiny_backbone, whole
 
 # Adam divides by the gradient's own size. With a usual eps and a larger step, the rounding of gradients near 0 grows until

@@ -17,8 +17,8 @@ from ldmole_dist.method.context import LossWeights
 from ldmole_dist.loss import IGNORED
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import seeded
-from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.peft_method import is_expert_tensor, spread_experts, tuner_of
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import is_expert_tensor, spread_experts, tuner_of
 
 EXPERTS, RANK, VOCABULARY = 8, 2, 64
 LOSS_WEIGHTS = LossWeights(balance=0.7, sparsity=0.3, z=0.05, l1=0.2, entropy=0.1, target_k=2)

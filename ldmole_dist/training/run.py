@@ -37,8 +37,8 @@ from ldmole_dist.evaluation.evaluator import Evaluator
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.monitor.probe import Probe
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.peft_method import is_expert_tensor, spread_experts, tuner_of
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import is_expert_tensor, spread_experts, tuner_of
 from ldmole_dist.data.build import read_data
 from ldmole_dist.training.preemption import StopRequest
 from ldmole_dist.training.trainer import Trainer

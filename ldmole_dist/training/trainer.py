@@ -27,7 +27,7 @@ from ldmole_dist.monitor.meter import Report, StepMeter
 from ldmole_dist.monitor.probe import Probe
 from ldmole_dist.monitor.writer import Monitor
 from ldmole_dist.loss import answer_count, answer_loss, next_tokens
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.tuner.model import tuner_of
 from ldmole_dist.cluster.heartbeat import pulse
 from ldmole_dist.training.preemption import StopRequest
 

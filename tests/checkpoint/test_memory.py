@@ -14,7 +14,7 @@ from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.config import load_config
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import make_moments
-from ldmole_dist.peft_method import is_expert_tensor
+from ldmole_dist.tuner.model import is_expert_tensor
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.planner.live import LiveBytes
 from tests.small_run import make_backbone, make_config, make_data

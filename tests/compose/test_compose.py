@@ -16,7 +16,7 @@ from ldmole_dist.model.backbone import load_adapter, load_backbone
 from ldmole_dist.checkpoint.export import export_checkpoint
 from ldmole_dist.compose.build import compose
 from ldmole_dist.errors import UserError
-from ldmole_dist.peft_method import LdMoleLinear
+from ldmole_dist.tuner.model import LdMoleLinear
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import make_config, make_folder, run_training
 

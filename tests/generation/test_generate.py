@@ -17,7 +17,7 @@ from ldmole_dist.model.backbone import load_backbone, new_adapter
 from ldmole_dist.cli import _parser
 from ldmole_dist.errors import UserError
 from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
-from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.model.saved import find_subject
 from tests.small_run import make_backbone
 

@@ -20,7 +20,7 @@ from ldmole_dist.config import load_config
 from ldmole_dist.hf_trainer import AuxiliaryLosses, LdMoleTrainer
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.training.run import prepare
 from tests.small_adapter import move

@@ -12,7 +12,7 @@ from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.engine.ds_config import load_ds_config
 from ldmole_dist.errors import UserError
 from ldmole_dist.loss import answer_loss
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.tuner.model import tuner_of
 from ldmole_dist.planner.live import LiveBytes
 from ldmole_dist.planner.memory import host_memory, memory, step_activations
 from ldmole_dist.planner.shapes import _shapes, meta_model, shapes_of

@@ -25,8 +25,8 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.monitor.supports import Supports
-from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.peft_method import tuner_of
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import tuner_of
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.report import movement
 from ldmole_dist.study.bench import report as cost

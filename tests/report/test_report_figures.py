@@ -16,7 +16,7 @@ from ldmole_dist.data.encode import Encoded
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
 from ldmole_dist.monitor.linears import Linears, Place
-from ldmole_dist.peft_config import LINEARS, LdMoleConfig
+from ldmole_dist.tuner.config import LINEARS, LdMoleConfig
 from ldmole_dist.report.html import Figure, Section, Table, page
 from ldmole_dist.report.by_layer import _load_grid
 from ldmole_dist.report.coactivation import lift

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmole_dist.peft_method import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench.command import latency as bench_latency
 from ldmole_dist.study.bench.command.latency import PARTS, Latency, Settings, Shape, build, measure_shape, print_table

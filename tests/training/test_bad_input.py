@@ -67,7 +67,7 @@ def test_unknown_target_module(folder: Path) -> None:
 
 def test_adapter_of_another_backbone(folder: Path, tmp_path: Path) -> None:
     from ldmole_dist.model.backbone import load_backbone, new_adapter
-    from ldmole_dist.peft_config import LdMoleConfig
+    from ldmole_dist.tuner.config import LdMoleConfig
 
     other = make_backbone(tmp_path / "other", layers=3)
     config = LdMoleConfig(num_experts=4, r=2, lambda_hidden=16, task_type="CAUSAL_LM")

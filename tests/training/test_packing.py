@@ -14,7 +14,7 @@ from ldmole_dist.data.batches import pack, real_tokens
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
 from ldmole_dist.loss import IGNORED
-from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.integrations.test_trainers import move, our_gradients
 from tests.small_run import make_config, make_folder

@@ -24,7 +24,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run
 from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.startup import start
-from ldmole_dist.peft_config import LdMoleConfig
+from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.selftest.local_ranks import LocalRanks
 
 

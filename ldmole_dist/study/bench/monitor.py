@@ -31,8 +31,8 @@ from ldmole_dist.engine.startup import Process, start
 from ldmole_dist.monitor.meter import StepMeter
 from ldmole_dist.monitor.writer import Monitor
 from ldmole_dist.loss import answer_loss
-from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.peft_method import spread_experts, tuner_of
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import spread_experts, tuner_of
 from ldmole_dist.selftest.local_ranks import LocalRanks
 
 KINDS = ("silent", "plain", "detailed")

@@ -31,8 +31,8 @@ from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.engine.startup import start
 from ldmole_dist.method.context import LossWeights, Tape
 from ldmole_dist.loss import answer_loss, next_tokens
-from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.peft_method import spread_experts, tuner_of
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import spread_experts, tuner_of
 from ldmole_dist.planner.workload import Strategy, Workload
 
 WARM_UP = 3  # optimizer steps: ZeRO-3 records what it gathers in the second micro-batch

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ldmole_dist.config import Adapter
-from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.peft_method import experts_of_linear
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import experts_of_linear
 
 BASELINE = "sparsegen"  # that the others are held against, seed by seed
 

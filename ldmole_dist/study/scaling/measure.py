@@ -27,8 +27,8 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.evaluation.evaluator import batch_logits
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.loss import IGNORED, answer_loss
-from ldmole_dist.peft_config import LdMoleConfig
-from ldmole_dist.peft_method import spread_experts, tuner_of
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import spread_experts, tuner_of
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench.command.dispatch import synchronize
 from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, VOCABULARY, Cell

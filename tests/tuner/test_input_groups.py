@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldmole_dist.input_groups import find_input_groups
+from ldmole_dist.tuner.input_groups import find_input_groups
 from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.lambda_mlp import LambdaMLP
