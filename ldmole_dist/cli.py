@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from ldmole_dist.cluster import command
+from ldmole_dist.cluster.exit import leave
+from ldmole_dist.cluster.heartbeat import show_stacks
 from ldmole_dist.compose import command as compose_command
 from ldmole_dist.errors import (
     EXIT_EXPLAINED,
@@ -25,12 +27,10 @@ from ldmole_dist.errors import (
 )
 from ldmole_dist.evaluation import command as evaluation_command
 from ldmole_dist.generation import command as generation_command
-from ldmole_dist.cluster.exit import leave
-from ldmole_dist.cluster.heartbeat import show_stacks
-from ldmole_dist.study.bench import command as bench
-from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.planner import command as planning
 from ldmole_dist.report import arguments as report_arguments
+from ldmole_dist.study.bench import command as bench
+from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.study.scaling import command as scaling_command
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from ldmole_dist.engine.startup import free_port
+from ldmole_dist.distributed import free_port
 
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
 

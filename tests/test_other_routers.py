@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from ldmole_dist.cli import main
-from ldmole_dist.tuner.model import LdMoleLinear
 from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.tuner.model import LdMoleLinear
 from tests.small_adapter import E, R, adapt, backbone, config, logits, move
 from tests.small_run import make_config, make_folder, run_training
 

@@ -14,14 +14,15 @@ import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ldmole_dist.checkpoint.files import Entry, Stretches, explained, sync, write_tensors
+from ldmole_dist.checkpoint.files import Entry, Stretches, write_tensors
 from ldmole_dist.checkpoint.manifest import read_manifest, verify
+from ldmole_dist.cluster.heartbeat import pulse
+from ldmole_dist.distributed import Process, agreed
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import whole_shapes
-from ldmole_dist.engine.startup import Process, agreed
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import explained, sync
 from ldmole_dist.tuner.model import adapter_keys, tuner_of
-from ldmole_dist.cluster.heartbeat import pulse
 
 METADATA = {"format": "pt"}
 

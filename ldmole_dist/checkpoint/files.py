@@ -13,7 +13,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import Digest
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.float64: "F64"}
-HASHED_AT_ONCE = 16 * 2**20
 
 
 class Entry(NamedTuple):
@@ -36,11 +36,6 @@ class Entry(NamedTuple):
     dtype: torch.dtype
 
 
-class Digest(NamedTuple):
-    """Of a whole file."""
-
-    bytes: int
-    sha256: str
 
 
 def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor], metadata: dict[str, str]) -> Digest:
@@ -75,44 +70,12 @@ def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
     return Digest(size, digest.hexdigest())
 
 
-def digest_of(path: Path) -> Digest:
-    """Size and hash of a file, read piece by piece."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(HASHED_AT_ONCE):
-            digest.update(data)
-    return Digest(path.stat().st_size, digest.hexdigest())
 
 
-def write_text(path: Path, text: str) -> Digest:
-    """Write a small file and see it onto the disk."""
-    data = text.encode()
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return Digest(len(data), hashlib.sha256(data).hexdigest())
 
 
-def sync(path: Path) -> None:
-    """See a file, or the names in a folder, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """An error of the file system within it becomes one that names `what`, which could not be written, and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{what} cannot be written: {error.strerror or error}; what was there before is as it was; make room or "
-            "permissions there, or choose another folder, and start the same command again"
-        ) from error
 
 
 class Stretches:

@@ -18,11 +18,11 @@ from ldmole_dist.checkpoint.files import Stretches
 from ldmole_dist.checkpoint.manifest import NAME, Manifest, content_problems, file_problems, fingerprint, read_manifest
 from ldmole_dist.checkpoint.save import topology
 from ldmole_dist.config import Adapter, Config
+from ldmole_dist.distributed import Process, agreed, from_main
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import make_moments, pieces, refresh_parameters, whole_shapes
-from ldmole_dist.engine.startup import Process, agreed, from_main
+from ldmole_dist.engine.training_state import restore_training_state
 from ldmole_dist.errors import UserError
-from ldmole_dist.tuner.model import tuner_of
 
 
 def choose_checkpoint(config: Config, data: dict[str, int | str], process: Process) -> Path | None:
@@ -90,7 +90,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
                     for position, value in stretches.read(key, piece.start, end):
                         held[position : position + len(value)].copy_(value)
     refresh_parameters(engine)
-    _restore(engine, manifest)
+    restore_training_state(engine, manifest.training, manifest.step)
     if manifest.topology == topology(engine, process):
         _restore_random_states(checkpoint / manifest.rank_files()[process.rank], process.device)
     elif process.is_main:
@@ -179,26 +179,6 @@ def _check_shapes(manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[
                 f"{saved.get(name, 'not there')} there and {shapes.get(name, 'not there')} here; give that backbone, or set "
                 "run.resume=never"
             )
-
-
-def _restore(engine: Engine, manifest: Manifest) -> None:
-    deepspeed, training = engine.deepspeed, manifest.training
-    if "l1_coef" in training:  # a checkpoint of before there was one has none
-        tuner_of(engine.module).context.weights.l1 = training["l1_coef"]
-    for name, value in training["counters"].items():
-        setattr(deepspeed, name, value)
-    deepspeed.micro_steps = manifest.step * deepspeed.gradient_accumulation_steps()
-    # The scheduler's own state lists parameter groups, which differ by stage; the rates follow from the config.
-    scheduler = deepspeed.lr_scheduler
-    scheduler.last_epoch = training["scheduler"]["last_epoch"]
-    for group, base, factor in zip(
-        deepspeed.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(scheduler.last_epoch)
-    # A run in another precision, or with a fixed scale, has a scaler too, which says nothing about this one.
-    scaler = getattr(deepspeed.optimizer, "loss_scaler", None)
-    if scaler is not None and scaler.dynamic and training["loss_scaler"].get("dynamic"):
-        vars(scaler).update(training["loss_scaler"])
 
 
 def _restore_random_states(path: Path, device: torch.device) -> None:

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmole_dist.checkpoint.files import Digest, Stretches, digest_of
+from ldmole_dist.checkpoint.files import Stretches
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import Digest, digest_of
 
 FORMAT_VERSION = 2
 NAME = "manifest.json"

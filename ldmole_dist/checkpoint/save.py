@@ -24,16 +24,16 @@ from torch import Tensor
 
 from ldmole_dist.checkpoint import manifest as manifests
 from ldmole_dist.checkpoint.export import CONFIG_NAME, write_adapter_config
-from ldmole_dist.checkpoint.files import Digest, Entry, digest_of, explained, sync, write_tensors, write_text
+from ldmole_dist.checkpoint.files import Entry, write_tensors
 from ldmole_dist.checkpoint.manifest import Manifest
+from ldmole_dist.cluster.heartbeat import pulse
 from ldmole_dist.config import Config, plain_config
+from ldmole_dist.distributed import Process, agreed
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import Piece, make_moments, pieces, whole_shapes
-from ldmole_dist.engine.startup import Process, agreed
-from ldmole_dist.tuner.model import adapter_keys, tuner_of
-from ldmole_dist.cluster.heartbeat import pulse
-
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+from ldmole_dist.engine.training_state import training_state
+from ldmole_dist.io import Digest, digest_of, explained, sync, write_text
+from ldmole_dist.tuner.model import adapter_keys
 
 
 @dataclass
@@ -180,21 +180,14 @@ class Saver:
         return {key: self._host[key] for key in states}
 
     def _manifest(self, engine: Engine, step: int) -> Manifest:
-        deepspeed, shapes = engine.deepspeed, whole_shapes(engine)
-        scaler = getattr(deepspeed.optimizer, "loss_scaler", None)
+        shapes = whole_shapes(engine)
         keys = adapter_keys(engine.module)
         return Manifest(
             step=step,
             topology=topology(engine, self.process),
             shapes={name: list(shape) for name, shape in shapes.items()},
             adapter_keys={name: keys[name] for name in shapes},
-            training={
-                "adam_step": step - deepspeed.skipped_steps,
-                "l1_coef": tuner_of(engine.module).context.weights.l1,
-                "counters": {name: getattr(deepspeed, name) for name in COUNTERS},
-                "scheduler": {"last_epoch": deepspeed.lr_scheduler.last_epoch},
-                "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {},
-            },
+            training=training_state(engine, step),
             data=self.data,
             backbone={
                 "path": self.config.backbone.path,

@@ -7,9 +7,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from ldmole_dist.engine.startup import start
 from ldmole_dist.cluster.exit import leave
 from ldmole_dist.cluster.heartbeat import pulse, show_stacks
+from ldmole_dist.engine.startup import start
 
 MEGABYTES = 16
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from ldmole_dist.cli_arguments import positive
 from ldmole_dist.cluster.doctor import doctor
 from ldmole_dist.cluster.environment import exported
 from ldmole_dist.cluster.hosts import Host, choose, describe_layout, keep_groups_within, read_hostfile, slurm_hosts
 from ldmole_dist.cluster.launch import attempts, become_rank, rank_command, supervised
+from ldmole_dist.cluster.output import say
 from ldmole_dist.cluster.rank_environment import inside_mpi, inside_slurm_step
 from ldmole_dist.cluster.runners import LAUNCHERS, Start, find_launcher, launcher_command
-from ldmole_dist.cluster.output import say
 from ldmole_dist.config import Config, check_parallelism, load_config
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 
@@ -26,11 +27,6 @@ LAUNCH = """Starts a run with DeepSpeed's runners (pdsh, Open MPI, Slurm), torch
 uses. When a rank dies or stalls, all ranks of all hosts are ended at once, and the last lines name the first that failed."""
 
 
-def positive(text: str) -> int:
-    """An argument that is a number of things, at least one."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

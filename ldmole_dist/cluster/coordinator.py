@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ldmole_dist.cluster.messages import BEAT_SECONDS, LOST_SECONDS
 from ldmole_dist.cluster.connections import Member, Members
+from ldmole_dist.cluster.messages import BEAT_SECONDS, LOST_SECONDS
 from ldmole_dist.cluster.verdict import Failure, Verdict, code_of, failure_of_exit, first_of
 from ldmole_dist.errors import EXIT_PREEMPTED
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from ldmole_dist.cluster.checks import CHECKS, Facts
 from ldmole_dist.cluster.launch import EndRequests, attempt
-from ldmole_dist.cluster.runners import Start
 from ldmole_dist.cluster.remote_probe import Visit
+from ldmole_dist.cluster.runners import Start
 from ldmole_dist.config import Config
 
 COLLECTIVE_SECONDS = 180.0  # without progress

@@ -6,9 +6,9 @@ import socket
 import time
 from collections.abc import Callable
 
+from ldmole_dist.cluster.coordinator import START_SECONDS, StopRequests
 from ldmole_dist.cluster.messages import LOST_SECONDS, Link, readable
 from ldmole_dist.cluster.verdict import Failure, Verdict
-from ldmole_dist.cluster.coordinator import START_SECONDS, StopRequests
 
 LAUNCHER_SECONDS = 5.0  # that ranks may outlast what has started them
 

@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 
 import psutil
 
-from ldmole_dist.cluster.network import address_towards, interfaces
-from ldmole_dist.cluster.follower import Observer
-from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment, own_devices
-from ldmole_dist.cluster.output import say
-from ldmole_dist.cluster.verdict import Verdict
 from ldmole_dist.cluster.coordinator import Watch
+from ldmole_dist.cluster.follower import Observer
+from ldmole_dist.cluster.network import address_towards, interfaces
+from ldmole_dist.cluster.output import say
+from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment, own_devices
+from ldmole_dist.cluster.verdict import Verdict
 from ldmole_dist.errors import EXIT_PREEMPTED, UserError
 
 ENTRY = Path(__file__).with_name("entry.py")

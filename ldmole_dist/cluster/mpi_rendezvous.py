@@ -6,10 +6,10 @@ import secrets
 import socket
 import threading
 
-from ldmole_dist.cluster.network import address_towards, interfaces
-from ldmole_dist.cluster.rank_environment import Place
-from ldmole_dist.cluster.output import say
 from ldmole_dist.cluster.coordinator import Watch
+from ldmole_dist.cluster.network import address_towards, interfaces
+from ldmole_dist.cluster.output import say
+from ldmole_dist.cluster.rank_environment import Place
 
 
 def meet(

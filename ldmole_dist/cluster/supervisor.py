@@ -21,12 +21,12 @@ from typing import IO
 
 import psutil
 
+from ldmole_dist.cluster.heartbeat import PULSE_FD
 from ldmole_dist.cluster.messages import BEAT_SECONDS, LOST_SECONDS, Link, allow_many_files, readable
 from ldmole_dist.cluster.network import interfaces
+from ldmole_dist.cluster.output import say
 from ldmole_dist.cluster.rank_environment import Place
 from ldmole_dist.cluster.relay import Relay
-from ldmole_dist.cluster.output import say
-from ldmole_dist.cluster.heartbeat import PULSE_FD
 
 STOPPED_SECONDS = 10.0  # that a rank may be stopped (SIGSTOP) before it counts as failed
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h

@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ldmole_dist.model.backbone import check_backbone, new_adapter
 from ldmole_dist.checkpoint.export import METADATA
-from ldmole_dist.checkpoint.files import Entry, explained, write_tensors
+from ldmole_dist.checkpoint.files import Entry, write_tensors
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import explained
+from ldmole_dist.model.backbone import check_backbone, new_adapter
 from ldmole_dist.parallel.placement import seeded
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import LdMoleLinear, adapter_keys, tuner_of

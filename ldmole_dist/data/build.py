@@ -16,7 +16,7 @@ from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import RowMaker, read_rows, sources_of
 from ldmole_dist.data.streaming import Part, StreamedRows, read_part
 from ldmole_dist.data.training_data import InMemory, Streamed, TrainingData
-from ldmole_dist.engine.startup import Process, agreed
+from ldmole_dist.distributed import Process, agreed
 
 FEW = 16  # examples for whoever wants to look at some
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import PeftModel
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
+from ldmole_dist.config import Optimisation
 from ldmole_dist.engine.ds_config import stage_of
 from ldmole_dist.engine.experts import check_partition_groups, clip_local_gradients, mark_experts, optimizer_groups
 from ldmole_dist.engine.loss_scale import use_loss_scale
+from ldmole_dist.engine.optimizers import make_optimizer, make_scheduler
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 
@@ -26,9 +25,8 @@ class Engine:
     Args:
         model: with its adapter injected; the same on all ranks but for the slices of experts.
         ds_config: complete (`resolve_ds_config`).
-        make_optimizer: from parameter groups.
-        make_scheduler: from the optimizer; stepped at every optimizer step.
-        max_grad_norm: 0 for none.
+        optimisation: optimizer, learning-rate schedule and gradient clipping.
+        total_steps: optimizer steps of the run, which the schedule spans.
 
     Attributes:
         module: the model.
@@ -39,14 +37,13 @@ class Engine:
         self,
         model: PeftModel,
         ds_config: dict[str, Any],
-        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-        make_scheduler: Callable[[torch.optim.Optimizer], LRScheduler],
-        max_grad_norm: float,
+        optimisation: Optimisation,
+        total_steps: int = 1,
     ) -> None:
         self.stage = stage_of(ds_config)
         tuner = tuner_of(model)
         self.parallel: ExpertParallel = tuner.parallel
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = optimisation.max_grad_norm
         self.grad_norm = 0.0
         self._may_overflow = False
         # Trainable parameters are float32 in every precision: DeepSpeed is to see a float32 run.
@@ -59,8 +56,8 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             config=ds_config,
-            optimizer=make_optimizer(optimizer_groups(model, ep_size, self.stage)),
-            lr_scheduler=make_scheduler,
+            optimizer=make_optimizer(optimisation, optimizer_groups(model, ep_size, self.stage)),
+            lr_scheduler=lambda optimizer: make_scheduler(optimisation, optimizer, total_steps),
             dist_init_required=False,
         )
         self.module = model

@@ -1,10 +1,13 @@
-"""Optimizers by name: torch's AdamW by default, DeepSpeed's own for those who have a compiler."""
+"""Optimizers and learning-rate schedules by name."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from ldmole_dist.config import Optimisation
 
@@ -21,3 +24,19 @@ def make_optimizer(o: Optimisation, groups: list[dict[str, Any]]) -> torch.optim
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return torch.optim.AdamW(groups, **settings)
+
+
+def make_scheduler(o: Optimisation, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+    """Linear warm-up, then the schedule of the config."""
+
+    def factor(step: int) -> float:
+        if step < o.warmup_steps:
+            return (step + 1) / (o.warmup_steps + 1)
+        if o.schedule == "cosine":
+            progress = (step - o.warmup_steps) / max(1, total_steps - o.warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        if o.schedule == "multistep":
+            return o.gamma ** sum(step >= share * total_steps for share in o.milestones)
+        return 1.0
+
+    return LambdaLR(optimizer, factor)

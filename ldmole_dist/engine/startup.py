@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import resource
-import socket
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from ldmole_dist.distributed import Process, free_port
 
 # DeepSpeed looks for a device when it is imported and says at length that there is none; say so first.
 if not torch.cuda.is_available():
@@ -22,30 +18,6 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
-
-from ldmole_dist.errors import PeerError
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Process:
-    """This process among those of the run."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and talks."""
-        return self.rank == 0
-
-    def peak_memory(self) -> int:
-        """The most bytes in use at once since the start: of the device, on a CPU of the whole process."""
-        if self.device.type == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return int(get_accelerator().max_memory_allocated())
 
 
 def start(timeout_minutes: float = 30.0) -> Process:
@@ -92,48 +64,11 @@ def start(timeout_minutes: float = 30.0) -> Process:
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 
-def from_main(value: T) -> T:
-    """The value that rank 0 has, on every rank; every rank calls it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _inside_mpirun() -> bool:
     return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
 
 
-@contextmanager
-def agreed(doing: str) -> Iterator[None]:
-    """Every rank enters; where one fails, all fail: no rank is left behind waiting in a collective.
-
-    The block itself must not contain collectives that a failing rank would miss.
-
-    Args:
-        doing: for the message on the other ranks, as in "reading the data".
-
-    Raises:
-        The error itself on the first rank that failed; PeerError, naming that rank and its error, on all others.
-    """
-    own: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        own = error
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, None if own is None else f"{type(own).__name__}: {own}")
-        first = next((rank for rank, text in enumerate(errors) if text is not None), None)
-        if first is not None and first != dist.get_rank():
-            raise PeerError(f"rank {first} failed while {doing}: {errors[first]}") from own
-    if own is not None:
-        raise own

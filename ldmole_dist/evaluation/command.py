@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ldmole_dist.cluster.command import positive
+from ldmole_dist.cli_arguments import positive
 from ldmole_dist.errors import UserError
 
 EVAL = """Evaluates a run's adapter, or a saved one, on held-out rows: loss and perplexity of answers; accuracy where they are

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldmole_dist.data.encode import Encoded
-from ldmole_dist.engine.startup import agreed, from_main
+from ldmole_dist.distributed import agreed, from_main
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluation.model import Evaluated
 from ldmole_dist.generation.continuations import Sampling, continue_batch

@@ -10,21 +10,21 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.config import Config, check_parallelism, make_config, plain_config
 from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import read_rows
+from ldmole_dist.distributed import Process, agreed
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
-from ldmole_dist.engine.optimizers import make_optimizer
-from ldmole_dist.engine.startup import Process, agreed, start
+from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluation.evaluator import Evaluator
 from ldmole_dist.evaluation.metrics import Outcomes
+from ldmole_dist.model.backbone import load_tokenizer
+from ldmole_dist.model.build import build_model
 from ldmole_dist.model.saved import Subject
-from ldmole_dist.training.run import build_model, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,8 @@ def prepared(config: Config, with_adapter: bool) -> Iterator[Evaluated]:
         tokenizer = load_tokenizer(config.backbone.path)
     parallel = expert_parallel(p.ep_size, p.dispatch, p.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
-    engine = Engine(
-        model,
-        ds_config,
-        lambda groups: make_optimizer(o, groups),  # DeepSpeed keeps pieces of a model for an optimizer
-        lambda optimizer: make_scheduler(o, optimizer, 1),
-        o.max_grad_norm,
-    )
+    # DeepSpeed partitions a model only together with an optimizer, which never steps here.
+    engine = Engine(model, ds_config, o)
     model.eval()
     switched: Any = nullcontext() if with_adapter else model.disable_adapter()
     with switched:

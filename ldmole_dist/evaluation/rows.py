@@ -7,7 +7,7 @@ from typing import Any
 
 from ldmole_dist.data.encode import Encoder
 from ldmole_dist.data.rows import Row
-from ldmole_dist.engine.startup import agreed
+from ldmole_dist.distributed import agreed
 from ldmole_dist.evaluation.likelihood import most_likely
 from ldmole_dist.evaluation.metrics import measures, rows_by_domain, share
 from ldmole_dist.evaluation.model import Evaluated

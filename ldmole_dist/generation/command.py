@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from ldmole_dist.cluster.command import positive
+from ldmole_dist.cli_arguments import positive
 from ldmole_dist.errors import UserError
 
 GENERATE = """Continues prompts with a run's adapter or a saved one, in one process. Prompts of the command line stream to the

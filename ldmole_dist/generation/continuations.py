@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.errors import UserError
-from ldmole_dist.tuner.model import tuner_of
+from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.model.saved import Subject
+from ldmole_dist.tuner.model import tuner_of
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from peft import PeftConfig
 
-from ldmole_dist.model.backbone import backbone_of
 from ldmole_dist.config import Config, load_config
 from ldmole_dist.errors import UserError
+from ldmole_dist.model.backbone import backbone_of
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldmole_dist.data.batches import real_tokens
+from ldmole_dist.distributed import Process
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.grad_norms import gradient_norms
-from ldmole_dist.engine.startup import Process
 from ldmole_dist.method.context import TERMS
 from ldmole_dist.method.statistics import RoutingSums, added, summarize
 from ldmole_dist.parallel.wire import KINDS, TIMED

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ldmole_dist.cluster.heartbeat import pulse
 from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
+from ldmole_dist.distributed import Process
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.startup import Process
-from ldmole_dist.evaluation.evaluator import route
 from ldmole_dist.method.routers import Routing
+from ldmole_dist.model.forward import route
 from ldmole_dist.monitor.supports import Supports
-from ldmole_dist.cluster.heartbeat import pulse
 
 SEQUENCES = 16  # of up to 1024 tokens and 8 experts, in 224 linears: 4 MB
 

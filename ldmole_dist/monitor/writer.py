@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ldmole_dist.checkpoint.files import explained
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import explained
 from ldmole_dist.monitor.board import write_changes, write_layout, write_routing, write_scalars
 from ldmole_dist.monitor.lines import JsonLines
 from ldmole_dist.monitor.meter import Report

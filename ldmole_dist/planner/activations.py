@@ -20,16 +20,16 @@ from peft import PeftModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ldmole_dist.model.backbone import enable_gradient_checkpointing
+from ldmole_dist.loss import answer_loss
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.layer import Finish
 from ldmole_dist.method.routers import Routing
-from ldmole_dist.loss import answer_loss
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.planner.layers import last_layer
 from ldmole_dist.planner.live import LiveBytes
 from ldmole_dist.planner.shapes import meta_model
 from ldmole_dist.planner.workload import Workload
+from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 
 
 class Activations(NamedTuple):

@@ -8,7 +8,7 @@ import math
 import re
 from pathlib import Path
 
-from ldmole_dist.cluster.command import positive
+from ldmole_dist.cli_arguments import positive
 from ldmole_dist.errors import UserError
 from ldmole_dist.planner.presets import is_preset, load_backbone_config, preset_names
 
@@ -76,12 +76,12 @@ def plan(args: argparse.Namespace) -> int:
         UserError: where something cannot be, or nothing fits.
     """
     # Imported here: they bring torch's and transformers' models with them.
-    from ldmole_dist.tuner.config import LINEARS
     from ldmole_dist.planner.choose import Machine, all_lines, ordered
     from ldmole_dist.planner.reason import nothing_fits
     from ldmole_dist.planner.table import as_json, report
     from ldmole_dist.planner.workload import Workload
     from ldmole_dist.planner.write import write_configs
+    from ldmole_dist.tuner.config import LINEARS
 
     machine = Machine(
         gpus=args.gpus,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ldmole_dist.tuner.model import LdMoleLinear
 from ldmole_dist.planner.activations import on_meta, run_forward, traced_model
 from ldmole_dist.planner.layers import in_layer, layer_prefix, rename
 from ldmole_dist.planner.workload import Workload
+from ldmole_dist.tuner.model import LdMoleLinear
 
 
 class Event(NamedTuple):

@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ldmole_dist.model.backbone import DTYPES, new_adapter
 from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import LossWeights
-from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import LdMoleLinear, is_expert_tensor, tuner_of
+from ldmole_dist.model.backbone import DTYPES, new_adapter
 from ldmole_dist.planner.layers import in_layer, layer_prefix, rename
 from ldmole_dist.planner.presets import building
 from ldmole_dist.planner.workload import Workload
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import LdMoleLinear, is_expert_tensor, tuner_of
 
 
 class Parameter(NamedTuple):

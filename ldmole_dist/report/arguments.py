@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ldmole_dist.cluster.command import positive
+from ldmole_dist.cli_arguments import positive
 
 DESCRIPTION = """Runs data through a saved adapter, in one process, and writes a self-contained page (index.html) and its
 figures (PNG): lambda, experts per token, token frequency, load, co-activation, how routing moved over the run, domains."""

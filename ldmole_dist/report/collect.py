@@ -17,9 +17,9 @@ from tqdm import tqdm
 from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
-from ldmole_dist.evaluation.evaluator import route
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import RoutingSums, added
+from ldmole_dist.model.forward import route
 
 
 @dataclass(frozen=True)

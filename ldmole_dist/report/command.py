@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.errors import UserError
-from ldmole_dist.report.html import Figure
+from ldmole_dist.model.backbone import load_tokenizer
+from ldmole_dist.model.saved import find_subject
 from ldmole_dist.report.collect import collect
+from ldmole_dist.report.html import Figure
 from ldmole_dist.report.inputs import adapter_config, load_model, read_data
 from ldmole_dist.report.movement import read_curves, trace_movement
 from ldmole_dist.report.page import Material, key_numbers, render, sections
-from ldmole_dist.model.saved import find_subject
 
 BATCH_SIZE = 8  # where no run says otherwise
 

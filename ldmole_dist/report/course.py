@@ -9,8 +9,8 @@ import numpy as np
 
 from ldmole_dist.method.statistics import summarize
 from ldmole_dist.monitor.linears import Linears
-from ldmole_dist.report.html import Figure
 from ldmole_dist.report.by_layer import has_lambda
+from ldmole_dist.report.html import Figure
 from ldmole_dist.report.movement import Movement
 from ldmole_dist.report.style import (
     FROM_ZERO,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ldmole_dist.method.statistics import added, summarize
 from ldmole_dist.monitor.linears import Linears
-from ldmole_dist.report.html import Figure, Table
 from ldmole_dist.report.by_layer import spread
+from ldmole_dist.report.html import Figure, Table
 from ldmole_dist.report.style import WIDTH, layer_ticks, line_style, panels, png, styled
 
 ByDomain = Mapping[str, Mapping[str, Tensor]]  # domain -> linear -> `statistics.routing_sums`

@@ -14,14 +14,14 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.model.backbone import load_adapter, load_backbone
 from ldmole_dist.config import Source
 from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import read_rows, sources_of
 from ldmole_dist.errors import UserError
-from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.model.backbone import load_adapter, load_backbone
 from ldmole_dist.model.saved import Subject
+from ldmole_dist.tuner.config import LdMoleConfig
 
 MAX_LENGTH = 4096  # tokens of a sequence where no run says otherwise
 WHOLE = ""  # the domain of rows in data without domains

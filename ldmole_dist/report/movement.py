@@ -21,14 +21,14 @@ from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
-from ldmole_dist.evaluation.evaluator import route
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import RoutingSums
+from ldmole_dist.model.forward import route
+from ldmole_dist.model.saved import Subject
 from ldmole_dist.monitor.lines import read_lines
 from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.report.collect import batches
 from ldmole_dist.report.inputs import adapter_config
-from ldmole_dist.model.saved import Subject
 
 CURVES = ("lambda_mean", "experts_per_token", "max_load", "dead_experts")  # of a linear, over the steps of a run
 PROBE_TOKENS = 1024  # 200 linears of 64 experts: 2 MB of supports for each state

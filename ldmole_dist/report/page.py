@@ -9,9 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ldmole_dist.method.statistics import added, summarize
+from ldmole_dist.model.saved import Subject
 from ldmole_dist.monitor.linears import Linears
-from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.report.html import Figure, Section, Table, page
 from ldmole_dist.report.by_layer import (
     counts_said,
     experts_by_layer,
@@ -25,10 +24,11 @@ from ldmole_dist.report.coactivation import coactivation
 from ldmole_dist.report.collect import Observed
 from ldmole_dist.report.course import curves, movement_lines, movement_map
 from ldmole_dist.report.domains import domain_figure, domain_table
+from ldmole_dist.report.html import Figure, Section, Table, page
 from ldmole_dist.report.inputs import DataSet
 from ldmole_dist.report.movement import Movement
 from ldmole_dist.report.tokens import tokens_figure
-from ldmole_dist.model.saved import Subject
+from ldmole_dist.tuner.config import LdMoleConfig
 
 
 @dataclass(frozen=True)

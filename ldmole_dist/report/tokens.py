@@ -19,8 +19,8 @@ from matplotlib.transforms import Bbox
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.report.html import Figure
 from ldmole_dist.report.collect import Observed
+from ldmole_dist.report.html import Figure
 from ldmole_dist.report.style import DPI, GREY, PALETTE, WIDTH, png, styled
 
 MOST = 200  # commonest tokens that are shown

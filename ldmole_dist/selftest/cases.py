@@ -18,9 +18,9 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.loss import answer_count, next_tokens
 from ldmole_dist.parallel.exchange import Parcel, exchange
 from ldmole_dist.parallel.wire import Tally, Wire
-from ldmole_dist.tuner.model import LdMoleLinear
 from ldmole_dist.selftest.parity import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch, relative
+from ldmole_dist.tuner.model import LdMoleLinear
 
 Decide = Callable[[Tensor, Tensor], Tensor]  # (logits, lambda) -> support, as a router's method
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from ldmole_dist.engine.startup import free_port, start
+from ldmole_dist.distributed import free_port
+from ldmole_dist.engine.startup import start
 
 _CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 

@@ -12,22 +12,28 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
-from ldmole_dist.model.backbone import enable_gradient_checkpointing
+from ldmole_dist.config import Optimisation
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.loss import answer_count, answer_loss, next_tokens
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
-from ldmole_dist.tuner.model import is_expert_tensor, tuner_of
 from ldmole_dist.selftest.tiny import EXPERTS, adapted, micro_batch, relative, tiny_backbone, whole
+from ldmole_dist.tuner.model import is_expert_tensor, tuner_of
 
 # Adam divides by the gradient's own size. With a usual eps and a larger step, the rounding of gradients near 0 grows until
 # tokens cross the edge of a support or a ReLU, where gradients jump; what is compared here are the sums over ranks.
-OPTIMIZER: dict[str, Any] = dict(lr=1e-3, weight_decay=0.1, eps=1e-4)
-MAX_GRAD_NORM = 0.3  # below the norms that occur, so that clipping does something
+OPTIMISATION = Optimisation(
+    learning_rate=1e-3,
+    weight_decay=0.1,
+    eps=1e-4,
+    schedule="constant",
+    max_grad_norm=0.3,  # below the norms that occur, so that clipping takes effect
+)
+MAX_GRAD_NORM = OPTIMISATION.max_grad_norm
 
 
 def build(
@@ -161,12 +167,10 @@ def _updates(
             precision="fp32",
             ep_size=tuner_of(model).parallel.size,
         ),
-        lambda groups: torch.optim.AdamW(groups, **OPTIMIZER),
-        lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
-        MAX_GRAD_NORM,
+        OPTIMISATION,
     )
     trainable = {name: p for name, p in reference.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trainable.values(), **OPTIMIZER)
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, weight_decay=0.1, eps=1e-4)
     distances = {"loss": 0.0, "grad_norm": 0.0}
     for step in range(steps):
         all_batches = [micro_batch(first_batch + step * 100 + i, device) for i in range(world * accumulation)]

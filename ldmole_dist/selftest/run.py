@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest import cases, parity
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.tiny import EXPERTS
 
 EXACT, FLOAT64, FLOAT32 = 0.0, 1e-12, 1e-4

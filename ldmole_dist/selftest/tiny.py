@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from ldmole_dist.method.context import LossWeights
 from ldmole_dist.loss import IGNORED
+from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import seeded
 from ldmole_dist.tuner.config import LdMoleConfig

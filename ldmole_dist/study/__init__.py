@@ -1,1 +1,1 @@
-"""What a configuration costs before anybody runs it: layer benchmark, memory and communication, routing report."""
+"""Benchmarks, the scaling study and the comparison of routers."""

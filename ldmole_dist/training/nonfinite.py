@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.evaluation.evaluator import batch_logits
+from ldmole_dist.engine.training_state import local_shard
+from ldmole_dist.model.forward import batch_logits
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def explain_nonfinite(engine: Engine, batch: dict[str, Tensor], own_loss_is_bad:
 
 def _first_bad_parameter(engine: Engine) -> str | None:
     for name, parameter in engine.module.named_parameters():
-        held = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3: this rank's piece
+        held = local_shard(parameter)
         if held.is_floating_point() and not held.isfinite().all():
             return name
     return None

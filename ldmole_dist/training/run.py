@@ -5,43 +5,33 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ldmole_dist.model.backbone import (
-    check_backbone,
-    enable_gradient_checkpointing,
-    load_adapter,
-    load_backbone,
-    load_tokenizer,
-    new_adapter,
-)
 from ldmole_dist.checkpoint.export import export_adapter
 from ldmole_dist.checkpoint.load import choose_checkpoint, load_checkpoint, newest
 from ldmole_dist.checkpoint.save import Saver, point_to
 from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
+from ldmole_dist.data.build import read_data
+from ldmole_dist.distributed import Process, agreed
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
-from ldmole_dist.engine.optimizers import make_optimizer
-from ldmole_dist.engine.partitioned import partitioned_loading
-from ldmole_dist.engine.startup import Process, agreed, start
+from ldmole_dist.engine.startup import start
+from ldmole_dist.engine.training_state import element_count
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluation.evaluator import Evaluator
-from ldmole_dist.method.context import LossWeights
+from ldmole_dist.model.backbone import (
+    load_tokenizer,
+)
+from ldmole_dist.model.build import build_model
 from ldmole_dist.monitor.probe import Probe
-from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import is_expert_tensor, spread_experts, tuner_of
-from ldmole_dist.data.build import read_data
 from ldmole_dist.training.preemption import StopRequest
 from ldmole_dist.training.trainer import Trainer
+from ldmole_dist.tuner.model import is_expert_tensor
 
 
 def train(config: Config) -> dict[str, float]:
@@ -87,13 +77,7 @@ def prepare(config: Config) -> Trainer:
     parallel = expert_parallel(config.parallelism.ep_size, config.parallelism.dispatch, config.parallelism.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
     total_steps = number_of_steps(config.optimisation, data.size)
-    engine = Engine(
-        model,
-        ds_config,
-        lambda groups: make_optimizer(config.optimisation, groups),
-        lambda optimizer: make_scheduler(config.optimisation, optimizer, total_steps),
-        config.optimisation.max_grad_norm,
-    )
+    engine = Engine(model, ds_config, config.optimisation, total_steps)
     # Every rank drops out other units; what must be equal on all of them was drawn before.
     torch.manual_seed(config.run.seed * 1_000_003 + process.rank)
     first_step = 0
@@ -108,60 +92,8 @@ def prepare(config: Config) -> Trainer:
     return Trainer(config, engine, data.training, evaluator, probe, pad_id, process, saver, first_step, total_steps)
 
 
-def build_model(
-    config: Config, parallel: ExpertParallel, process: Process, stage: int, pad_token_id: int | None
-) -> PeftModel:
-    """The backbone with its adapter, ready for the engine; every rank calls it.
-
-    Raises:
-        UserError: where backbone and adapter do not go together.
-    """
-    b, a = config.backbone, config.adapter
-    torch.manual_seed(config.run.seed)  # a new classification head is drawn when the backbone is loaded
-    if process.is_main:
-        tqdm.write(f"loading {b.path}")
-    with agreed("looking at the backbone"):
-        check_backbone(b.path)
-    # Partitioned loading consists of collectives, which a rank that fails would leave the others in.
-    with (
-        partitioned_loading(stage, config.parallelism.precision),
-        agreed("loading the backbone") if stage < 3 else nullcontext(),
-    ):
-        backbone = load_backbone(
-            b.path,
-            b.task,
-            config.parallelism.precision,
-            labels=config.data.labels,
-            attention=b.attention,
-            pad_token_id=pad_token_id,
-        )
-    if stage < 3:
-        torch.nn.Module.to(backbone, process.device)
-    spread_experts(backbone, parallel)
-    with agreed("attaching the adapter"):
-        if a.init_from is not None:
-            model = load_adapter(backbone, a.init_from, trainable=True)
-        else:
-            model = new_adapter(backbone, adapter_config(config))
-    o = config.optimisation
-    tuner_of(model).context.weights = LossWeights(
-        balance=o.balance_coef,
-        sparsity=o.sparsity_coef,
-        z=o.z_coef,
-        l1=o.l1_coef,
-        entropy=o.entropy_coef,
-        target_k=o.sparsity_target,
-    )
-    if config.parallelism.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    return model.train()
 
 
-def adapter_config(config: Config) -> LdMoleConfig:
-    """The PEFT config of a new adapter."""
-    values = {name: value for name, value in vars(config.adapter).items() if name != "init_from"}
-    task_type = "CAUSAL_LM" if config.backbone.task == "causal_lm" else "SEQ_CLS"
-    return LdMoleConfig(task_type=task_type, init_seed=config.run.seed, **values)
 
 
 def number_of_steps(o: Optimisation, examples: int) -> int:
@@ -172,20 +104,6 @@ def number_of_steps(o: Optimisation, examples: int) -> int:
     return max(1, math.ceil(o.epochs * examples / o.global_batch_size))
 
 
-def make_scheduler(o: Optimisation, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then the schedule of the config."""
-
-    def factor(step: int) -> float:
-        if step < o.warmup_steps:
-            return (step + 1) / (o.warmup_steps + 1)
-        if o.schedule == "cosine":
-            progress = (step - o.warmup_steps) / max(1, total_steps - o.warmup_steps)
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        if o.schedule == "multistep":
-            return o.gamma ** sum(step >= share * total_steps for share in o.milestones)
-        return 1.0
-
-    return LambdaLR(optimizer, factor)
 
 
 def _prepare_folder(folder: Path, config: Config, resumed: Path | None) -> None:
@@ -209,9 +127,7 @@ def _prepare_folder(folder: Path, config: Config, resumed: Path | None) -> None:
 
 def _announce(model: PeftModel, config: Config, process: Process, first_step: int, total_steps: int) -> None:
     trainable = sum(
-        # Under ZeRO-3 a parameter here is a piece; the number of its elements is kept beside it.
-        getattr(parameter, "ds_numel", parameter.numel())
-        * (config.parallelism.ep_size if is_expert_tensor(name) else 1)
+        element_count(parameter) * (config.parallelism.ep_size if is_expert_tensor(name) else 1)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     )

@@ -13,23 +13,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldmole_dist.checkpoint.save import Saver
+from ldmole_dist.cluster.heartbeat import pulse
 from ldmole_dist.config import Config
 from ldmole_dist.data.batches import collate, pack
 from ldmole_dist.data.training_data import TrainingData
-from ldmole_dist.training.nonfinite import explain_nonfinite
+from ldmole_dist.distributed import Process, agreed
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.startup import Process, agreed
 from ldmole_dist.errors import NonFiniteLoss, Preempted, UserError
-from ldmole_dist.evaluation.evaluator import Evaluator, batch_logits
+from ldmole_dist.evaluation.evaluator import Evaluator
+from ldmole_dist.loss import answer_count, answer_loss, next_tokens
 from ldmole_dist.method.losses import adapted_l1
 from ldmole_dist.method.noise import RouterNoise, linear_decay
+from ldmole_dist.model.forward import batch_logits
 from ldmole_dist.monitor.meter import Report, StepMeter
 from ldmole_dist.monitor.probe import Probe
 from ldmole_dist.monitor.writer import Monitor
-from ldmole_dist.loss import answer_count, answer_loss, next_tokens
-from ldmole_dist.tuner.model import tuner_of
-from ldmole_dist.cluster.heartbeat import pulse
+from ldmole_dist.training.nonfinite import explain_nonfinite
 from ldmole_dist.training.preemption import StopRequest
+from ldmole_dist.tuner.model import tuner_of
 
 
 class Trainer:

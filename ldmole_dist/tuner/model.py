@@ -23,7 +23,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ldmole_dist.tuner.input_groups import find_input_groups
 from ldmole_dist.method.context import StepContext
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.lambda_mlp import LambdaMLP
@@ -33,6 +32,7 @@ from ldmole_dist.method.sparsegen import at_least_float32
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import draw_bank, seeded
 from ldmole_dist.tuner.config import LdMoleConfig, LdMolePeftType
+from ldmole_dist.tuner.input_groups import find_input_groups
 
 EXPERT_TENSORS = ("lora_A", "lora_B")
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.checkpoint.manifest import verify
-from ldmole_dist.engine.startup import free_port
+from ldmole_dist.distributed import free_port
 from ldmole_dist.errors import EXIT_PREEMPTED
 from tests.launched import Launched
 from tests.small_run import make_config, make_folder

@@ -14,9 +14,9 @@ from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.config import load_config
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import make_moments
-from ldmole_dist.tuner.model import is_expert_tensor
-from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.planner.live import LiveBytes
+from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.tuner.model import is_expert_tensor
 from tests.small_run import make_backbone, make_config, make_data
 
 LAYERS = 6

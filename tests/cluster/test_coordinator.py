@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from ldmole_dist.cluster import supervisor as supervise
+from ldmole_dist.cluster.coordinator import Watch
 from ldmole_dist.cluster.launch import supervised
 from ldmole_dist.cluster.verdict import Failure, Verdict
-from ldmole_dist.cluster.coordinator import Watch
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED
 
 SIZE = 3

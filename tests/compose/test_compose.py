@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldmole_dist.model.backbone import load_adapter, load_backbone
 from ldmole_dist.checkpoint.export import export_checkpoint
 from ldmole_dist.compose.build import compose
 from ldmole_dist.errors import UserError
-from ldmole_dist.tuner.model import LdMoleLinear
+from ldmole_dist.model.backbone import load_adapter, load_backbone
 from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.tuner.model import LdMoleLinear
 from tests.small_run import make_config, make_folder, run_training
 
 IDS = torch.arange(2, 26).view(3, 8)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.data.cache import encode_cached
 from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Message, Row
 from ldmole_dist.errors import UserError
+from ldmole_dist.model.backbone import load_tokenizer
 from tests.small_run import LABELS, make_backbone
 
 TEMPLATE = (

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmole_dist import training
-from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.config import Source, load_config
 from ldmole_dist.data.batches import TrainingOrder
 from ldmole_dist.data.encode import Encoder
@@ -24,6 +23,7 @@ from ldmole_dist.data.sources import RowMaker, read_rows
 from ldmole_dist.data.streaming import StreamedRows, read_part
 from ldmole_dist.data.training_data import Streamed
 from ldmole_dist.errors import PeerError, UserError
+from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.launched import Launched
 from tests.small_run import make_backbone, make_config, make_data, make_folder, run_training

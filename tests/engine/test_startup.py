@@ -9,8 +9,9 @@ import deepspeed
 import pytest
 import torch.distributed as dist
 
+from ldmole_dist.distributed import agreed
 from ldmole_dist.engine import startup
-from ldmole_dist.engine.startup import agreed, start
+from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.selftest.local_ranks import LocalRanks, RankFailed
 

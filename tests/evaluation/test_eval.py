@@ -14,14 +14,14 @@ import pytest
 import torch
 import yaml
 
-from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.evaluation.command import table
 from ldmole_dist.evaluation.model import config_of, prepared, rows_and_encoder
 from ldmole_dist.evaluation.rows import evaluate_rows
-from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.model.saved import find_subject
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import COLOURS, LABELS, make_config, make_data, make_folder, run_training
 
 OF_QUESTIONS = ("data.labels=null", "data.max_length=64")

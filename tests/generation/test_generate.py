@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ldmole_dist.model.backbone import load_backbone, new_adapter
 from ldmole_dist.cli import _parser
 from ldmole_dist.errors import UserError
 from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
-from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.model.backbone import load_backbone, new_adapter
 from ldmole_dist.model.saved import find_subject
+from ldmole_dist.tuner.config import LdMoleConfig
 from tests.small_run import make_backbone
 
 PROMPTS = ["The colour of rose is", "grass", "The colour of sky and sea and jay and ash is", "a leaf is a leaf"]

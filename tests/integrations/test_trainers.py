@@ -15,14 +15,14 @@ from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.config import load_config
 from ldmole_dist.hf_trainer import AuxiliaryLosses, LdMoleTrainer
 from ldmole_dist.method.context import LossWeights
+from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.training.run import prepare
+from ldmole_dist.tuner.config import LdMoleConfig
 from tests.small_adapter import move
 from tests.small_run import make_config, make_folder
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldmole_dist.engine.startup import free_port
+from ldmole_dist.distributed import free_port
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.browser import find_chromium, screenshot
 from tests.small_run import make_config, make_folder, run_training

@@ -11,10 +11,10 @@ from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.loss import answer_count, next_tokens
 from ldmole_dist.parallel.dispatch import Mode
-from ldmole_dist.tuner.model import LdMoleLinear
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.parity import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch
+from ldmole_dist.tuner.model import LdMoleLinear
 
 Result = tuple[dict[str, Tensor], dict[str, int]]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldmole_dist.parallel.plan import GroupSizes, cheapest_ships, optimal_ships
-from ldmole_dist.study.bench.command.decide import CELLS, Cell, all_or_none, decide, draw_support, payload
+from ldmole_dist.study.bench.decide import CELLS, Cell, all_or_none, decide, draw_support, payload
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))

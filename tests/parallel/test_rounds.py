@@ -11,8 +11,8 @@ from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.parallel.dispatch import Mode
 from ldmole_dist.parallel.plan import ROWS_AT_ONCE, number_of_rounds
-from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.planner.live import LiveBytes
+from ldmole_dist.selftest.local_ranks import LocalRanks
 
 T, D, E, R = 3000, 32, 8, 4
 LINEARS = 2

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.command.plan_accuracy import Case, Compared, cases, compare, print_table
-from ldmole_dist.study.bench.command.plan_measure import Measured, measure
+from ldmole_dist.study.bench.plan_accuracy import Case, Compared, cases, compare, print_table
+from ldmole_dist.study.bench.plan_measure import Measured, measure
 
 BYTES = 0.05
 CASES = cases()

@@ -10,8 +10,8 @@ import pytest
 
 from ldmole_dist.cli import main
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
-from ldmole_dist.selftest.tiny import SIZES
 from ldmole_dist.planner.presets import is_preset, load_backbone_config
+from ldmole_dist.selftest.tiny import SIZES
 
 LLAMA: dict[str, Any] = {"model_type": "llama", **SIZES}
 

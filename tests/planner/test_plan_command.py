@@ -13,7 +13,6 @@ from ldmole_dist.cli import main
 from ldmole_dist.config import load_config
 from ldmole_dist.engine.ds_config import resolve_run
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
-from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.planner.choose import Line, Machine, all_lines
 from ldmole_dist.planner.command import parse_memory
 from ldmole_dist.planner.memory import PARTS
@@ -21,6 +20,7 @@ from ldmole_dist.planner.presets import load_backbone_config, preset_names
 from ldmole_dist.planner.shapes import shapes_of
 from ldmole_dist.planner.workload import Strategy, Workload
 from ldmole_dist.planner.write import write_configs
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import make_folder, run_training
 
 # One workload for nearly all: what is traced of it is remembered.

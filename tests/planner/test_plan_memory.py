@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.engine.ds_config import load_ds_config
 from ldmole_dist.errors import UserError
 from ldmole_dist.loss import answer_loss
-from ldmole_dist.tuner.model import tuner_of
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.planner.live import LiveBytes
 from ldmole_dist.planner.memory import host_memory, memory, step_activations
 from ldmole_dist.planner.shapes import _shapes, meta_model, shapes_of
 from ldmole_dist.planner.workload import SHIPPED, Strategy, Workload
 from ldmole_dist.planner.zero import DEFAULTS, Shard, flushes, padded, settings, touched
+from ldmole_dist.tuner.model import tuner_of
 
 
 def llama(vocabulary: int, layers: int = 3) -> LlamaConfig:

@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer, new_adapter
 from ldmole_dist.checkpoint.export import export_checkpoint
 from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.cli import main
@@ -23,16 +22,17 @@ from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import EXIT_EXPLAINED
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
+from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer, new_adapter
+from ldmole_dist.model.saved import find_subject
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.monitor.supports import Supports
-from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import tuner_of
-from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.report import movement
-from ldmole_dist.study.bench import report as cost
 from ldmole_dist.report.collect import collect
 from ldmole_dist.report.movement import trace_movement
-from ldmole_dist.model.saved import find_subject
+from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.study.bench import report as cost
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import tuner_of
 from tests.small_run import LABELS, make_backbone, make_config, make_data, make_folder, run_training
 
 EXPERTS = 4

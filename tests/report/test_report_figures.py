@@ -11,19 +11,19 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
+from ldmole_dist.model.backbone import load_tokenizer
+from ldmole_dist.model.saved import Subject
 from ldmole_dist.monitor.linears import Linears, Place
-from ldmole_dist.tuner.config import LINEARS, LdMoleConfig
-from ldmole_dist.report.html import Figure, Section, Table, page
 from ldmole_dist.report.by_layer import _load_grid
 from ldmole_dist.report.coactivation import lift
 from ldmole_dist.report.collect import Counter, Observed
+from ldmole_dist.report.html import Figure, Section, Table, page
 from ldmole_dist.report.inputs import WHOLE, DataSet
 from ldmole_dist.report.page import Material, key_numbers, sections
-from ldmole_dist.model.saved import Subject
+from ldmole_dist.tuner.config import LINEARS, LdMoleConfig
 from tests.small_run import make_backbone
 
 

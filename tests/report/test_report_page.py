@@ -13,8 +13,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ldmole_dist.cli import main
-from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.report.style import PALETTE
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.browser import screenshot
 from tests.small_run import make_config, make_folder, run_training
 

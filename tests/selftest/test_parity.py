@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from ldmole_dist.parallel.dispatch import Mode
-from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest import cases, parity
+from ldmole_dist.selftest.local_ranks import LocalRanks
 
 # DeepSpeed leaves parameters below its threshold whole, and here all are below the default.
 PARTITION_ALL = {"stage3_param_persistence_threshold": 0}

@@ -3,7 +3,7 @@
 import pytest
 
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.command.checkpoint import Sizes, measure, print_measured
+from ldmole_dist.study.bench.checkpoint import Sizes, measure, print_measured
 
 
 def test_measures_a_run_that_saves(ranks1: LocalRanks, capsys: pytest.CaptureFixture[str]) -> None:

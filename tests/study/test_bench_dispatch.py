@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.command.decide import CELLS, decide
-from ldmole_dist.study.bench.command.decide import print_table as print_decisions
-from ldmole_dist.study.bench.command.dispatch import GROUPS, STRATEGIES, Sizes, measure, print_table
-from ldmole_dist.study.bench.command.overlap import measure_overlap, print_overlap
+from ldmole_dist.study.bench.decide import CELLS, decide
+from ldmole_dist.study.bench.decide import print_table as print_decisions
+from ldmole_dist.study.bench.dispatch import GROUPS, STRATEGIES, Sizes, measure, print_table
+from ldmole_dist.study.bench.overlap import measure_overlap, print_overlap
 
 
 @pytest.mark.parametrize("tokens", [12, 600])  # few tokens: rows are lighter; many: experts are

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.command import latency as bench_latency
-from ldmole_dist.study.bench.command.latency import PARTS, Latency, Settings, Shape, build, measure_shape, print_table
-from ldmole_dist.study.bench.command.latency import _decoding_call as decoding_call
-from ldmole_dist.study.bench.command.latency import _given as given
-from ldmole_dist.study.bench.command.latency import _Parts as Parts
+from ldmole_dist.study.bench import latency as bench_latency
+from ldmole_dist.study.bench.latency import PARTS, Latency, Settings, Shape, build, measure_shape, print_table
+from ldmole_dist.study.bench.latency import _decoding_call as decoding_call
+from ldmole_dist.study.bench.latency import _given as given
+from ldmole_dist.study.bench.latency import _Parts as Parts
+from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 
 SMALL = Shape("small", 32, 48, layers=2, heads=4, kv_heads=2, vocabulary=64)
 SETTINGS = Settings((SMALL,), training=(2,), generation=(1, 3), turns=2, experts=4, rank=2, hidden=16)

@@ -10,7 +10,14 @@ from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.layer import LocalDispatch
 from ldmole_dist.method.losses import load_balance_loss, sparsity_loss
 from ldmole_dist.method.routers import Routing
-from ldmole_dist.study.bench.command.layer import FORMULATIONS, Case, bench_layer, print_table, random_inputs, saved_bytes
+from ldmole_dist.study.bench.layer import (
+    FORMULATIONS,
+    Case,
+    bench_layer,
+    print_table,
+    random_inputs,
+    saved_bytes,
+)
 from tests.method.test_golden import FILES, build, distance, load
 
 SMALL = Case(tokens=96, features=64, experts=8, rank=4, active=2)

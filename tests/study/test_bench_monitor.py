@@ -3,7 +3,7 @@
 import pytest
 
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.command.monitor import Measured, Sizes, measure, print_measured
+from ldmole_dist.study.bench.monitor import Measured, Sizes, measure, print_measured
 
 
 def test_measures_all_kinds_of_steps(ranks2: LocalRanks, capsys: pytest.CaptureFixture[str]) -> None:

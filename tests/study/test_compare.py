@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 from ldmole_dist.config import Adapter
 from ldmole_dist.data import vader
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
-from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.study.compare.data import TEST, TRAIN, write_data
 from ldmole_dist.study.compare.methods import DEFAULT, METHODS, equal_rank, linears_of, overrides_of
 from ldmole_dist.study.compare.page import page, spread, verdict
 from ldmole_dist.study.compare.store import Row, Store
+from ldmole_dist.tuner.config import LdMoleConfig
 from tests.small_run import make_backbone, make_config, make_folder
 
 ROOT = Path(__file__).parents[2]

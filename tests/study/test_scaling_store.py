@@ -10,8 +10,8 @@ import pytest
 
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 from ldmole_dist.selftest.local_ranks import RankFailed
-from ldmole_dist.study.bench.command import latency as bench_latency
-from ldmole_dist.study.bench.command.latency import PARTS, Latency, Settings
+from ldmole_dist.study.bench import latency as bench_latency
+from ldmole_dist.study.bench.latency import PARTS, Latency, Settings
 from ldmole_dist.study.scaling import command, measure, sections
 from ldmole_dist.study.scaling.cells import Cell
 from ldmole_dist.study.scaling.code import MEASURED_BY, PACKAGE, code, imported
@@ -186,7 +186,7 @@ def test_the_code_of_a_study_is_what_a_cell_runs(tmp_path: Path) -> None:
     ours = {str(path.relative_to(PACKAGE)) for path in imported(PACKAGE, MEASURED_BY)}
     assert ours >= {"method/layer.py", "parallel/dispatch.py", "engine/build.py", "study/scaling/cells.py"}
     assert ours >= {"study/bench/latency.py", "study/bench/dispatch.py", "selftest/local_ranks.py", "__init__.py"}
-    others = ("cli.py", "cluster/", "monitor/", "checkpoint/", "study/report/", "study/plan/", "study/scaling/page.py")
+    others = ("cli.py", "cluster/", "monitor/", "checkpoint/", "report/", "planner/", "study/scaling/page.py")
     assert not [name for name in ours if name.startswith(others)]
 
     package, configs = tmp_path / "package", tmp_path / "configs"

@@ -14,12 +14,11 @@ from ldmole_dist.config import load_config
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config, stage_of
 from ldmole_dist.engine.experts import expert_parallel
-from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.startup import start
 from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
-from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.model.build import build_model
 from ldmole_dist.model.saved import find_subject
-from ldmole_dist.training.run import build_model, make_scheduler
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import LABELS, make_backbone, make_config, make_data
 
 IDS = torch.arange(2, 26).view(3, 8)
@@ -39,10 +38,7 @@ def train_and_export(path: str, overrides: list[str], out: str) -> Any:
     # With the default threshold tiny parameters are never partitioned.
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     model = build_model(config, expert_parallel(2), process, stage_of(ds_config), 0)
-    o = config.optimisation
-    engine = Engine(
-        model, ds_config, lambda g: make_optimizer(o, g), lambda opt: make_scheduler(o, opt, 2), o.max_grad_norm
-    )
+    engine = Engine(model, ds_config, config.optimisation, total_steps=2)
     ids = IDS.roll(process.rank).to(process.device)
     for _ in range(2):
         logits = engine(input_ids=ids, attention_mask=torch.ones_like(ids)).logits

@@ -8,14 +8,14 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from ldmole_dist.model.backbone import load_backbone
 from ldmole_dist.config import load_config
 from ldmole_dist.data.batches import pack, real_tokens
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
 from ldmole_dist.loss import IGNORED
-from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.model.backbone import load_backbone
 from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.tuner.config import LdMoleConfig
 from tests.integrations.test_trainers import move, our_gradients
 from tests.small_run import make_config, make_folder
 

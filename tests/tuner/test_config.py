@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldmole_dist import LdMoleConfig
+from ldmole_dist.selftest.tiny import SIZES
 from ldmole_dist.tuner.config import LINEARS
 from ldmole_dist.tuner.model import LdMoleLinear
-from ldmole_dist.selftest.tiny import SIZES
 from tests.small_adapter import E, R, adapt, backbone, config, logits, move, trainable
 
 

@@ -16,9 +16,9 @@ from ldmole_dist.checkpoint.inspect import print_table
 from ldmole_dist.cli import main
 from ldmole_dist.config import Adapter
 from ldmole_dist.method.statistics import added, summarize
-from ldmole_dist.tuner.model import experts_of_linear
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.compare.methods import equal_rank, linears_of
+from ldmole_dist.tuner.model import experts_of_linear
 from tests.small_adapter import adapt, backbone, config, logits, move, trainable
 from tests.small_run import make_config, make_folder, run_training
 

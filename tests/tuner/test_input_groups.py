@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldmole_dist.tuner.input_groups import find_input_groups
 from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.layer import Finish, InputGroup, LocalDispatch, MoELinear
 from ldmole_dist.method.routers import SparsegenRouter
 from ldmole_dist.selftest.tiny import tiny_backbone
+from ldmole_dist.tuner.input_groups import find_input_groups
 
 B, S, D, E, R = 2, 5, 6, 4, 2
 OUTS = (6, 3, 4)

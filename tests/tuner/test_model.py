@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 from ldmole_dist.selftest.tiny import SIZES, micro_batch
+from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 from tests.small_adapter import CPU, KINDS, LABELS, E, H, R, adapt, backbone, config, logits, move, trainable
 
 

@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from ldmole_dist.model.backbone import load_backbone, load_tokenizer, new_adapter
 from ldmole_dist.generation.continuations import Sampling, continue_batch
 from ldmole_dist.method.routers import Routing
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
+from ldmole_dist.model.backbone import load_backbone, load_tokenizer, new_adapter
 from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
 from tests.small_adapter import adapt, backbone, config, logits, move
 from tests.small_run import make_backbone, make_config, make_folder, run_training
 

@@ -15,17 +15,15 @@ from typing import NamedTuple
 
 import torch
 from peft import get_peft_model
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ldmole_dist.checkpoint.save import Saver
 from ldmole_dist.config import Backbone, Config, Data, Optimisation, Run
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run
-from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.startup import start
-from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.tuner.config import LdMoleConfig
 
 
 class Sizes(NamedTuple):
@@ -87,13 +85,7 @@ def _engine(sizes: Sizes, config: Config, device: torch.device) -> Engine:
     adapter = LdMoleConfig(num_experts=sizes.experts, r=sizes.rank, lambda_hidden=16, task_type="CAUSAL_LM")
     backbone = LlamaForCausalLM(llama)
     model = get_peft_model(torch.nn.Module.to(backbone, device), adapter)
-    return Engine(
-        model.train(),
-        resolve_run(config, world_size=1),
-        lambda groups: make_optimizer(config.optimisation, groups),
-        lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
-        config.optimisation.max_grad_norm,
-    )
+    return Engine(model.train(), resolve_run(config, world_size=1), config.optimisation)
 
 
 def _step(engine: Engine, saver: Saver) -> tuple[float, float]:

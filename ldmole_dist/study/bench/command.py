@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ldmole_dist.cluster.command import positive
+from ldmole_dist.cli_arguments import positive
 
 
 def add_commands(bench: argparse.ArgumentParser) -> None:
@@ -36,38 +36,38 @@ def add_commands(bench: argparse.ArgumentParser) -> None:
 
 
 def _layer(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.command.layer import DEFAULT_CASES, bench_layer, print_table
+    from ldmole_dist.study.bench.layer import DEFAULT_CASES, bench_layer, print_table
 
     print_table(bench_layer(DEFAULT_CASES, args.repeats))
     return 0
 
 
 def _dispatch(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.command.dispatch import Sizes, bench_dispatch, print_table
+    from ldmole_dist.study.bench.dispatch import Sizes, bench_dispatch, print_table
 
     print_table(bench_dispatch(turns=args.turns), Sizes())
-    from ldmole_dist.study.bench.command.overlap import bench_overlap, print_overlap
+    from ldmole_dist.study.bench.overlap import bench_overlap, print_overlap
 
     print_overlap(bench_overlap(turns=args.turns))
     return 0
 
 
 def _decide(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.command.decide import CELLS, decide, print_table
+    from ldmole_dist.study.bench.decide import CELLS, decide, print_table
 
     print_table(decide(cell, args.repeats) for cell in CELLS)
     return 0
 
 
 def _checkpoint(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.command.checkpoint import Sizes, bench_checkpoint, print_measured
+    from ldmole_dist.study.bench.checkpoint import Sizes, bench_checkpoint, print_measured
 
     print_measured(bench_checkpoint(Sizes(layers=args.layers)))
     return 0
 
 
 def _latency(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.command.latency import Settings, bench_latency, print_table
+    from ldmole_dist.study.bench.latency import Settings, bench_latency, print_table
 
     print_table(bench_latency(Settings(turns=args.turns)))
     return 0
@@ -75,7 +75,7 @@ def _latency(args: argparse.Namespace) -> int:
 
 def _monitor(args: argparse.Namespace) -> int:
     from ldmole_dist.config import Run
-    from ldmole_dist.study.bench.command.monitor import Sizes, bench_monitor, print_measured
+    from ldmole_dist.study.bench.monitor import Sizes, bench_monitor, print_measured
 
     ranks = 2
     print_measured(bench_monitor(ranks, turns=args.turns), Sizes(), ranks, Run("").detail_every)
@@ -83,7 +83,7 @@ def _monitor(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.command.plan_accuracy import bench_plan, print_table
+    from ldmole_dist.study.bench.plan_accuracy import bench_plan, print_table
 
     print_table(bench_plan())
     return 0

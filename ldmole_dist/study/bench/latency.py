@@ -32,10 +32,10 @@ from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.layer import InputGroup, MoELinear
 from ldmole_dist.method.routers import Routing
+from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.study.bench.dispatch import synchronize
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
-from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.command.dispatch import synchronize
 
 Phase = Literal["training", "generation"]
 

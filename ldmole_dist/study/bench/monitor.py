@@ -18,22 +18,21 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.config import Backbone, Config, Data, Optimisation, Parallelism, Run
+from ldmole_dist.distributed import Process
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run
 from ldmole_dist.engine.experts import expert_parallel
-from ldmole_dist.engine.optimizers import make_optimizer
-from ldmole_dist.engine.startup import Process, start
+from ldmole_dist.engine.startup import start
+from ldmole_dist.loss import answer_loss
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.monitor.meter import StepMeter
 from ldmole_dist.monitor.writer import Monitor
-from ldmole_dist.loss import answer_loss
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import spread_experts, tuner_of
-from ldmole_dist.selftest.local_ranks import LocalRanks
 
 KINDS = ("silent", "plain", "detailed")
 
@@ -109,13 +108,7 @@ def _engine(sizes: Sizes, process: Process) -> Engine:
     spread_experts(backbone, expert_parallel(process.world_size))
     model: PeftModel = get_peft_model(backbone, LdMoleConfig(lora_dropout=0.0, task_type="CAUSAL_LM"))
     enable_gradient_checkpointing(model)
-    return Engine(
-        model.train(),
-        resolve_run(config, process.world_size),
-        lambda groups: make_optimizer(optimisation, groups),
-        lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
-        optimisation.max_grad_norm,
-    )
+    return Engine(model.train(), resolve_run(config, process.world_size), optimisation)
 
 
 def _step(engine: Engine, process: Process, sizes: Sizes, kind: str, monitor: Monitor, step: int) -> None:

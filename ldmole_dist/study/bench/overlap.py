@@ -20,7 +20,7 @@ from ldmole_dist.method.layer import Dispatch
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.command.dispatch import GROUPS, LayerInputs, Sizes, layer_inputs, synchronize
+from ldmole_dist.study.bench.dispatch import GROUPS, LayerInputs, Sizes, layer_inputs, synchronize
 
 MODES: tuple[Mode, ...] = ("all_to_all", "auto")
 

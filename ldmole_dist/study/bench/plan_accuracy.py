@@ -11,13 +11,13 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from ldmole_dist.parallel.plan import cheapest_ships, elements
-from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.command.plan_measure import Measured, measure
 from ldmole_dist.planner.memory import memory
 from ldmole_dist.planner.routed import sizes_of
 from ldmole_dist.planner.shapes import shapes_of
 from ldmole_dist.planner.traffic import collectives, dispatched, messages, passes, width
 from ldmole_dist.planner.workload import Strategy, Workload
+from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.study.bench.plan_measure import Measured, measure
 
 # Small models have small weights: at the usual thresholds ZeRO-3 would cut none and gather all at once.
 SMALL_ZERO3 = (

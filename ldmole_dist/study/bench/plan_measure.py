@@ -19,21 +19,22 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from ldmole_dist.model.backbone import DTYPES, enable_gradient_checkpointing
+from ldmole_dist.config import Optimisation
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.engine.startup import start
-from ldmole_dist.method.context import LossWeights, Tape
+from ldmole_dist.engine.training_state import held_gradients, held_optimizer_state, held_parameters, tensors_in
 from ldmole_dist.loss import answer_loss, next_tokens
+from ldmole_dist.method.context import LossWeights, Tape
+from ldmole_dist.model.backbone import DTYPES, enable_gradient_checkpointing
+from ldmole_dist.planner.workload import Strategy, Workload
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import spread_experts, tuner_of
-from ldmole_dist.planner.workload import Strategy, Workload
 
 WARM_UP = 3  # optimizer steps: ZeRO-3 records what it gathers in the second micro-batch
 
@@ -91,7 +92,7 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
             engine.backward(_loss(engine, workload, _batch(workload, process.device, step, turn)))
             engine.step()
     measured = Measured()
-    measured.bytes["parameters"] = size_of(_parameters(engine))
+    measured.bytes["parameters"] = size_of(held_parameters(engine))
     engine.parallel.wire.clear()
     counted = Collectives()
     context.observer = lambda name, routing, mask_T: measured.supports.append((routing.p_TE != 0).cpu().numpy())
@@ -102,9 +103,9 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
                 loss = _loss(engine, workload, batch)
             measured.bytes["activations"] = kept.size()
             engine.backward(loss)
-            measured.bytes["gradients"] = max(measured.bytes.get("gradients", 0), size_of(_gradients(engine)))
+            measured.bytes["gradients"] = max(measured.bytes.get("gradients", 0), size_of(held_gradients(engine)))
             engine.step()
-    measured.bytes["optimizer"] = size_of(_optimizer(engine))
+    measured.bytes["optimizer"] = size_of(held_optimizer_state(engine))
     wire = engine.parallel.wire
     measured.wire = wire.by_kind()
     for (_, kind), number in wire.bytes.items():
@@ -155,13 +156,7 @@ def _engine(model: PeftModel, workload: Workload, strategy: Strategy) -> Engine:
         precision=w.precision,
         ep_size=s.ep_size,
     )
-    return Engine(
-        model,
-        ds_config,
-        lambda groups: torch.optim.AdamW(groups, lr=1e-4),
-        lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
-        1.0,
-    )
+    return Engine(model, ds_config, Optimisation(schedule="constant"))
 
 
 def _batch(workload: Workload, device: torch.device, step: int, turn: int) -> dict[str, Tensor]:
@@ -226,18 +221,6 @@ class Kept:
         return size_of([*self._saved.values(), *tensors_in(self._tapes)])
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-
-
 def size_of(things: Iterable[Any]) -> int:
     """Bytes of distinct storages."""
     storages = {}
@@ -245,33 +228,3 @@ def size_of(things: Iterable[Any]) -> int:
         storage = thing.untyped_storage() if isinstance(thing, Tensor) else thing
         storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
-
-
-def _parameters(engine: Engine) -> Iterator[Tensor]:
-    for parameter in engine.module.parameters():
-        yield parameter.data
-        if hasattr(parameter, "ds_tensor"):
-            yield parameter.ds_tensor.data
-
-
-def _gradients(engine: Engine) -> Iterator[Tensor]:
-    for parameter in engine.module.parameters():
-        if parameter.grad is not None:
-            yield parameter.grad
-    optimizer = engine.deepspeed.optimizer
-    if engine.stage in (1, 2):
-        yield from tensors_in([optimizer.averaged_gradients, optimizer.all_grad_tensors])
-        yield from tensors_in([p.grad for p in optimizer.single_partition_of_fp32_groups])
-    if engine.stage == 3:
-        yield optimizer.grad_partitions_flat_buffer
-        yield from tensors_in([p.grad for p in optimizer.fp32_partitioned_groups_flat])
-
-
-def _optimizer(engine: Engine) -> Iterator[Tensor]:
-    optimizer = engine.deepspeed.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)
-    yield from tensors_in([dict(state) for state in inner.state.values()])
-    if engine.stage in (1, 2):
-        yield from optimizer.single_partition_of_fp32_groups
-    if engine.stage == 3:
-        yield from optimizer.fp32_partitioned_groups_flat

@@ -1,4 +1,4 @@
-"""What observing the routers adds to a forward, measured in pairs: `python -m ldmole_dist.study.bench.report RUN_OR_ADAPTER`."""
+"""Measure what observing the routers adds to a forward: `python -m ldmole_dist.study.bench.report RUN_OR_ADAPTER`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ldmole_dist.model.backbone import load_tokenizer
-from ldmole_dist.evaluation.evaluator import route
 from ldmole_dist.method.context import Observer
+from ldmole_dist.model.backbone import load_tokenizer
+from ldmole_dist.model.forward import route
+from ldmole_dist.model.saved import find_subject
 from ldmole_dist.report.arguments import add_arguments
 from ldmole_dist.report.collect import Counter, batches
 from ldmole_dist.report.inputs import load_model, read_data
-from ldmole_dist.model.saved import find_subject
 
 PAIRS = 8
 

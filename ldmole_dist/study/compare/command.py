@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ldmole_dist.cluster.command import positive
+from ldmole_dist.cli_arguments import positive
 from ldmole_dist.errors import EXIT_PREEMPTED, UserError
 
 COMPARE = """Trains every router, and plain LoRA with as many parameters, on the same data with the same budget and the same
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for a value that cannot be had, a folder that cannot be used, or a run that failed.
     """
-    from ldmole_dist.checkpoint.files import explained, write_text
+    from ldmole_dist.io import explained, write_text
     from ldmole_dist.study.compare.page import page
     from ldmole_dist.study.compare.store import Store
 

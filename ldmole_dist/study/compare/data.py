@@ -7,8 +7,8 @@ import random
 from importlib.resources import files
 from pathlib import Path
 
-from ldmole_dist.checkpoint.files import explained, write_text
 from ldmole_dist.data.vader import DOMAINS, LABELS, read_vader
+from ldmole_dist.io import explained, write_text
 
 WORDNET_LABELS = [" animal", " plant", " food", " person", " object", " body", " place", " time"]
 ALL_LABELS = [*WORDNET_LABELS, *LABELS]

@@ -16,8 +16,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ldmole_dist.checkpoint.files import explained, write_text
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import explained, write_text
 
 ABOUT, CELLS = "about.json", "cells.jsonl"
 

@@ -99,7 +99,7 @@ def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: f
 
 
 def _measure_latency(store: Store, thorough: bool) -> None:
-    from ldmole_dist.study.bench.command import latency as bench_latency
+    from ldmole_dist.study.bench import latency as bench_latency
     from ldmole_dist.study.scaling.store import reason
 
     if isinstance(store.latencies(), list):

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ldmole_dist.study.bench.command.latency import Latency
+from ldmole_dist.study.bench.latency import Latency
 from ldmole_dist.study.scaling.series import PLACEMENTS, Point
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#718096", "#b7791f")

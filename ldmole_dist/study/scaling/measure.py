@@ -14,24 +14,22 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaForCausalLM
 
-from ldmole_dist.model.backbone import DTYPES, enable_gradient_checkpointing
 from ldmole_dist.config import Optimisation
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel
-from ldmole_dist.engine.optimizers import make_optimizer
 from ldmole_dist.engine.startup import start
-from ldmole_dist.evaluation.evaluator import batch_logits
-from ldmole_dist.method.context import LossWeights
 from ldmole_dist.loss import IGNORED, answer_loss
+from ldmole_dist.method.context import LossWeights
+from ldmole_dist.model.backbone import DTYPES, enable_gradient_checkpointing
+from ldmole_dist.model.forward import batch_logits
+from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.study.bench.dispatch import synchronize
+from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, VOCABULARY, Cell
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import spread_experts, tuner_of
-from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.command.dispatch import synchronize
-from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, VOCABULARY, Cell
 
 WARMUP = 4  # optimizer steps that do not count: over two ranks the first four took up to half as long again
 _RESET_PEAK = "5"  # proc(5), clear_refs: the peak of the resident set begins again
@@ -158,13 +156,7 @@ def build_engine(cell: Cell, device: torch.device) -> Engine:
         precision=cell.precision,
         ep_size=cell.ep_size,
     )
-    return Engine(
-        model.train(),
-        ds_config,
-        lambda groups: make_optimizer(Optimisation(max_steps=1), groups),
-        lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
-        1.0,
-    )
+    return Engine(model.train(), ds_config, Optimisation(schedule="constant"))
 
 
 def micro_batch(cell: Cell, index: int, rank: int, device: torch.device) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldmole_dist.checkpoint.files import explained
+from ldmole_dist.io import explained
 from ldmole_dist.report import html
 from ldmole_dist.study.scaling.sections import ALL
 from ldmole_dist.study.scaling.sheet import Page

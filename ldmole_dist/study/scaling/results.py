@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldmole_dist.study.bench.command.latency import SEQ
+from ldmole_dist.study.bench.latency import SEQ
 from ldmole_dist.study.scaling import figures
 from ldmole_dist.study.scaling.series import alike, apart, replicated
 from ldmole_dist.study.scaling.sheet import Page

@@ -64,7 +64,7 @@ def model(study: Study, page: Page) -> None:
         return
     page.text(
         "Seconds per optimizer step are modelled as a sum over what a step consists of, each amount divided by a rate. The",
-        "amounts are the planner's (ldmole_dist/study/plan); the rates are fitted by non-negative least squares on relative",
+        "amounts are the planner's (ldmole_dist/planner); the rates are fitted by non-negative least squares on relative",
         "errors.",
         _held_out(fitted),
         f"Beyond {fitted.cores} ranks, which share {fitted.cores} cores here, every amount counts ranks / cores times."

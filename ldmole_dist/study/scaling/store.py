@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ldmole_dist.checkpoint.files import explained, write_text
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import explained, write_text
 from ldmole_dist.selftest.local_ranks import RankFailed
-from ldmole_dist.study.bench.command.latency import Latency
+from ldmole_dist.study.bench.latency import Latency
 from ldmole_dist.study.machine import machine
 from ldmole_dist.study.scaling.cells import AXES, Cell
 from ldmole_dist.study.scaling.code import code

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.study.bench.command.latency import Latency
+from ldmole_dist.study.bench.latency import Latency
 from ldmole_dist.study.scaling.cells import AXES
 from ldmole_dist.study.scaling.prediction import predict
 from ldmole_dist.study.scaling.series import Point, alike, along, apart, base_of, from_first, strong, weak

@@ -1,4 +1,4 @@
-"""What an optimizer step of a cell consists of, by the planner (`study.plan`): the amounts that rates are fitted to."""
+"""What an optimizer step of a cell consists of, by the planner (`planner`): the amounts that rates are fitted to."""
 
 from __future__ import annotations
 
