@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ldmole_dist.cluster import command
-from ldmole_dist.cluster.exit import leave
+from ldmole_dist.cluster.exit import exit_process
 from ldmole_dist.cluster.heartbeat import show_stacks
 from ldmole_dist.compose import command as compose_command
 from ldmole_dist.errors import (
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         code = 1
-    leave(code)
+    exit_process(code)
 
 
 def _explained(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ldmole_dist.checkpoint.files import Entry, Stretches, write_tensors
 from ldmole_dist.checkpoint.manifest import read_manifest, verify
-from ldmole_dist.cluster.heartbeat import pulse
+from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.distributed import Process, agreed
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import whole_shapes
@@ -40,7 +40,7 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
 
     It appears whole or not at all; one that was there before is replaced.
     """
-    pulse("writing the adapter")
+    heartbeat("writing the adapter")
     keys, shapes, tuner = (
         adapter_keys(engine.module),
         whole_shapes(engine, frozen_experts=True),

@@ -26,7 +26,7 @@ from ldmole_dist.checkpoint import manifest as manifests
 from ldmole_dist.checkpoint.export import CONFIG_NAME, write_adapter_config
 from ldmole_dist.checkpoint.files import Entry, write_tensors
 from ldmole_dist.checkpoint.manifest import Manifest
-from ldmole_dist.cluster.heartbeat import pulse
+from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.config import Config, plain_config
 from ldmole_dist.distributed import Process, agreed
 from ldmole_dist.engine.build import Engine
@@ -71,7 +71,7 @@ class Saver:
             UserError: where the folder cannot be made, or with run.save_async=false where it cannot be written.
         """
         self.finish()
-        pulse(f"saving after step {step}")
+        heartbeat(f"saving after step {step}")
         make_moments(engine)
         unfinished = self.folder / f".step_{step:08d}"
         with agreed("preparing the checkpoint"), explained(f"the checkpoint {unfinished}"):
@@ -115,7 +115,7 @@ class Saver:
         if writing is None:
             return
         while writing.thread is not None and writing.thread.is_alive():
-            pulse("writing a checkpoint")  # again and again: a large one takes its time, and that is no stall
+            heartbeat("writing a checkpoint")  # repeated, so that a long write does not count as a stall
             writing.thread.join(10)
         with agreed("writing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
             if writing.error is not None:

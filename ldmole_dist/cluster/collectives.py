@@ -7,8 +7,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from ldmole_dist.cluster.exit import leave
-from ldmole_dist.cluster.heartbeat import pulse, show_stacks
+from ldmole_dist.cluster.exit import exit_process
+from ldmole_dist.cluster.heartbeat import heartbeat, show_stacks
 from ldmole_dist.engine.startup import start
 
 MEGABYTES = 16
@@ -17,7 +17,7 @@ MEGABYTES = 16
 def main() -> None:
     """All-to-all and all-reduce, checked and timed; rank 0 prints."""
     show_stacks()
-    pulse("meeting the other ranks")
+    heartbeat("meeting the other ranks")
     process = start(timeout_minutes=2)
     size = process.world_size
     elements = MEGABYTES * 2**20 // 4 // size * size
@@ -26,7 +26,7 @@ def main() -> None:
     results = []
     for name in ("all-to-all", "all-reduce"):
         for _ in range(2):  # the first makes the connections
-            pulse(f"{name} of {MEGABYTES} MB")
+            heartbeat(f"{name} of {MEGABYTES} MB")
             dist.barrier()
             started = time.perf_counter()
             if name == "all-to-all":
@@ -52,4 +52,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

@@ -1,4 +1,4 @@
-"""Signs of progress that a rank gives to its supervisor, so that a stall is told from a long computation."""
+"""Heartbeats that a rank sends to its supervisor, so that a stall can be distinguished from a long computation."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import faulthandler
 import os
 import signal
 
-PULSE_FD = "LDMOLE_PULSE_FD"  # environment: where to write
+HEARTBEAT_FD = "LDMOLE_HEARTBEAT_FD"  # environment variable: the file descriptor to write heartbeats to
 
 
-def pulse(doing: str) -> None:
-    """Say what this rank is about to do; nothing without a supervisor."""
-    fd = os.environ.get(PULSE_FD)
+def heartbeat(activity: str) -> None:
+    """Report progress to the supervisor of this rank; do nothing if there is no supervisor.
+
+    Args:
+        activity: what the rank is about to do; shown if the rank stalls or fails.
+    """
+    fd = os.environ.get(HEARTBEAT_FD)
     if fd is not None:
-        # A supervisor that does not keep up misses some; one that is gone ends this process itself.
+        # The pipe is full when the supervisor is slow: losing a heartbeat is harmless. A broken pipe means that the supervisor
+        # died; the kernel then kills this process.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
-            os.write(int(fd), doing.encode() + b"\n")
+            os.write(int(fd), activity.encode() + b"\n")
 
 
 def show_stacks() -> None:
-    """Have every thread's stack printed on a crash outside Python, and on SIGUSR1, as from a supervisor whose rank stalls."""
+    """Print the stacks of all threads on a crash in native code and on SIGUSR1, which a supervisor sends when a rank stalls."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -21,7 +21,7 @@ from typing import IO
 
 import psutil
 
-from ldmole_dist.cluster.heartbeat import PULSE_FD
+from ldmole_dist.cluster.heartbeat import HEARTBEAT_FD
 from ldmole_dist.cluster.messages import BEAT_SECONDS, LOST_SECONDS, Link, allow_many_files, readable
 from ldmole_dist.cluster.network import interfaces
 from ldmole_dist.cluster.output import say
@@ -156,7 +156,7 @@ class Supervisor:
         try:
             self.child = subprocess.Popen(
                 self.command,
-                env=own | environment | dict(self.exports) | {PULSE_FD: str(end)},
+                env=own | environment | dict(self.exports) | {HEARTBEAT_FD: str(end)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

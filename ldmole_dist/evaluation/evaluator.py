@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldmole_dist.cluster.heartbeat import pulse
+from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.distributed import Process
@@ -60,7 +60,7 @@ class Evaluator:
         rows_N5 = torch.zeros(len(self.examples), 5, dtype=torch.float64, device=self.process.device)
         starts = range(0, len(self.mine), self.batch_size)
         for start in tqdm(starts, desc=doing, disable=not self.process.is_main, unit="batch"):
-            pulse(doing)
+            heartbeat(doing)
             indices = self.mine[start : start + self.batch_size]
             rows_B5 = self._batch(model, [self.examples[i] for i in indices])
             counted = max(0, min(len(indices), self.counted - start))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldmole_dist.cluster.heartbeat import pulse
+from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.distributed import Process
@@ -65,7 +65,7 @@ class Probe:
         was_training = model.training
         model.eval()
         for start in range(0, len(self.examples), self.batch_size):
-            pulse("routing the probe set")
+            heartbeat("routing the probe set")
             batch = collate(self.examples[start : start + self.batch_size], self.pad_id, self.process.device)
             mask = batch["attention_mask"].bool()
             mask[max(self.counted - start, 0) :] = False

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldmole_dist.checkpoint.save import Saver
-from ldmole_dist.cluster.heartbeat import pulse
+from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.config import Config
 from ldmole_dist.data.batches import collate, pack
 from ldmole_dist.data.training_data import TrainingData
@@ -170,7 +170,7 @@ class Trainer:
         batches, share = self._agreed_batches(step)
         losses = []
         for turn, batch in enumerate(batches):
-            pulse(f"step {step}")
+            heartbeat(f"step {step}")
             self.context.noise = self._noise(step, turn)
             targets, logits = batch_logits(engine, batch)
             task = answer_loss(logits, targets, self.config.optimisation.label_smoothing) * share.to(logits.device)

@@ -194,12 +194,12 @@ def test_a_stopped_rank_counts_as_failed(jobs: Callable[..., Job]) -> None:
 @pytest.mark.full
 def test_a_stall_is_told_with_stacks_of_all(jobs: Callable[..., Job], tmp_path: Path) -> None:
     program = (
-        "import os, pathlib, sys, time; from ldmole_dist.cluster.heartbeat import pulse, show_stacks; show_stacks()\n"
+        "import os, pathlib, sys, time; from ldmole_dist.cluster.heartbeat import heartbeat, show_stacks; show_stacks()\n"
         "rank, folder = os.environ['RANK'], pathlib.Path(sys.argv[1])\n"
         "def training_step(): time.sleep(1000)\n"
         "(folder / f'up_{rank}').touch()\n"
         "while len(list(folder.glob('up_*'))) < 3: time.sleep(0.1)\n"
-        "for step in range(6): pulse(f'step {step}'); time.sleep(0.7 if rank != '1' or step < 2 else 1000)\n"
+        "for step in range(6): heartbeat(f'step {step}'); time.sleep(0.7 if rank != '1' or step < 2 else 1000)\n"
         "training_step()\n"
     )
     job = jobs(f"exec {sys.executable} -c '{program.replace(chr(39), chr(34))}' \"$1\"", stall_seconds=6.0)
