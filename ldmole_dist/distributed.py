@@ -57,16 +57,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def agreed(doing: str) -> Iterator[None]:
-    """Every rank enters; where one fails, all fail: no rank is left behind waiting in a collective.
+def raise_on_all_ranks(activity: str) -> Iterator[None]:
+    """Raise an error on every rank if the body fails on any rank, so that no rank waits in the next collective forever.
 
-    The block itself must not contain collectives that a failing rank would miss.
+    Every rank must enter. The body must not contain collectives: a rank that fails would leave the others waiting in them.
 
     Args:
-        doing: for the message on the other ranks, as in "reading the data".
+        activity: what the body does, for the message on the other ranks, as in "reading the data".
 
     Raises:
-        The error itself on the first rank that failed; PeerError, naming that rank and its error, on all others.
+        The original error on the lowest rank whose body failed; `PeerError`, which names that rank and its error, on all
+        other ranks.
     """
     own: Exception | None = None
     try:
@@ -78,6 +79,6 @@ def agreed(doing: str) -> Iterator[None]:
         dist.all_gather_object(errors, None if own is None else f"{type(own).__name__}: {own}")
         first = next((rank for rank, text in enumerate(errors) if text is not None), None)
         if first is not None and first != dist.get_rank():
-            raise PeerError(f"rank {first} failed while {doing}: {errors[first]}") from own
+            raise PeerError(f"rank {first} failed while {activity}: {errors[first]}") from own
     if own is not None:
         raise own

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from ldmole_dist.checkpoint.files import Entry, Stretches, write_tensors
 from ldmole_dist.checkpoint.manifest import read_manifest, verify
 from ldmole_dist.cluster.heartbeat import heartbeat
-from ldmole_dist.distributed import Process, agreed
+from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import whole_shapes
 from ldmole_dist.errors import UserError
@@ -48,7 +48,7 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
     )
     unfinished = folder.with_name(f".{folder.name}")
     parameters = {n: p for n, p in engine.module.named_parameters() if n in shapes}
-    with agreed("preparing the adapter's folder"), explained(f"the adapter {folder}"):
+    with raise_on_all_ranks("preparing the adapter's folder"), explained(f"the adapter {folder}"):
         if process.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -63,7 +63,7 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
             failed = error
     for _ in gathered:  # the others take part in gathering, and rank 0 also where it could write no more
         pass
-    with agreed("writing the adapter"), explained(f"the adapter {folder}"):
+    with raise_on_all_ranks("writing the adapter"), explained(f"the adapter {folder}"):
         if failed is not None:
             raise failed
         if process.is_main:

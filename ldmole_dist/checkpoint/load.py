@@ -18,7 +18,7 @@ from ldmole_dist.checkpoint.files import Stretches
 from ldmole_dist.checkpoint.manifest import NAME, Manifest, content_problems, file_problems, fingerprint, read_manifest
 from ldmole_dist.checkpoint.save import topology
 from ldmole_dist.config import Adapter, Config
-from ldmole_dist.distributed import Process, agreed, from_main
+from ldmole_dist.distributed import Process, from_main, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import make_moments, pieces, refresh_parameters, whole_shapes
 from ldmole_dist.engine.training_state import restore_training_state
@@ -40,7 +40,7 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
     resume = config.run.resume
     if resume == "never":
         return None
-    with agreed("looking for checkpoints"):
+    with raise_on_all_ranks("looking for checkpoints"):
         found = own = newest(Path(config.run.output_dir))
         if resume != "auto" and not (own and _began_with(own[0], resume)):
             found = _asked_for(Path(resume))
@@ -49,7 +49,7 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
     for candidate in candidates:
         problems = _problems(candidate, process)
         if not problems:
-            with agreed(f"comparing checkpoint {candidate} with this run"):
+            with raise_on_all_ranks(f"comparing checkpoint {candidate} with this run"):
                 _check_fits(read_manifest(candidate), candidate, config, data)
             return candidate
         if resume != "auto":
@@ -57,7 +57,7 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
         if process.is_main:
             tqdm.write(f"checkpoint {candidate} is not whole, looking for an older one: {problems[0]}")
     if candidates:
-        with agreed("choosing a checkpoint"):
+        with raise_on_all_ranks("choosing a checkpoint"):
             raise UserError(
                 f"no checkpoint to go on from is whole: {problems[0]}; restore it, or set run.resume to another one or "
                 "to never"
@@ -79,7 +79,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
     Raises:
         UserError, PeerError: where its parameters are not those of the engine.
     """
-    with agreed(f"reading checkpoint {checkpoint}"):
+    with raise_on_all_ranks(f"reading checkpoint {checkpoint}"):
         manifest = read_manifest(checkpoint)
         _check_shapes(manifest, checkpoint, whole_shapes(engine))
         make_moments(engine, step=manifest.training["adam_step"])

@@ -28,7 +28,7 @@ from ldmole_dist.checkpoint.files import Entry, write_tensors
 from ldmole_dist.checkpoint.manifest import Manifest
 from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.config import Config, plain_config
-from ldmole_dist.distributed import Process, agreed
+from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import Piece, make_moments, pieces, whole_shapes
 from ldmole_dist.engine.training_state import training_state
@@ -74,7 +74,7 @@ class Saver:
         heartbeat(f"saving after step {step}")
         make_moments(engine)
         unfinished = self.folder / f".step_{step:08d}"
-        with agreed("preparing the checkpoint"), explained(f"the checkpoint {unfinished}"):
+        with raise_on_all_ranks("preparing the checkpoint"), explained(f"the checkpoint {unfinished}"):
             if self.process.is_main:
                 # What a run that was cut off has left.
                 for left in [*self.folder.glob(".step_*"), *self.folder.glob(".removed_*")]:
@@ -117,12 +117,12 @@ class Saver:
         while writing.thread is not None and writing.thread.is_alive():
             heartbeat("writing a checkpoint")  # repeated, so that a long write does not count as a stall
             writing.thread.join(10)
-        with agreed("writing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
+        with raise_on_all_ranks("writing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
             if writing.error is not None:
                 raise writing.error
         digests: list[Any] = [None] * self.process.world_size
         dist.all_gather_object(digests, writing.digest)
-        with agreed("finishing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
+        with raise_on_all_ranks("finishing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
             if self.process.is_main:
                 self._make_valid(writing, digests)
 

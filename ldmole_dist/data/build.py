@@ -16,7 +16,7 @@ from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import RowMaker, read_rows, sources_of
 from ldmole_dist.data.streaming import Part, StreamedRows, read_part
 from ldmole_dist.data.training_data import InMemory, Streamed, TrainingData
-from ldmole_dist.distributed import Process, agreed
+from ldmole_dist.distributed import Process, raise_on_all_ranks
 
 FEW = 16  # examples for whoever wants to look at some
 
@@ -48,7 +48,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, process: Proce
     """
     data, task, quiet = config.data, config.backbone.task, not process.is_main
 
-    with agreed("looking at the tokenizer"):
+    with raise_on_all_ranks("looking at the tokenizer"):
         encoder = Encoder(tokenizer, task, data.labels, data.max_length, data.truncation)
 
     def encoded(by_source: list[list[Row]], doing: str) -> list[Encoded]:
@@ -56,7 +56,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, process: Proce
         return encode_cached(encoder, rows, data.cache, doing, quiet, write=process.is_main)
 
     streamed = _look_at_files(config, encoder, process) if data.streaming else None
-    with agreed("reading the data"):
+    with raise_on_all_ranks("reading the data"):
         held_out = None
         if data.eval is not None:
             found = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
@@ -84,7 +84,7 @@ def _order(config: Config, lengths: Sequence[int], process: Process, mixture: Mi
 def _look_at_files(config: Config, encoder: Encoder, process: Process) -> StreamedRows:
     """Every rank reads and checks its part of every file, and knows all parts afterwards."""
     sources = sources_of(config.data.train)
-    with agreed("checking the data"):
+    with raise_on_all_ranks("checking the data"):
         makers = [RowMaker(s, config.backbone.task, config.data.labels, named=len(sources) > 1) for s in sources]
         mine = [
             read_part(source, maker, encoder.check, process.rank, process.world_size, not process.is_main)

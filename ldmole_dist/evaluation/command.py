@@ -18,7 +18,7 @@ ranks, under any ZeRO stage: start it with torchrun, mpirun or deepspeed. --lm-e
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ldmole eval`."""
-    parser.add_argument("subject", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter")
+    parser.add_argument("run_or_adapter", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the run's config")
     parser.add_argument("--data", metavar="FILE", help="to evaluate on; default: the run's data.eval")
     parser.add_argument("--no-adapter", action="store_true", help="evaluate the frozen backbone, for comparison")
@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if args.lm_eval is not None:
         from ldmole_dist.evaluation.lm_eval_bridge import run_lm_eval  # says at once where the harness is not installed
     from ldmole_dist.evaluation.model import config_of, prepared, rows_and_encoder
-    from ldmole_dist.model.saved import find_subject
+    from ldmole_dist.model.saved import find_saved_model
 
-    subject = find_subject(args.subject, args.backbone)
-    config = config_of(subject, args.overrides, args.data, args.limit, args.batch_size)
+    saved = find_saved_model(args.run_or_adapter, args.backbone)
+    config = config_of(saved, args.overrides, args.data, args.limit, args.batch_size)
     rows, encoder = rows_and_encoder(config) if args.lm_eval is None else ([], None)
     with prepared(config, with_adapter=not args.no_adapter) as model:
         if encoder is not None:
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
             result = run_lm_eval(model, args.lm_eval.split(","), args.lm_eval_path, args.num_fewshot, args.limit)
         is_main = model.process.is_main
     if is_main:
-        adapter = None if args.no_adapter else str(subject.adapter)
-        result = {"subject": args.subject, "backbone": config.backbone.path, "adapter": adapter} | result
+        adapter = None if args.no_adapter else str(saved.adapter)
+        result = {"subject": args.run_or_adapter, "backbone": config.backbone.path, "adapter": adapter} | result
         print(table(result))
         if args.output is not None:
             _write(Path(args.output), result)

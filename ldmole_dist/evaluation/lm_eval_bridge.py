@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldmole_dist.data.encode import Encoded
-from ldmole_dist.distributed import agreed, from_main
+from ldmole_dist.distributed import from_main, raise_on_all_ranks
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluation.model import Evaluated
 from ldmole_dist.generation.continuations import Sampling, continue_batch
@@ -48,7 +48,7 @@ def run_lm_eval(
         raise UserError(f"--lm-eval is for causal language models, not for backbone.task={model.config.backbone.task}")
     if folder is not None and not os.path.isdir(folder):
         raise UserError(f"--lm-eval-path {folder}: there is no such folder")
-    with agreed("loading the tasks"):
+    with raise_on_all_ranks("loading the tasks"):
         manager = TaskManager(include_path=folder)
         if unknown := [task for task in tasks if not manager.match_tasks([task])]:
             raise UserError(

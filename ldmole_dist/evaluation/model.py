@@ -14,7 +14,7 @@ from ldmole_dist.config import Config, check_parallelism, make_config, plain_con
 from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import read_rows
-from ldmole_dist.distributed import Process, agreed
+from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
@@ -24,7 +24,7 @@ from ldmole_dist.evaluation.evaluator import Evaluator
 from ldmole_dist.evaluation.metrics import Outcomes
 from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.model.build import build_model
-from ldmole_dist.model.saved import Subject
+from ldmole_dist.model.saved import SavedModel
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Evaluated:
 
 
 def config_of(
-    subject: Subject, overrides: list[str], data: str | None, limit: int | None, batch_size: int | None
+    saved: SavedModel, overrides: list[str], data: str | None, limit: int | None, batch_size: int | None
 ) -> Config:
     """The config to evaluate with: the run's, or for an adapter alone one with defaults.
 
     Args:
-        subject: run or adapter.
+        saved: run or adapter.
         overrides: "a.b=c".
         data: file to evaluate on, instead of data.eval.
         limit: rows of each source.
@@ -67,19 +67,19 @@ def config_of(
     Raises:
         UserError: where a value is not as it must be.
     """
-    if subject.config is not None:
-        raw = plain_config(subject.config)
+    if saved.config is not None:
+        raw = plain_config(saved.config)
     else:
         # What has no default and is not used.
-        raw = {"data": {"train": ""}, "optimisation": {"max_steps": 1}, "run": {"output_dir": str(subject.adapter)}}
-        raw["backbone"] = {"task": subject.task}
-    raw["backbone"]["path"] = subject.backbone
-    raw.setdefault("adapter", {})["init_from"] = str(subject.adapter)
+        raw = {"data": {"train": ""}, "optimisation": {"max_steps": 1}, "run": {"output_dir": str(saved.adapter)}}
+        raw["backbone"] = {"task": saved.task}
+    raw["backbone"]["path"] = saved.backbone
+    raw.setdefault("adapter", {})["init_from"] = str(saved.adapter)
     if data is not None:
         raw["data"] |= {"eval": data, "eval_limit": None}
     if limit is not None:
         raw["data"]["eval_limit"] = limit
-    config = make_config(raw, overrides, str(subject.run or subject.adapter))
+    config = make_config(raw, overrides, str(saved.run or saved.adapter))
     o = config.optimisation
     o.micro_batch_size, o.optimizer = batch_size or 2 * o.micro_batch_size, "adamw"
     config.parallelism.gradient_checkpointing = False
@@ -101,7 +101,7 @@ def prepared(config: Config, with_adapter: bool) -> Iterator[Evaluated]:
     p, o = config.parallelism, config.optimisation
     p.ep_size = math.gcd(p.ep_size, process.world_size)  # results do not depend on it
     o.global_batch_size = o.micro_batch_size * process.world_size
-    with agreed("checking the config"):
+    with raise_on_all_ranks("checking the config"):
         check_parallelism(config, process.world_size)
         ds_config = resolve_run(config, process.world_size)
         tokenizer = load_tokenizer(config.backbone.path)
@@ -123,7 +123,7 @@ def rows_and_encoder(config: Config) -> tuple[list[Row], Encoder]:
     """
     start(config.parallelism.timeout_minutes)
     data, task = config.data, config.backbone.task
-    with agreed("reading the data"):
+    with raise_on_all_ranks("reading the data"):
         if data.eval is None:
             raise UserError("there is no data to evaluate on: give --data FILE, or data.eval=[...]")
         found = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ldmole_dist.data.encode import Encoder
 from ldmole_dist.data.rows import Row
-from ldmole_dist.distributed import agreed
+from ldmole_dist.distributed import raise_on_all_ranks
 from ldmole_dist.evaluation.likelihood import most_likely
 from ldmole_dist.evaluation.metrics import measures, rows_by_domain, share
 from ldmole_dist.evaluation.model import Evaluated
@@ -32,14 +32,14 @@ def evaluate_rows(model: Evaluated, encoder: Encoder, rows: Sequence[Row], likel
     quiet = not model.process.is_main
     normalised_N = None
     if likelihood:
-        with agreed("tokenising"):
+        with raise_on_all_ranks("tokenising"):
             choices = [row.choices or tuple(encoder.labels or ()) for row in rows]
             alternatives = [encoder.alternatives(row) for row in rows]
             targets = [texts.index(row.target) for row, texts in zip(rows, choices, strict=True)]
         every = model.outcomes([encoded for of_row in alternatives for encoded in of_row], "evaluating")
         outcomes, normalised_N = most_likely(every, choices, targets)
     else:
-        with agreed("tokenising"):
+        with raise_on_all_ranks("tokenising"):
             encoded = encoder(rows, "tokenising", quiet)
         outcomes = model.outcomes(encoded, "evaluating")
     of_own = any(row.choices is not None for row in rows)  # choices that differ from row to row are no classes

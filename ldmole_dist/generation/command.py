@@ -16,7 +16,7 @@ terminal; those of a file are continued in batches; without either, what you typ
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ldmole generate`."""
-    parser.add_argument("subject", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter")
+    parser.add_argument("run_or_adapter", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter")
     parser.add_argument("prompts", nargs="*", help="texts to continue; \\n stands for a line break")
     parser.add_argument(
         "--file",
@@ -60,9 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
     from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
     from ldmole_dist.generation.prompts import prompt_of
-    from ldmole_dist.model.saved import find_subject
+    from ldmole_dist.model.saved import find_saved_model
 
-    model, tokenizer = load_generator(find_subject(args.subject, args.backbone), args.precision, not args.no_adapter)
+    model, tokenizer = load_generator(
+        find_saved_model(args.run_or_adapter, args.backbone), args.precision, not args.no_adapter
+    )
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
     torch.manual_seed(args.seed)
     for text in args.prompts:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ldmole_dist.errors import UserError
 from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
-from ldmole_dist.model.saved import Subject
+from ldmole_dist.model.saved import SavedModel
 from ldmole_dist.tuner.model import tuner_of
 
 
@@ -40,24 +40,24 @@ class Sampling:
 
 
 def load_generator(
-    subject: Subject, precision: str, with_adapter: bool = True
+    saved: SavedModel, precision: str, with_adapter: bool = True
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """The model on the GPU if there is one, in evaluation mode, and its tokenizer.
 
     Args:
-        subject: run or adapter.
+        saved: run or adapter.
         precision: "fp32", "bf16" or "fp16".
         with_adapter: False: the backbone alone.
 
     Raises:
         UserError: where they cannot be loaded, do not go together, or do not write text.
     """
-    if subject.task != "causal_lm":
-        raise UserError(f"{subject.adapter} is a classifier, which writes no text: see what it says with ldmole eval")
-    tokenizer = load_tokenizer(subject.backbone)
-    model: Any = load_backbone(subject.backbone, "causal_lm", precision)
+    if saved.task != "causal_lm":
+        raise UserError(f"{saved.adapter} is a classifier, which writes no text: see what it says with ldmole eval")
+    tokenizer = load_tokenizer(saved.backbone)
+    model: Any = load_backbone(saved.backbone, "causal_lm", precision)
     if with_adapter:
-        model = load_adapter(model, str(subject.adapter), trainable=False)
+        model = load_adapter(model, str(saved.adapter), trainable=False)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from ldmole_dist.config import Config
-from ldmole_dist.distributed import Process, agreed
+from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.model.backbone import (
@@ -36,12 +36,12 @@ def build_model(
     torch.manual_seed(config.run.seed)  # a new classification head is drawn when the backbone is loaded
     if process.is_main:
         tqdm.write(f"loading {b.path}")
-    with agreed("looking at the backbone"):
+    with raise_on_all_ranks("looking at the backbone"):
         check_backbone(b.path)
     # Partitioned loading consists of collectives, which a rank that fails would leave the others in.
     with (
         partitioned_loading(stage, config.parallelism.precision),
-        agreed("loading the backbone") if stage < 3 else nullcontext(),
+        raise_on_all_ranks("loading the backbone") if stage < 3 else nullcontext(),
     ):
         backbone = load_backbone(
             b.path,
@@ -54,7 +54,7 @@ def build_model(
     if stage < 3:
         torch.nn.Module.to(backbone, process.device)
     spread_experts(backbone, parallel)
-    with agreed("attaching the adapter"):
+    with raise_on_all_ranks("attaching the adapter"):
         if a.init_from is not None:
             model = load_adapter(backbone, a.init_from, trainable=True)
         else:

@@ -13,7 +13,7 @@ from ldmole_dist.model.backbone import backbone_of
 
 
 @dataclass(frozen=True)
-class Subject:
+class SavedModel:
     """A run, or an adapter alone.
 
     Attributes:
@@ -42,7 +42,7 @@ class Subject:
         return "sequence_classification" if task_type == "SEQ_CLS" else "causal_lm"
 
 
-def find_subject(path: str, backbone: str | None) -> Subject:
+def find_saved_model(path: str, backbone: str | None) -> SavedModel:
     """See what is in a folder.
 
     Args:
@@ -54,7 +54,7 @@ def find_subject(path: str, backbone: str | None) -> Subject:
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
-        return Subject(folder, backbone or backbone_of(str(folder)))
+        return SavedModel(folder, backbone or backbone_of(str(folder)))
     if not (folder / "config.yaml").is_file():
         raise UserError(
             f"{path} is neither a run (it has no config.yaml) nor an adapter (it has no adapter_config.json): give the "
@@ -66,4 +66,4 @@ def find_subject(path: str, backbone: str | None) -> Subject:
             f"the run in {path} has no adapter yet: let it end, or export a checkpoint of it "
             "(ldmole checkpoint export CHECKPOINT ADAPTER) and give that"
         )
-    return Subject(folder / "adapter", backbone or config.backbone.path, folder, config)
+    return SavedModel(folder / "adapter", backbone or config.backbone.path, folder, config)

@@ -12,7 +12,7 @@ figures (PNG): lambda, experts per token, token frequency, load, co-activation, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ldmole report`."""
-    parser.add_argument("subject", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter")
+    parser.add_argument("run_or_adapter", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter")
     parser.add_argument(
         "--data", metavar="FILE", help="JSON lines; default: the run's evaluation file, or its training file"
     )

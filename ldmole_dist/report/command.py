@@ -12,7 +12,7 @@ import torch
 
 from ldmole_dist.errors import UserError
 from ldmole_dist.model.backbone import load_tokenizer
-from ldmole_dist.model.saved import find_subject
+from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.report.collect import collect
 from ldmole_dist.report.html import Figure
 from ldmole_dist.report.inputs import adapter_config, load_model, read_data
@@ -28,28 +28,28 @@ def report(args: argparse.Namespace) -> int:
     Raises:
         UserError: where the folder, the data or the output is not as it must be.
     """
-    subject = find_subject(args.subject, args.backbone)
-    tokenizer = load_tokenizer(subject.backbone)
-    data = read_data(subject, args.data, args.limit, tokenizer)
-    curves = read_curves(subject.run)
-    output = Path(args.output) if args.output else _default_output(subject.run, subject.name)
+    saved = find_saved_model(args.run_or_adapter, args.backbone)
+    tokenizer = load_tokenizer(saved.backbone)
+    data = read_data(saved, args.data, args.limit, tokenizer)
+    curves = read_curves(saved.run)
+    output = Path(args.output) if args.output else _default_output(saved.run, saved.name)
     _prepare(output)
-    config = subject.config
+    config = saved.config
     precision = args.precision or (config.parallelism.precision if config else "bf16")
     batch_size = args.batch_size or (config.optimisation.micro_batch_size if config else BATCH_SIZE)
-    model = load_model(subject, precision, tokenizer)
+    model = load_model(saved, precision, tokenizer)
     pad_id = int(tokenizer.pad_token_id)
 
     started = time.perf_counter()
     observed = collect(model, data.examples, pad_id, batch_size, "routing the data")
     seconds = time.perf_counter() - started
     every = [example for examples in data.examples.values() for example in examples]
-    movement = trace_movement(model, subject, every, pad_id, batch_size)
+    movement = trace_movement(model, saved, every, pad_id, batch_size)
 
     device = next(model.parameters()).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     how = f"{precision} on {where}, {1000 * seconds / int(observed.tokens_V.sum()):.2g} s for 1,000 tokens"
-    material = Material(subject, adapter_config(model), data, observed, movement, curves, how)
+    material = Material(saved, adapter_config(model), data, observed, movement, curves, how)
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     drawn = sections(material, tokenizer)
     written = f"Written by ldmole report on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."

@@ -20,7 +20,7 @@ from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import read_rows, sources_of
 from ldmole_dist.errors import UserError
 from ldmole_dist.model.backbone import load_adapter, load_backbone
-from ldmole_dist.model.saved import Subject
+from ldmole_dist.model.saved import SavedModel
 from ldmole_dist.tuner.config import LdMoleConfig
 
 MAX_LENGTH = 4096  # tokens of a sequence where no run says otherwise
@@ -50,11 +50,11 @@ class DataSet:
         return list(self.examples) != [WHOLE]
 
 
-def read_data(subject: Subject, path: str | None, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> DataSet:
+def read_data(saved: SavedModel, path: str | None, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> DataSet:
     """Read and encode the rows.
 
     Args:
-        subject: whose task, labels and length count.
+        saved: whose task, labels and length count.
         path: of the file; None: the run's evaluation file, or its training file if it has none.
         limit: read so many rows only.
         tokenizer: of the backbone.
@@ -62,17 +62,15 @@ def read_data(subject: Subject, path: str | None, limit: int | None, tokenizer: 
     Raises:
         UserError: where there is no file to take, or a row cannot be read.
     """
-    task, max_length, labels = subject.task, MAX_LENGTH, None
+    task, max_length, labels = saved.task, MAX_LENGTH, None
     given: str | Sequence[Source] = path or ""
-    if subject.config is not None:
-        data = subject.config.data
+    if saved.config is not None:
+        data = saved.config.data
         max_length, labels = data.max_length, data.labels
         if path is None:
             given, limit = data.eval or data.train, limit or (data.eval_limit if data.eval else None)
     elif path is None:
-        raise UserError(
-            f"{subject.adapter} is an adapter without a run, which has no data of its own: give --data FILE"
-        )
+        raise UserError(f"{saved.adapter} is an adapter without a run, which has no data of its own: give --data FILE")
     # Other data may have other classes: routing does not depend on them.
     rows = [row for of_source in read_rows(given, task, None, limit, split="eval") for row in of_source]
     if task == "sequence_classification":
@@ -84,7 +82,7 @@ def read_data(subject: Subject, path: str | None, limit: int | None, tokenizer: 
     return DataSet(named, _by_domain(rows, encoded), encoder.max_length, full)
 
 
-def load_model(subject: Subject, precision: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+def load_model(saved: SavedModel, precision: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     """The backbone with the adapter, in evaluation mode, on the GPU if there is one.
 
     Raises:
@@ -92,13 +90,13 @@ def load_model(subject: Subject, precision: str, tokenizer: PreTrainedTokenizerB
     """
     # PEFT 0.21 asks transformers 5.23 for an attribute by its old name, at every injection; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
-    task = subject.task
-    classes = _class_names(subject.adapter) if task == "sequence_classification" else None
-    attention = subject.config.backbone.attention if subject.config else None
+    task = saved.task
+    classes = _class_names(saved.adapter) if task == "sequence_classification" else None
+    attention = saved.config.backbone.attention if saved.config else None
     backbone = load_backbone(
-        subject.backbone, task, precision, labels=classes, attention=attention, pad_token_id=tokenizer.pad_token_id
+        saved.backbone, task, precision, labels=classes, attention=attention, pad_token_id=tokenizer.pad_token_id
     )
-    model: Any = load_adapter(backbone, str(subject.adapter), trainable=False)
+    model: Any = load_adapter(backbone, str(saved.adapter), trainable=False)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     assert isinstance(model, PeftModel)
     return model

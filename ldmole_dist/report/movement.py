@@ -24,7 +24,7 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import RoutingSums
 from ldmole_dist.model.forward import route
-from ldmole_dist.model.saved import Subject
+from ldmole_dist.model.saved import SavedModel
 from ldmole_dist.monitor.lines import read_lines
 from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.report.collect import batches
@@ -86,13 +86,13 @@ class _Seen:
 
 
 def trace_movement(
-    model: PeftModel, subject: Subject, examples: Sequence[Encoded], pad_id: int, batch_size: int
+    model: PeftModel, saved: SavedModel, examples: Sequence[Encoded], pad_id: int, batch_size: int
 ) -> Movement | None:
     """Route the same tokens by the initial values of the adapter, by checkpoints of the run, and by its final adapter.
 
     Args:
         model: with the final adapter, in evaluation mode; it is as it was afterwards.
-        subject: of the report.
+        saved: of the report.
         examples: of which the first, up to `PROBE_TOKENS` tokens, are the probe.
         pad_id: for batches.
         batch_size: sequences of one forward.
@@ -103,8 +103,8 @@ def trace_movement(
     Raises:
         UserError: where a checkpoint is damaged, or of another adapter.
     """
-    checkpoints = [] if subject.run is None else newest(subject.run)[::-1]
-    if subject.run is None or not checkpoints:
+    checkpoints = [] if saved.run is None else newest(saved.run)[::-1]
+    if saved.run is None or not checkpoints:
         return None
     chosen = _spread(checkpoints, MOST_CHECKPOINTS)
     probe = _probe(examples)
@@ -139,7 +139,7 @@ def trace_movement(
         before = now
 
     with tqdm(total=len(chosen) + 1, desc="routing by checkpoints", unit="checkpoint") as progress:
-        if subject.config is not None and subject.config.adapter.init_from is None:
+        if saved.config is not None and saved.config.adapter.init_from is None:
             # Initial values depend on the seed alone: what the run began with need not have been saved.
             add("0", other(lambda name: model.add_adapter(name, replace(adapter_config(model), inference_mode=False))))
         progress.update()
@@ -150,7 +150,7 @@ def trace_movement(
                 now = other(lambda name, path=str(exported): _load(model, path, name))  # type: ignore[misc]
             add(str(read_manifest(checkpoint).step), now)
             progress.update()
-    if states[-1].label != str(last_step(subject.run)):
+    if states[-1].label != str(last_step(saved.run)):
         add("final", final)
     if len(states) == 1:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ldmole_dist.method.statistics import added, summarize
-from ldmole_dist.model.saved import Subject
+from ldmole_dist.model.saved import SavedModel
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.report.by_layer import (
     counts_said,
@@ -36,7 +36,7 @@ class Material:
     """Everything that a report says.
 
     Attributes:
-        subject: run or adapter.
+        saved: run or adapter.
         config: of the adapter.
         data: what went through it.
         observed: what the routers did.
@@ -45,7 +45,7 @@ class Material:
         how: device and precision.
     """
 
-    subject: Subject
+    saved: SavedModel
     config: LdMoleConfig
     data: DataSet
     observed: Observed
@@ -56,7 +56,7 @@ class Material:
 
 def key_numbers(material: Material) -> list[tuple[str, str]]:
     """(what, value) for the summary and the terminal."""
-    subject, config, data, observed = material.subject, material.config, material.data, material.observed
+    saved, config, data, observed = material.saved, material.config, material.data, material.observed
     sums = observed.by_linear
     linears, of = Linears(sums), {name: summarize(s) for name, s in sums.items()}
     whole, experts = summarize(added(sums.values())), counts_said(of)
@@ -73,8 +73,8 @@ def key_numbers(material: Material) -> list[tuple[str, str]]:
     rows = sum(map(len, data.examples.values()))
     cut = f"; {data.full:,} rows have the {data.max_length:,} tokens that longer ones are cut to" if data.full else ""
     return [
-        ("adapter", f"{subject.adapter}: {config.router} router, E = {experts} experts of rank r = {config.r}"),
-        ("backbone", subject.backbone),
+        ("adapter", f"{saved.adapter}: {config.router} router, E = {experts} experts of rank r = {config.r}"),
+        ("backbone", saved.backbone),
         ("adapted linears", f"{len(of)}: {len(linears.layers)} layers × {', '.join(linears.projections)}"),
         ("data", f"{data.path}: {rows:,} rows, {int(observed.tokens_V.sum()):,} tokens without padding{cut}"),
         ("run with", material.how),
@@ -136,4 +136,4 @@ def render(material: Material, drawn: Sequence[Section], written: str) -> str:
         written: when and by what, for the last line.
     """
     lead = "What the routers of an LD-MoLE adapter do: how many experts each token uses, which ones, and which tokens use more."
-    return page(f"Routing report: {material.subject.name}", lead, drawn, written)
+    return page(f"Routing report: {material.saved.name}", lead, drawn, written)

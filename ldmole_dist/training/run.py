@@ -16,7 +16,7 @@ from ldmole_dist.checkpoint.load import choose_checkpoint, load_checkpoint, newe
 from ldmole_dist.checkpoint.save import Saver, point_to
 from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
 from ldmole_dist.data.build import read_data
-from ldmole_dist.distributed import Process, agreed
+from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import resolve_run, stage_of
 from ldmole_dist.engine.experts import expert_parallel
@@ -57,14 +57,14 @@ def prepare(config: Config) -> Trainer:
         UserError, PeerError: on every rank.
     """
     process = start(config.parallelism.timeout_minutes)
-    with agreed("checking the config"):
+    with raise_on_all_ranks("checking the config"):
         check_parallelism(config, process.world_size)
         ds_config = resolve_run(config, process.world_size)
         tokenizer = load_tokenizer(config.backbone.path)
     data = read_data(config, tokenizer, process)
     folder = Path(config.run.output_dir)
     resumed = choose_checkpoint(config, data.described, process)
-    with agreed("preparing the output folder"):
+    with raise_on_all_ranks("preparing the output folder"):
         if process.is_main:
             try:
                 _prepare_folder(folder, config, resumed)
@@ -92,18 +92,12 @@ def prepare(config: Config) -> Trainer:
     return Trainer(config, engine, data.training, evaluator, probe, pad_id, process, saver, first_step, total_steps)
 
 
-
-
-
-
 def number_of_steps(o: Optimisation, examples: int) -> int:
     """Optimizer steps of the whole run."""
     if o.max_steps is not None:
         return o.max_steps
     assert o.epochs is not None  # one of them is given, the config's check says
     return max(1, math.ceil(o.epochs * examples / o.global_batch_size))
-
-
 
 
 def _prepare_folder(folder: Path, config: Config, resumed: Path | None) -> None:

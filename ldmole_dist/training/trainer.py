@@ -17,7 +17,7 @@ from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.config import Config
 from ldmole_dist.data.batches import collate, pack
 from ldmole_dist.data.training_data import TrainingData
-from ldmole_dist.distributed import Process, agreed
+from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.errors import NonFiniteLoss, Preempted, UserError
 from ldmole_dist.evaluation.evaluator import Evaluator
@@ -67,7 +67,7 @@ class Trainer:
         self.evaluator, self.probe = evaluator, probe
         self.first_step, self.last_step = first_step, last_step
         self.saver, self.stop = saver, StopRequest()
-        with agreed("opening the files that the run reports in"):
+        with raise_on_all_ranks("opening the files that the run reports in"):
             self.monitor = Monitor(Path(config.run.output_dir), process.is_main, first_step)
         self.context = tuner_of(engine.module).context
 
@@ -138,7 +138,7 @@ class Trainer:
 
     def _check_reports(self) -> None:
         """Every rank calls it. Raises UserError on the rank that could not write, PeerError on the others."""
-        with agreed("reporting"):
+        with raise_on_all_ranks("reporting"):
             self.monitor.check()
 
     def _observe(self, step: int) -> dict[str, float]:
@@ -247,7 +247,7 @@ class Trainer:
         counts = torch.stack([answers, torch.tensor(int(unread is not None), device=self.process.device)])
         dist.all_reduce(counts)
         if counts[1] > 0:
-            with agreed(f"reading the rows of step {step}"):
+            with raise_on_all_ranks(f"reading the rows of step {step}"):
                 if unread is not None:
                     raise unread
         return batches, self.process.world_size * len(batches) / counts[0].clamp_min(1).float()

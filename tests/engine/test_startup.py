@@ -9,7 +9,7 @@ import deepspeed
 import pytest
 import torch.distributed as dist
 
-from ldmole_dist.distributed import agreed
+from ldmole_dist.distributed import raise_on_all_ranks
 from ldmole_dist.engine import startup
 from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import PeerError, UserError
@@ -17,11 +17,11 @@ from ldmole_dist.selftest.local_ranks import LocalRanks, RankFailed
 
 
 def fail_on(failing: list[int]) -> tuple[str, str]:
-    """(error class, message) that `agreed` ends with here; the group must still work afterwards."""
+    """(error class, message) that `raise_on_all_ranks` ends with here; the group must still work afterwards."""
     rank = dist.get_rank()
     outcome = ("none", "")
     try:
-        with agreed("reading the data"):
+        with raise_on_all_ranks("reading the data"):
             if rank in failing:
                 raise UserError(f"rank {rank} has no file")
     except (UserError, PeerError) as error:
@@ -61,7 +61,7 @@ def test_ranks_know_where_they_are(ranks2: LocalRanks) -> None:
 
 
 def test_agreed_in_one_process_raises_the_error_itself() -> None:
-    with pytest.raises(UserError, match="no file"), agreed("reading the data"):
+    with pytest.raises(UserError, match="no file"), raise_on_all_ranks("reading the data"):
         raise UserError("no file")
 
 

@@ -20,7 +20,7 @@ from ldmole_dist.evaluation.command import table
 from ldmole_dist.evaluation.model import config_of, prepared, rows_and_encoder
 from ldmole_dist.evaluation.rows import evaluate_rows
 from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
-from ldmole_dist.model.saved import find_subject
+from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import COLOURS, LABELS, make_config, make_data, make_folder, run_training
 
@@ -46,10 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ranks2: LocalRanks) -> Path
 
 
 def evaluated(
-    folder: Path, *overrides: str, data: str | None = None, subject: str = "run", **settings: Any
+    folder: Path, *overrides: str, data: str | None = None, path: str = "run", **settings: Any
 ) -> dict[str, Any]:
     """Sent to ranks."""
-    found = find_subject(str(folder / subject), None)
+    found = find_saved_model(str(folder / path), None)
     config = config_of(found, list(overrides), data and str(folder / data), settings.get("limit"), 3)
     rows, encoder = rows_and_encoder(config)
     with prepared(config, settings.get("with_adapter", True)) as model:
@@ -96,7 +96,7 @@ def test_as_the_training_run_said(folder: Path, ranks1: LocalRanks) -> None:
     )
     # An adapter alone has neither data nor labels of its own.
     labels = f"data.labels={json.dumps(LABELS)}"
-    alone = {"subject": "run/adapter", "data": "eval.jsonl"}
+    alone = {"path": "run/adapter", "data": "eval.jsonl"}
     (adapter,) = ranks1.run(evaluated, folder, labels, "parallelism.precision=fp32", "data.max_length=32", **alone)
     assert flat(adapter) == pytest.approx(flat(found), rel=1e-5)
     (few,) = ranks1.run(evaluated, folder, limit=5)
@@ -230,8 +230,8 @@ def harness(folder: Path, tasks: list[str], own: bool, with_adapter: bool = True
     os.environ["HF_HOME"] = str(folder / "hf")  # of datasets
     from ldmole_dist.evaluation import lm_eval_bridge
 
-    subject = find_subject(str(folder / "run"), None)
-    with prepared(config_of(subject, [], None, None, 3), with_adapter) as model:
+    saved = find_saved_model(str(folder / "run"), None)
+    with prepared(config_of(saved, [], None, None, 3), with_adapter) as model:
         if own:
             from lm_eval.models.huggingface import HFLM
 

@@ -17,7 +17,7 @@ from ldmole_dist.cli import _parser
 from ldmole_dist.errors import UserError
 from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
 from ldmole_dist.model.backbone import load_backbone, new_adapter
-from ldmole_dist.model.saved import find_subject
+from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.tuner.config import LdMoleConfig
 from tests.small_run import make_backbone
 
@@ -47,7 +47,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def generator(adapter: Path) -> tuple[Any, Any]:
-    return load_generator(find_subject(str(adapter), None), "fp32")
+    return load_generator(find_saved_model(str(adapter), None), "fp32")
 
 
 def generate(adapter: Path, *arguments: str) -> None:
@@ -63,7 +63,7 @@ def test_a_batch_says_what_each_says_alone(generator: tuple[Any, Any]) -> None:
 
 
 def test_the_adapter_is_what_speaks(adapter: Path, generator: tuple[Any, Any]) -> None:
-    backbone = load_generator(find_subject(str(adapter), None), "fp32", with_adapter=False)
+    backbone = load_generator(find_saved_model(str(adapter), None), "fp32", with_adapter=False)
     assert continue_batch(*backbone, PROMPTS, Sampling(12)) != continue_batch(*generator, PROMPTS, Sampling(12))
 
 

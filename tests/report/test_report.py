@@ -23,7 +23,7 @@ from ldmole_dist.errors import EXIT_EXPLAINED
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
 from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer, new_adapter
-from ldmole_dist.model.saved import find_subject
+from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.report import movement
@@ -115,7 +115,7 @@ def test_movement_is_that_by_hand(run: Path, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(movement, "PROBE_TOKENS", 12)
     examples = DOMAINS["long"] + DOMAINS["short"]  # 8, 3, 1 and 3 tokens: the last is not of the probe
     model = loaded(run, run / "adapter")
-    found = trace_movement(model, find_subject(str(run), None), examples, pad_id=1, batch_size=2)
+    found = trace_movement(model, find_saved_model(str(run), None), examples, pad_id=1, batch_size=2)
     assert found is not None and found.tokens == 12 and found.left_out == 0
     assert [state.label for state in found.states] == ["0", "2", "4", "6", "final"]
 
@@ -169,7 +169,7 @@ def test_a_run_that_ended_with_a_checkpoint_has_no_other_end(run: Path, tmp_path
     metrics = (run / "metrics.jsonl").read_text().splitlines()[:6]
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(metrics) + "\n")
     found = trace_movement(
-        loaded(run, run / "adapter"), find_subject(str(tmp_path / "run"), None), DOMAINS["long"], 1, batch_size=2
+        loaded(run, run / "adapter"), find_saved_model(str(tmp_path / "run"), None), DOMAINS["long"], 1, batch_size=2
     )
     assert found is not None and [state.label for state in found.states] == ["0", "2", "4", "6"]
 
@@ -177,7 +177,7 @@ def test_a_run_that_ended_with_a_checkpoint_has_no_other_end(run: Path, tmp_path
 def test_too_many_checkpoints_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(movement, "MOST_CHECKPOINTS", 2)
     model = loaded(run, run / "adapter")
-    found = trace_movement(model, find_subject(str(run), None), DOMAINS["long"], pad_id=1, batch_size=2)
+    found = trace_movement(model, find_saved_model(str(run), None), DOMAINS["long"], pad_id=1, batch_size=2)
     assert found is not None and found.left_out == 1
     assert [state.label for state in found.states] == ["0", "2", "6", "final"]
 

@@ -15,7 +15,7 @@ from ldmole_dist.data.encode import Encoded
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
 from ldmole_dist.model.backbone import load_tokenizer
-from ldmole_dist.model.saved import Subject
+from ldmole_dist.model.saved import SavedModel
 from ldmole_dist.monitor.linears import Linears, Place
 from ldmole_dist.report.by_layer import _load_grid
 from ldmole_dist.report.coactivation import lift
@@ -82,7 +82,7 @@ def test_models_of_any_size_are_drawn(
     names = [f"model.layers.{layer}.{projection}" for layer in range(layers) for projection in projections]
     observed = routed(names, experts, dead=experts > 1)
     data = DataSet("data.jsonl", {WHOLE: [Encoded([1], [1])]}, 32, 0)
-    material = Material(Subject(Path("x"), "y"), LdMoleConfig(num_experts=experts), data, observed, None, [], "here")
+    material = Material(SavedModel(Path("x"), "y"), LdMoleConfig(num_experts=experts), data, observed, None, [], "here")
     figures = {f.name: f for section in sections(material, tokenizer) for f in section.parts if isinstance(f, Figure)}
     assert ("coactivation" in figures) == (experts > 1) and len(figures) == 5 + (experts > 1)
     for figure in figures.values():

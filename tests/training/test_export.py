@@ -17,7 +17,7 @@ from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
 from ldmole_dist.model.build import build_model
-from ldmole_dist.model.saved import find_subject
+from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import LABELS, make_backbone, make_config, make_data
 
@@ -84,7 +84,7 @@ def test_one_process_loads_what_two_ranks_trained(tmp_path: Path, ranks2: LocalR
     assert float((untrained - logits).norm() / logits.norm()) > 1e-2
 
     if task == "causal_lm":
-        generator, tokenizer = load_generator(find_subject(str(tmp_path / "adapter"), None), "fp32")
+        generator, tokenizer = load_generator(find_saved_model(str(tmp_path / "adapter"), None), "fp32")
         (text,) = continue_batch(generator, tokenizer, ["The colour of rose is"], Sampling(max_new_tokens=5))
         assert text
 

@@ -14,7 +14,7 @@ import torch
 from ldmole_dist.method.context import Observer
 from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.model.forward import route
-from ldmole_dist.model.saved import find_subject
+from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.report.arguments import add_arguments
 from ldmole_dist.report.collect import Counter, batches
 from ldmole_dist.report.inputs import load_model, read_data
@@ -27,11 +27,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     args = parser.parse_args()
-    subject = find_subject(args.subject, args.backbone)
-    tokenizer = load_tokenizer(subject.backbone)
-    data = read_data(subject, args.data, args.limit, tokenizer)
-    precision = args.precision or (subject.config.parallelism.precision if subject.config else "bf16")
-    model = load_model(subject, precision, tokenizer)
+    saved = find_saved_model(args.run_or_adapter, args.backbone)
+    tokenizer = load_tokenizer(saved.backbone)
+    data = read_data(saved, args.data, args.limit, tokenizer)
+    precision = args.precision or (saved.config.parallelism.precision if saved.config else "bf16")
+    model = load_model(saved, precision, tokenizer)
     base: Any = model.get_base_model()
     device = next(base.parameters()).device
     examples = [example for of_domain in data.examples.values() for example in of_domain]
@@ -48,9 +48,9 @@ def main() -> None:
     ratios = [a / b for a, b in zip(with_observer[1:], without[1:], strict=True)]
     clock = "wall clock" if device.type == "cuda" else f"CPU time, {torch.get_num_threads()} threads"
     print(
-        f"{Path(args.subject).name}, {precision} on {device.type}, a batch of {tuple(batch['input_ids'].shape)} with {tokens} "
-        f"tokens, {clock}: {1e6 * statistics.median(without[1:]) / tokens:.0f} ms for 1,000 tokens; with the observer "
-        f"{statistics.median(ratios):.2f} times as much ({min(ratios):.2f} to {max(ratios):.2f} in {PAIRS} pairs)"
+        f"{Path(args.run_or_adapter).name}, {precision} on {device.type}, a batch of {tuple(batch['input_ids'].shape)} "
+        f"with {tokens} tokens, {clock}: {1e6 * statistics.median(without[1:]) / tokens:.0f} ms for 1,000 tokens; with "
+        f"the observer {statistics.median(ratios):.2f} times as much ({min(ratios):.2f} to {max(ratios):.2f} in {PAIRS} pairs)"
     )
 
 
