@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmole_dist import training
 from ldmole_dist.config import Source, load_config
 from ldmole_dist.data.batches import TrainingOrder
 from ldmole_dist.data.encode import Encoder
@@ -25,6 +24,7 @@ from ldmole_dist.data.training_data import Streamed
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.training.run import prepare
 from tests.launched import Launched
 from tests.small_run import make_backbone, make_config, make_data, make_folder, run_training
 
@@ -178,7 +178,7 @@ def test_a_launched_run_with_workers_ends(folder: Path) -> None:
 
 def train_on_a_file_that_changes(config: str) -> str:
     """Sent to ranks: the rows are spoilt after they were checked, all that one of the two ranks has in a later step."""
-    trainer = training.prepare(load_config(config, []))
+    trainer = prepare(load_config(config, []))
     if trainer.process.is_main:
         trainer.data.rows.makers[0].labels = ["nothing"]  # type: ignore[attr-defined]
     with pytest.raises((UserError, PeerError)) as raised:
