@@ -15,7 +15,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import make_moments
 from ldmole_dist.planner.live import LiveBytes
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.training.run import prepare
+from ldmole_dist.training import run as training
 from ldmole_dist.tuner.model import is_expert_tensor
 from tests.small_run import make_backbone, make_config, make_data
 
@@ -24,7 +24,7 @@ LAYERS = 6
 
 def save_and_load(config: str, overrides: list[str]) -> dict[str, int]:
     """On a rank: bytes that saving, exporting and loading took beyond what was there."""
-    trainer = prepare(load_config(config, [*overrides, "run.resume=never"]))
+    trainer = training.prepare(load_config(config, [*overrides, "run.resume=never"]))
     trainer.run()
     extra = {}
     with LiveBytes() as live:
@@ -45,7 +45,7 @@ def save_and_load(config: str, overrides: list[str]) -> dict[str, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "load_checkpoint", measured)
-        prepare(load_config(config, overrides))
+        training.prepare(load_config(config, overrides))
     return extra
 
 
