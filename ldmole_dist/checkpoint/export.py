@@ -21,7 +21,7 @@ from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import whole_shapes
 from ldmole_dist.errors import UserError
-from ldmole_dist.io import explained, sync
+from ldmole_dist.io import atomic_folder, publish_folder, start_folder, sync, unfinished_folder, write_errors
 from ldmole_dist.tuner.model import adapter_keys, tuner_of
 
 METADATA = {"format": "pt"}
@@ -46,12 +46,11 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
         whole_shapes(engine, frozen_experts=True),
         tuner_of(engine.module),
     )
-    unfinished = folder.with_name(f".{folder.name}")
+    unfinished = unfinished_folder(folder)
     parameters = {n: p for n, p in engine.module.named_parameters() if n in shapes}
-    with raise_on_all_ranks("preparing the adapter's folder"), explained(f"the adapter {folder}"):
+    with raise_on_all_ranks("preparing the adapter's folder"), write_errors(f"the adapter {folder}"):
         if process.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            start_folder(folder)
             write_adapter_config(engine.module, unfinished)
     entries = [Entry(keys[name], shapes[name], p.dtype) for name, p in parameters.items()]
     gathered = (tuner.whole_parameter(name, parameter) for name, parameter in parameters.items())
@@ -63,11 +62,11 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
             failed = error
     for _ in gathered:  # the others take part in gathering, and rank 0 also where it could write no more
         pass
-    with raise_on_all_ranks("writing the adapter"), explained(f"the adapter {folder}"):
+    with raise_on_all_ranks("writing the adapter"), write_errors(f"the adapter {folder}"):
         if failed is not None:
             raise failed
         if process.is_main:
-            _put_in_place(unfinished, folder)
+            publish_folder(folder, replace=True)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -87,22 +86,8 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
             "which writes the adapter with them"
         )
     entries = [Entry(manifest.adapter_keys[n], shape, torch.float32) for n, shape in manifest.shapes.items()]
-    unfinished = folder.with_name(f".{folder.name}")
-    with explained(f"the adapter {folder}"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    with write_errors(f"the adapter {folder}"), atomic_folder(folder) as unfinished:
         shutil.copyfile(checkpoint / CONFIG_NAME, unfinished / CONFIG_NAME)
         with Stretches(checkpoint / name for name in manifest.rank_files()) as stretches:
             values = (stretches.whole(f"master/{name}", shape) for name, shape in manifest.shapes.items())
             write_tensors(unfinished / SAFETENSORS_WEIGHTS_NAME, entries, values, METADATA)
-        _put_in_place(unfinished, folder)
-
-
-def _put_in_place(unfinished: Path, folder: Path) -> None:
-    former = folder.with_name(f".former_{folder.name}")
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():
-        folder.rename(former)
-    unfinished.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(former, ignore_errors=True)

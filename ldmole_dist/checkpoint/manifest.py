@@ -12,7 +12,7 @@ from typing import Any
 
 from ldmole_dist.checkpoint.files import Stretches
 from ldmole_dist.errors import UserError
-from ldmole_dist.io import Digest, digest_of
+from ldmole_dist.io import Digest, file_digest
 
 FORMAT_VERSION = 2
 NAME = "manifest.json"
@@ -103,7 +103,7 @@ def file_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) ->
                 problems.append(
                     f"{path} has {path.stat().st_size:,} bytes instead of {expected.bytes:,}: it was cut off"
                 )
-            elif digest_of(path).sha256 != expected.sha256:
+            elif file_digest(path).sha256 != expected.sha256:
                 problems.append(f"{path} was changed after it was written: its sha256 differs")
         except FileNotFoundError:
             problems.append(f"{path} is missing")

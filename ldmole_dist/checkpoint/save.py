@@ -10,7 +10,6 @@ before untouched. Threads enter no collectives.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -32,7 +31,16 @@ from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.masters import Piece, make_moments, pieces, whole_shapes
 from ldmole_dist.engine.training_state import training_state
-from ldmole_dist.io import Digest, digest_of, explained, sync, write_text
+from ldmole_dist.io import (
+    Digest,
+    atomic_write,
+    file_digest,
+    publish_folder,
+    start_folder,
+    sync,
+    unfinished_folder,
+    write_errors,
+)
 from ldmole_dist.tuner.model import adapter_keys
 
 
@@ -73,13 +81,14 @@ class Saver:
         self.finish()
         heartbeat(f"saving after step {step}")
         make_moments(engine)
-        unfinished = self.folder / f".step_{step:08d}"
-        with raise_on_all_ranks("preparing the checkpoint"), explained(f"the checkpoint {unfinished}"):
+        final = self.folder / f"step_{step:08d}"
+        unfinished = unfinished_folder(final)
+        with raise_on_all_ranks("preparing the checkpoint"), write_errors(f"the checkpoint {unfinished}"):
             if self.process.is_main:
                 # What a run that was cut off has left.
                 for left in [*self.folder.glob(".step_*"), *self.folder.glob(".removed_*")]:
                     shutil.rmtree(left, ignore_errors=True)
-                unfinished.mkdir(parents=True)
+                start_folder(final)
                 write_adapter_config(engine.module, unfinished)
             held = [piece.share() for piece in pieces(engine)]
             writing = _Writing(step, unfinished, self._manifest(engine, step))
@@ -117,12 +126,12 @@ class Saver:
         while writing.thread is not None and writing.thread.is_alive():
             heartbeat("writing a checkpoint")  # repeated, so that a long write does not count as a stall
             writing.thread.join(10)
-        with raise_on_all_ranks("writing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
+        with raise_on_all_ranks("writing the checkpoint"), write_errors(f"the checkpoint {writing.unfinished}"):
             if writing.error is not None:
                 raise writing.error
         digests: list[Any] = [None] * self.process.world_size
         dist.all_gather_object(digests, writing.digest)
-        with raise_on_all_ranks("finishing the checkpoint"), explained(f"the checkpoint {writing.unfinished}"):
+        with raise_on_all_ranks("finishing the checkpoint"), write_errors(f"the checkpoint {writing.unfinished}"):
             if self.process.is_main:
                 self._make_valid(writing, digests)
 
@@ -130,12 +139,11 @@ class Saver:
         unfinished, final = writing.unfinished, self.folder / f"step_{writing.step:08d}"
         names = writing.manifest.rank_files()
         files = dict(zip(names, digests, strict=True))
-        writing.manifest.files = files | {CONFIG_NAME: digest_of(unfinished / CONFIG_NAME)}
-        write_text(unfinished / manifests.NAME, writing.manifest.text())
-        sync(unfinished)
+        writing.manifest.files = files | {CONFIG_NAME: file_digest(unfinished / CONFIG_NAME)}
+        atomic_write(unfinished / manifests.NAME, writing.manifest.text())
         if final.exists():  # the same step saved again
             self._remove(final)
-        unfinished.rename(final)
+        publish_folder(final)
         point_to(final)
         for old in sorted(self.folder.glob("step_*"))[: -self.config.run.keep_last]:
             self._remove(old)
@@ -205,10 +213,7 @@ def topology(engine: Engine, process: Process) -> dict[str, int]:
 
 def point_to(checkpoint: Path) -> None:
     """Let `latest` name a checkpoint."""
-    pending = checkpoint.parent / ".latest"
-    write_text(pending, checkpoint.name)
-    os.replace(pending, checkpoint.parent / "latest")
-    sync(checkpoint.parent)
+    atomic_write(checkpoint.parent / "latest", checkpoint.name)
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

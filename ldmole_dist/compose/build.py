@@ -6,7 +6,6 @@ ranks are filled up with zeros, which change nothing either.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ldmole_dist.checkpoint.export import METADATA
 from ldmole_dist.checkpoint.files import Entry, write_tensors
 from ldmole_dist.errors import UserError
-from ldmole_dist.io import explained
+from ldmole_dist.io import atomic_folder, write_errors
 from ldmole_dist.model.backbone import check_backbone, new_adapter
 from ldmole_dist.parallel.placement import seeded
 from ldmole_dist.tuner.config import LdMoleConfig
@@ -121,15 +120,11 @@ def compose(
     _draw_routers(model, linears, config)
     parameters = dict(model.named_parameters())
     entries = [Entry(key, tuple(parameters[name].shape), torch.float32) for name, key in keys.items()]
-    unfinished = folder.with_name(f".{folder.name}")
-    with explained(f"the adapter {folder}"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    with write_errors(f"the adapter {folder}"), atomic_folder(folder) as unfinished:
         config.inference_mode = True
         config.save_pretrained(str(unfinished))
         values = (_bank(loras, *banks[n], parameters[n]) if n in banks else parameters[n].detach() for n in keys)
         write_tensors(unfinished / SAFETENSORS_WEIGHTS_NAME, entries, values, METADATA)
-        unfinished.rename(folder)
     return config
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers import (
 )
 
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import atomic_folder, write_errors
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import tuner_of
 
@@ -169,15 +168,9 @@ def convert_gguf(gguf_path: str, folder: str) -> None:
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with write_errors(f"the backbone {target}"), atomic_folder(target) as unfinished:
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(**location).save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:

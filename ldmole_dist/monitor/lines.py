@@ -6,10 +6,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
+
+from ldmole_dist.io import read_lines
 
 _STEP = re.compile(rb'\{"step": (\d+)')
 
@@ -42,13 +43,6 @@ class JsonLines:
     def close(self) -> None:
         """No more lines."""
         self._file.close()
-
-
-def read_lines(path: Path) -> Iterator[bytes]:
-    """The whole lines of a file, none of one that is not there; a last one that was cut off is left out."""
-    if path.exists():
-        with path.open("rb") as file:
-            yield from (line for line in file if line.endswith(b"\n"))
 
 
 def _end_of(path: Path, last_step: int) -> int:

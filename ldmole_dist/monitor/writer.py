@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.io import explained
+from ldmole_dist.io import write_errors
 from ldmole_dist.monitor.board import write_changes, write_layout, write_routing, write_scalars
 from ldmole_dist.monitor.lines import JsonLines
 from ldmole_dist.monitor.meter import Report
@@ -33,11 +33,11 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, writes: bool, first_step: int) -> None:
-        self._writes, self._what = writes, f"what the run in {folder} reports"
+        self._writes, self._what = writes, f"the reports of the run in {folder}"
         self._error: UserError | None = None
         if not writes:
             return
-        with explained(self._what):
+        with write_errors(self._what):
             self._metrics = JsonLines(folder / "metrics.jsonl", first_step)
             self._evaluations = JsonLines(folder / "evaluations.jsonl", first_step)
             self._routing = JsonLines(folder / "routing.jsonl", first_step)
@@ -95,7 +95,7 @@ class Monitor:
     @contextmanager
     def _keeping_an_error(self) -> Iterator[None]:
         try:
-            with explained(self._what):
+            with write_errors(self._what):
                 yield
         except UserError as error:
             self._error = self._error or error

@@ -10,6 +10,7 @@ from typing import Any
 from ldmole_dist.config import Adapter, Backbone, Config, Data, Optimisation, Parallelism, Run, dump_config
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_run
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import atomic_write, write_errors
 from ldmole_dist.planner.choose import Line
 
 PLACEHOLDER = "FILL_IN"
@@ -72,19 +73,18 @@ def write_configs(line: Line, folder: Path, backbone: str | None, train: str | N
 
 
 def _write_new(folder: Path, contents: dict[Path, str]) -> None:
-    """All files or none; nothing that is there is touched."""
-    written: list[Path] = []
+    """Write all files or none, and overwrite none."""
+    existing = [path for path in contents if path.exists()]
+    if folder.exists() and not folder.is_dir():
+        existing.append(folder)
+    if existing:
+        raise UserError(f"--write {folder}: {existing[0]} already exists; remove it or choose another folder.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, text in contents.items():
-            with path.open("x") as file:
-                written.append(path)
-                file.write(text)
-    except OSError as error:
-        for path in written:
+        with write_errors(f"--write {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, text in contents.items():
+                atomic_write(path, text)
+    except UserError:
+        for path in contents:
             path.unlink(missing_ok=True)
-        if isinstance(error, FileExistsError):
-            reason = f"{error.filename} is there already: remove it or choose another folder"
-        else:
-            reason = f"{error.strerror or error}; choose a folder that can be written"
-        raise UserError(f"--write {folder}: {reason}") from error
+        raise

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import atomic_write
 from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.report.collect import collect
@@ -56,8 +57,8 @@ def report(args: argparse.Namespace) -> int:
     figures = [part for section in drawn for part in section.parts if isinstance(part, Figure)]
     try:
         for figure in figures:
-            (output / f"{figure.name}.png").write_bytes(figure.png)
-        (output / "index.html").write_text(render(material, drawn, written), encoding="utf-8")
+            atomic_write(output / f"{figure.name}.png", figure.png)
+        atomic_write(output / "index.html", render(material, drawn, written))
     except OSError as error:
         raise _not_writable(output, error) from error
     for name, value in key_numbers(material):

@@ -21,11 +21,11 @@ from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import read_lines
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import RoutingSums
 from ldmole_dist.model.forward import route
 from ldmole_dist.model.saved import SavedModel
-from ldmole_dist.monitor.lines import read_lines
 from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.report.collect import batches
 from ldmole_dist.report.inputs import adapter_config

@@ -24,6 +24,7 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.engine.training_state import element_count
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluation.evaluator import Evaluator
+from ldmole_dist.io import atomic_write
 from ldmole_dist.model.backbone import (
     load_tokenizer,
 )
@@ -116,7 +117,7 @@ def _prepare_folder(folder: Path, config: Config, resumed: Path | None) -> None:
         os.rename(folder, f"{folder}.{number}")
         tqdm.write(f"the former run in {folder} is now in {folder}.{number}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config))
+    atomic_write(folder / "config.yaml", dump_config(config))
 
 
 def _announce(model: PeftModel, config: Config, process: Process, first_step: int, total_steps: int) -> None:

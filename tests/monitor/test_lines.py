@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ldmole_dist.monitor.lines import JsonLines, read_lines
+from ldmole_dist.io import read_lines
+from ldmole_dist.monitor.lines import JsonLines
 
 
 def steps(path: Path) -> list[int]:

@@ -15,7 +15,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from ldmole_dist.checkpoint.load import newest
 from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.engine.grad_norms import PARTS
-from ldmole_dist.monitor.lines import read_lines
+from ldmole_dist.io import read_lines
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.checkpoint.test_damaged import write_no_more_than
 from tests.small_run import COLOURS, make_config, make_data, make_folder, run_training
@@ -178,7 +178,7 @@ def test_an_adapted_head_reads_the_positions_of_answers_only(tmp_path: Path, ran
 def test_where_reports_cannot_be_written_all_ranks_stop_and_nothing_is_lost(tmp_path: Path, ranks2: LocalRanks) -> None:
     config = config_of(make_folder(tmp_path), optimisation={"max_steps": 50}, run={"save_every": 2})
     said = ranks2.run(write_no_more_than, 200_000, str(config), "data.eval=null", "run.detail_every=1")
-    assert said[0].startswith("UserError: what the run in ") and "cannot be written: File too large" in said[0]
+    assert said[0].startswith("UserError: cannot write the reports of the run in ") and "File too large" in said[0]
     assert said[1].startswith("PeerError: rank 0 failed while reporting")
     reported = len(list(read_lines(tmp_path / "run" / "metrics.jsonl")))
     assert 2 < reported < 50

@@ -198,7 +198,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpu-memory", "9" * 400], "is no size"),
         (["--reserve", "1"], "reserved=1.0 must lie in [0, 1)"),
         (["--target-modules", "query"], "query"),
-        (["--write", "{folder}"], "run.yaml is there already"),
+        (["--write", "{folder}"], "run.yaml already exists"),
     ],
 )
 def test_bad_input(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,11 +216,11 @@ def test_written_files_are_new_and_whole(tmp_path: Path) -> None:
     for present, absent in ((run, deepspeed), (deepspeed, run)):
         before = absent.read_text()
         absent.unlink()
-        with pytest.raises(UserError, match=f"{present.name} is there already"):
+        with pytest.raises(UserError, match=f"{present.name} already exists"):
             write_configs(replace(line, strategy=Strategy(2, 2)), tmp_path, None, None, None)
         assert present.read_text() in texts and not absent.exists()
         absent.write_text(before)
-    with pytest.raises(UserError, match="run.yaml is there already"):
+    with pytest.raises(UserError, match="run.yaml already exists"):
         write_configs(line, run, None, None, None)  # a file, where a folder should be
 
 

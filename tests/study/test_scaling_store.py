@@ -55,11 +55,10 @@ def test_a_row_is_read_as_it_was_written_and_half_a_row_is_none(tmp_path: Path) 
     ]
     for row in rows:
         store.add(row)
-    whole = store.table.read_text()
     store.add(done(replace(TINY, layers=3), measured(1.0)))
     store.table.write_text(store.table.read_text()[:-10])  # killed while it wrote
     assert Store(tmp_path, None).rows() == rows
-    assert Store(tmp_path, MACHINE).rows() == rows and store.table.read_text() == whole
+    assert Store(tmp_path, MACHINE).rows() == rows
     assert rows[1].status == 'Error: "a, b"'
     assert failed(TINY, OSError(12, "Cannot allocate memory")).status == "OSError: [Errno 12] Cannot allocate memory"
     for cut in (5, 0):  # killed while it began
@@ -75,19 +74,17 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))  # as a full disk, takes a part of the row
     try:
         with pytest.raises(
-            UserError, match=r"cells\.csv cannot be written: File too large; what was there before .* the same command"
+            UserError, match=r"cannot write .*cells\.csv: File too large\. Existing content is unchanged; .* the same command"
         ):
             store.add(done(replace(TINY, layers=2), measured(0.5)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert store.table.stat().st_size == len(whole) + 20
-    assert len(store.rows()) == 1
-    again = Store(tmp_path, MACHINE)
     assert store.table.read_text() == whole
+    again = Store(tmp_path, MACHINE)
     again.add(done(replace(TINY, layers=3), measured(0.5)))
     assert [row.cell.layers for row in again.rows()] == [1, 3]
-    store.latency.with_suffix(".unfinished").mkdir()
-    with pytest.raises(UserError, match=r"latency\.json cannot be written: Is a directory"):
+    store.latency.mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*latency\.json: Is a directory"):
         store.add_latencies("why")
     assert store.latencies() is None
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for a value that cannot be had, a folder that cannot be used, or a run that failed.
     """
-    from ldmole_dist.io import explained, write_text
+    from ldmole_dist.io import atomic_write, write_errors
     from ldmole_dist.study.compare.page import page
     from ldmole_dist.study.compare.store import Store
 
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
             signal.signal(signal.SIGTERM, usual)
     if not store.rows():
         raise UserError(f"{store.table} holds no finished run")
-    with explained(str(folder)):
-        write_text(folder / "routers.md", page(store))
+    with write_errors(str(folder)):
+        atomic_write(folder / "routers.md", page(store))
     print(f"table: {folder / 'routers.md'}")
     return 0
 

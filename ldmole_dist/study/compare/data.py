@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ldmole_dist.data.vader import DOMAINS, LABELS, read_vader
-from ldmole_dist.io import explained, write_text
+from ldmole_dist.io import atomic_write, write_errors
 
 WORDNET_LABELS = [" animal", " plant", " food", " person", " object", " body", " place", " time"]
 ALL_LABELS = [*WORDNET_LABELS, *LABELS]
@@ -39,8 +39,8 @@ def write_data(archive: str, folder: Path) -> tuple[Path, Path]:
         for split, number in (("train", TRAIN["vader"]), ("test", TEST)):
             there = [s for s in sentences if s.domain == domain and s.for_testing == (split == "test")]
             rows[split] += [sentence.row() for sentence in draw.sample(there, number)]
-    with explained(str(folder)):
+    with write_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         for split, chosen in rows.items():
-            write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
+            atomic_write(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
     return folder / "train.jsonl", folder / "test.jsonl"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ldmole_dist.config import Config, dump_config
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import atomic_write
 from ldmole_dist.study.compare.methods import overrides_of
 from ldmole_dist.study.compare.store import Store, row_of
 
@@ -75,7 +76,7 @@ def _started(store: Store, base: Config, cell: Cell, slot: int, before: bool) ->
     folder = folder_of(store, cell)
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = folder.with_suffix(".yaml")
-    config.write_text(dump_config(base))
+    atomic_write(config, dump_config(base))
     overrides = [
         *overrides_of(cell.method, base.adapter, base.backbone.path),
         f"run.seed={cell.seed}",

@@ -7,7 +7,6 @@ of one. To have a run done again, delete its line and its folder.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.io import explained, write_text
+from ldmole_dist.io import append_jsonl, atomic_write, read_jsonl, write_errors
 
 ABOUT, CELLS = "about.json", "cells.jsonl"
 
@@ -49,7 +48,7 @@ class Row:
 
 def row_of(method: str, seed: int, run: Path) -> Row:
     """Read a finished run's folder."""
-    evaluations, metrics = _lines(run / "evaluations.jsonl"), _lines(run / "metrics.jsonl")
+    evaluations, metrics = read_jsonl(run / "evaluations.jsonl"), read_jsonl(run / "metrics.jsonl")
     last = metrics[-max(1, len(metrics) // 4) :]
     with safe_open(run / "adapter" / "adapter_model.safetensors", "pt") as file:
         # A safetensors file has keys() only.
@@ -82,10 +81,10 @@ class Store:
         path = folder / ABOUT
         if about is None and not path.is_file():
             raise UserError(f"{folder} holds no comparison: run one first, or give its folder as --output")
-        with explained(str(folder)):
+        with write_errors(str(folder)):
             if not path.is_file():
                 folder.mkdir(parents=True, exist_ok=True)
-                write_text(path, json.dumps(about, indent=1) + "\n")
+                atomic_write(path, json.dumps(about, indent=1) + "\n")
             text = path.read_text()
         try:
             self.about: dict[str, Any] = json.loads(text)
@@ -103,22 +102,18 @@ class Store:
         Raises:
             UserError: naming a line that cannot be read.
         """
-        if not self.table.exists():
-            return []
         rows = []
-        for number, line in enumerate(self.table.read_text().split("\n")[:-1], start=1):
+        for number, values in enumerate(read_jsonl(self.table), start=1):
             try:
-                rows.append(Row(**json.loads(line)))
-            except (ValueError, TypeError) as error:
+                rows.append(Row(**values))
+            except TypeError as error:
                 raise UserError(f"{self.table}, line {number} cannot be read ({error}): delete that line") from error
         return rows
 
     def add(self, row: Row) -> None:
         """Append a row; it is on the disk when this returns."""
-        with explained(str(self.table)), self.table.open("a") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with write_errors(str(self.table)):
+            append_jsonl(self.table, [asdict(row)])
 
 
 def commit() -> str:
@@ -132,7 +127,3 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head}, with changes" if changes else head
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

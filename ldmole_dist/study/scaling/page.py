@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldmole_dist.io import explained
+from ldmole_dist.io import atomic_write, write_errors
 from ldmole_dist.report import html
 from ldmole_dist.study.scaling.sections import ALL
 from ldmole_dist.study.scaling.sheet import Page
@@ -28,10 +28,10 @@ def write_page(store: Store) -> list[str]:
     path = store.folder / "scaling.html"
     lead = f"{len(study.points)} configurations on {study.machine['device']}, {study.machine['processor']}."
     footer = "Written by ldmole scaling from cells.csv beside this page."
-    with explained(f"the page in {store.folder}"):
+    with write_errors(f"the page in {store.folder}"):
         for figure in page.figures:
-            (store.folder / f"{figure.name}.png").write_bytes(figure.png)
-        path.write_text(html.page(TITLE, lead, page.sections, footer), encoding="utf-8")
+            atomic_write(store.folder / f"{figure.name}.png", figure.png)
+        atomic_write(path, html.page(TITLE, lead, page.sections, footer))
     prediction = study.prediction
     said = [f"no model was fitted: {prediction}"] if isinstance(prediction, str) else prediction.lines()
     return [*said, f"page: {path}"]

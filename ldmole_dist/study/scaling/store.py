@@ -9,13 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.io import explained, write_text
+from ldmole_dist.io import append_lines, atomic_write, read_lines, write_errors
 from ldmole_dist.selftest.local_ranks import RankFailed
 from ldmole_dist.study.bench.latency import Latency
 from ldmole_dist.study.machine import machine
@@ -86,7 +85,7 @@ class Store:
                 if self.table.exists():
                     raise UserError(f"{folder} holds {self.table.name} but not {about.name}: choose another --output")
                 folder.mkdir(parents=True, exist_ok=True)
-                _write_whole(about, json.dumps(machine, indent=2) + "\n")
+                atomic_write(about, json.dumps(machine, indent=2) + "\n")
             self.machine: dict[str, str] = json.loads(about.read_text())
         except OSError as error:
             raise UserError(
@@ -107,18 +106,14 @@ class Store:
         self._begin(writes=machine is not None)
 
     def _begin(self, writes: bool) -> None:
-        text, head = self.table.read_bytes() if self.table.exists() else b"", (",".join(COLUMNS) + "\n").encode()
-        if not head.startswith(text[: len(head)]):
+        heading = next(read_lines(self.table), None)
+        if heading is not None and heading.decode() != ",".join(COLUMNS) + "\n":
             raise UserError(
                 f"{self.table} was written by another version of this study: choose another --output, or remove it"
             )
-        whole = text.rfind(b"\n") + 1  # interrupted within a row: that cell is measured again
-        if writes and (not whole or whole < len(text)):
-            with explained(str(self.table)):
-                if whole:
-                    os.truncate(self.table, whole)  # to write the rest again could fail on a full disk
-                else:
-                    self.table.write_bytes(head)
+        if writes and heading is None:
+            with write_errors(str(self.table)):
+                append_lines(self.table, [",".join(COLUMNS)])
 
     def rows(self) -> list[Row]:
         """All whole rows, in the order in which they were measured.
@@ -126,10 +121,7 @@ class Store:
         Raises:
             UserError: naming a line that cannot be read.
         """
-        if not self.table.exists():
-            return []
-        lines = self.table.read_bytes().splitlines(keepends=True)
-        whole = (line.decode(errors="replace") for line in lines if line.endswith(b"\n"))
+        whole = (line.decode(errors="replace") for line in read_lines(self.table))
         rows = []
         for number, values in enumerate(csv.reader(whole), start=1):
             if number == 1:
@@ -149,13 +141,11 @@ class Store:
         measured = dict.fromkeys(_RESULTS, "") if row.measured is None else asdict(row.measured)
         values = {**asdict(row.cell), "status": row.status, **measured}
         line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(
+        csv.writer(line, lineterminator="").writerow(
             json.dumps(value) if isinstance(value, (dict, list)) else value for value in values.values()
         )
-        with explained(str(self.table)), self.table.open("ab") as file:
-            file.write(line.getvalue().encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with write_errors(str(self.table)):
+            append_lines(self.table, [line.getvalue()])
 
     def latencies(self) -> list[Latency] | str | None:
         """What `bench_latency` measured for this study, why it failed, or None if it has not run."""
@@ -174,14 +164,8 @@ class Store:
             UserError: where it cannot be written.
         """
         kept = {"failed": latencies} if isinstance(latencies, str) else [each._asdict() for each in latencies]
-        with explained(str(self.latency)):
-            _write_whole(self.latency, json.dumps(kept, indent=2) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    write_text(unfinished, text)
-    unfinished.rename(path)
+        with write_errors(str(self.latency)):
+            atomic_write(self.latency, json.dumps(kept, indent=2) + "\n")
 
 
 def _parsed(values: list[str]) -> Row:
