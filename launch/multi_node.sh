@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on the hosts of a hostfile, reached by ssh, with DeepSpeed's pdsh runner. All hosts see this folder at the same path.
+# Train on the hosts of a hostfile over ssh, with DeepSpeed's pdsh runner. This folder must have the same path on all hosts.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on this host: a rank for each GPU, or for each of parallelism.ep_size without one.
+# Train on this host, with one rank per GPU; without GPUs, with parallelism.ep_size ranks.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ldmole_dist.cli_arguments import positive
 from ldmole_dist.cluster import command
 from ldmole_dist.cluster.exit import exit_process
 from ldmole_dist.cluster.heartbeat import show_stacks
@@ -99,32 +100,38 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(call=_train)
 
     launch = commands.add_parser(
-        "launch",
-        help="train on this host's devices or on many hosts, and watch over the ranks",
-        description=command.LAUNCH,
+        "launch", help="train with several ranks, on this host or on many hosts", description=command.LAUNCH_DESCRIPTION
     )
     launch.add_argument("config", help="YAML file of the run")
     launch.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
-    launch.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
+    launch.add_argument("--dry-run", action="store_true", help="print the launcher command without running it")
     launch.add_argument(
-        "--max-restarts", type=command.positive, default=0, metavar="N", help="go on from the last checkpoint, so often"
+        "--max-restarts",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="maximum number of restarts from the last checkpoint after a failure (default: %(default)s)",
     )
     launch.add_argument(
         "--stall-minutes",
         type=float,
         default=10.0,
         metavar="M",
-        help="without progress, after which a run has failed (default: %(default)s)",
+        help="minutes without progress of a rank after which the run counts as failed (default: %(default)s)",
     )
-    launch.add_argument("--no-doctor", action="store_true", help="do not look at the hosts before")
+    launch.add_argument("--no-doctor", action="store_true", help="skip the checks of the hosts before the start")
     command.add_arguments(launch)
-    launch.set_defaults(call=command.launch)
+    launch.set_defaults(call=command.run_launch)
 
-    doctor = commands.add_parser("doctor", help="look at the hosts of a job before it starts")
-    doctor.add_argument("config", nargs="?", help="YAML file of the run, to look at what it needs")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check the hosts of a job before it starts",
+        description="Compare the hosts of a job, time collectives across them, and print each problem with its remedy.",
+    )
+    doctor.add_argument("config", nargs="?", help="YAML file of the run; without it, only the hosts are compared")
     doctor.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
     command.add_arguments(doctor)
-    doctor.set_defaults(call=command.examine)
+    doctor.set_defaults(call=command.run_doctor)
 
     validate = commands.add_parser("validate", help="check a config without training")
     validate.add_argument("config", help="YAML file of the run")

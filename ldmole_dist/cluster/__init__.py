@@ -1,1 +1,1 @@
-"""Starting a run on many hosts, watching over its ranks, and looking at the hosts before."""
+"""Launch of a job on one or many hosts, supervision of its ranks, and checks of the hosts before the start."""

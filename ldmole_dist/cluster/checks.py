@@ -1,145 +1,147 @@
-"""The doctor's checks: each looks at what was found on a host, gives a cell of the table, and says what is wrong."""
+"""Checks of `ldmole doctor`: each takes what was found on a host, and returns a table cell and a problem with its remedy."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MEMORY_GB, DISK_GB = 2, 1  # a rank, a host: with less, not even a small run gets far
-SKEW_SECONDS = 2.0
+MIN_MEMORY_GB_PER_RANK, MIN_DISK_GB = 2, 1  # even a small run needs this
+MAX_CLOCK_SKEW_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the checks look at.
+class HostFacts:
+    """Input of the checks for one host.
 
     Attributes:
-        found: by `probe.look` on this host.
-        usual: what most hosts have, by the same names.
-        slots: ranks of this host.
-        devices: that it must have for the slots that were chosen.
-        ranks: of the job.
-        hosts: of the job.
-        skew: seconds that its clock is ahead.
-        shared: "yes"; "no" where this host does not see a file that the first has made; or the error.
+        found: result of `probe.inspect_host` on this host.
+        majority: for each key of `found`, the value that most hosts have.
+        slots: number of ranks on this host.
+        devices: number of devices that this host needs for the selected slots.
+        ranks: number of ranks of the job.
+        hosts: number of hosts of the job.
+        clock_skew: seconds by which the clock of this host is ahead; NaN if the host stopped answering.
+        output_shared: "yes"; "no" if this host does not see a file that the first host has created; or an error message.
     """
 
     found: Mapping[str, Any]
-    usual: Mapping[str, Any]
+    majority: Mapping[str, Any]
     slots: int
     devices: int
     ranks: int
     hosts: int
-    skew: float
-    shared: str
+    clock_skew: float
+    output_shared: str
 
 
-Finding = tuple[str, str | None]  # the cell; what is wrong and the remedy
+CheckResult = tuple[str, str | None]  # table cell; problem with its remedy, or None
 
 
-def _packages(facts: Facts) -> Finding:
-    usual = facts.usual["packages"]
-    others = {name: version for name, version in facts.found["packages"].items() if usual.get(name) != version}
-    if not others:
+def _packages(facts: HostFacts) -> CheckResult:
+    majority = facts.majority["packages"]
+    different = {name: version for name, version in facts.found["packages"].items() if majority.get(name) != version}
+    if not different:
         return "same", None
-    cell = ", ".join(f"{name} {version}" for name, version in others.items())
-    elsewhere = ", ".join(f"{name} {usual.get(name, 'none')}" for name in others)
+    cell = ", ".join(f"{name} {version}" for name, version in different.items())
+    elsewhere = ", ".join(f"{name} {majority.get(name, 'missing')}" for name in different)
     return (
         cell,
-        f"has {cell}, the others {elsewhere}: install the same versions (bash launch/setup_env.sh on each host)",
+        f"has {cell}, but other hosts have {elsewhere}: install the same versions (bash launch/setup_env.sh on each host)",
     )
 
 
-def _code(facts: Facts) -> Finding:
+def _code(facts: HostFacts) -> CheckResult:
     code = facts.found["code"]
-    differs = code != facts.usual["code"]
-    return code[:7], "its ldmole_dist differs from that of the others: check out the same commit" if differs else None
+    problem = "its ldmole_dist differs from that of other hosts: check out the same commit"
+    return code[:7], problem if code != facts.majority["code"] else None
 
 
-def _config(facts: Facts) -> Finding:
+def _config(facts: HostFacts) -> CheckResult:
     config = facts.found["config"]
     if config == "missing":
-        return config, "the config is not there: put it where all hosts see it, or copy it"
-    differs = config != facts.usual["config"]
-    return (config or "-")[:7], "its config differs from that of the others: copy it" if differs else None
+        return config, "the config file does not exist on this host: copy it, or move it to a shared file system"
+    problem = "its config file differs from that of other hosts: copy it"
+    return (config or "-")[:7], problem if config != facts.majority["config"] else None
 
 
-def _memory(facts: Facts) -> Finding:
+def _memory(facts: HostFacts) -> CheckResult:
     memory = facts.found["memory"] / 2**30
-    short = memory < MEMORY_GB * facts.slots
-    wrong = f"{memory:.1f} GB of memory are free for {facts.slots} rank(s): end what takes it, or give it fewer slots"
-    return f"{memory:.0f} GB", wrong if short else None
+    short = memory < MIN_MEMORY_GB_PER_RANK * facts.slots
+    problem = f"{memory:.1f} GB of memory is free for {facts.slots} rank(s): end other processes, or reduce its slots"
+    return f"{memory:.0f} GB", problem if short else None
 
 
-def _disk(facts: Facts) -> Finding:
+def _disk(facts: HostFacts) -> CheckResult:
     disk = facts.found["disk"] / 2**30
-    wrong = f"{disk:.2f} GB are free where run.output_dir is: make room, or choose another"
-    return f"{disk:.0f} GB", wrong if disk < DISK_GB else None
+    problem = f"{disk:.2f} GB of disk space is free at run.output_dir: delete files, or choose another folder"
+    return f"{disk:.0f} GB", problem if disk < MIN_DISK_GB else None
 
 
-def _gpus(facts: Facts) -> Finding:
+def _gpus(facts: HostFacts) -> CheckResult:
     gpus = facts.found["gpus"]
     if not gpus:
-        wrong = (
-            "has no GPU, other hosts do: check its driver (nvidia-smi), or exclude it" if facts.usual["gpus"] else None
-        )
-        return "none", wrong
-    few = f"has {len(gpus)} GPU(s), {facts.devices} are wanted: correct its line in the hostfile"
-    return f"{len(gpus)} x {gpus[0]}", few if len(gpus) < facts.devices else None
+        problem = "has no GPU, but other hosts do: check its driver (nvidia-smi), or exclude it"
+        return "none", problem if facts.majority["gpus"] else None
+    problem = f"has {len(gpus)} GPU(s), but its slots need {facts.devices}: correct its line in the hostfile"
+    return f"{len(gpus)} x {gpus[0]}", problem if len(gpus) < facts.devices else None
 
 
-def _network(facts: Facts) -> Finding:
+def _network(facts: HostFacts) -> CheckResult:
     name, address = facts.found["interface"], facts.found["address"]
-    cell = f"{name} {address or 'has no address'}"
+    cell = f"{name} {address or 'without address'}"
     if facts.hosts == 1:
         return cell, None
-    there = ", ".join(
+    candidates = ", ".join(
         f"{name} ({own})" for name, own in facts.found["interfaces"].items() if not own.startswith("127.")
     )
-    remedy = f"choose one with --interface: there are {there or 'none'}"
+    remedy = f"set --interface to one of: {candidates or 'none'}"
     if facts.found["network_problem"]:
-        return cell, f"{facts.found['network_problem']}: have its name resolved on every host (DNS, /etc/hosts)"
+        return cell, f"{facts.found['network_problem']}: make the name resolvable on every host (DNS or /etc/hosts)"
     if address is None:
-        return cell, f"has no network interface {name!r} with an IPv4 address; {remedy}"
+        return cell, f"has no network interface {name!r} with an IPv4 address: {remedy}"
     if address.startswith("127."):
-        return cell, f"interface {name} ({address}) is not reachable from other hosts; {remedy}"
+        return cell, f"interface {name} ({address}) is not reachable from other hosts: {remedy}"
     return cell, None
 
 
-def _operators(facts: Facts) -> Finding:
+def _operators(facts: HostFacts) -> CheckResult:
     ops = facts.found["ops"]
-    return ops, f"{ops}: install that, or choose optimisation.optimizer=adamw" if ops.startswith("cannot") else None
+    problem = f"DeepSpeed's optimizer {ops}: install it, or set optimisation.optimizer=adamw"
+    return ops, problem if ops.startswith("cannot") else None
 
 
-def _clock(facts: Facts) -> Finding:
-    if facts.skew != facts.skew:
-        return "?", "stopped answering while it was looked at: look at its load and memory"
-    wrong = f"its clock is {facts.skew:+.1f} s off: synchronise it (chrony, systemd-timesyncd)"
-    return f"{facts.skew * 1e3:+.0f} ms", wrong if abs(facts.skew) > SKEW_SECONDS else None
+def _clock(facts: HostFacts) -> CheckResult:
+    if math.isnan(facts.clock_skew):
+        return "?", "stopped answering during the checks: check its load and memory"
+    problem = f"its clock is {facts.clock_skew:+.1f} s off: synchronize it (chrony or systemd-timesyncd)"
+    return f"{facts.clock_skew * 1e3:+.0f} ms", problem if abs(facts.clock_skew) > MAX_CLOCK_SKEW_SECONDS else None
 
 
-def _limits(facts: Facts) -> Finding:
-    files, needed = facts.found["files"], 1024 + 64 * facts.ranks
-    if 0 <= files < needed:
-        return str(files), f"a process may open {files} files: ulimit -Hn {needed} or more (/etc/security/limits.conf)"
-    if facts.found["locked"]:
-        return "locked", "memory for InfiniBand cannot be locked: ulimit -l unlimited (/etc/security/limits.conf)"
-    return str(files), None
-
-
-def _shared(facts: Facts) -> Finding:
-    if facts.shared == "yes":
-        return "yes", None
-    if facts.shared == "no":
-        return (
-            "no",
-            "run.output_dir there is not the folder that the first host sees: put it on a file system that all share",
+def _limits(facts: HostFacts) -> CheckResult:
+    # Each rank has connections to all others; the rest is for libraries and data files. A negative limit is "unlimited".
+    limit, needed = facts.found["open_files"], 1024 + 64 * facts.ranks
+    if 0 <= limit < needed:
+        problem = (
+            f"a process can open {limit} files, but {needed} are needed: raise ulimit -Hn (/etc/security/limits.conf)"
         )
-    return "?", f"run.output_dir cannot be used: {facts.shared}: make it writable, or choose another"
+        return str(limit), problem
+    if facts.found["memory_lock_limited"]:
+        return "locked", "cannot lock memory for InfiniBand: set ulimit -l unlimited (/etc/security/limits.conf)"
+    return str(limit), None
 
 
-CHECKS: dict[str, Callable[[Facts], Finding]] = {
+def _output_shared(facts: HostFacts) -> CheckResult:
+    if facts.output_shared == "yes":
+        return "yes", None
+    if facts.output_shared == "no":
+        return "no", "its run.output_dir is not that of the first host: choose a folder on a shared file system"
+    return "?", f"cannot use run.output_dir: {facts.output_shared}: make it writable, or choose another folder"
+
+
+# Checks by column of the table.
+CHECKS: dict[str, Callable[[HostFacts], CheckResult]] = {
     "packages": _packages,
     "code": _code,
     "config": _config,
@@ -150,5 +152,5 @@ CHECKS: dict[str, Callable[[Facts], Finding]] = {
     "operators": _operators,
     "clock": _clock,
     "open files": _limits,
-    "output shared": _shared,
+    "output shared": _output_shared,
 }

@@ -1,4 +1,4 @@
-"""The collectives that training lives on, timed across all ranks: what the doctor starts last, with the launcher itself."""
+"""Test of the collectives that training needs, across all ranks; `ldmole doctor` launches it like a training run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ldmole_dist.cluster.exit import exit_process
 from ldmole_dist.cluster.heartbeat import heartbeat, show_stacks
 from ldmole_dist.engine.startup import start
 
-MEGABYTES = 16
+MEGABYTES = 16  # size of each rank's input
 
 
 def main() -> None:
-    """All-to-all and all-reduce, checked and timed; rank 0 prints."""
+    """Run an all-to-all and an all-reduce on all ranks, check their results, and print their times on rank 0."""
     show_stacks()
-    heartbeat("meeting the other ranks")
+    heartbeat("rendezvous with the other ranks")
     process = start(timeout_minutes=2)
     size = process.world_size
     elements = MEGABYTES * 2**20 // 4 // size * size
@@ -25,7 +25,7 @@ def main() -> None:
     received = torch.empty_like(sent)
     results = []
     for name in ("all-to-all", "all-reduce"):
-        for _ in range(2):  # the first makes the connections
+        for _ in range(2):  # only the second is timed: the first sets up the connections
             heartbeat(f"{name} of {MEGABYTES} MB")
             dist.barrier()
             started = time.perf_counter()
@@ -41,9 +41,9 @@ def main() -> None:
             torch.arange(size).repeat_interleave(elements // size) if name == "all-to-all" else size * (size - 1) / 2
         )
         if not torch.equal(received, torch.as_tensor(expected).to(received).expand_as(received)):
-            raise RuntimeError(f"{name}: rank {process.rank} received wrong values")
+            raise RuntimeError(f"{name}: rank {process.rank} received wrong values; check the network and its drivers")
         results.append(
-            f"{name} of {MEGABYTES} MB in {seconds * 1e3:.0f} ms ({MEGABYTES / 1024 / seconds:.2f} GB/s a rank)"
+            f"{name} of {MEGABYTES} MB in {seconds * 1e3:.0f} ms ({MEGABYTES / 1024 / seconds:.2f} GB/s per rank)"
         )
     if process.is_main:
         print(f"doctor: {size} ranks: " + ", ".join(results), flush=True)

@@ -1,4 +1,4 @@
-"""The arguments of `ldmole launch` and `ldmole doctor`, and what they mean."""
+"""Command-line arguments and implementation of `ldmole launch` and `ldmole doctor`."""
 
 from __future__ import annotations
 
@@ -13,148 +13,174 @@ import torch
 
 from ldmole_dist.cli_arguments import positive
 from ldmole_dist.cluster.doctor import doctor
-from ldmole_dist.cluster.environment import exported
-from ldmole_dist.cluster.hosts import Host, choose, describe_layout, keep_groups_within, read_hostfile, slurm_hosts
-from ldmole_dist.cluster.launch import attempts, become_rank, rank_command, supervised
-from ldmole_dist.cluster.output import say
+from ldmole_dist.cluster.environment import exported_environment
+from ldmole_dist.cluster.hosts import Host, describe_layout, order_for_groups, read_hostfile, select_hosts, slurm_hosts
+from ldmole_dist.cluster.launch import exec_supervisor, rank_command, run_with_restarts, supervisor_command
+from ldmole_dist.cluster.output import print_status
 from ldmole_dist.cluster.rank_environment import inside_mpi, inside_slurm_step
-from ldmole_dist.cluster.runners import LAUNCHERS, Start, find_launcher, launcher_command
+from ldmole_dist.cluster.runners import LAUNCHERS, LaunchSpec, check_installed, launcher_command
 from ldmole_dist.config import Config, check_parallelism, load_config
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 
 DEFAULT_PORT = 29500
-LAUNCH = """Starts a run with DeepSpeed's runners (pdsh, Open MPI, Slurm), torchrun or on this host, and prints the command it
-uses. When a rank dies or stalls, all ranks of all hosts are ended at once, and the last lines name the first that failed."""
-
-
+LAUNCH_DESCRIPTION = """Start a training run with one process per rank, on this host or on many hosts, and print the launcher
+command that is used. If a rank fails or stalls, all ranks on all hosts are ended at once, and the last lines of the output name
+the first failure."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say where a job runs."""
-    where = parser.add_argument_group("where")
-    where.add_argument("--hostfile", help="lines 'NAME slots=N'; see launch/hostfile.example")
+    """Add the arguments that `launch` and `doctor` share: where and how a job is started."""
+    where = parser.add_argument_group("hosts and ranks")
+    where.add_argument("--hostfile", help="file with a line 'NAME slots=N' per host; see launch/hostfile.example")
     where.add_argument(
-        "--include", default="", metavar="NAME[:SLOT,...]@...", help="use only these of its hosts and slots"
-    )
-    where.add_argument("--exclude", default="", metavar="NAME[:SLOT,...]@...", help="leave these out")
-    where.add_argument("--nodes", type=positive, help="without ssh: the same command is given on so many hosts, with")
-    where.add_argument("--node-rank", type=int, help="the number of this one, from 0, and")
-    where.add_argument("--master-addr", help="where the others reach number 0")
-    where.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="on it, with --nodes; and the one after (default: %(default)s)"
+        "--include", default="", metavar="NAME[:SLOT,...]@...", help="hosts and slots to use (default: all)"
     )
     where.add_argument(
-        "--ranks", type=positive, help="on a host without a hostfile; default: one for each GPU, or ep_size on the CPU"
+        "--exclude", default="", metavar="NAME[:SLOT,...]@...", help="hosts and slots to leave out (default: none)"
     )
-    how = parser.add_argument_group("how")
+    where.add_argument(
+        "--nodes",
+        type=positive,
+        help="number of hosts, to start the job without ssh: give the same command on each host",
+    )
+    where.add_argument("--node-rank", type=int, help="with --nodes: number of this host, from 0")
+    where.add_argument("--master-addr", help="with --nodes: address of host 0")
+    where.add_argument(
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        help="with --nodes: TCP port of host 0; the next port is used too (default: %(default)s)",
+    )
+    where.add_argument(
+        "--ranks",
+        type=positive,
+        help="number of ranks on this host, without a hostfile (default: one per GPU; on a CPU, parallelism.ep_size)",
+    )
+    how = parser.add_argument_group("launcher and network")
     how.add_argument(
         "--launcher",
         choices=LAUNCHERS,
-        help="default: slurm inside an allocation, pdsh or else openmpi with a hostfile",
-    )
-    how.add_argument("--interface", help="network interface between hosts; default: the one that leads to them")
-    how.add_argument(
-        "--export", action="append", default=[], metavar="NAME[=VALUE]", help="further environment variable for ranks"
+        help="launcher to use (default: slurm inside an allocation; with a hostfile, pdsh if installed, else openmpi)",
     )
     how.add_argument(
-        "--ssh-args", default=os.environ.get("PDSH_SSH_ARGS_APPEND", ""), help="such as '-F my_ssh_config'"
+        "--interface", help="network interface between hosts (default: the one on the route to the other hosts)"
     )
-    how.add_argument("--launcher-args", default="", help="for pdsh, mpirun, srun or torchrun")
+    how.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="environment variable to pass to the ranks, besides those of docs/clusters.md; can be repeated",
+    )
+    how.add_argument(
+        "--ssh-args",
+        default=os.environ.get("PDSH_SSH_ARGS_APPEND", ""),
+        help="arguments for ssh, such as '-F my_ssh_config' (default: $PDSH_SSH_ARGS_APPEND)",
+    )
+    how.add_argument("--launcher-args", default="", help="arguments for pdsh, mpirun, srun or torchrun")
 
 
-def launch(args: argparse.Namespace) -> int:
-    """`ldmole launch CONFIG`."""
+def run_launch(args: argparse.Namespace) -> int:
+    """Run `ldmole launch CONFIG`, and return its exit code."""
     config = load_config(args.config, args.overrides)
     if args.max_restarts and not config.run.save_every:
-        raise UserError(f"--max-restarts {args.max_restarts} needs checkpoints to go on from: set run.save_every=N")
+        raise UserError(f"--max-restarts {args.max_restarts} needs checkpoints to resume from; set run.save_every=N")
     if args.max_restarts and config.run.resume == "never":
-        raise UserError(f"--max-restarts {args.max_restarts} and run.resume=never contradict each other")
+        raise UserError(f"--max-restarts {args.max_restarts} contradicts run.resume=never; set run.resume=auto")
     train = ["train", args.config, *args.overrides]
-    exports = exported(os.environ, args.export, args.interface)
+    exports = exported_environment(os.environ, args.export, args.interface)
     if inside_mpi(os.environ):
         if args.dry_run:
-            raise UserError("--dry-run inside mpirun: the ranks have been started already")
+            raise UserError("--dry-run inside mpirun: the ranks are already started; run it without mpirun")
         if args.max_restarts:
             raise UserError(
-                "--max-restarts inside mpirun: nothing is left to restart; use --launcher openmpi --hostfile FILE"
+                "--max-restarts inside mpirun: the job cannot restart mpirun; use --launcher openmpi --hostfile FILE"
             )
-        become_rank(rank_command(train), exports, args.interface, args.stall_minutes * 60)
-    start = find_start(args, config)
-    _check(config, start.size)
-    say(describe_layout([*start.hosts] * start.nodes, config.parallelism.ep_size))
+        exec_supervisor(rank_command(train), exports, args.interface, args.stall_minutes * 60)
+    spec = create_launch_spec(args, config)
+    _check_config(config, spec.world_size)
+    print_status(describe_layout([*spec.hosts] * spec.nodes, config.parallelism.ep_size))
     if args.dry_run:
+        job_arguments = ["--coordinator", "HOST:PORT", "--job", "NAME"]
+        script = supervisor_command(rank_command(train), job_arguments, exports, spec.interface)
         with tempfile.TemporaryDirectory() as folder:
-            script = supervised(
-                rank_command(train), ["--watch", "HOST:PORT", "--job", "NAME"], exports, start.interface
-            )
-            print(shlex.join(launcher_command(start, script, Path(folder))))
+            print(shlex.join(launcher_command(spec, script, Path(folder))))
         return 0
-    find_launcher(start.launcher)
-    if len(start.hosts) > 1 and not args.no_doctor and doctor(start, exports, args.config, config):
-        say("not started: see the remedies above, or start it with --no-doctor")
+    check_installed(spec.launcher)
+    if len(spec.hosts) > 1 and not args.no_doctor and doctor(spec, exports, args.config, config):
+        print_status("not started: correct the problems above, or skip the checks with --no-doctor")
         return EXIT_EXPLAINED
-    return attempts(start, rank_command(train), exports, args.stall_minutes * 60, args.max_restarts)
+    return run_with_restarts(spec, rank_command(train), exports, args.stall_minutes * 60, args.max_restarts)
 
 
-def examine(args: argparse.Namespace) -> int:
-    """`ldmole doctor [CONFIG]`."""
+def run_doctor(args: argparse.Namespace) -> int:
+    """Run `ldmole doctor [CONFIG]`, and return its exit code."""
     config = None if args.config is None else load_config(args.config, args.overrides)
-    start = find_start(args, config)
-    exports = exported(os.environ, args.export, args.interface)
-    if start.launcher == "torchrun":
-        raise UserError(
-            "ldmole doctor needs a way to the hosts: give --hostfile FILE, or call it on each without --nodes"
-        )
-    find_launcher(start.launcher)
-    return EXIT_EXPLAINED if doctor(start, exports, args.config, config) else 0
+    spec = create_launch_spec(args, config)
+    exports = exported_environment(os.environ, args.export, args.interface)
+    if spec.launcher == "torchrun":
+        raise UserError("--nodes gives no access to the other hosts; set --hostfile FILE, or run doctor on each host")
+    check_installed(spec.launcher)
+    return EXIT_EXPLAINED if doctor(spec, exports, args.config, config) else 0
 
 
-def find_start(args: argparse.Namespace, config: Config | None) -> Start:
-    """How and where to start, from the arguments and from what this process is in.
+def create_launch_spec(args: argparse.Namespace, config: Config | None) -> LaunchSpec:
+    """Return how and where to start the job, from the arguments and the environment (a Slurm allocation).
+
+    Args:
+        args: arguments of `add_arguments`.
+        config: configuration of the run; None for `ldmole doctor` without one.
 
     Raises:
-        UserError: where they contradict each other or something is missing.
+        UserError: if arguments contradict each other or are missing.
     """
     ep_size = 1 if config is None else config.parallelism.ep_size
     ranks = args.ranks or torch.cuda.device_count() or ep_size
-    here = [Host("this host", tuple(range(ranks)))]
+    this_host = [Host("this host", tuple(range(ranks)))]
     common = {"interface": args.interface, "launcher_args": args.launcher_args, "ssh_args": args.ssh_args}
     if args.nodes is not None:
         if args.hostfile or args.launcher not in (None, "torchrun"):
-            raise UserError("--nodes starts torchrun on each host by hand; give it without --hostfile and --launcher")
+            raise UserError("--nodes uses torchrun on each host; remove --hostfile and --launcher, or remove --nodes")
         if args.master_addr is None or args.node_rank is None or not 0 <= args.node_rank < args.nodes:
-            raise UserError(f"--nodes {args.nodes} needs --master-addr ADDRESS and --node-rank 0 to {args.nodes - 1}")
+            raise UserError(
+                f"--nodes {args.nodes} needs --master-addr ADDRESS and --node-rank N with N from 0 to {args.nodes - 1}"
+            )
         master = f"{args.master_addr}:{args.port}"
-        return Start("torchrun", here, nodes=args.nodes, node_rank=args.node_rank, master=master, **common)
-    if inside_slurm_step(os.environ) and args.hostfile is None and args.launcher in (None, "slurm"):
+        return LaunchSpec("torchrun", this_host, nodes=args.nodes, node_rank=args.node_rank, master=master, **common)
+    slurm_possible = args.hostfile is None and args.launcher in (None, "slurm")
+    if slurm_possible and inside_slurm_step(os.environ):
         raise UserError(
-            "srun has started this already: call `ldmole launch` once, from the batch script or salloc, without srun"
+            "srun has started this command once per task; run `ldmole launch` once, without srun, in the batch script or "
+            "under salloc"
         )
-    in_slurm = "SLURM_JOB_ID" in os.environ and args.hostfile is None and args.launcher in (None, "slurm")
+    in_slurm = slurm_possible and "SLURM_JOB_ID" in os.environ
     if not in_slurm and args.hostfile is None:
         if args.launcher not in (None, "local"):
-            where = "an allocation (sbatch, salloc)" if args.launcher == "slurm" else "--hostfile FILE"
-            raise UserError(f"--launcher {args.launcher} needs {where}")
+            need = "an allocation (sbatch or salloc)" if args.launcher == "slurm" else "--hostfile FILE"
+            raise UserError(f"--launcher {args.launcher} needs {need}")
         if args.include or args.exclude:
             raise UserError(
-                "--include and --exclude choose among the hosts of a --hostfile; here, set CUDA_VISIBLE_DEVICES"
+                "--include and --exclude select hosts of a hostfile; set --hostfile, or select the GPUs of this host with "
+                "CUDA_VISIBLE_DEVICES"
             )
         if args.launcher_args:
-            raise UserError("--launcher-args is for pdsh, mpirun, srun and torchrun, none of which is used on one host")
-        return Start("local", here)
+            raise UserError("--launcher-args has no effect on one host without a hostfile; remove it")
+        return LaunchSpec("local", this_host)
     if args.ranks:
         raise UserError(
-            "--ranks is of a host without a hostfile: the hostfile, or Slurm's --ntasks-per-node, says how many"
+            "--ranks applies to one host without a hostfile; set slots=N in the hostfile, or --ntasks-per-node of sbatch"
         )
     launcher = args.launcher or ("slurm" if in_slurm else "pdsh" if shutil.which("pdsh") else "openmpi")
-    hosts = choose(slurm_hosts(os.environ) if in_slurm else read_hostfile(args.hostfile), args.include, args.exclude)
-    if launcher != "slurm":  # which has an order of its own
-        hosts = keep_groups_within(hosts, ep_size)
-    return Start(launcher, hosts, **common)
+    hosts = slurm_hosts(os.environ) if in_slurm else read_hostfile(args.hostfile)
+    hosts = select_hosts(hosts, args.include, args.exclude)
+    if launcher != "slurm":  # Slurm orders the nodes itself
+        hosts = order_for_groups(hosts, ep_size)
+    return LaunchSpec(launcher, hosts, **common)
 
 
-def _check(config: Config, size: int) -> None:
-    from ldmole_dist.engine.ds_config import resolve_run  # imports deepspeed, which takes its time
+def _check_config(config: Config, world_size: int) -> None:
+    """Raise the errors that every rank would raise, before any rank is started."""
+    from ldmole_dist.engine.ds_config import resolve_run  # imports deepspeed, which takes seconds
 
-    check_parallelism(config, size)
-    resolve_run(config, size)
+    check_parallelism(config, world_size)
+    resolve_run(config, world_size)

@@ -1,4 +1,4 @@
-"""Who is connected to the watch of a job: a supervisor for each rank, and observers on other hosts."""
+"""Connections to the coordinator of a job: from the supervisor of each rank, and from followers on other hosts."""
 
 from __future__ import annotations
 
@@ -7,163 +7,181 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldmole_dist.cluster.messages import Link, allow_many_files, readable
+from ldmole_dist.cluster.messages import Channel, raise_open_file_limit, wait_readable
 from ldmole_dist.errors import UserError
 
-GREETING_SECONDS = 10.0  # for a new connection to say who it is
+HELLO_SECONDS = 10.0  # time for a new connection to send its first message
 
 
 @dataclass
-class Member:
-    """A rank, as its supervisor describes it.
+class RankStatus:
+    """What the coordinator knows about one rank, as its supervisor reports it.
+
+    All times are readings of `time.monotonic`.
 
     Attributes:
-        rank: number.
-        size: number of ranks, as whoever started it says.
-        host: name.
-        address: where the other ranks reach it.
-        port: that was free there.
-        interface: of the network with that address; "" if unknown.
-        link: to its supervisor.
-        came: when it was made; a time of `time.monotonic`, as all here.
-        heard: when something last came from there.
-        code: exit code, once it has ended.
-        pulse: what it said last that it was doing, and
-        pulse_time: when; None before the first time.
+        rank: number of the rank.
+        world_size: number of ranks, according to the launcher that started the supervisor.
+        host: name of the host.
+        address: IPv4 address at which the other ranks reach the host.
+        port: TCP port that was free on the host.
+        interface: network interface that has the address; "" if unknown.
+        channel: connection to the supervisor.
+        connected_at: time at which the supervisor connected.
+        last_message_at: time of the last message from the supervisor.
+        exit_code: exit code of the rank; None while it runs.
+        activity: text of the rank's last heartbeat.
+        heartbeat_at: time of the rank's last heartbeat; None before the first one.
     """
 
     rank: int
-    size: int
+    world_size: int
     host: str
     address: str
     port: int
     interface: str
-    link: Link
-    came: float = field(default_factory=time.monotonic)
-    heard: float = field(default_factory=time.monotonic)
-    code: int | None = None
-    pulse: str = ""
-    pulse_time: float | None = None
+    channel: Channel
+    connected_at: float = field(default_factory=time.monotonic)
+    last_message_at: float = field(default_factory=time.monotonic)
+    exit_code: int | None = None
+    activity: str = ""
+    heartbeat_at: float | None = None
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
 
     @property
     def reachable(self) -> bool:
-        """From other hosts: not where its own name leads a host to itself, as Debian's /etc/hosts does."""
+        """Whether other hosts can reach the address.
+
+        They cannot reach a loopback address, which arises where /etc/hosts maps the host's own name to 127.0.1.1 (Debian).
+        """
         return not self.address.startswith("127.")
 
     @property
-    def after(self) -> str:
-        """What it was doing, for the end of a sentence."""
-        if self.pulse_time is None:
+    def last_activity(self) -> str:
+        """The last heartbeat in parentheses, to append to an error message; "" before the first heartbeat."""
+        if self.heartbeat_at is None:
             return ""
-        return f" (its last sign of progress, {self.heard - self.pulse_time:.0f} s before: {self.pulse!r})"
+        return f" (last heartbeat {self.last_message_at - self.heartbeat_at:.0f} s earlier: {self.activity!r})"
 
 
-class Members:
-    """Listens.
+class Connections:
+    """Server that accepts the connections of one job.
 
     Args:
-        address: of this host.
-        job: name of the job; a supervisor of another is turned away.
-        port: to listen at, or 0 to find a free one.
+        address: IPv4 address of this host; a loopback address restricts the server to this host.
+        job: name of the job; connections that name another job are rejected.
+        port: TCP port to listen on; 0 selects a free one.
 
     Attributes:
-        of_rank: those whose rank is taken.
-        twice: those whose rank was taken already.
+        port: TCP port on which the server listens.
+        by_rank: status of each connected rank.
+        duplicates: status of supervisors whose rank was already connected.
 
     Raises:
-        UserError: where the port is taken.
+        UserError: if the port is taken.
     """
 
     def __init__(self, address: str, job: str, port: int) -> None:
         try:
             self._server = socket.create_server((address if address.startswith("127.") else "", port), backlog=1024)
         except OSError as error:
-            raise UserError(f"port {port} of this host: {error.strerror}; choose another with --port") from error
-        allow_many_files()
+            raise UserError(f"cannot listen on port {port} of this host: {error.strerror}; set --port") from error
+        raise_open_file_limit()
         self.port = int(self._server.getsockname()[1])
-        self.of_rank: dict[int, Member] = {}
-        self.twice: list[Member] = []
+        self.by_rank: dict[int, RankStatus] = {}
+        self.duplicates: list[RankStatus] = []
         self._job = job
-        self._strangers: dict[Link, float] = {}
-        self._observers: list[Link] = []
+        self._unidentified: dict[Channel, float] = {}
+        self._followers: list[Channel] = []
 
-    def listen(self, seconds: float) -> list[tuple[Member | None, dict[str, Any]]]:
-        """What comes within some seconds at most, from members and, as None, from observers."""
-        members = [member for member in self.of_rank.values() if not member.link.closed]
-        observers = [link for link in self._observers if not link.closed]
-        links = [*self._strangers, *observers, *(member.link for member in members)]
-        ready = readable([self._server, *links], seconds)
-        messages: list[tuple[Member | None, dict[str, Any]]] = []
-        for link, since in list(self._strangers.items()):
-            if link in ready:
-                messages += self._greet(link)
-            elif time.monotonic() - since > GREETING_SECONDS:
-                self._turn_away(link)
-        for link in observers:
-            if link in ready:
-                messages += [(None, message) for message in link.receive()]
-        for member in members:
-            if member.link in ready:
-                for message in member.link.receive():
-                    member.heard = time.monotonic()
-                    messages.append((member, message))
+    def receive(self, timeout: float) -> list[tuple[RankStatus | None, dict[str, Any]]]:
+        """Return the messages that arrive, and accept new connections.
+
+        Args:
+            timeout: seconds to wait for a message at most.
+
+        Returns:
+            Each message with the rank that it is about, or with None if it comes from a follower.
+        """
+        open_ranks = [status for status in self.by_rank.values() if not status.channel.closed]
+        followers = [channel for channel in self._followers if not channel.closed]
+        channels = [*self._unidentified, *followers, *(status.channel for status in open_ranks)]
+        ready = wait_readable([self._server, *channels], timeout)
+        messages: list[tuple[RankStatus | None, dict[str, Any]]] = []
+        for channel, since in list(self._unidentified.items()):
+            if channel in ready:
+                messages += self._identify(channel)
+            elif time.monotonic() - since > HELLO_SECONDS:
+                self._reject(channel)
+        for channel in followers:
+            if channel in ready:
+                messages += [(None, message) for message in channel.receive()]
+        for status in open_ranks:
+            if status.channel in ready:
+                for message in status.channel.receive():
+                    status.last_message_at = time.monotonic()
+                    messages.append((status, message))
         if self._server in ready:
-            self._strangers[Link(self._server.accept()[0])] = time.monotonic()
+            self._unidentified[Channel(self._server.accept()[0])] = time.monotonic()
         return messages
 
     @property
-    def all_gone(self) -> bool:
-        """Whether nobody is connected any more."""
-        return all(member.link.closed for member in self.of_rank.values())
+    def all_closed(self) -> bool:
+        """Whether the connections to all supervisors are closed."""
+        return all(status.channel.closed for status in self.by_rank.values())
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        """Send a message to all members and observers."""
-        for link in [*(member.link for member in self.of_rank.values()), *self._observers]:
-            if not link.closed:
-                link.send(kind, **fields)
+    def broadcast(self, kind: str, **fields: Any) -> None:
+        """Send a message to all supervisors and followers."""
+        for channel in [*(status.channel for status in self.by_rank.values()), *self._followers]:
+            if not channel.closed:
+                channel.send(kind, **fields)
 
-    def slept(self, seconds: float) -> None:
-        """This process did not run for so long, because its host was suspended: nobody could be heard."""
-        for member in self.of_rank.values():
-            member.heard += seconds
-            if member.pulse_time is not None:
-                member.pulse_time += seconds
+    def shift_times(self, seconds: float) -> None:
+        """Move the recorded times forward, because this process was suspended and could not receive messages.
+
+        Args:
+            seconds: length of the suspension.
+        """
+        for status in self.by_rank.values():
+            status.last_message_at += seconds
+            if status.heartbeat_at is not None:
+                status.heartbeat_at += seconds
 
     def close(self) -> None:
-        """End all connections, and stop listening."""
-        for link in [*self._strangers, *self._observers, *(member.link for member in self.of_rank.values())]:
-            link.close()
+        """Close all connections and stop listening."""
+        for channel in [*self._unidentified, *self._followers, *(status.channel for status in self.by_rank.values())]:
+            channel.close()
         self._server.close()
 
-    def _greet(self, link: Link) -> list[tuple[Member | None, dict[str, Any]]]:
-        messages = link.receive()
-        if not messages and not link.closed:
+    def _identify(self, channel: Channel) -> list[tuple[RankStatus | None, dict[str, Any]]]:
+        """Register a connection by its first message, and return the messages that follow it."""
+        messages = channel.receive()
+        if not messages and not channel.closed:
             return []
         hello, *others = messages or [{"kind": "nothing"}]
         kind = hello.pop("kind")
         if hello.pop("job", None) != self._job:
-            self._turn_away(link)
+            self._reject(channel)
             return []
-        if kind == "observe":
-            del self._strangers[link]
-            self._observers.append(link)
-            link.send("beat")
+        if kind == "follow":
+            del self._unidentified[channel]
+            self._followers.append(channel)
+            channel.send("keepalive")
             return [(None, message) for message in others]
         try:
-            member = Member(link=link, **hello)
-        except TypeError:  # of another version of this package
-            self._turn_away(link)
+            status = RankStatus(channel=channel, **hello)
+        except TypeError:  # a supervisor of another version of this package, with other fields
+            self._reject(channel)
             return []
-        del self._strangers[link]
-        if member.rank in self.of_rank:
-            self.twice.append(member)
+        del self._unidentified[channel]
+        if status.rank in self.by_rank:
+            self.duplicates.append(status)
             return []
-        self.of_rank[member.rank] = member
-        return [(member, message) for message in others]
+        self.by_rank[status.rank] = status
+        return [(status, message) for message in others]
 
-    def _turn_away(self, link: Link) -> None:
-        del self._strangers[link]
-        link.close()
+    def _reject(self, channel: Channel) -> None:
+        del self._unidentified[channel]
+        channel.close()

@@ -1,6 +1,7 @@
-"""The watch of a job: lets its ranks start together, notices when one of them fails, and has all of them ended at once.
+"""Coordinator of a job: starts all ranks together, detects the failure of any rank, and then ends all of them at once.
 
-One process of the job serves it (launch.py); the supervisors of all ranks (supervise.py) connect to it.
+One process of the job runs the coordinator (launch.py, or mpi_rendezvous.py inside mpirun); the supervisors of all ranks
+(supervisor.py) connect to it.
 """
 
 from __future__ import annotations
@@ -11,261 +12,265 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ldmole_dist.cluster.connections import Member, Members
-from ldmole_dist.cluster.messages import BEAT_SECONDS, LOST_SECONDS
-from ldmole_dist.cluster.verdict import Failure, Verdict, code_of, failure_of_exit, first_of
+from ldmole_dist.cluster.connections import Connections, RankStatus
+from ldmole_dist.cluster.job_result import Failure, JobResult, exit_code_for, failure_from_exit, root_cause
+from ldmole_dist.cluster.messages import KEEPALIVE_SECONDS, LOST_SECONDS
+from ldmole_dist.cluster.stop_requests import StopRequestCounter
 from ldmole_dist.errors import EXIT_PREEMPTED
 
-START_SECONDS = 300.0  # for the first supervisor to come
-LATE_SECONDS = 120.0  # for each further one: some hosts are slower than others, but not by so much
-LOADING_SECONDS = 3600.0  # for a rank to load its model and begin
-GRACE_SECONDS = 2.0  # after a failure, for others to say what they see: the cause may come second
-ENDING_SECONDS = 8.0  # for the supervisors to end their ranks
-TOGETHER_SECONDS = 1.0  # within which signals to this process are one
+FIRST_CONNECTION_SECONDS = 300.0  # time for the first supervisor to connect
+NEXT_CONNECTION_SECONDS = 120.0  # time for each further supervisor; slow hosts differ by less than this
+LOADING_SECONDS = 3600.0  # time for a rank to load the model and send its first heartbeat
+GRACE_SECONDS = 2.0  # wait after a failure: the report of the cause may arrive after that of a consequence
+SHUTDOWN_SECONDS = 8.0  # time for the supervisors to end their ranks and disconnect
 
 
-class StopRequests:
-    """Counts being asked to end. One event often brings several signals (a terminal that closes, a scheduler that signals a
-    whole job), which are one request.
-
-    Attributes:
-        number: of requests.
-    """
-
-    def __init__(self) -> None:
-        self.number, self._last = 0, -TOGETHER_SECONDS
-
-    def counts(self) -> bool:
-        """Take note of a signal; whether it is a request of its own."""
-        now = time.monotonic()
-        if now - self._last <= TOGETHER_SECONDS:
-            return False
-        self.number, self._last = self.number + 1, now
-        return True
-
-
-class Watch:
-    """Serves one attempt at a job.
+class Coordinator:
+    """Coordinator of one attempt to run a job.
 
     Args:
-        address: of this host, for the supervisors.
-        job: its name.
-        size: number of ranks.
-        stall_seconds: without progress of a rank, after which the job counts as stalled.
-        tell: shows a line to the user.
-        port: to listen at, or 0 to find a free one.
-        early: tell of a failure before all has ended, rather than leave that to the caller.
+        address: IPv4 address of this host at which the supervisors reach it.
+        job: name of the job.
+        world_size: number of ranks.
+        stall_seconds: time without a heartbeat of a rank after which the job has stalled.
+        print_status: function that prints a status line.
+        port: TCP port to listen on; 0 selects a free one.
+        report_failure: print the failure as soon as it is known; otherwise the caller prints it from the result.
 
     Attributes:
-        address: with the port.
-        stop_requested: whether anybody asked for the end.
+        address: IPv4 address and port.
+        stop_requested: whether a stop was requested.
 
     Raises:
-        UserError: where the port is taken.
+        UserError: if the port is taken.
     """
 
     def __init__(
         self,
         address: str,
         job: str,
-        size: int,
+        world_size: int,
         stall_seconds: float,
-        tell: Callable[[str], None],
+        print_status: Callable[[str], None],
         port: int = 0,
-        early: bool = False,
+        report_failure: bool = False,
     ) -> None:
-        self.members = Members(address, job, port)
-        self.address = (address, self.members.port)
-        self.job, self.size, self.stall_seconds, self.tell, self.early = job, size, stall_seconds, tell, early
+        self.connections = Connections(address, job, port)
+        self.address = (address, self.connections.port)
+        self.job, self.world_size, self.stall_seconds = job, world_size, stall_seconds
+        self.print_status, self.report_failure = print_status, report_failure
         self.stop_requested = False
-        self._requests, self._failures = StopRequests(), list[Failure]()
-        self._stop_told = False
-        self._gathered: float | None = None
+        self._requests, self._failures = StopRequestCounter(), list[Failure]()
+        self._stop_sent = False
+        self._started_at: float | None = None
 
     def request_stop(self) -> None:
-        """Have all ranks save and end; asked again, end at once. A signal handler may call it."""
-        if self._requests.counts():
-            self._ask(again=self._requests.number > 1)
+        """Make all ranks save and exit; a second request ends them without saving. Safe to call from a signal handler."""
+        if self._requests.add():
+            self._on_stop_request(repeated=self._requests.count > 1)
 
-    def serve(self, launcher_code: Callable[[], int | None]) -> Verdict:
-        """Until the job has ended and its supervisors have heard so.
+    def serve(self, launcher_exit_code: Callable[[], int | None]) -> JobResult:
+        """Run until the job has ended and all supervisors know it.
 
         Args:
-            launcher_code: exit code of the process that starts the supervisors, None while it runs.
+            launcher_exit_code: returns the exit code of the process that starts the supervisors, or None while it runs.
         """
-        started = beaten = looked = time.monotonic()
+        began = keepalive_at = checked_at = time.monotonic()
         while not self._failures:
-            self._listen(0.2)
+            self._receive(0.2)
             now = time.monotonic()
-            if now - looked > LOST_SECONDS / 2:
-                self.members.slept(now - looked)
-            looked = now
-            if now - beaten > BEAT_SECONDS:
-                self.members.tell("beat")
-                beaten = now
-            if self._gathered is None:
-                self._gather(now - started, launcher_code())
-            elif launcher_code() is not None and not self._all_exited:
-                self._listen_for(GRACE_SECONDS)  # what ended it may be on its way here
+            if now - checked_at > LOST_SECONDS / 2:  # this host was suspended
+                self.connections.shift_times(now - checked_at)
+            checked_at = now
+            if now - keepalive_at > KEEPALIVE_SECONDS:
+                self.connections.broadcast("keepalive")
+                keepalive_at = now
+            if self._started_at is None:
+                self._start_when_complete(now - began, launcher_exit_code())
+            elif launcher_exit_code() is not None and not self._all_exited:
+                self._receive_for(GRACE_SECONDS)  # the report of the cause may still be in transit
                 if not self._all_exited:
-                    how = f"ended with exit code {launcher_code()} before the ranks did"
-                    self._failures.append(Failure("the launcher", how))
-            if self.stop_requested and not self._stop_told:
-                self._stop()
+                    description = f"exited with code {launcher_exit_code()} before the ranks did"
+                    self._failures.append(Failure("the launcher", description))
+            if self.stop_requested and not self._stop_sent:
+                self._send_stop()
             self._check_lost(now)
             self._check_stalled(now)
-            if self._gathered is not None and self._all_exited and not self._failures:
-                code = max(member.code or 0 for member in self.members.of_rank.values())
-                return self._end("release", Verdict(code, stopped=self.stop_requested))
-        self._listen_for(GRACE_SECONDS)
-        first = first_of(self._failures)
-        if self.early:
-            self.tell(first.text())
-        return self._end("end", Verdict(code_of(first), first, self.stop_requested), stacks=first.stalled)
+            if self._started_at is not None and self._all_exited and not self._failures:
+                exit_code = max(status.exit_code or 0 for status in self.connections.by_rank.values())
+                return self._finish("exit", JobResult(exit_code, stop_requested=self.stop_requested))
+        self._receive_for(GRACE_SECONDS)
+        cause = root_cause(self._failures)
+        if self.report_failure:
+            self.print_status(cause.report())
+        result = JobResult(exit_code_for(cause), cause, self.stop_requested)
+        return self._finish("kill", result, stacks=cause.stalled)
 
     def close(self) -> None:
-        """Stop listening."""
-        self.members.close()
+        """Close all connections and stop listening."""
+        self.connections.close()
 
-    # What comes in
+    # Incoming messages
 
-    def _listen(self, seconds: float) -> None:
-        for member, message in self.members.listen(seconds):
-            if member is not None:
-                self._take(member, message)
-            elif message["kind"] == "launcher ended":
-                how = f"ended with exit code {message['code']} before the ranks did"
-                self._failures.append(Failure(f"the launcher on {message['host']}", how))
-            elif message["kind"] in ("asked", "asked twice"):
-                self._ask(again=message["kind"] == "asked twice")
+    def _receive(self, timeout: float) -> None:
+        for status, message in self.connections.receive(timeout):
+            if status is not None:
+                self._on_supervisor_message(status, message)
+            elif message["kind"] == "launcher exited":
+                description = f"exited with code {message['exit_code']} before the ranks did"
+                self._failures.append(Failure(f"the launcher on {message['host']}", description))
+            elif message["kind"] == "stop requested":
+                self._on_stop_request(repeated=message["repeated"])
 
-    def _listen_for(self, seconds: float) -> None:
-        """So long, or until nobody is connected."""
+    def _receive_for(self, seconds: float) -> None:
+        """Handle messages for a time, or until all supervisors have disconnected."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not self.members.all_gone:
-            self._listen(0.1)
+        while time.monotonic() < deadline and not self.connections.all_closed:
+            self._receive(0.1)
 
-    def _take(self, member: Member, message: dict[str, Any]) -> None:
-        kind, who = message["kind"], str(member)
-        if kind == "beat" and message["pulse"]:
-            member.pulse, member.pulse_time = message["pulse"], member.heard - message["age"]
-        elif kind == "asked":
-            self._ask(again=False)
+    def _on_supervisor_message(self, status: RankStatus, message: dict[str, Any]) -> None:
+        kind, source = message["kind"], str(status)
+        if kind == "keepalive" and message["activity"]:
+            # An age instead of a time, because the clocks of the hosts differ.
+            status.activity = message["activity"]
+            status.heartbeat_at = status.last_message_at - message["heartbeat_age"]
+        elif kind == "stop requested":
+            self._on_stop_request(repeated=False)
         elif kind == "failed":
-            how = message["how"] + member.after
-            self._failures.append(Failure(who, how, message["lines"], final=message["final"]))
+            description = message["description"] + status.last_activity
+            self._failures.append(Failure(source, description, message["last_lines"], permanent=message["permanent"]))
         elif kind == "exited":
-            member.code, lines = int(message["code"]), message["lines"]
-            if member.code == -signal.SIGTERM and self.stop_requested:
-                self._failures.append(Failure(who, "was asked to end before it had anything to save", asked=True))
-            elif member.code not in (0, EXIT_PREEMPTED):
-                out_of_memory = message["out_of_memory"]
-                self._failures.append(failure_of_exit(who, member.code, member.after, lines, out_of_memory))
-
-    def _ask(self, again: bool) -> None:
-        self.stop_requested = True
-        if again:
-            self._failures.append(Failure("the launcher", "asked twice to end", final=True))
-
-    # What is found
-
-    def _gather(self, seconds: float, launcher_code: int | None) -> None:
-        members = self.members.of_rank
-        waited = min([seconds, *(time.monotonic() - member.came for member in members.values())])
-        patience = LATE_SECONDS if members else START_SECONDS
-        for member in [*members.values(), *self.members.twice]:
-            if member.size != self.size or member in self.members.twice:
-                how = (
-                    f"was started as rank {member.rank} of {member.size}, but the job has {self.size} ranks, each once"
+            status.exit_code = int(message["exit_code"])
+            if status.exit_code == -signal.SIGTERM and self.stop_requested:
+                description = "was stopped on request before it had anything to save"
+                self._failures.append(Failure(source, description, stop_requested=True))
+            elif status.exit_code not in (0, EXIT_PREEMPTED):
+                self._failures.append(
+                    failure_from_exit(
+                        source, status.exit_code, status.last_activity, message["last_lines"], message["out_of_memory"]
+                    )
                 )
-                self._failures.append(Failure(f"a process on {member.host}", how, final=True))
+
+    def _on_stop_request(self, repeated: bool) -> None:
+        self.stop_requested = True
+        if repeated:
+            self._failures.append(Failure("the launcher", "received a second stop request", permanent=True))
+
+    # Checks
+
+    def _start_when_complete(self, seconds: float, launcher_exit_code: int | None) -> None:
+        """Start the ranks once all supervisors are connected; record a failure if that cannot happen any more.
+
+        Args:
+            seconds: time since the coordinator started.
+            launcher_exit_code: None while the launcher runs.
+        """
+        by_rank = self.connections.by_rank
+        for status in [*by_rank.values(), *self.connections.duplicates]:
+            if status.world_size != self.world_size or status in self.connections.duplicates:
+                description = (
+                    f"was started as rank {status.rank} of {status.world_size}, but the job has {self.world_size} ranks; "
+                    "start each rank exactly once"
+                )
+                self._failures.append(Failure(f"a process on {status.host}", description, permanent=True))
                 return
-        missing = ", ".join(str(rank) for rank in range(self.size) if rank not in members)
+        missing = ", ".join(str(rank) for rank in range(self.world_size) if rank not in by_rank)
+        waited = min([seconds, *(time.monotonic() - status.connected_at for status in by_rank.values())])
+        timeout = NEXT_CONNECTION_SECONDS if by_rank else FIRST_CONNECTION_SECONDS
         if not missing:
-            self._gathered = time.monotonic()
-            self._go()
-        elif launcher_code is not None:
-            how = f"ended with exit code {launcher_code} and rank(s) {missing} never started; see its messages above"
-            self._failures.append(Failure("the launcher", how))
-        elif waited > patience:
-            how = f"did not start: for {patience:.0f} s none has; is the host up, and can it reach {self.address[0]}?"
-            self._failures.append(Failure(f"rank(s) {missing}", how))
+            self._started_at = time.monotonic()
+            self._start_ranks()
+        elif launcher_exit_code is not None:
+            description = (
+                f"exited with code {launcher_exit_code} before rank(s) {missing} started; see its messages above"
+            )
+            self._failures.append(Failure("the launcher", description))
+        elif waited > timeout:
+            description = f"did not start: no supervisor connected within {timeout:.0f} s; "
+            description += f"check that the host is up and can reach {self.address[0]}"
+            self._failures.append(Failure(f"rank(s) {missing}", description))
 
     @property
     def _all_exited(self) -> bool:
-        return all(member.code is not None for member in self.members.of_rank.values())
+        return all(status.exit_code is not None for status in self.connections.by_rank.values())
 
     @property
-    def _running(self) -> list[Member]:
-        return [member for _, member in sorted(self.members.of_rank.items()) if member.code is None]
+    def _running(self) -> list[RankStatus]:
+        return [status for _, status in sorted(self.connections.by_rank.items()) if status.exit_code is None]
 
     def _check_lost(self, now: float) -> None:
-        lost = [member for member in self._running if member.link.closed or now - member.heard > LOST_SECONDS]
+        lost = [s for s in self._running if s.channel.closed or now - s.last_message_at > LOST_SECONDS]
         if not lost:
             return
-        first = min(lost, key=lambda member: member.heard)
-        how = "its supervisor is gone: killed, or the host went down"
-        if not first.link.closed:
-            how = f"no sign of life for {LOST_SECONDS:.0f} s: the host cannot be reached, or hangs"
-            # Its other ranks were last heard at about the same time.
-            late = LOST_SECONDS - 2 * BEAT_SECONDS
-            lost = [member for member in self._running if member.host == first.host and now - member.heard > late]
-        for member in lost:
-            member.link.close()  # nothing more is expected of it; if it lives, it ends its rank now
-        ranks = ", ".join(str(member.rank) for member in lost if member.host == first.host)
-        self._failures.append(Failure(f"rank(s) {ranks} on {first.host}", how + first.after, sudden=True))
+        first = min(lost, key=lambda status: status.last_message_at)
+        description = "lost its supervisor (it was killed, or the host went down)"
+        if not first.channel.closed:
+            description = f"sent no message for {LOST_SECONDS:.0f} s: the host is unreachable or hangs"
+            # All ranks of the host are lost: their last messages are at most two keepalive intervals apart.
+            silence = LOST_SECONDS - 2 * KEEPALIVE_SECONDS
+            lost = [s for s in self._running if s.host == first.host and now - s.last_message_at > silence]
+        for status in lost:
+            status.channel.close()  # a supervisor that is still alive then ends its rank
+        ranks = ", ".join(str(status.rank) for status in lost if status.host == first.host)
+        source = f"rank(s) {ranks} on {first.host}"
+        self._failures.append(Failure(source, description + first.last_activity, abrupt=True))
 
     def _check_stalled(self, now: float) -> None:
-        if self._gathered is None:
+        if self._started_at is None:
             return
-        for member in self._running:
-            if member.pulse_time is None and now - self._gathered > LOADING_SECONDS:
-                how = f"has not begun to train within {LOADING_SECONDS:.0f} s; stacks are above"
-                self._failures.append(Failure(str(member), how, stalled=True))
-        pulses = [(member.pulse_time, member.rank) for member in self._running if member.pulse_time is not None]
-        oldest, rank = min(pulses, default=(now, 0))
+        for status in self._running:
+            if status.heartbeat_at is None and now - self._started_at > LOADING_SECONDS:
+                description = f"sent no heartbeat within {LOADING_SECONDS:.0f} s of its start; see the stacks above"
+                self._failures.append(Failure(str(status), description, stalled=True))
+        heartbeats = [(status.heartbeat_at, status.rank) for status in self._running if status.heartbeat_at is not None]
+        oldest, rank = min(heartbeats, default=(now, 0))
         if now - oldest > self.stall_seconds:
-            member = self.members.of_rank[rank]
-            how = f"no progress for {self.stall_seconds:.0f} s, the longest of all, since {member.pulse!r}; stacks are above"
-            self._failures.append(Failure(str(member), how, stalled=True))
+            status = self.connections.by_rank[rank]
+            description = (
+                f"made no progress for {self.stall_seconds:.0f} s, longer than any other rank; its last heartbeat was "
+                f"{status.activity!r}; see the stacks above"
+            )
+            self._failures.append(Failure(str(status), description, stalled=True))
 
-    # What goes out
+    # Outgoing messages
 
-    def _go(self) -> None:
-        """Let the ranks start, each knowing the others."""
-        of_host: dict[tuple[str, str], list[Member]] = {}
-        for _, member in sorted(self.members.of_rank.items()):
-            of_host.setdefault((member.host, member.address), []).append(member)
-        apart, master = len(of_host) > 1, self.members.of_rank[0]
-        for members in of_host.values():
-            for local_rank, member in enumerate(members):
+    def _start_ranks(self) -> None:
+        """Send each supervisor the environment with which its rank joins the others."""
+        by_host: dict[tuple[str, str], list[RankStatus]] = {}
+        for _, status in sorted(self.connections.by_rank.items()):
+            by_host.setdefault((status.host, status.address), []).append(status)
+        several_hosts, master = len(by_host) > 1, self.connections.by_rank[0]
+        for statuses in by_host.values():
+            for local_rank, status in enumerate(statuses):
                 environment = {
-                    "RANK": str(member.rank),
-                    "WORLD_SIZE": str(self.size),
+                    "RANK": str(status.rank),
+                    "WORLD_SIZE": str(self.world_size),
                     "LOCAL_RANK": str(local_rank),
-                    "LOCAL_WORLD_SIZE": str(len(members)),
-                    "MASTER_ADDR": self.address[0] if apart and not master.reachable else master.address,
+                    "LOCAL_WORLD_SIZE": str(len(statuses)),
+                    "MASTER_ADDR": self.address[0] if several_hosts and not master.reachable else master.address,
                     "MASTER_PORT": str(master.port),
                 }
-                if apart and member.interface and member.reachable:
-                    environment["GLOO_SOCKET_IFNAME"] = member.interface
-                member.link.send("go", environment=environment)
+                if several_hosts and status.interface and status.reachable:
+                    environment["GLOO_SOCKET_IFNAME"] = status.interface
+                status.channel.send("start", environment=environment)
         hosts = (
-            f"{', '.join(str(member.rank) for member in members)} on {host} ({address})"
-            for (host, address), members in of_host.items()
+            f"{', '.join(str(status.rank) for status in statuses)} on {host} ({address})"
+            for (host, address), statuses in by_host.items()
         )
-        self.tell(f"all ranks start: {'; '.join(hosts)}")
+        self.print_status(f"starting all ranks: {'; '.join(hosts)}")
 
-    def _stop(self) -> None:
-        self._stop_told = True
-        if self._gathered is not None:
-            self.tell("asked to end: all ranks save and end; asked again, they end without")
-            self.members.tell("stop")
+    def _send_stop(self) -> None:
+        self._stop_sent = True
+        if self._started_at is None:
+            description = "received a stop request before the ranks started"
+            self._failures.append(Failure("the launcher", description, stop_requested=True))
         else:
-            self._failures.append(Failure("the launcher", "asked to end before the ranks had started", asked=True))
+            self.print_status("stop requested: all ranks save and exit; a second request ends them without saving")
+            self.connections.broadcast("stop")
 
-    def _end(self, kind: str, verdict: Verdict, **fields: Any) -> Verdict:
-        self.members.tell(kind, **fields)
-        self.members.tell("verdict", **asdict(verdict))
-        self._listen_for(ENDING_SECONDS)
-        return verdict
+    def _finish(self, kind: str, result: JobResult, **fields: Any) -> JobResult:
+        """Make the supervisors exit or kill their ranks, tell followers the result, and wait for all to disconnect."""
+        self.connections.broadcast(kind, **fields)
+        self.connections.broadcast("result", **asdict(result))
+        self._receive_for(SHUTDOWN_SECONDS)
+        return result

@@ -1,4 +1,4 @@
-"""`ldmole doctor`: looks at every host of a job before it starts; everything in red has its remedy."""
+"""`ldmole doctor`: checks every host of a job before the start, and prints each problem with its remedy."""
 
 from __future__ import annotations
 
@@ -9,132 +9,142 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ldmole_dist.cluster.checks import CHECKS, Facts
-from ldmole_dist.cluster.launch import EndRequests, attempt
-from ldmole_dist.cluster.remote_probe import Visit
-from ldmole_dist.cluster.runners import Start
+from ldmole_dist.cluster.checks import CHECKS, HostFacts
+from ldmole_dist.cluster.launch import run_attempt
+from ldmole_dist.cluster.remote_probe import RemoteProbe
+from ldmole_dist.cluster.runners import LaunchSpec
+from ldmole_dist.cluster.stop_requests import StopSignals
 from ldmole_dist.config import Config
 
-COLLECTIVE_SECONDS = 180.0  # without progress
+COLLECTIVES_STALL_SECONDS = 180.0
+_PROBLEM = "!"  # prefix of a table cell that has a problem
 
 
-def doctor(start: Start, exports: Mapping[str, str], config_path: str | None, config: Config | None) -> int:
-    """Print a table of the hosts, and the remedies; if all is well, time collectives across them.
+def doctor(spec: LaunchSpec, exports: Mapping[str, str], config_path: str | None, config: Config | None) -> int:
+    """Print a table of the hosts and the problems; if there are none, time collectives across the hosts.
 
     Args:
-        start: how the job is to be started.
-        exports: environment variables that its ranks get.
-        config_path: of the run, or None.
-        config: what is in it, or None.
+        spec: launcher and hosts of the job.
+        exports: environment variables for its ranks.
+        config_path: configuration file of the run, or None.
+        config: contents of that file, or None.
 
     Returns:
-        The number of things that are wrong.
+        The number of problems.
     """
-    rows, problems = _look(start, exports, config_path, config)
+    rows, problems = _check_hosts(spec, exports, config_path, config)
     _print_table(["host", *CHECKS], rows)
     if not problems:
-        command = [sys.executable, "-u", "-m", "ldmole_dist.cluster.collectives"]
-        with EndRequests() as requests:
-            verdict = attempt(start, command, exports, COLLECTIVE_SECONDS, requests)
-        if verdict.stopped:
-            raise KeyboardInterrupt
-        failure = verdict.failure
-        if failure is not None:
-            remedy = "name the network between the hosts with --interface, and let them reach each other on all ports"
-            problems.append(
-                "\n".join([f"collectives across the hosts: {failure.who}: {failure.how}: {remedy}", *failure.lines])
-            )
+        problems = _check_collectives(spec, exports)
     for problem in problems:
-        print(_red(f"wrong: {problem}"))
-    print(f"doctor: {len(problems)} thing(s) to put right" if problems else "doctor: all is well", flush=True)
+        print(_red(f"problem: {problem}"))
+    print(f"doctor: {len(problems)} problem(s) found" if problems else "doctor: no problems found", flush=True)
     return len(problems)
 
 
-def _look(
-    start: Start, exports: Mapping[str, str], config_path: str | None, config: Config | None
+def _check_hosts(
+    spec: LaunchSpec, exports: Mapping[str, str], config_path: str | None, config: Config | None
 ) -> tuple[list[list[str]], list[str]]:
-    """The cells of each host, with a "!" before those that are wrong; and all that is wrong."""
-    folder = Path("." if config is None else config.run.output_dir)
-    names = [host.name for host in start.hosts]
-    common = {"config": config_path, "folder": str(folder), "interface": start.interface}
+    """Return the table rows and the problems of all hosts."""
+    output_dir = Path("." if config is None else config.run.output_dir)
+    names = [host.name for host in spec.hosts]
+    common = {"config": config_path, "folder": str(output_dir), "interface": spec.interface}
     common |= {"optimizer": "adamw" if config is None else config.optimisation.optimizer}
     rows, problems = [], []
     with ExitStack() as stack:
-        visits = []
-        for name in names:
+        probes = []
+        for name in names:  # all are started first, to run in parallel
             towards = next((other for other in names if other != name), None)
-            visits.append(stack.enter_context(Visit(start, name, exports, common | {"towards": towards})))
-        for visit in visits:
-            visit.wait()
-        answered = [visit for visit in visits if visit.findings is not None]
-        usual = _usual([visit.findings for visit in visits if visit.findings is not None])
-        shared = _shared(answered, folder)
-        for host, visit in zip(start.hosts, visits, strict=True):
-            if visit.findings is None:
-                way = (
-                    "its node is up (sinfo)"
-                    if start.launcher == "slurm"
-                    else f"`ssh {host.name} true` works without a password"
-                )
-                problems.append(
-                    f"{host.name}: cannot be looked at: {visit.problem}: see that {way}, or leave it out with --exclude"
-                )
-                rows.append([host.name, "!unreachable"])
+            probes.append(stack.enter_context(RemoteProbe(spec, name, exports, common | {"towards": towards})))
+        for probe in probes:
+            probe.wait()
+        reachable = [probe for probe in probes if probe.findings is not None]
+        majority = _majority([probe.findings for probe in probes if probe.findings is not None])
+        output_shared = _check_output_shared(reachable, output_dir)
+        for host, probe in zip(spec.hosts, probes, strict=True):
+            if probe.findings is None:
+                rows.append([host.name, f"{_PROBLEM}unreachable"])
+                problems.append(f"{host.name}: {_unreachable(spec, host.name, probe.error)}")
                 continue
-            facts = Facts(
-                found=visit.findings,
-                usual=usual,
+            facts = HostFacts(
+                found=probe.findings,
+                majority=majority,
                 slots=len(host.slots),
                 devices=max(host.slots) + 1,
-                ranks=start.size,
+                ranks=spec.world_size,
                 hosts=len(names),
-                skew=visit.clock_skew(),
-                shared=shared[host.name],
+                clock_skew=probe.clock_skew(),
+                output_shared=output_shared[host.name],
             )
             row = [host.name]
             for check in CHECKS.values():
-                cell, wrong = check(facts)
-                row.append(f"!{cell}" if wrong else cell)
-                problems += [f"{host.name}: {wrong}"] if wrong else []
+                cell, problem = check(facts)
+                row.append(f"{_PROBLEM}{cell}" if problem else cell)
+                problems += [f"{host.name}: {problem}"] if problem else []
             rows.append(row)
     return rows, problems
 
 
-def _usual(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What most hosts have; where two differ, the first is right."""
-    usual: dict[str, Any] = {}
+def _unreachable(spec: LaunchSpec, host: str, error: str) -> str:
+    if spec.launcher == "slurm":
+        remedy = "check that the node is up (sinfo)"
+    else:
+        remedy = f"make sure that `ssh {host} true` works without a password"
+    return f"cannot be checked: {error}: {remedy}, or leave the host out with --exclude"
+
+
+def _check_collectives(spec: LaunchSpec, exports: Mapping[str, str]) -> list[str]:
+    """Time collectives with one process per rank, started like the job, and return the problems."""
+    command = [sys.executable, "-u", "-m", "ldmole_dist.cluster.collectives"]
+    with StopSignals() as signals:
+        result = run_attempt(spec, command, exports, COLLECTIVES_STALL_SECONDS, signals)
+    if result.stop_requested:
+        raise KeyboardInterrupt
+    if result.failure is None:
+        return []
+    remedy = "set --interface to the network between the hosts, and open all ports between them"
+    problem = f"collectives across the hosts: {result.failure.source} {result.failure.description}: {remedy}"
+    return ["\n".join([problem, *result.failure.last_lines])]
+
+
+def _majority(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the most frequent value of each key, and of each package; the first host's value among equally frequent ones."""
+    majority: dict[str, Any] = {}
     for key in findings[0] if findings else ():
         values = [found[key] for found in findings]
-        usual[key] = max(values, key=values.count)
-    if "packages" in usual:  # package by package
-        versions = [found["packages"] for found in findings]
-        usual["packages"] = {
-            name: max((v.get(name) for v in versions), key=[v.get(name) for v in versions].count)
-            for name in versions[0]
-        }
-    return usual
+        majority[key] = max(values, key=values.count)
+    if "packages" in majority:
+        packages = [found["packages"] for found in findings]
+        versions = {name: [by_name.get(name) for by_name in packages] for name in packages[0]}
+        majority["packages"] = {name: max(values, key=values.count) for name, values in versions.items()}
+    return majority
 
 
-def _shared(visits: Sequence[Visit], folder: Path) -> dict[str, str]:
-    """By host, "yes" or what it said when it was to see a file that the first host has made."""
-    if not visits:
+def _check_output_shared(probes: Sequence[RemoteProbe], output_dir: Path) -> dict[str, str]:
+    """Return, by host, "yes" or "no" to whether it sees a file that the first host creates; or an error message."""
+    if not probes:
         return {}
-    path = folder / f".ldmole_doctor_{secrets.token_hex(4)}"
-    first, *others = visits
-    made = first.ask(f"make {path}")
-    answers = {first.host: "yes" if made == "done" else made or "no answer"}
-    answers |= {visit.host: visit.ask(f"see {path}") or "no answer" for visit in others}
-    if made == "done":
+    path = output_dir / f".ldmole_doctor_{secrets.token_hex(4)}"
+    first, *others = probes
+    created = first.ask(f"create {path}")
+    answers = {first.host: "yes" if created == "done" else created or "no answer"}
+    answers |= {probe.host: probe.ask(f"exists {path}") or "no answer" for probe in others}
+    if created == "done":
         first.ask(f"remove {path}")
     return answers
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[i].lstrip("!")) for row in [header, *rows] if i < len(row)) for i in range(len(header))]
+    """Print a table; a row may be shorter than the header."""
+    columns = range(len(header))
+    widths = [max(len(row[i].removeprefix(_PROBLEM)) for row in [header, *rows] if i < len(row)) for i in columns]
     print("  ".join(name.ljust(width) for name, width in zip(header, widths, strict=True)).rstrip())
     for row in rows:
-        cells = [cell.lstrip("!").ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join(_red(c) if cell.startswith("!") else c for c, cell in zip(cells, row, strict=True)).rstrip())
+        cells = []
+        for cell, width in zip(row, widths, strict=False):
+            text = cell.removeprefix(_PROBLEM).ljust(width)
+            cells.append(_red(text) if cell.startswith(_PROBLEM) else text)
+        print("  ".join(cells).rstrip())
 
 
 def _red(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What launchers start in the place of a rank: `python entry.py --watch HOST:PORT --job NAME ... -- COMMAND`.
+"""Entry point of a supervisor, which a launcher starts in place of a rank: `python entry.py OPTIONS -- COMMAND`.
 
 Run as a file. The package's own start registers the PEFT method, with torch and transformers: that is not for a process that
 only waits, so its place is taken by an empty one here.
@@ -19,40 +19,46 @@ sys.modules["ldmole_dist"] = package
 # The files of this folder are no modules of their own.
 sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
 
-from ldmole_dist.cluster.mpi_rendezvous import meet  # noqa: E402
-from ldmole_dist.cluster.rank_environment import find_place, inside_mpi  # noqa: E402
+from ldmole_dist.cluster.mpi_rendezvous import rendezvous  # noqa: E402
+from ldmole_dist.cluster.rank_environment import detect_rank_environment, inside_mpi  # noqa: E402
 from ldmole_dist.cluster.supervisor import Supervisor  # noqa: E402
 
 
 def main() -> int:
-    """Supervise one rank; what is given on the command line is what it needs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--watch", required=True, metavar="HOST:PORT", help="or 'mpi', to meet the others through it")
-    parser.add_argument("--job")
-    parser.add_argument("--stall-seconds", type=float)
-    parser.add_argument("--interface")
-    parser.add_argument("--export", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("command", nargs="+")
+    """Run the supervisor of one rank, and return its exit code."""
+    parser = argparse.ArgumentParser(description="Supervise one rank; `ldmole launch` passes all arguments.")
+    parser.add_argument(
+        "--coordinator", required=True, metavar="HOST:PORT", help="address of the coordinator, or 'mpi' to agree on one"
+    )
+    parser.add_argument("--job", help="name of the job")
+    parser.add_argument(
+        "--stall-seconds", type=float, help="with 'mpi': time without progress after which the job stalls"
+    )
+    parser.add_argument("--interface", help="network interface to use")
+    parser.add_argument(
+        "--export", action="append", default=[], metavar="NAME=VALUE", help="environment variable for the rank"
+    )
+    parser.add_argument("command", nargs="+", help="command of the rank")
     args = parser.parse_args()
     exports = dict(variable.split("=", 1) for variable in args.export)
-    place, serving = find_place(os.environ), None
-    if args.watch == "mpi":
-        watch, job, serving = meet(place, args.interface, args.stall_seconds)
+    rank_environment, thread = detect_rank_environment(os.environ), None
+    if args.coordinator == "mpi":
+        address, job, thread = rendezvous(rank_environment, args.interface, args.stall_seconds)
     else:
-        host, _, port = args.watch.rpartition(":")
-        watch, job = (host, int(port)), args.job
-    code = Supervisor(place, args.command, exports, job, args.interface).run(watch)
-    if serving is not None:
-        serving.join()
-    return code
+        host, _, port = args.coordinator.rpartition(":")
+        address, job = (host, int(port)), args.job
+    exit_code = Supervisor(rank_environment, args.command, exports, job, args.interface).run(address)
+    if thread is not None:
+        thread.join()
+    return exit_code
 
 
 if __name__ == "__main__":
-    code = 1
+    exit_code = 1
     try:
-        code = main()
+        exit_code = main()
     except Exception:
         traceback.print_exc()
-    if code != 0 and inside_mpi(os.environ):
-        os._exit(code)  # MPI's own end would wait for the other ranks
-    sys.exit(code)
+    if exit_code != 0 and inside_mpi(os.environ):
+        os._exit(exit_code)  # MPI_Finalize, which mpi4py calls at exit, would wait for the other ranks
+    sys.exit(exit_code)

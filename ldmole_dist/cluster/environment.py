@@ -1,4 +1,4 @@
-"""Which environment variables go along to the ranks on other hosts: an explicit list, and no secrets."""
+"""Selection of the environment variables that are passed to the ranks on other hosts: an explicit list without secrets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from ldmole_dist.errors import UserError
 
-# A * stands for any ending.
-NAMES = (
+# Variables that are passed on; a trailing * matches any suffix.
+PASSED_ON = (
     *("PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_HOME", "TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE"),
@@ -18,33 +18,34 @@ NAMES = (
 _SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE", re.IGNORECASE)
 
 
-def exported(environ: Mapping[str, str], asked: Sequence[str], interface: str | None) -> dict[str, str]:
-    """The variables for ranks.
+def exported_environment(environ: Mapping[str, str], requested: Sequence[str], interface: str | None) -> dict[str, str]:
+    """Return the environment variables to pass to the ranks.
 
     Args:
-        environ: of this process.
-        asked: further ones, "NAME" (as it is here) or "NAME=VALUE".
-        interface: if given, it decides, not what the environment says of interfaces.
+        environ: environment of this process.
+        requested: values of --export: "NAME" (with its value in `environ`) or "NAME=VALUE".
+        interface: value of --interface. If set, variables that name an interface are dropped, because it takes precedence.
 
     Raises:
-        UserError: for one that is not set, or named like a secret: every user of a host can read command lines.
+        UserError: if a requested variable is not set, or its name is that of a secret: the variables are part of command lines,
+            which every user of a host can read.
     """
-    found = {name: value for name, value in environ.items() if any(_matches(name, known) for known in NAMES)}
-    for text in asked:
+    exports = {name: value for name, value in environ.items() if any(_matches(name, pattern) for pattern in PASSED_ON)}
+    for text in requested:
         name, given, value = text.partition("=")
         if not given and name not in environ:
-            raise UserError(f"--export {name}: it is not set here; set it, or give --export {name}=VALUE")
+            raise UserError(f"--export {name}: the variable is not set; set it, or pass --export {name}=VALUE")
         if _SECRET.search(name):
             raise UserError(
-                f"--export {name}: would show in the process lists of all hosts; have it set on each host instead "
-                "(for the Hugging Face hub: log in there, or load models beforehand)"
+                f"--export {name}: the value would be visible in the process lists of all hosts; set the variable on each "
+                "host instead (for the Hugging Face hub: log in there, or download the models beforehand)"
             )
-        found[name] = value if given else environ[name]
-    found = {name: value for name, value in found.items() if not _SECRET.search(name)}
+        exports[name] = value if given else environ[name]
+    exports = {name: value for name, value in exports.items() if not _SECRET.search(name)}
     if interface is not None:
-        found = {name: value for name, value in found.items() if not name.endswith("_SOCKET_IFNAME")}
-    return found
+        exports = {name: value for name, value in exports.items() if not name.endswith("_SOCKET_IFNAME")}
+    return exports
 
 
-def _matches(name: str, known: str) -> bool:
-    return name.startswith(known[:-1]) if known.endswith("*") else name == known
+def _matches(name: str, pattern: str) -> bool:
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern

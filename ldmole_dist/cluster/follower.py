@@ -1,88 +1,98 @@
-"""The watch of a job as a host sees it that does not serve it: where the same command was given on each host by hand."""
+"""Follower of a job's coordinator, for the other hosts of a job that is started by hand on each host (`--nodes`)."""
 
 from __future__ import annotations
 
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
-from ldmole_dist.cluster.coordinator import START_SECONDS, StopRequests
-from ldmole_dist.cluster.messages import LOST_SECONDS, Link, readable
-from ldmole_dist.cluster.verdict import Failure, Verdict
+from ldmole_dist.cluster.coordinator import FIRST_CONNECTION_SECONDS
+from ldmole_dist.cluster.job_result import Failure, JobResult
+from ldmole_dist.cluster.messages import LOST_SECONDS, Channel, wait_readable
+from ldmole_dist.cluster.stop_requests import StopRequestCounter
 
-LAUNCHER_SECONDS = 5.0  # that ranks may outlast what has started them
+LAUNCHER_SECONDS = 5.0  # delay before the exit of this host's launcher is reported: the result may still be in transit
 
 
-class Observer:
-    """Args:
-    address: of the watch, with the port.
-    job: its name.
+class Follower:
+    """Counterpart of the coordinator on a host that does not run it, with the same interface.
+
+    Args:
+        address: IPv4 address or host name, and port of the coordinator.
+        job: name of the job.
     """
 
     def __init__(self, address: tuple[str, int], job: str) -> None:
         self.address, self.job = address, job
-        self._asked: list[str] = []
-        self._requests = StopRequests()
+        self._unsent_requests: list[bool] = []
+        self._requests = StopRequestCounter()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this host asked for the end."""
-        return self._requests.number > 0
+        """Whether a stop was requested on this host."""
+        return self._requests.count > 0
 
     def request_stop(self) -> None:
-        """Have the watch end the job; a signal handler may call it."""
-        if self._requests.counts():
-            self._asked.append("asked" if self._requests.number == 1 else "asked twice")
+        """Make the coordinator stop the job. Safe to call from a signal handler."""
+        if self._requests.add():
+            self._unsent_requests.append(self._requests.count > 1)
 
-    def serve(self, launcher_code: Callable[[], int | None]) -> Verdict:
-        """Until the job has ended.
+    def serve(self, launcher_exit_code: Callable[[], int | None]) -> JobResult:
+        """Run until the job has ended.
 
         Args:
-            launcher_code: exit code of the process that starts this host's supervisors, None while it runs.
+            launcher_exit_code: returns the exit code of the process that starts this host's supervisors, or None while it runs.
         """
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + FIRST_CONNECTION_SECONDS
         while time.monotonic() < deadline and not self.stop_requested:
-            if launcher_code() is not None:
-                failure = Failure("the launcher of this host", f"ended with exit code {launcher_code()}")
-                return Verdict(1, failure, self.stop_requested)
+            if launcher_exit_code() is not None:
+                failure = Failure("the launcher of this host", f"exited with code {launcher_exit_code()}")
+                return JobResult(1, failure, self.stop_requested)
             try:
-                link = Link(socket.create_connection(self.address, timeout=2))
+                channel = Channel(socket.create_connection(self.address, timeout=2))
             except OSError:
                 time.sleep(0.5)
                 continue
             try:
-                verdict = self._listen(link, launcher_code)
+                result = self._follow(channel, launcher_exit_code)
             finally:
-                link.close()
-            if verdict is not None:
-                return verdict
-            time.sleep(0.5)  # it was the watch of an attempt before this one
-        return self._failed("it never answered: is the same command running there, with --node-rank 0?")
+                channel.close()
+            if result is not None:
+                return result
+            time.sleep(0.5)  # rejected by the coordinator of the previous attempt, which is about to exit
+        return self._failed("did not answer; check that the same command runs there with --node-rank 0")
 
     def close(self) -> None:
-        """As a watch has it; nothing is left open."""
+        """Do nothing; the coordinator's counterpart closes its connections."""
 
-    def _listen(self, link: Link, launcher_code: Callable[[], int | None]) -> Verdict | None:
-        link.send("observe", job=self.job)
-        known, heard = False, time.monotonic()
-        ended: float | None = None
+    def _follow(self, channel: Channel, launcher_exit_code: Callable[[], int | None]) -> JobResult | None:
+        """Exchange messages until the result arrives; return None if the coordinator rejects the connection."""
+        channel.send("follow", job=self.job)
+        accepted, last_message_at = False, time.monotonic()
+        launcher_exited_at: float | None = None
         while True:
-            readable([link], 0.5)
+            wait_readable([channel], 0.5)
             now = time.monotonic()
-            for message in link.receive():
-                known, heard = True, now
-                if message["kind"] == "verdict":
-                    failure = message["failure"]
-                    return Verdict(message["code"], None if failure is None else Failure(**failure), message["stopped"])
-            if link.closed or now - heard > LOST_SECONDS:
-                return self._failed("it is gone, or its host cannot be reached") if known else None
-            while self._asked:
-                link.send(self._asked.pop(0))
-            if launcher_code() is not None:
-                ended = ended or now
-                if now - ended > LAUNCHER_SECONDS:
-                    link.send("launcher ended", host=socket.gethostname(), code=launcher_code())
-                    ended = now
+            for message in channel.receive():
+                accepted, last_message_at = True, now
+                if message["kind"] == "result":
+                    return _parse_result(message)
+            if channel.closed or now - last_message_at > LOST_SECONDS:
+                return self._failed("exited, or its host is unreachable") if accepted else None
+            while self._unsent_requests:
+                channel.send("stop requested", repeated=self._unsent_requests.pop(0))
+            if launcher_exit_code() is not None:
+                launcher_exited_at = launcher_exited_at or now
+                if now - launcher_exited_at > LAUNCHER_SECONDS:
+                    channel.send("launcher exited", host=socket.gethostname(), exit_code=launcher_exit_code())
+                    launcher_exited_at = now
 
-    def _failed(self, why: str) -> Verdict:
-        return Verdict(1, Failure(f"the watch at {self.address[0]}:{self.address[1]}", why), self.stop_requested)
+    def _failed(self, description: str) -> JobResult:
+        source = f"the coordinator at {self.address[0]}:{self.address[1]}"
+        return JobResult(1, Failure(source, description), self.stop_requested)
+
+
+def _parse_result(message: dict[str, Any]) -> JobResult:
+    failure = message["failure"]
+    return JobResult(message["exit_code"], None if failure is None else Failure(**failure), message["stop_requested"])

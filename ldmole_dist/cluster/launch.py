@@ -1,4 +1,4 @@
-"""`ldmole launch`: starts a run with the launcher at hand, watches over it, and starts it again where that can help."""
+"""Launch of a job: runs a launcher and the coordinator, and restarts the job after failures."""
 
 from __future__ import annotations
 
@@ -6,212 +6,194 @@ import contextlib
 import os
 import secrets
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 
-from ldmole_dist.cluster.coordinator import Watch
-from ldmole_dist.cluster.follower import Observer
+from ldmole_dist.cluster.coordinator import Coordinator
+from ldmole_dist.cluster.follower import Follower
+from ldmole_dist.cluster.job_result import JobResult
 from ldmole_dist.cluster.network import address_towards, interfaces
-from ldmole_dist.cluster.output import say
-from ldmole_dist.cluster.runners import Start, launcher_command, launcher_environment, own_devices
-from ldmole_dist.cluster.verdict import Verdict
+from ldmole_dist.cluster.output import print_status
+from ldmole_dist.cluster.runners import LaunchSpec, device_environment, launcher_command, launcher_environment
+from ldmole_dist.cluster.stop_requests import StopSignals
 from ldmole_dist.errors import EXIT_PREEMPTED, UserError
 
 ENTRY = Path(__file__).with_name("entry.py")
-AGAIN_SECONDS = 3.0  # before another attempt
-_LAUNCHER_SECONDS = 4.0  # for the launcher to end after its ranks have
+RESTART_SECONDS = 3.0  # pause before a restart
+_LAUNCHER_SECONDS = 4.0  # time for the launcher to exit after its ranks
 
 
 def rank_command(arguments: Sequence[str]) -> list[str]:
-    """What a rank runs.
+    """Return the command that a rank runs.
 
     Args:
-        arguments: of the `ldmole` command.
+        arguments: arguments of the `ldmole` command.
     """
     return [sys.executable, "-u", "-m", "ldmole_dist.cli", *arguments]
 
 
-def supervised(
-    command: Sequence[str], watch: Sequence[str], exports: Mapping[str, str], interface: str | None
+def supervisor_command(
+    command: Sequence[str], job_arguments: Sequence[str], exports: Mapping[str, str], interface: str | None
 ) -> list[str]:
-    """The command of a rank with its supervisor: a script for Python, with arguments.
+    """Return the script and arguments, for the Python interpreter, that run the supervisor of a rank.
 
     Args:
-        command: of the rank.
-        watch: arguments that say which job it belongs to.
+        command: command of the rank.
+        job_arguments: arguments of entry.py that name the coordinator and the job.
         exports: environment variables for the rank.
-        interface: of the network, or None.
+        interface: network interface to use; None lets the supervisor select one.
     """
-    chosen = [] if interface is None else ["--interface", interface]
+    interface_arguments = [] if interface is None else ["--interface", interface]
     variables = [part for name, value in exports.items() for part in ("--export", f"{name}={value}")]
-    return [str(ENTRY), *watch, *chosen, *variables, "--", *command]
+    return [str(ENTRY), *job_arguments, *interface_arguments, *variables, "--", *command]
 
 
-def become_rank(
+def exec_supervisor(
     command: Sequence[str], exports: Mapping[str, str], interface: str | None, stall_seconds: float
 ) -> NoReturn:
-    """Where mpirun has started this process as one of several: go on as the supervisor of one rank, in its place."""
-    script = supervised(command, ["--watch", "mpi", "--stall-seconds", str(stall_seconds)], exports, interface)
+    """Replace this process, one of several that mpirun has started, by the supervisor of one rank.
+
+    Args:
+        command: command of the rank.
+        exports: environment variables for the rank.
+        interface: network interface to use; None selects one.
+        stall_seconds: time without a heartbeat of a rank after which the job has stalled.
+    """
+    job_arguments = ["--coordinator", "mpi", "--stall-seconds", str(stall_seconds)]
+    script = supervisor_command(command, job_arguments, exports, interface)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *script])
 
 
-def own_address(start: Start) -> str:
-    """Where the supervisors reach this host.
+def coordinator_address(spec: LaunchSpec) -> str:
+    """Return the IPv4 address at which the supervisors reach this host.
 
     Raises:
-        UserError: where there is no such interface, or no way to the hosts.
+        UserError: if the requested interface does not exist, or a host cannot be resolved or has no route.
     """
-    if start.launcher == "local":
+    if spec.launcher == "local":
         return "127.0.0.1"
-    if start.interface is not None:
+    if spec.interface is not None:
         known = interfaces()
-        if start.interface not in known:
-            there = ", ".join(f"{name} ({address})" for name, address in known.items())
-            raise UserError(f"--interface {start.interface}: this host has none of that name; it has {there}")
-        return known[start.interface]
+        if spec.interface not in known:
+            listed = ", ".join(f"{name} ({address})" for name, address in known.items())
+            raise UserError(f"--interface {spec.interface}: this host has no such interface; choose one of {listed}")
+        return known[spec.interface]
     found = ["127.0.0.1"]
-    for host in start.hosts:
+    for host in spec.hosts:
         try:
             found.append(address_towards(host.name))
         except OSError as error:
             raise UserError(
-                f"host {host.name!r}: {error}; is the name right, and known here? If only ssh knows it: give --interface NAME"
+                f"host {host.name!r}: {error}; correct the name in the hostfile, or set --interface NAME if only ssh knows "
+                "the name"
             ) from error
     return next((address for address in found if not address.startswith("127.")), found[0])
 
 
-class EndRequests:
-    """Within it, SIGINT, SIGTERM and SIGHUP ask the job to save and end.
-
-    Attributes:
-        asked: whether one came.
-        watch: of the job that runs.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.watch: Watch | Observer | None = None
-        self._usual: dict[int, Any] = {}
-
-    def __enter__(self) -> EndRequests:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
-                self._usual[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._usual.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        if self.watch is not None:
-            self.watch.request_stop()
-
-
-def attempt(
-    start: Start,
+def run_attempt(
+    spec: LaunchSpec,
     command: Sequence[str],
     exports: Mapping[str, str],
     stall_seconds: float,
-    requests: EndRequests,
+    signals: StopSignals,
     number: int = 0,
-) -> Verdict:
-    """Start a job and see it to its end.
+) -> JobResult:
+    """Start a job and wait for its end. Afterwards no process of the job is left on any reachable host.
 
     Args:
-        start: how and where.
-        command: of a rank.
+        spec: launcher and hosts.
+        command: command of a rank.
         exports: environment variables for the ranks.
-        stall_seconds: without progress, after which it counts as failed.
-        requests: to end it.
-        number: of this attempt; the hosts of a job that is started by hand on each agree on it.
-
-    Returns:
-        How it ended; no process of it is left where a host can be reached.
+        stall_seconds: time without a heartbeat of a rank after which the job has stalled.
+        signals: active signal handlers, which then stop the job.
+        number: number of the attempt; with torchrun, the coordinator and its followers must agree on it.
     """
     launcher: subprocess.Popen[bytes] | None = None
-    watch = requests.watch = _watch(start, stall_seconds, number)
+    coordinator = _create_coordinator(spec, stall_seconds, number)
+    signals.on_stop = coordinator.request_stop
     with tempfile.TemporaryDirectory(prefix="ldmole_") as folder:
         try:
-            at = ["--watch", f"{watch.address[0]}:{watch.address[1]}", "--job", watch.job]
-            script = supervised(command, at, own_devices(start, os.environ) | dict(exports), start.interface)
-            argv = launcher_command(start, script, Path(folder))
-            say(shlex.join(argv))
-            # In a session of its own: a Ctrl-C is for this process, which passes it on in good order.
+            host, port = coordinator.address
+            job_arguments = ["--coordinator", f"{host}:{port}", "--job", coordinator.job]
+            all_exports = device_environment(spec, os.environ) | dict(exports)
+            script = supervisor_command(command, job_arguments, all_exports, spec.interface)
+            argv = launcher_command(spec, script, Path(folder))
+            print_status(shlex.join(argv))
+            # A new session, so that Ctrl-C reaches this process only, which then stops all ranks together.
             launcher = subprocess.Popen(
-                argv, env=launcher_environment(start, os.environ), stdin=subprocess.DEVNULL, start_new_session=True
+                argv, env=launcher_environment(spec, os.environ), stdin=subprocess.DEVNULL, start_new_session=True
             )
-            return watch.serve(launcher.poll)
+            return coordinator.serve(launcher.poll)
         finally:
-            watch.close()
-            requests.watch = None
+            coordinator.close()
+            signals.on_stop = None
             if launcher is not None:
                 _end_launcher(launcher)
 
 
-def _watch(start: Start, stall_seconds: float, number: int) -> Watch | Observer:
-    if start.launcher != "torchrun":
-        return Watch(own_address(start), secrets.token_hex(8), start.size, stall_seconds, say)
-    address, _, port = start.master.rpartition(":")
-    job, at = f"port {port}, attempt {number}", (address, int(port) + 1)  # hosts may spell the address differently
-    if start.node_rank > 0:
-        return Observer(at, job)
-    return Watch(address, job, start.size, stall_seconds, say, at[1])
+def run_with_restarts(
+    spec: LaunchSpec, command: Sequence[str], exports: Mapping[str, str], stall_seconds: float, max_restarts: int
+) -> int:
+    """Run a job, restart it after failures that a restart can cure, and return the exit code.
+
+    The last lines of the output name the first failure.
+
+    Args:
+        spec, command, exports, stall_seconds: arguments of `run_attempt`.
+        max_restarts: maximum number of restarts.
+    """
+    with StopSignals() as signals:
+        number = 0
+        while True:
+            result = run_attempt(spec, command, exports, stall_seconds, signals, number)
+            if result.failure is None:
+                return result.exit_code
+            print_status(result.failure.report())
+            if result.failure.permanent or result.stop_requested or number == max_restarts:
+                return result.exit_code
+            time.sleep(0 if signals.received else RESTART_SECONDS)
+            if signals.received:
+                print_status("stop requested: not restarted; the same command resumes from the last checkpoint")
+                return EXIT_PREEMPTED
+            number += 1
+            print_status(f"restart {number} of {max_restarts}, from the last checkpoint")
+
+
+def _create_coordinator(spec: LaunchSpec, stall_seconds: float, number: int) -> Coordinator | Follower:
+    """Return the coordinator, or a follower where another host runs the coordinator."""
+    if spec.launcher != "torchrun":
+        address = coordinator_address(spec)
+        return Coordinator(address, secrets.token_hex(8), spec.world_size, stall_seconds, print_status)
+    address, _, master_port = spec.master.rpartition(":")
+    # Without the address in the job's name, because the hosts may spell it differently.
+    job, port = f"port {master_port}, attempt {number}", int(master_port) + 1
+    if spec.node_rank > 0:
+        return Follower((address, port), job)
+    return Coordinator(address, job, spec.world_size, stall_seconds, print_status, port)
 
 
 def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
-    """The ranks are gone; what started them ends by itself, or hangs on a host that cannot be reached. No SIGTERM: DeepSpeed's
-    answer to it is pkill by a pattern that other jobs on the same hosts match too."""
+    """Wait for the launcher, whose ranks have ended, and kill it if it hangs on an unreachable host.
+
+    It gets no SIGTERM: on SIGTERM, DeepSpeed's runner (0.19.8) runs pkill with a pattern that also matches other jobs on the
+    hosts.
+    """
     try:
-        own = psutil.Process(launcher.pid).children(recursive=True)
+        children = psutil.Process(launcher.pid).children(recursive=True)
     except psutil.NoSuchProcess:
-        own = []
+        children = []
     with contextlib.suppress(subprocess.TimeoutExpired):
         launcher.wait(_LAUNCHER_SECONDS)
     launcher.kill()
     launcher.wait()
-    for process in own:
+    for process in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def attempts(
-    start: Start, command: Sequence[str], exports: Mapping[str, str], stall_seconds: float, max_restarts: int
-) -> int:
-    """Run a job, again where it failed and that can help.
-
-    Args:
-        start, command, exports, stall_seconds: of `attempt`.
-        max_restarts: how often again.
-
-    Returns:
-        The exit code; the last lines printed name who failed first.
-    """
-    with EndRequests() as requests:
-        number = 0
-        while True:
-            verdict = attempt(start, command, exports, stall_seconds, requests, number)
-            if verdict.failure is None:
-                return verdict.code
-            say(verdict.failure.text())
-            if verdict.failure.final or verdict.stopped or number == max_restarts:
-                return verdict.code
-            time.sleep(0 if requests.asked else AGAIN_SECONDS)
-            if requests.asked:
-                say("asked to end: it is not started again; the same command goes on from the last checkpoint")
-                return EXIT_PREEMPTED
-            number += 1
-            say(f"restart {number} of {max_restarts}, from the last checkpoint")

@@ -1,4 +1,4 @@
-"""Messages between the watch of a job and the supervisors of its ranks: JSON lines over TCP."""
+"""Messages between the coordinator of a job and the supervisors of its ranks: JSON lines over TCP."""
 
 from __future__ import annotations
 
@@ -9,78 +9,88 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
-BEAT_SECONDS = 2.0  # between signs of life
-LOST_SECONDS = 15.0  # of silence, after which the other end counts as gone
-_LONGEST = 2**20  # bytes of a message
+KEEPALIVE_SECONDS = 2.0  # interval of keepalive messages, in both directions
+LOST_SECONDS = 15.0  # silence after which the peer counts as lost
+_MAX_MESSAGE_BYTES = 2**20
 
 
-class Link:
-    """One end of a connection; never waits.
+class Channel:
+    """One end of a TCP connection that carries messages; no method blocks.
+
+    Args:
+        sock: connected socket; the channel takes ownership of it.
 
     Attributes:
-        closed: whether the other end has closed it, it broke, or what came was no message.
+        closed: whether the peer closed the connection, the connection broke, or the peer sent something that is not a message.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.closed = False
-        self._socket, self._in, self._out = sock, b"", b""
+        self._socket, self._received, self._unsent = sock, b"", b""
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Send a message; what the network does not take now goes with the next one."""
-        self._out += json.dumps({"kind": kind, **fields}).encode() + b"\n"
+        """Send a message; bytes that the socket cannot take now are sent with the next message."""
+        self._unsent += json.dumps({"kind": kind, **fields}).encode() + b"\n"
         try:
-            self._out = self._out[self._socket.send(self._out) :]
+            self._unsent = self._unsent[self._socket.send(self._unsent) :]
         except BlockingIOError:
             pass
         except OSError:
             self.closed = True
 
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come whole."""
+        """Return the messages that have arrived completely."""
         try:
             chunk = self._socket.recv(65536)
         except BlockingIOError:
             return []
         except OSError:
             chunk = b""
-        *lines, self._in = (self._in + chunk).split(b"\n")
+        *lines, self._received = (self._received + chunk).split(b"\n")
+        # The port is open to the network: a port scanner or another program may send anything.
         try:
             messages = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError):  # a port scanner
+        except (ValueError, RecursionError):
             messages = [None]
         if not all(isinstance(message, dict) and isinstance(message.get("kind"), str) for message in messages):
             messages, chunk = [], b""
-        self.closed = self.closed or not chunk or len(self._in) > _LONGEST
+        self.closed = self.closed or not chunk or len(self._received) > _MAX_MESSAGE_BYTES
         return messages
 
     def fileno(self) -> int:
-        """For `readable`."""
+        """Return the file descriptor of the socket."""
         return self._socket.fileno()
 
     @property
-    def own_address(self) -> str:
-        """This end's IPv4 address."""
+    def local_address(self) -> str:
+        """IPv4 address of this end."""
         return str(self._socket.getsockname()[0])
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._socket.close()
         self.closed = True
 
 
-def allow_many_files() -> None:
-    """Let this process, and those that it starts, have as many files and connections open as the host permits."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def raise_open_file_limit() -> None:
+    """Raise the limit on open files and sockets of this process and of its future children to the hard limit."""
+    hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
-def readable(sources: Iterable[Any], seconds: float) -> set[Any]:
-    """Those of some sockets, links and file descriptors that can be read, after waiting so long for one."""
-    poll, by_number = select.poll(), {}  # not select, which knows no number above 1023
+def wait_readable(sources: Iterable[Any], timeout: float) -> set[Any]:
+    """Wait until at least one source can be read, and return all sources that can.
+
+    Args:
+        sources: file descriptors, and objects with a `fileno` method.
+        timeout: seconds to wait at most.
+    """
+    # poll instead of select.select, which fails for file descriptors above 1023.
+    poll, by_fd = select.poll(), {}
     for source in sources:
-        number = source if isinstance(source, int) else source.fileno()
-        by_number[number] = source
-        poll.register(number, select.POLLIN)
-    return {by_number[number] for number, _ in poll.poll(seconds * 1000)}
+        fd = source if isinstance(source, int) else source.fileno()
+        by_fd[fd] = source
+        poll.register(fd, select.POLLIN)
+    return {by_fd[fd] for fd, _ in poll.poll(timeout * 1000)}

@@ -1,4 +1,4 @@
-"""Meeting the other ranks through MPI, where mpirun has started `ldmole launch` itself, once for each rank."""
+"""Rendezvous through MPI, for `mpirun ... ldmole launch CONFIG`, where mpirun starts `ldmole launch` once per rank."""
 
 from __future__ import annotations
 
@@ -6,49 +6,61 @@ import secrets
 import socket
 import threading
 
-from ldmole_dist.cluster.coordinator import Watch
+from ldmole_dist.cluster.coordinator import Coordinator
 from ldmole_dist.cluster.network import address_towards, interfaces
-from ldmole_dist.cluster.output import say
-from ldmole_dist.cluster.rank_environment import Place
+from ldmole_dist.cluster.output import print_status
+from ldmole_dist.cluster.rank_environment import RankEnvironment
 
 
-def meet(
-    place: Place, interface: str | None, stall_seconds: float
+def rendezvous(
+    rank_environment: RankEnvironment, interface: str | None, stall_seconds: float
 ) -> tuple[tuple[str, int], str, threading.Thread | None]:
-    """Agree on a watch, which rank 0 serves beside its supervisor.
+    """Start the coordinator on rank 0, in a thread next to the supervisor, and tell all ranks where it is.
+
+    Args:
+        rank_environment: rank and world size of this process.
+        interface: network interface that the coordinator uses; None selects the one that leads to another host.
+        stall_seconds: time without a heartbeat of a rank after which the job has stalled.
 
     Returns:
-        The watch's address, the job's name, and on rank 0 the thread that ends when the job has, and prints what failed.
+        Address and port of the coordinator, name of the job, and on rank 0 the coordinator's thread, which ends with the job.
     """
     from mpi4py import MPI
 
-    names = MPI.COMM_WORLD.allgather(socket.gethostname())
+    hosts = MPI.COMM_WORLD.allgather(socket.gethostname())
     found: tuple[tuple[str, int], str] | None = None
     thread: threading.Thread | None = None
-    if place.rank == 0:
-        others = [name for name in names if name != names[0]]
-        watch = Watch(_own_address(others, interface), secrets.token_hex(8), place.size, stall_seconds, say, early=True)
-        thread = threading.Thread(target=_serve, args=[watch])
+    if rank_environment.rank == 0:
+        address = _local_address([host for host in hosts if host != hosts[0]], interface)
+        coordinator = Coordinator(
+            address,
+            secrets.token_hex(8),
+            rank_environment.world_size,
+            stall_seconds,
+            print_status,
+            report_failure=True,
+        )
+        thread = threading.Thread(target=_serve, args=[coordinator])
         thread.start()
-        found = watch.address, watch.job
-    at, job = MPI.COMM_WORLD.bcast(found)
-    return at, job, thread
+        found = coordinator.address, coordinator.job
+    address_and_port, job = MPI.COMM_WORLD.bcast(found)
+    return address_and_port, job, thread
 
 
-def _own_address(others: list[str], interface: str | None) -> str:
+def _local_address(other_hosts: list[str], interface: str | None) -> str:
     known = interfaces()
     if interface in known:
         return known[interface]
-    if not others:
+    if not other_hosts:
         return "127.0.0.1"
     try:
-        return address_towards(others[0])
-    except OSError:  # hosts, in containers for example, that do not know each other's names
+        return address_towards(other_hosts[0])
+    except OSError:  # the name cannot be resolved, for example between containers
         return next((address for address in known.values() if not address.startswith("127.")), "127.0.0.1")
 
 
-def _serve(watch: Watch) -> None:
+def _serve(coordinator: Coordinator) -> None:
     try:
-        watch.serve(lambda: None)
+        coordinator.serve(lambda: None)
     finally:
-        watch.close()
+        coordinator.close()

@@ -1,4 +1,4 @@
-"""Lines of our own among what the ranks print."""
+"""Status lines of `ldmole launch` and of supervisors, in between the output of the ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import sys
 
 
-def say(text: str) -> None:
-    """Print a line; where the terminal is gone, nobody is there to read it."""
+def print_status(text: str) -> None:
+    """Print a status line to stderr; do nothing if the terminal is closed."""
     with contextlib.suppress(OSError):
         print(f"launch: {text}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""What one host has; `ldmole doctor` runs it on each: `python -m ldmole_dist.cluster.probe JSON`.
+"""Probe of one host, which `ldmole doctor` runs on each host: `python -m ldmole_dist.cluster.probe JSON`.
 
-It prints one line, then answers questions that come line by line, until there are no more.
+It prints one line with its findings, and then answers questions from standard input, one per line.
 """
 
 from __future__ import annotations
@@ -27,25 +27,30 @@ from ldmole_dist.cluster.network import address_towards, interface_with, interfa
 from ldmole_dist.engine.ops import how_built
 
 _CAP_IPC_LOCK = 1 << 14  # linux/capability.h
-MARK = "ldmole-probe "  # before the line, as a host may greet with others
+MARKER = "ldmole-probe "  # prefix of the lines to read: the shell of a host may print a greeting too
 
 
-def look(config: str | None, folder: str, towards: str | None, interface: str | None, optimizer: str) -> dict[str, Any]:
-    """All that can be found out without the other hosts.
+def inspect_host(
+    config: str | None, folder: str, towards: str | None, interface: str | None, optimizer: str
+) -> dict[str, Any]:
+    """Return what can be found out about this host without the other hosts.
 
     Args:
-        config: file of the run, or None.
-        folder: of its output; it need not exist yet.
-        towards: another host of the job, or None.
-        interface: to use, or None for the one that leads there.
-        optimizer: of the run.
+        config: configuration file of the run, or None.
+        folder: output folder of the run; it need not exist yet.
+        towards: name of another host of the job, or None.
+        interface: network interface to use; None selects the one on the route to `towards`.
+        optimizer: `optimisation.optimizer` of the run.
+
+    Returns:
+        The findings, for JSON; memory and disk are free bytes.
     """
     known = interfaces()
-    problem = ""
+    network_problem = ""
     try:
         name = interface or (towards and interface_with(address_towards(towards))) or "lo"
     except OSError as error:
-        name, problem = "", f"no way to {towards}: {error}"
+        name, network_problem = "", f"no route to {towards}: {error}"
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "host": socket.gethostname(),
@@ -58,36 +63,42 @@ def look(config: str | None, folder: str, towards: str | None, interface: str | 
         "interface": name,
         "address": known.get(name),
         "interfaces": known,
-        "network_problem": problem,
+        "network_problem": network_problem,
         "ops": how_built(optimizer),
-        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],  # to which supervisors raise it
-        "locked": bool(gpus) and _cannot_lock_memory(),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],  # supervisors raise the soft limit to this
+        "memory_lock_limited": bool(gpus) and _memory_lock_limited(),
     }
 
 
 def answer(question: str) -> str:
-    """To "time", seconds since 1970; to "make PATH", "see PATH", "remove PATH" of an empty file, whether that worked."""
+    """Return the answer to a question.
+
+    "time" is answered with the seconds since 1970. "create PATH" and "remove PATH" of an empty file are answered with "done",
+    "exists PATH" with "yes" or "no", and any of the three with an error message if it fails.
+    """
     kind, _, path = question.partition(" ")
     if kind == "time":
         return repr(time.time())
     try:
-        if kind == "make":
-            _existing(Path(path)).joinpath(Path(path).name).touch()
+        # Where the folder of the file does not exist yet, the closest existing folder above it stands for it.
+        file = _existing(Path(path)) / Path(path).name
+        if kind == "create":
+            file.touch()
         elif kind == "remove":
-            _existing(Path(path)).joinpath(Path(path).name).unlink()
+            file.unlink()
         else:
-            return "yes" if _existing(Path(path)).joinpath(Path(path).name).exists() else "no"
+            return "yes" if file.exists() else "no"
     except OSError as error:
         return str(error)
     return "done"
 
 
 def _packages() -> dict[str, str]:
-    """Versions of Python and of what this package needs."""
+    """Return the versions of Python, of this package and of its requirements."""
     names = [
-        re.split(r"[^\w.-]", need)[0]
-        for need in importlib.metadata.requires("ldmole-dist") or []
-        if "extra" not in need
+        re.split(r"[^\w.-]", requirement)[0]
+        for requirement in importlib.metadata.requires("ldmole-dist") or []
+        if "extra" not in requirement
     ]
     return {"python": platform.python_version()} | {name: _version(name) for name in sorted({"ldmole-dist", *names})}
 
@@ -107,7 +118,7 @@ def _hash(paths: list[Path]) -> str:
 
 
 def _available_memory() -> int:
-    """Bytes that this host, or the container that this is, has left."""
+    """Return the available bytes of memory, within the limit of the container if there is one (cgroup v2)."""
     available = psutil.virtual_memory().available
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
     if limit.exists() and limit.read_text().strip() != "max":
@@ -115,27 +126,28 @@ def _available_memory() -> int:
     return available
 
 
-def _cannot_lock_memory() -> bool:
-    """Whether InfiniBand is there and used, and this process may not lock the memory that it needs."""
+def _memory_lock_limited() -> bool:
+    """Return whether NCCL would use InfiniBand but this process may not lock the memory that InfiniBand needs."""
     devices = Path("/sys/class/infiniband")
     if not (devices.is_dir() and any(devices.iterdir())) or os.environ.get("NCCL_IB_DISABLE") == "1":
         return False
     status = Path("/proc/self/status").read_text()
-    may = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff")), 16) & _CAP_IPC_LOCK
-    return not may and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY
+    capabilities = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff")), 16)
+    unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
+    return not (capabilities & _CAP_IPC_LOCK) and not unlimited
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the closest above it that exists."""
+    """Return the folder, or the closest parent that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def main() -> None:
-    """Speak with the doctor."""
-    print(MARK + json.dumps(look(**json.loads(sys.argv[1]))), flush=True)
+    """Print the findings, and answer questions until standard input ends."""
+    print(MARKER + json.dumps(inspect_host(**json.loads(sys.argv[1]))), flush=True)
     for line in sys.stdin:
-        print(MARK + answer(line.rstrip("\n")), flush=True)
+        print(MARKER + answer(line.rstrip("\n")), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,41 @@
-"""Which rank this process is, whoever started it."""
+"""Detection of this process's rank and world size from the environment of any launcher."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# What MPI libraries set in the processes that they start: Open MPI, those with PMI (MPICH, Intel MPI), MVAPICH.
-_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# World size as set by Open MPI, by MPI libraries with PMI (MPICH, Intel MPI), and by MVAPICH.
+_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A rank among those of its job."""
+class RankEnvironment:
+    """Rank and world size of a process."""
 
     rank: int
-    size: int
+    world_size: int
 
 
 def inside_mpi(environ: Mapping[str, str]) -> bool:
-    """Whether an MPI launcher started this process as one of several."""
-    return any(int(environ.get(name, 1)) > 1 for name in _MPI)
+    """Return whether an MPI launcher started this process as one of several."""
+    return any(int(environ.get(name, 1)) > 1 for name in _MPI_SIZE_VARIABLES)
 
 
 def inside_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several; in a batch script there is no step yet."""
+    """Return whether srun started this process as one of several; a batch script itself does not run in such a step."""
     return "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
-def find_place(environ: Mapping[str, str]) -> Place:
-    """This process's place, from torchrun or DeepSpeed (RANK), MPI (asked through mpi4py) or Slurm; alone otherwise."""
+def detect_rank_environment(environ: Mapping[str, str]) -> RankEnvironment:
+    """Return rank and world size as set by torchrun or DeepSpeed (RANK), MPI or Slurm; rank 0 of 1 without a launcher."""
     if "RANK" in environ:
-        return Place(int(environ["RANK"]), int(environ["WORLD_SIZE"]))
-    # Before Slurm: mpirun starts its daemons with srun, whose variables its processes inherit.
+        return RankEnvironment(int(environ["RANK"]), int(environ["WORLD_SIZE"]))
+    # MPI before Slurm: mpirun starts its daemons with srun, and its processes inherit the variables of srun.
     if inside_mpi(environ):
-        from mpi4py import MPI  # initialises it
+        from mpi4py import MPI  # the import calls MPI_Init
 
-        return Place(MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
+        return RankEnvironment(MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
     if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
-        return Place(int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]))
-    return Place(0, 1)
+        return RankEnvironment(int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]))
+    return RankEnvironment(0, 1)

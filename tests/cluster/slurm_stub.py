@@ -1,6 +1,9 @@
-"""Stands in for srun, scontrol and sinfo, which are not to be had here: sets the variables that Slurm's manual pages name, and
-starts tasks on the two hosts of two_hosts.py. It shows that launch/slurm.sbatch and `ldmole launch` speak to Slurm as Slurm is
-documented, and nothing about a real cluster. Called by a command's name; SLURM_STUB_FOLDER has `NAME.pid` of the hosts."""
+"""Stub of srun, scontrol, squeue and sinfo, which runs tasks on the two hosts of two_hosts.py.
+
+It sets the variables that Slurm's manual pages document. It shows that launch/slurm.sbatch and `ldmole launch` use Slurm as
+documented, and nothing about a real cluster. The name under which it is called selects the command; the folder
+SLURM_STUB_FOLDER holds the files `NAME.pid` of the hosts.
+"""
 
 import argparse
 import os
@@ -14,7 +17,7 @@ HOSTS = ["ldmole0", "ldmole1"]
 
 
 def srun() -> int:
-    """Tasks in blocks, host by host; with --kill-on-bad-exit the first bad one ends all."""
+    """Run tasks in blocks, host by host; with --kill-on-bad-exit, the first failed task ends all others."""
     parser = argparse.ArgumentParser()
     for option in ("--overlap", "--kill-on-bad-exit"):
         parser.add_argument(option, nargs="?", const="1")
@@ -57,7 +60,7 @@ def srun() -> int:
 
 
 def scontrol() -> int:
-    """show hostnames; requeue, which is taken note of."""
+    """Print the hosts for "show hostnames", and log any other command, such as "requeue"."""
     if sys.argv[1:3] == ["show", "hostnames"]:
         assert sys.argv[3] == "ldmole[0-1]"
         print("\n".join(HOSTS))
@@ -67,7 +70,7 @@ def scontrol() -> int:
 
 
 def squeue() -> int:
-    """The state of the job."""
+    """Print the state of the job."""
     assert sys.argv[1:] == ["--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%T"]
     print("RUNNING")
     return 0

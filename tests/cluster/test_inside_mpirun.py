@@ -1,4 +1,4 @@
-"""`mpirun ... ldmole launch CONFIG`: mpirun starts the ranks, which find each other through mpi4py."""
+"""`mpirun ... ldmole launch CONFIG`: mpirun starts the ranks, and mpi4py is used for their rendezvous."""
 
 from __future__ import annotations
 
@@ -39,32 +39,33 @@ def mpirun(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], seconds: float) -> str:
+    """Wait for a process, and return its output."""
     try:
         return process.communicate(timeout=seconds)[0]
     finally:
         process.kill()
 
 
-def test_it_trains(tmp_path: Path) -> None:
+def test_training_completes(tmp_path: Path) -> None:
     make_folder(tmp_path)
     config = make_config(tmp_path, optimisation={"max_steps": 2})
     process = mpirun(tmp_path, "-m", "ldmole_dist.cli", "launch", str(config))
-    said = finish(process, 120)
-    assert process.returncode == 0 and "all ranks start: 0, 1 on" in said, said
+    output = finish(process, 120)
+    assert process.returncode == 0 and "starting all ranks: 0, 1 on" in output, output
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists() and not processes_of(tmp_path)
 
 
-def test_without_supervisors_deepspeed_asks_mpi4py(tmp_path: Path) -> None:
+def test_training_without_supervisors_completes(tmp_path: Path) -> None:
     make_folder(tmp_path)
     config = make_config(tmp_path, optimisation={"max_steps": 2})
     process = mpirun(tmp_path, str(Path(__file__).parents[2] / "launch" / "train.py"), str(config))
-    said = finish(process, 120)
-    assert process.returncode == 0 and "2 rank(s) on" in said, said
+    output = finish(process, 120)
+    assert process.returncode == 0 and "2 rank(s) on" in output, output
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("how", ["killed", "asked"])
-def test_a_killed_rank_or_a_signal_ends_all(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("event", ["killed", "signalled"])
+def test_killed_rank_or_signal_ends_all_ranks(tmp_path: Path, event: str) -> None:
     make_folder(tmp_path)
     config = make_config(tmp_path, optimisation={"max_steps": 5000})
     process = mpirun(tmp_path, "-m", "ldmole_dist.cli", "launch", str(config))
@@ -72,16 +73,17 @@ def test_a_killed_rank_or_a_signal_ends_all(tmp_path: Path, how: str) -> None:
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert process.poll() is None and time.monotonic() < deadline, finish(process, 10)
         time.sleep(0.1)
-    ranks = [p for p in processes_of(tmp_path) if "train" in p.cmdline() and "--watch" not in p.cmdline()]
+    ranks = [p for p in processes_of(tmp_path) if "train" in p.cmdline() and "--coordinator" not in p.cmdline()]
     assert len(ranks) == 2
-    if how == "killed":
+    if event == "killed":
         next(p for p in ranks if p.environ()["RANK"] == "1").kill()
     else:
-        # As a scheduler may; mpirun itself, when asked, gives its processes a second or so, which need not be enough.
+        # To a supervisor, as a scheduler may send it. On a signal to itself, mpirun kills its processes after about a second,
+        # which may be too short for a save.
         next(p for p in ranks if p.environ()["RANK"] == "1").parent().send_signal(signal.SIGTERM)
-    said = finish(process, 30)
-    assert process.returncode != 0 and not processes_of(tmp_path), said
-    if how == "killed":
-        assert "failed first: rank 1 on" in said and "killed by signal 9" in said, said
+    output = finish(process, 30)
+    assert process.returncode != 0 and not processes_of(tmp_path), output
+    if event == "killed":
+        assert "first failure: rank 1 on" in output and "killed by signal 9" in output, output
     else:
-        assert list((tmp_path / "run" / "checkpoints").glob("step_*")), said
+        assert list((tmp_path / "run" / "checkpoints").glob("step_*")), output

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a name, an address and an sshd each, joined by a cable."""
+"""Two hosts on one machine: connected network namespaces, each with a host name, an address and an sshd."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ADDRESSES = ("10.77.31.1", "10.77.31.2")
 
 
 def run(*command: str, check: bool = True) -> str:
-    """A command of this machine, at most a minute."""
+    """Run a command on this machine, for a minute at most, and return its output."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if check and done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr or done.stdout}")
     return done.stdout
 
 
-def missing() -> str | None:
-    """Why there can be no such hosts here."""
+def missing_requirement() -> str | None:
+    """Return why the hosts cannot be created on this machine; None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for program, package in (("ip", "iproute2"), ("/usr/sbin/sshd", "openssh-server"), ("pdsh", "pdsh")):
@@ -42,19 +42,19 @@ def missing() -> str | None:
 
 
 def skip_without_hosts() -> None:
-    """Skip a test where there can be none; where LDMOLE_NEED_HOSTS is set, as in CI, that is a failure."""
-    why = missing()
+    """Skip the test if the hosts cannot be created; fail it instead if LDMOLE_NEED_HOSTS is set, as in CI."""
+    why = missing_requirement()
     if why is not None and "LDMOLE_NEED_HOSTS" in os.environ:
-        pytest.fail(f"hosts are needed here, but {why}")
+        pytest.fail(f"LDMOLE_NEED_HOSTS is set, but the two hosts cannot be created: {why}")
     if why is not None:
         pytest.skip(f"needs two hosts: {why}")
 
 
 class TwoHosts:
-    """They share the file system, and what mounts `mount` makes for one is seen there only.
+    """Context manager for two hosts, which share the file system except for the mounts that `mount` creates.
 
     Args:
-        folder: for keys and configs.
+        folder: folder for keys and configuration files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class TwoHosts:
     def __enter__(self) -> TwoHosts:
         folder = self.folder
         Path("/run/sshd").mkdir(exist_ok=True)
-        self._take_down()
+        self._delete()
         for key in ("id", "hostkey"):
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
         options = [f"IdentityFile {folder / 'id'}", "IdentitiesOnly yes", "StrictHostKeyChecking no"]
@@ -89,10 +89,10 @@ class TwoHosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._take_down()
+        self._delete()
 
     def start_sshd(self, name: str, *settings: str) -> None:
-        """Start a host's sshd, again if it runs, with further lines of sshd_config."""
+        """Start or restart the sshd of a host, with additional lines of sshd_config."""
         self.stop_sshd(name)
         address, config = ADDRESSES[NAMES.index(name)], self.folder / f"{name}.sshd"
         lines = [f"ListenAddress {address}", f"HostKey {self.folder / 'hostkey'}", f"PidFile {self._pid_file(name)}"]
@@ -113,7 +113,7 @@ class TwoHosts:
         raise RuntimeError(f"{name} does not answer over ssh")
 
     def stop_sshd(self, name: str) -> None:
-        """End it, and the sessions that it serves."""
+        """Kill the sshd of a host and its sessions."""
         for process in [*self.sessions(name), *self._sshd(name)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -121,11 +121,11 @@ class TwoHosts:
         self._pid_file(name).unlink(missing_ok=True)
 
     def sessions(self, name: str) -> list[psutil.Process]:
-        """Processes of its sshd that serve a connection each."""
+        """Return the processes of a host's sshd that serve one connection each."""
         return [session for sshd in self._sshd(name) for session in sshd.children()]
 
     def start(self, name: str, command: Sequence[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
-        """Start a command on a host, its output in a file."""
+        """Start a command on a host, with its output in a file."""
         with output.open("wb") as file:
             return subprocess.Popen(
                 ["ip", "netns", "exec", name, *command],
@@ -135,20 +135,22 @@ class TwoHosts:
                 stderr=subprocess.STDOUT,
             )
 
-    def cable(self, state: str) -> None:
-        """Put it "up" or "down"."""
+    def set_link(self, state: str) -> None:
+        """Set the link between the hosts "up" or "down"."""
         run("ip", "-n", NAMES[1], "link", "set", "eth0", state)
 
     def mount(self, name: str, folder: Path, size: str) -> None:
-        """A disk of its own for one host, for as long as its sshd runs."""
+        """Mount an empty disk that only one host sees, until its sshd stops."""
         (sshd,) = self._sshd(name)
         run("nsenter", "-t", str(sshd.pid), "-m", "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
 
     def fill(self, name: str, folder: Path) -> None:
-        """Fill the disk that a folder is on."""
+        """Fill the disk of a folder."""
         (sshd,) = self._sshd(name)
         filler = f"cat /dev/zero > {folder / 'filler'}"
-        run("nsenter", "-t", str(sshd.pid), "-m", "sh", "-c", filler, check=False)  # it ends with "no space left"
+        run(
+            "nsenter", "-t", str(sshd.pid), "-m", "sh", "-c", filler, check=False
+        )  # the command fails with "no space left"
 
     def _exec(self, name: str, *command: str) -> str:
         return run("ip", "netns", "exec", name, *command)
@@ -162,16 +164,16 @@ class TwoHosts:
         except (OSError, ValueError, psutil.NoSuchProcess):
             return []
 
-    def _take_down(self) -> None:
+    def _delete(self) -> None:
         for name in NAMES:
             self.stop_sshd(name)
             run("ip", "netns", "del", name, check=False)
             shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
-        run("ip", "link", "del", "ldmole_a", check=False)  # where a former one was cut off half-way
+        run("ip", "link", "del", "ldmole_a", check=False)  # left over from an interrupted run
 
 
 def processes_of(job_folder: Path) -> list[psutil.Process]:
-    """Every process on this machine whose command line names a folder; hosts that are namespaces have no others."""
+    """Return the processes on this machine, which includes both hosts, whose command line names a folder."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
