@@ -1,1 +1,1 @@
-"""What a run says of itself: numbers of each optimizer step, how routing changes, files and TensorBoard."""
+"""Reports of a run: metrics of each optimizer step and routing statistics, as JSON lines and in TensorBoard."""

@@ -1,4 +1,4 @@
-"""Where an adapted linear stands in the model: its layer and its projection, read from its name."""
+"""Layer and projection of the adapted linears, parsed from their module names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Place(NamedTuple):
-    """Of a linear; a layer of None stands outside the numbered ones (a head)."""
+class Position(NamedTuple):
+    """Projection and layer of a linear; the layer is None outside the numbered layers, such as for a head."""
 
     projection: str
     layer: int | None
@@ -21,71 +21,74 @@ class Linears:
     """The adapted linears of a model as a table of projections by layers.
 
     Args:
-        names: such as "model.layers.3.self_attn.q_proj", in the model's order.
+        names: module names in the model's order, such as "model.layers.3.self_attn.q_proj".
 
     Attributes:
-        place: of each name.
+        position: name -> projection and layer.
         projections: in the model's order.
-        layers: ascending, None last.
+        layers: in ascending order, None last.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.place = _places(list(names))
-        self._name = {place: name for name, place in self.place.items()}
-        self.projections = list(dict.fromkeys(place.projection for place in self.place.values()))
-        layers = {place.layer for place in self.place.values()}
+        self.position = _positions(list(names))
+        self._name = {position: name for name, position in self.position.items()}
+        self.projections = list(dict.fromkeys(position.projection for position in self.position.values()))
+        layers = {position.layer for position in self.position.values()}
         self.layers = sorted(layers, key=lambda layer: math.inf if layer is None else layer)
 
     def name(self, projection: str, layer: int | None) -> str | None:
-        """Of the linear there, if there is one."""
-        return self._name.get(Place(projection, layer))
+        """Return the name of the linear at a position; None if there is none."""
+        return self._name.get(Position(projection, layer))
 
     def of(self, projection: str) -> list[str]:
-        """The names of a projection's linears, by layer."""
+        """Return the names of a projection's linears, ordered by layer."""
         return [name for layer in self.layers if (name := self.name(projection, layer)) is not None]
 
     def values(self, projection: str, value: Callable[[str], float]) -> np.ndarray:
-        """(layers,) of what `value` gives for the projection's linears; no number where there is none."""
+        """Return `value(name)` for each layer's linear of a projection, (layers,), with NaN for layers that have none."""
         names = (self.name(projection, layer) for layer in self.layers)
         return np.array([np.nan if name is None else value(name) for name in names])
 
     def layer_labels(self) -> list[str]:
-        """For an axis."""
+        """Return the layers as axis labels, "–" for None."""
         return ["–" if layer is None else str(layer) for layer in self.layers]
 
     def label(self, name: str) -> str:
-        """ "layer 3 q_proj"."""
-        projection, layer = self.place[name]
+        """Return a short label of a linear, such as "layer 3 q_proj"."""
+        projection, layer = self.position[name]
         return projection if layer is None else f"layer {layer} {projection}"
 
 
 def as_table(rows: Sequence[Sequence[float]], filler: float, width: int = 0) -> np.ndarray:
-    """What linears say of each of their experts, one row a linear, as one table: not all may have the same number.
+    """Return one row per linear as a rectangular array; linears may have different numbers of experts.
 
     Args:
-        rows: of any lengths.
-        filler: behind the shorter ones.
-        width: of the table at least.
+        rows: values of each linear, one per expert.
+        filler: value that pads the shorter rows.
+        width: minimum number of columns.
     """
     width = max(width, *map(len, rows))
     return np.array([[*row, *[filler] * (width - len(row))] for row in rows])
 
 
-def _places(names: list[str]) -> dict[str, Place]:
-    """The first whole number of a name is its layer and its last part its projection; where two would stand in one place
-    (an encoder's and a decoder's), the projection is the whole name without the layer."""
+def _positions(names: list[str]) -> dict[str, Position]:
+    """Return the position of each linear: the first number in its name is its layer, the last component its projection.
+
+    If two linears would share a position, as in an encoder and a decoder, the projection is the full name with "*" for the
+    layer.
+    """
     split = {name: _split(name) for name in names}
-    taken = Counter((pattern.rsplit(".", 1)[-1], layer) for pattern, layer in split.values())
-    ambiguous = {projection for (projection, _), count in taken.items() if count > 1}
-    places = {}
+    counts = Counter((pattern.rsplit(".", 1)[-1], layer) for pattern, layer in split.values())
+    ambiguous = {projection for (projection, _), count in counts.items() if count > 1}
+    positions = {}
     for name, (pattern, layer) in split.items():
         projection = pattern.rsplit(".", 1)[-1]
-        places[name] = Place(pattern if projection in ambiguous else projection, layer)
-    return places
+        positions[name] = Position(pattern if projection in ambiguous else projection, layer)
+    return positions
 
 
 def _split(name: str) -> tuple[str, int | None]:
-    """("model.layers.*.q_proj", 3) of "model.layers.3.q_proj"."""
+    """Split a name into a pattern and the layer: "model.layers.3.q_proj" gives ("model.layers.*.q_proj", 3)."""
     parts = name.split(".")
     for index in range(len(parts) - 1):
         if parts[index].isdigit():

@@ -1,4 +1,4 @@
-"""Files of JSON lines, one for each optimizer step or evaluation, that a run appends to and that may have been cut off."""
+"""JSON-lines files of a run, one line per optimizer step or evaluation, that a resumed run truncates and continues."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _STEP = re.compile(rb'\{"step": (\d+)')
 
 
 class JsonLines:
-    """A file to append to. Nothing is buffered: what `append` returned from is with the operating system.
+    """JSON-lines file opened for appending.
+
+    Writes are unbuffered, so every appended line survives if the process is killed.
 
     Args:
-        path: of the file; made if need be.
-        last_step: later lines, and one that was cut off in the writing, are dropped.
+        path: of the file; created if it does not exist.
+        last_step: lines of later steps, and an incomplete last line, are removed.
 
     Raises:
-        OSError: where it cannot be written.
+        OSError: if the file cannot be written.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
@@ -34,19 +36,22 @@ class JsonLines:
         """Write `{"step": step, ...}`.
 
         Raises:
-            OSError: where there is no room.
+            OSError: if the line cannot be written in full.
         """
         line = json.dumps({"step": step, **_plain(values)}, allow_nan=False).encode() + b"\n"
         if self._file.write(line) < len(line):
             raise OSError(ENOSPC, os.strerror(ENOSPC))
 
     def close(self) -> None:
-        """No more lines."""
+        """Close the file."""
         self._file.close()
 
 
 def _end_of(path: Path, last_step: int) -> int:
-    """Where the lines up to `last_step` end, without reading more than the beginning of each."""
+    """Return the offset in bytes after the lines up to `last_step`.
+
+    Only the start of each line is parsed: a line of routing.jsonl can be large.
+    """
     end = 0
     for line in read_lines(path):
         found = _STEP.match(line)
@@ -57,7 +62,7 @@ def _end_of(path: Path, last_step: int) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it: it has no infinity, the gradient norm of a skipped step is null."""
+    """Return a copy with NaN and infinity as None, which JSON lacks; the gradient norm of a skipped step is infinite."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""What one optimizer step reports: losses and counts of every micro-batch, added up and reduced over the ranks once.
+"""Metrics of one optimizer step: sums over its micro-batches, reduced over all ranks with one all-reduce.
 
-Every rank reports the same kinds of numbers in the same steps, so the reductions are the same everywhere.
+Every rank collects the same metrics in the same steps, so that the reduced tensors have the same layout.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ldmole_dist.method.statistics import RoutingSums, added, summarize
 from ldmole_dist.parallel.wire import KINDS, TIMED
 from ldmole_dist.tuner.model import tuner_of
 
-# What ranks and micro-batches add up; "decisions" counts (token, linear) pairs.
+# Summed over micro-batches and ranks; "decisions" counts (token, linear) pairs.
 SUMS = ("loss", "loss_task", *(f"loss_{term}" for term in TERMS), "active", "lambda", "decisions", "tokens")
 
 
 class Report(NamedTuple):
-    """Of an optimizer step, the same on every rank.
+    """Metrics of one optimizer step, equal on every rank.
 
     Args:
-        metrics: name -> number, or a dictionary of them.
-        routing: name of a linear -> what it routed (`statistics.summarize`); empty unless the step is reported in detail.
+        metrics: name -> number, or a dictionary of numbers.
+        routing: name of a linear -> statistics from `statistics.summarize`; empty unless the report is detailed.
     """
 
     metrics: dict[str, Any]
@@ -38,12 +38,12 @@ class Report(NamedTuple):
 
 
 class StepMeter:
-    """Collects one optimizer step; every rank makes one.
+    """Collector of the metrics of one optimizer step; every rank creates one per step.
 
     Args:
         engine: that runs the step.
-        process: of this rank.
-        detailed: whether routing by linear, gradient norms by part, times and memory are reported too.
+        process: this rank.
+        detailed: whether to add routing by linear, gradient norms by part, times and memory.
     """
 
     def __init__(self, engine: Engine, process: Process, detailed: bool) -> None:
@@ -57,12 +57,12 @@ class StepMeter:
         self._micro_batches = 0
 
     def add(self, loss: Tensor, task: Tensor, batch: dict[str, Tensor]) -> None:
-        """Count a micro-batch, after its forward.
+        """Add a micro-batch to the sums, after its forward.
 
         Args:
-            loss: all of it, a detached scalar.
-            task: the part of the task, likewise.
-            batch: from `collate`.
+            loss: total loss, a detached scalar.
+            task: task loss, a detached scalar.
+            batch: from `collate` or `pack`.
         """
         tokens = real_tokens(batch)
         active, lam, decisions = torch.stack(list(self.context.stats.values())).sum(0)
@@ -72,7 +72,7 @@ class StepMeter:
         self._micro_batches += 1
 
     def report(self) -> Report:
-        """Global means and sums; every rank calls it, after the last backward and before the update."""
+        """Return the metrics of all ranks; every rank calls this after the last backward and before the update."""
         self.context.observer, self.wire.clock.on = None, False
         groups, table = self.wire.table()
         routed = self._routed.by_linear
@@ -93,16 +93,16 @@ class StepMeter:
         by_linear = dict(zip(routed, rest.split([len(s) for s in routed.values()]), strict=True))
         routing = {name: summarize(linear_sums) for name, linear_sums in by_linear.items()}
         if "lambda_mean" in metrics:
-            # Experts of different linears have nothing to do with each other, but lambdas do.
+            # Over all linears together: lambda has the same scale in each, whereas expert indices are unrelated.
             metrics["lambda_std"] = summarize(added(by_linear.values()))["lambda_std"]
         metrics["dead_experts"] = sum(summary["dead_experts"] for summary in routing.values())
-        metrics |= self._extremes()  # before the norms, which need some memory of their own
+        metrics |= self._extremes()  # before the gradient norms, whose own buffers would raise the peak
         metrics["grad_norm_by_part"] = gradient_norms(self.engine)
         return Report(metrics, routing)
 
     def _means(self, total: dict[str, float]) -> dict[str, Any]:
         decisions = max(total["decisions"], 1)
-        # What the router does not have is not reported: a 0 would be taken for a measured one.
+        # Losses that the router lacks are left out: a 0 would look like a measurement.
         losses = ["loss", "loss_task", *(f"loss_{term}" for term in TERMS if term in self.context.terms)]
         means = {name: total[name] / (self._micro_batches * self.process.world_size) for name in losses}
         means["experts_per_token"] = total["active"] / decisions
@@ -111,7 +111,7 @@ class StepMeter:
         return means | {"tokens": total["tokens"]}
 
     def _extremes(self) -> dict[str, Any]:
-        """What the slowest and the fullest rank needed."""
+        """Return the peak memory and dispatch times, each the maximum over ranks."""
         values = [self.process.peak_memory(), *(self.wire.clock.seconds(part) for part in TIMED)]
         worst = torch.tensor(values, dtype=torch.float64, device=self.process.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
@@ -122,7 +122,7 @@ class StepMeter:
 
 
 def _by_group(groups: list[str], elements_GK: Tensor) -> dict[str, dict[str, int]]:
-    """Elements of each kind that each input group sent, where there were any."""
+    """Return the number of elements of each kind that each input group sent, without zeros."""
     return {
         group: {kind: number for kind, number in zip(KINDS, of_group, strict=True) if number}
         for group, of_group in zip(groups, elements_GK.tolist(), strict=True)

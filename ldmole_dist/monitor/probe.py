@@ -1,4 +1,4 @@
-"""A few fixed sequences whose routing is compared from evaluation to evaluation: has the router settled?"""
+"""Probe set: fixed sequences whose routing is compared between evaluations, to see whether the router has settled."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.model.forward import route
 from ldmole_dist.monitor.supports import Supports
 
-SEQUENCES = 16  # of up to 1024 tokens and 8 experts, in 224 linears: 4 MB
+# The memory stays small: 16 sequences of 1024 tokens with 8 experts in 224 linears take 4 MB, one bit per (token, expert).
+SEQUENCES = 16
 
 
 class Probe:
-    """Remembers which experts every real token of the probe set had in every linear.
+    """Active experts of every real token of the probe set in every linear, from one evaluation to the next.
 
     Args:
-        examples: of which the first `SEQUENCES` are the probe set; on every rank the same.
-        pad_id: for batches.
-        batch_size: sequences of one forward.
-        process: of this rank, which keeps its share.
+        examples: the first `SEQUENCES` of them are the probe set; the same on every rank.
+        pad_id: token id for padding.
+        batch_size: sequences per forward.
+        process: this rank, which routes its share of the probe set.
     """
 
     def __init__(self, examples: Sequence[Encoded], pad_id: int, batch_size: int, process: Process) -> None:
@@ -35,17 +36,16 @@ class Probe:
         share = -(-len(chosen) // process.world_size)
         mine = chosen[process.rank :: process.world_size]
         self.counted = len(mine)
-        # A rank with fewer runs as many forwards, with sequences that it does not count.
+        # Every rank must run the same number of forwards, which contain collectives: pad with sequences that are not counted.
         self.examples = (mine + chosen[:1] * share)[:share]
         self.pad_id, self.batch_size, self.process = pad_id, batch_size, process
         self._before: Supports | None = None
 
     def changed(self, engine: Engine) -> dict[str, float]:
-        """Route the probe set; every rank calls it.
+        """Route the probe set and compare with the previous call; every rank calls this.
 
         Returns:
-            For each linear the share (0 to 1) of real tokens whose active experts are others than at the last call; empty at
-            the first.
+            Name of a linear -> share (0 to 1) of real tokens whose set of active experts has changed; empty at the first call.
         """
         before, self._before = self._before, self._supports(engine)
         if before is None:

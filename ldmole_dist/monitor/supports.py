@@ -1,4 +1,4 @@
-"""Which experts tokens had, remembered in a bit for each token and expert, to be compared later."""
+"""Supports (sets of active experts) of tokens, stored as one bit per token and expert."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from ldmole_dist.method.routers import Routing
 
 
 class Supports:
-    """An observer (`context.Observer`) that keeps the active experts of every real token, in every linear."""
+    """Observer (`context.Observer`) that records the support of every real token in every linear."""
 
     def __init__(self) -> None:
         self._packed: dict[str, list[np.ndarray]] = {}
 
     def __call__(self, name: str, routing: Routing, mask_T: Tensor | None) -> None:
-        """See `context.Observer`."""
+        """Record the routing of one forward of a linear; see `context.Observer`."""
         active_TE = routing.p_TE != 0
         if mask_T is not None:
             active_TE = active_TE[mask_T]
         self._packed.setdefault(name, []).append(np.packbits(active_TE.cpu().numpy(), axis=1))
 
     def changed_from(self, other: Supports) -> dict[str, tuple[int, int]]:
-        """Linear -> (tokens whose set of active experts is not the same as in `other`, tokens), both of the same sequences."""
+        """Return, by linear, the number of tokens whose support differs from that in `other`, and the number of tokens.
+
+        Args:
+            other: supports of the same sequences.
+        """
         counts = {}
         for name, packed in self._packed.items():
             mine, others = np.concatenate(packed), np.concatenate(other._packed[name])

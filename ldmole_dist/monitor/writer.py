@@ -1,4 +1,4 @@
-"""What a run reports, in its folder: metrics, evaluations and routing, as JSON lines and in TensorBoard."""
+"""Writer of a run's reports: metrics, evaluations and routing, as JSON lines and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ldmole_dist.monitor.meter import Report
 
 
 class Monitor:
-    """Writes on one rank; on the others it does nothing.
+    """Writer of a run's reports on one rank; it does nothing on the others.
 
-    Only one rank can fail to write, and the others must not be left behind in a collective: an error is kept, what comes after
-    it is not written, and `check` raises it once all ranks have been told.
+    A write error is not raised at once: the other ranks would wait for this one in the next collective. It is stored, later
+    reports are skipped, and `check` raises it after all ranks have seen `failed`.
 
     Args:
-        folder: of the run.
-        writes: whether this rank does.
-        first_step: optimizer steps already done: later ones in existing files belong to a run that was cut off after its last
-            checkpoint and are dropped.
+        folder: output folder of the run.
+        writes: whether this rank writes.
+        first_step: optimizer steps already done. Later steps in existing files were reported after the checkpoint that the
+            run resumes from; they are removed.
 
     Raises:
-        UserError: where the files cannot be opened.
+        UserError: if the files cannot be opened.
     """
 
     def __init__(self, folder: Path, writes: bool, first_step: int) -> None:
@@ -45,10 +45,10 @@ class Monitor:
         self._layout_written = False
 
     def step(self, step: int, report: Report) -> None:
-        """Report optimizer step `step` (from 1)."""
+        """Write the report of optimizer step `step` (from 1)."""
         if not self._writes or self.failed:
             return
-        with self._keeping_an_error():
+        with self._storing_error():
             self._metrics.append(step, report.metrics)
             write_scalars(self._tensorboard, step, dict(_scalars(report.metrics, "train")))
             if report.routing:
@@ -59,16 +59,16 @@ class Monitor:
                 write_routing(self._tensorboard, step, report.routing)
 
     def evaluation(self, step: int, values: dict[str, float], changed: dict[str, float]) -> None:
-        """Report an evaluation after `step` optimizer steps.
+        """Write the report of an evaluation.
 
         Args:
-            step: as said.
-            values: name -> number.
-            changed: name of a linear -> share of the probe set's tokens whose experts changed; empty if not known.
+            step: optimizer steps done.
+            values: metrics by name.
+            changed: name of a linear -> share (0 to 1) of probe tokens whose active experts changed; empty if unknown.
         """
         if not self._writes or self.failed:
             return
-        with self._keeping_an_error():
+        with self._storing_error():
             if changed:
                 values = values | {"support_changed": sum(changed.values()) / len(changed)}
                 write_changes(self._tensorboard, step, changed)
@@ -77,23 +77,23 @@ class Monitor:
 
     @property
     def failed(self) -> bool:
-        """Whether something could not be written, on this rank."""
+        """Whether a report could not be written on this rank."""
         return self._error is not None
 
     def check(self) -> None:
-        """Raises UserError where something could not be written, on this rank."""
+        """Raise the UserError of the first report that could not be written on this rank."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Write out what TensorBoard has pending."""
+        """Flush and close all files."""
         if self._writes:
-            with self._keeping_an_error():
+            with self._storing_error():
                 for file in (self._metrics, self._evaluations, self._routing, self._tensorboard):
                     file.close()
 
     @contextmanager
-    def _keeping_an_error(self) -> Iterator[None]:
+    def _storing_error(self) -> Iterator[None]:
         try:
             with write_errors(self._what):
                 yield
@@ -102,7 +102,7 @@ class Monitor:
 
 
 def _scalars(values: dict[str, Any], section: str, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of nested dictionaries: those at the top in the folder `section` of TensorBoard, others in "outer/inner"."""
+    """Yield the TensorBoard tag and value of each number: "section/name" at the top level, "outer/inner" in a dictionary."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _scalars(value, section, f"{prefix}{name}/")
@@ -111,7 +111,7 @@ def _scalars(values: dict[str, Any], section: str, prefix: str = "") -> Iterator
 
 
 def _rounded(value: Any) -> Any:
-    """To five digits: a detailed report has thousands of numbers."""
+    """Round to five significant digits, to keep routing.jsonl small: a detailed report has thousands of numbers."""
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""Training: the run from config to adapter, its step loop, stop signals, and the diagnosis of non-finite losses."""
+"""Training: from the config to the trained adapter, the training loop, stop requests and the diagnosis of non-finite losses."""

@@ -1,4 +1,4 @@
-"""Where a loss that is no number came from: one more forward, watched."""
+"""Locate the source of a NaN or infinite loss by repeating the forward with hooks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ldmole_dist.model.forward import batch_logits
 
 @torch.no_grad()
 def explain_nonfinite(engine: Engine, batch: dict[str, Tensor], own_loss_is_bad: bool) -> str:
-    """Run a micro-batch again on every rank and name the first layer whose output is not finite.
+    """Repeat the forward of a micro-batch and describe where the first non-finite value appears on each rank.
 
-    Every rank calls it, and gets the same text.
+    Every rank must call this; all of them return the same text.
 
     Args:
-        engine: that produced the loss.
-        batch: the micro-batch that did it on this rank, any one elsewhere.
-        own_loss_is_bad: whether it was this rank's.
+        engine: that computed the non-finite loss.
+        batch: the micro-batch whose loss was non-finite on this rank; on other ranks any micro-batch.
+        own_loss_is_bad: whether this rank's own loss was non-finite.
     """
-    parameter = _first_bad_parameter(engine)
-    layer = _first_bad_layer(engine, batch)
+    parameter = _first_nonfinite_parameter(engine)
+    layer = _first_nonfinite_layer(engine, batch)
     finding = {"rank": dist.get_rank(), "loss": own_loss_is_bad, "parameter": parameter, "layer": layer}
     findings: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(findings, finding)
@@ -34,33 +34,34 @@ def explain_nonfinite(engine: Engine, batch: dict[str, Tensor], own_loss_is_bad:
         if found["loss"] or found["parameter"] or found["layer"]:
             texts.append(
                 f"rank {found['rank']}: first non-finite output in {found['layer'] or 'the loss itself'}"
-                + (f", and its part of parameter {found['parameter']} is not finite" if found["parameter"] else "")
+                + (f", its shard of parameter {found['parameter']} is not finite" if found["parameter"] else "")
             )
-    return "; ".join(texts) or "run again in fp32 or bf16, nothing non-finite shows in a second forward"
+    return "; ".join(texts) or "a second forward is finite on every rank; try parallelism.precision=bf16 or fp32"
 
 
-def _first_bad_parameter(engine: Engine) -> str | None:
+def _first_nonfinite_parameter(engine: Engine) -> str | None:
     for name, parameter in engine.module.named_parameters():
-        held = local_shard(parameter)
-        if held.is_floating_point() and not held.isfinite().all():
+        shard = local_shard(parameter)
+        if shard.is_floating_point() and not shard.isfinite().all():
             return name
     return None
 
 
-def _first_bad_layer(engine: Engine, batch: dict[str, Tensor]) -> str | None:
-    bad: list[str] = []
+def _first_nonfinite_layer(engine: Engine, batch: dict[str, Tensor]) -> str | None:
+    nonfinite: list[str] = []
 
-    def watch(name: str) -> Any:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not bad and not output.isfinite().all():
-                bad.append(name)
+    def make_hook(name: str) -> Any:
+        def check_output(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not nonfinite and not output.isfinite().all():
+                nonfinite.append(name)
 
-        return look
+        return check_output
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in engine.module.named_modules()]
+    # Forward hooks run when a module returns, so an inner module is recorded before the modules that contain it.
+    hooks = [module.register_forward_hook(make_hook(name)) for name, module in engine.module.named_modules()]
     try:
         batch_logits(engine.module, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return bad[0] if bad else None
+    return nonfinite[0] if nonfinite else None

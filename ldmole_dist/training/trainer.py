@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps of several micro-batches, what they report, and stopping when the loss is no number."""
+"""The training loop: optimizer steps, evaluations, reports, checkpoints, and errors that stop all ranks together."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from ldmole_dist.tuner.model import tuner_of
 
 
 class Trainer:
-    """Trains an engine's adapters.
+    """Training loop of one run; every rank has one and makes the same calls.
 
     Args:
         config: of the run.
-        engine: with the model.
-        data: what this rank trains on.
-        evaluator: or None.
-        probe: of how routing changes.
-        pad_id: for batches.
-        process: of this rank.
+        engine: that holds the model and its optimizer.
+        data: micro-batches of this rank.
+        evaluator: of the evaluation set; None without one.
+        probe: that measures how routing changes between evaluations.
+        pad_id: token id for padding.
+        process: this rank.
         saver: of checkpoints.
-        first_step: optimizer steps already done.
-        last_step: optimizer steps in all.
+        first_step: optimizer steps already done by the run that is resumed; 0 for a fresh run.
+        last_step: total optimizer steps of the run.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Trainer:
         self.evaluator, self.probe = evaluator, probe
         self.first_step, self.last_step = first_step, last_step
         self.saver, self.stop = saver, StopRequest()
-        with raise_on_all_ranks("opening the files that the run reports in"):
+        with raise_on_all_ranks("opening the report files"):
             self.monitor = Monitor(Path(config.run.output_dir), process.is_main, first_step)
         self.context = tuner_of(engine.module).context
 
@@ -75,17 +75,18 @@ class Trainer:
         """Train to the last step.
 
         Returns:
-            The evaluation after training; empty without an evaluator.
+            The metrics of the final evaluation; empty without an evaluator.
 
         Raises:
-            NonFiniteLoss: on every rank, naming step, rank and layer.
-            Preempted: on every rank, after a checkpoint, where one of them was asked to end.
+            NonFiniteLoss: on every rank, with the step, rank and layer.
+            Preempted: on every rank, after a checkpoint was saved because some rank received a stop signal.
+            UserError, PeerError: if data cannot be read, or reports or checkpoints cannot be written.
         """
         with self.stop:
             try:
-                result = self._run()
+                result = self._training_loop()
             except NonFiniteLoss:
-                self.saver.finish()  # what is being written is of before
+                self.saver.finish()  # a checkpoint still being written holds an earlier, finite state
                 raise
             finally:
                 self.data.close()
@@ -93,11 +94,11 @@ class Trainer:
             self._check_reports()
         return result
 
-    def _run(self) -> dict[str, float]:
+    def _training_loop(self) -> dict[str, float]:
         run = self.config.run
-        if self.first_step >= self.last_step:  # it has reported that already
+        if self.first_step >= self.last_step:  # nothing left to train; this evaluation was reported before
             return self._evaluate(self.first_step)
-        result = self._observe(0) if self.first_step == 0 and run.eval_before else {}
+        result = self._report_evaluation(0) if self.first_step == 0 and run.eval_before else {}
         steps = tqdm(
             range(self.first_step + 1, self.last_step + 1),
             desc="training",
@@ -107,42 +108,142 @@ class Trainer:
             unit="step",
         )
         for step in steps:
-            report = self._step(step)
+            report = self._train_step(step)
             self.monitor.step(step, report)
             loss, experts = report.metrics["loss"], report.metrics["experts_per_token"]
             steps.set_postfix(loss=f"{loss:.3f}", experts=f"{experts:.2f}")
             if step == self.last_step or (run.eval_every and step % run.eval_every == 0):
-                result = self._observe(step)
-            asked, written, unreported = self._flags_of_all()
-            if written or unreported:
+                result = self._report_evaluation(step)
+
+            stop_requested, checkpoint_written, report_failed = self._reduce_flags()
+            if checkpoint_written or report_failed:
                 self.saver.finish()
-            if unreported:
+            if report_failed:
                 self._check_reports()
-            stopped = asked and step < self.last_step
-            if stopped or (run.save_every and step % run.save_every == 0):
+            stopping = stop_requested and step < self.last_step
+            if stopping or (run.save_every and step % run.save_every == 0):
                 self.saver.save(self.engine, step)
-            if stopped:
+            if stopping:
                 self.saver.finish()
-                again = "start it again with run.resume=auto" if run.resume == "never" else "the same command goes on"
-                raise Preempted(f"asked to end: saved after step {step} of {self.last_step}; {again}")
+                remedy = "add run.resume=auto to the command" if run.resume == "never" else "run the same command again"
+                raise Preempted(f"stop requested: saved after step {step} of {self.last_step}; to resume, {remedy}")
         self.saver.finish()
         return result
 
-    def _flags_of_all(self) -> tuple[bool, bool, bool]:
-        """Whether some rank was asked to end, all have written the checkpoint that is under way, some could not report."""
-        own = [self.stop.requested, self.saver.done, self.monitor.failed]
-        flags = torch.tensor(own, dtype=torch.int64, device=self.process.device)
-        dist.all_reduce(flags)
-        asked, written, unreported = flags.tolist()
-        return asked > 0, written == self.process.world_size, unreported > 0
+    def _train_step(self, step: int) -> Report:
+        """Run one optimizer step (numbered from 1) and return its report, which is the same on every rank."""
+        started = time.perf_counter()
+        meter = StepMeter(self.engine, self.process, detailed=step % self.config.run.detail_every == 0)
+        batches, loss_factor = self._load_batches(step)
+        losses = self._forward_backward(step, batches, loss_factor, meter)
+        report = meter.report()  # before the update, which clears the gradients that a detailed report measures
+        metrics = report.metrics
+        if not math.isfinite(metrics["loss"]):
+            self._raise_nonfinite_loss(step, metrics["loss"], batches, losses)
 
-    def _check_reports(self) -> None:
-        """Every rank calls it. Raises UserError on the rank that could not write, PeerError on the others."""
-        with raise_on_all_ranks("reporting"):
-            self.monitor.check()
+        metrics["lr"] = self.engine.learning_rate
+        self.saver.before_update()
+        self.engine.step()
+        metrics["grad_norm"] = self.engine.grad_norm
+        # In fp16 an overflow is expected until the loss scale fits: DeepSpeed skips the step and lowers the scale.
+        if not math.isfinite(self.engine.grad_norm) and not self.engine.overflowed:
+            self._raise_nonfinite_gradient(step, metrics["loss"], batches)
 
-    def _observe(self, step: int) -> dict[str, float]:
-        """Evaluate, see how routing has changed, and report both."""
+        self.context.noise = None  # evaluations route without noise
+        self._adapt_l1(metrics)
+        metrics["skipped_steps"] = self.engine.skipped_steps
+        metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
+        return report
+
+    def _load_batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Return this rank's micro-batches of a step and the factor for their summed losses.
+
+        The engine averages over ranks and micro-batches. With the factor, that average becomes the mean loss per answer token
+        of the whole step, independent of how the batch is split.
+
+        Raises:
+            UserError: on a rank that cannot read a row; PeerError on the others.
+        """
+        batches: list[dict[str, Tensor]] = []
+        read_error: UserError | None = None
+        try:
+            batches = self._micro_batches(step)
+        except UserError as error:
+            read_error = error
+        # Packed labels (1-D) are shifted already.
+        targets = [b["labels"] if b["labels"].dim() == 1 else next_tokens(b["labels"]) for b in batches]
+        answers = sum(
+            (answer_count(t) for t in targets), torch.zeros((), dtype=torch.int64, device=self.process.device)
+        )
+        # The flag shares the all-reduce of the count, so that agreeing on errors costs nothing in the usual case.
+        counts = torch.stack([answers, torch.tensor(int(read_error is not None), device=self.process.device)])
+        dist.all_reduce(counts)
+        if counts[1] > 0:
+            with raise_on_all_ranks(f"reading the rows of step {step}"):
+                if read_error is not None:
+                    raise read_error
+        return batches, self.process.world_size * len(batches) / counts[0].clamp_min(1).float()
+
+    def _micro_batches(self, step: int) -> list[dict[str, Tensor]]:
+        device = self.process.device
+        if self.config.data.packing:
+            return [pack(examples, device) for examples in self.data.micro_batches(step - 1)]
+        return [collate(examples, self.pad_id, device) for examples in self.data.micro_batches(step - 1)]
+
+    def _forward_backward(
+        self, step: int, batches: list[dict[str, Tensor]], loss_factor: Tensor, meter: StepMeter
+    ) -> list[Tensor]:
+        """Accumulate the gradients of all micro-batches of a step and return their detached losses."""
+        losses = []
+        for index, batch in enumerate(batches):
+            heartbeat(f"step {step}")
+            self.context.noise = self._router_noise(step, index)
+            targets, logits = batch_logits(self.engine, batch)
+            task_loss = answer_loss(logits, targets, self.config.optimisation.label_smoothing)
+            task_loss = task_loss * loss_factor.to(logits.device)
+            loss = task_loss + self.context.auxiliary_loss()
+            self.engine.backward(loss)
+            losses.append(loss.detach())
+            meter.add(loss.detach(), task_loss.detach(), batch)
+            if index < len(batches) - 1:
+                self.engine.step()  # DeepSpeed counts micro-batches here; the caller makes the last call, which updates
+        return losses
+
+    def _router_noise(self, step: int, micro_batch: int) -> RouterNoise | None:
+        """Return the noise on the router scores of one micro-batch of this rank; None if there is none."""
+        o, run = self.config.optimisation, self.config.run
+        std = linear_decay(o.router_noise, o.router_noise_share, step, self.last_step)
+        return RouterNoise(std, (run.seed, step, micro_batch, self.process.rank)) if std > 0 else None
+
+    def _raise_nonfinite_loss(
+        self, step: int, loss: float, batches: list[dict[str, Tensor]], losses: list[Tensor]
+    ) -> None:
+        bad = next((index for index, value in enumerate(losses) if not value.isfinite()), None)
+        self.context.noise = self._router_noise(step, bad or 0)  # the diagnosis must repeat the same forward
+        finding = explain_nonfinite(self.engine, batches[bad or 0], bad is not None)
+        raise NonFiniteLoss(f"the loss is {loss} at step {step}; {finding}")
+
+    def _raise_nonfinite_gradient(self, step: int, loss: float, batches: list[dict[str, Tensor]]) -> None:
+        self.context.noise = self._router_noise(step, 0)
+        finding = explain_nonfinite(self.engine, batches[0], False)
+        raise NonFiniteLoss(
+            f"the gradient norm is {self.engine.grad_norm} at step {step} although the loss is {loss}: "
+            f"resume from the last checkpoint with a smaller learning rate; {finding}"
+        )
+
+    def _adapt_l1(self, metrics: dict[str, Any]) -> None:
+        """Report the L1 coefficient of this step and set that of the next (router `relu`).
+
+        It follows from metrics of all ranks, so it stays the same on every rank.
+        """
+        if "loss_l1" in metrics:
+            weights = self.context.weights
+            metrics["l1_coef"] = weights.l1
+            rate = self.config.optimisation.l1_rate
+            weights.l1 = adapted_l1(weights.l1, metrics["experts_per_token"], weights.target_k, rate)
+
+    def _report_evaluation(self, step: int) -> dict[str, float]:
+        """Evaluate, measure how routing has changed, report both, and return the metrics of the evaluation."""
         changed = self.probe.changed(self.engine)
         result = self._evaluate(step)
         if result or changed:
@@ -154,100 +255,25 @@ class Trainer:
             return {}
         result = self.evaluator(self.engine.module, f"evaluating after {step} steps")
         if not math.isfinite(result["eval_loss"]):
-            raise NonFiniteLoss(
-                f"the loss of the evaluation after {step} steps is {result['eval_loss']}; "
-                f"{explain_nonfinite(self.engine, self._batches(max(step, 1))[0], False)}"
-            )
+            finding = explain_nonfinite(self.engine, self._micro_batches(max(step, 1))[0], False)
+            raise NonFiniteLoss(f"the evaluation loss after {step} steps is {result['eval_loss']}; {finding}")
         if self.process.is_main:
             tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
         return result
 
-    def _step(self, step: int) -> Report:
-        """One optimizer step: its report, the same on every rank."""
-        started = time.perf_counter()
-        engine = self.engine
-        meter = StepMeter(engine, self.process, detailed=step % self.config.run.detail_every == 0)
-        batches, share = self._agreed_batches(step)
-        losses = []
-        for turn, batch in enumerate(batches):
-            heartbeat(f"step {step}")
-            self.context.noise = self._noise(step, turn)
-            targets, logits = batch_logits(engine, batch)
-            task = answer_loss(logits, targets, self.config.optimisation.label_smoothing) * share.to(logits.device)
-            loss = task + self.context.auxiliary_loss()
-            engine.backward(loss)
-            losses.append(loss.detach())
-            meter.add(loss.detach(), task.detach(), batch)
-            if turn < len(batches) - 1:
-                engine.step()
-        report = meter.report()
-        metrics = report.metrics
-        if not math.isfinite(metrics["loss"]):
-            bad = next((turn for turn, loss in enumerate(losses) if not loss.isfinite()), None)
-            self.context.noise = self._noise(step, bad or 0)
-            raise NonFiniteLoss(
-                f"the loss is {metrics['loss']} at step {step}; {explain_nonfinite(engine, batches[bad or 0], bad is not None)}"
-            )
-        metrics["lr"] = engine.learning_rate
-        self.saver.before_update()
-        engine.step()
-        metrics["grad_norm"] = engine.grad_norm
-        if not math.isfinite(engine.grad_norm) and not engine.overflowed:
-            self.context.noise = self._noise(step, 0)
-            raise NonFiniteLoss(
-                f"the gradient norm is {engine.grad_norm} at step {step} although the loss was {metrics['loss']}: "
-                "go on from the last checkpoint with a smaller learning rate; "
-                f"{explain_nonfinite(engine, batches[0], False)}"
-            )
-        self.context.noise = None
-        self._adapt_l1(metrics)
-        metrics["skipped_steps"] = engine.skipped_steps
-        metrics["tokens_per_second"] = metrics.pop("tokens") / (time.perf_counter() - started)
-        return report
+    def _reduce_flags(self) -> tuple[bool, bool, bool]:
+        """Return whether any rank was asked to stop, every rank has written its checkpoint file, any report failed.
 
-    def _adapt_l1(self, metrics: dict[str, Any]) -> None:
-        """Report the coefficient that the L1 loss had in this step, and set that of the next: from what all ranks routed, so it
-        is the same on all."""
-        if "loss_l1" in metrics:
-            weights = self.context.weights
-            metrics["l1_coef"] = weights.l1
-            rate = self.config.optimisation.l1_rate
-            weights.l1 = adapted_l1(weights.l1, metrics["experts_per_token"], weights.target_k, rate)
-
-    def _noise(self, step: int, turn: int) -> RouterNoise | None:
-        """On the router scores of micro-batch `turn` of this rank."""
-        o, run = self.config.optimisation, self.config.run
-        std = linear_decay(o.router_noise, o.router_noise_share, step, self.last_step)
-        return RouterNoise(std, (run.seed, step, turn, self.process.rank)) if std > 0 else None
-
-    def _batches(self, step: int) -> list[dict[str, Tensor]]:
-        """This rank's micro-batches of an optimizer step (from 1)."""
-        device = self.process.device
-        if self.config.data.packing:
-            return [pack(examples, device) for examples in self.data.micro_batches(step - 1)]
-        return [collate(examples, self.pad_id, device) for examples in self.data.micro_batches(step - 1)]
-
-    def _agreed_batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """This rank's micro-batches, and what a summed loss is multiplied with, so that the engine's mean over ranks and
-        micro-batches becomes the mean over the answers of the whole optimizer step.
-
-        Raises:
-            UserError: on a rank that cannot read a row; PeerError on the others.
+        Ranks must act on signals, finished checkpoint threads and failed writes in the same step, else they would wait in
+        different collectives.
         """
-        batches: list[dict[str, Tensor]] = []
-        unread: UserError | None = None
-        try:
-            batches = self._batches(step)
-        except UserError as error:
-            unread = error
-        targets = [b["labels"] if b["labels"].dim() == 1 else next_tokens(b["labels"]) for b in batches]
-        answers = sum(
-            (answer_count(t) for t in targets), torch.zeros((), dtype=torch.int64, device=self.process.device)
-        )
-        counts = torch.stack([answers, torch.tensor(int(unread is not None), device=self.process.device)])
-        dist.all_reduce(counts)
-        if counts[1] > 0:
-            with raise_on_all_ranks(f"reading the rows of step {step}"):
-                if unread is not None:
-                    raise unread
-        return batches, self.process.world_size * len(batches) / counts[0].clamp_min(1).float()
+        own = [self.stop.requested, self.saver.done, self.monitor.failed]
+        flags = torch.tensor(own, dtype=torch.int64, device=self.process.device)
+        dist.all_reduce(flags)
+        stop_requested, written, report_failed = flags.tolist()
+        return stop_requested > 0, written == self.process.world_size, report_failed > 0
+
+    def _check_reports(self) -> None:
+        """Raise UserError on the rank that could not write its reports and PeerError on the others; every rank calls it."""
+        with raise_on_all_ranks("writing the reports"):
+            self.monitor.check()

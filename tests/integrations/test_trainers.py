@@ -61,7 +61,7 @@ def our_gradients(config: str, *overrides: str) -> tuple[Gradients, list[list[di
         update()
 
     engine.step = step
-    trainer._step(1)
+    trainer._train_step(1)
     trainer.monitor.close()
     batches = [
         [{"input_ids": example.input_ids, "labels": example.labels} for example in micro_batch]

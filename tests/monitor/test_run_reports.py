@@ -179,7 +179,7 @@ def test_where_reports_cannot_be_written_all_ranks_stop_and_nothing_is_lost(tmp_
     config = config_of(make_folder(tmp_path), optimisation={"max_steps": 50}, run={"save_every": 2})
     said = ranks2.run(write_no_more_than, 200_000, str(config), "data.eval=null", "run.detail_every=1")
     assert said[0].startswith("UserError: cannot write the reports of the run in ") and "File too large" in said[0]
-    assert said[1].startswith("PeerError: rank 0 failed while reporting")
+    assert said[1].startswith("PeerError: rank 0 failed while writing the reports")
     reported = len(list(read_lines(tmp_path / "run" / "metrics.jsonl")))
     assert 2 < reported < 50
     # The step whose report failed is not saved, every one before it is.
