@@ -1,4 +1,4 @@
-"""JSON lines of a run: what a crash may leave, and what a full disk does."""
+"""JSON-lines files of a run after a crash and on a full disk."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in read_lines(path)]
 
 
-def test_later_lines_and_one_cut_off_are_dropped(tmp_path: Path) -> None:
+def test_later_and_incomplete_lines_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonLines(path, 0)
     for step in (1, 2, 3):
@@ -30,7 +30,7 @@ def test_later_lines_and_one_cut_off_are_dropped(tmp_path: Path) -> None:
     assert steps(path) == [1, 2, 3]
 
 
-def test_what_is_no_number_is_null_however_deep(tmp_path: Path) -> None:
+def test_nonfinite_numbers_become_null(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "x.jsonl", 0)
     lines.append(1, {"norm": float("inf"), "parts": {"A": float("nan"), "B": [1.0, float("-inf")]}})
     lines.close()
@@ -41,9 +41,9 @@ def test_what_is_no_number_is_null_however_deep(tmp_path: Path) -> None:
     }
 
 
-def test_a_full_disk_is_an_error_once() -> None:
+def test_close_does_not_retry_a_failed_write() -> None:
     lines = JsonLines.__new__(JsonLines)
     lines._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         lines.append(1, {"loss": 1.0})
-    lines.close()  # nothing was kept back that would fail again
+    lines.close()  # nothing is buffered that could fail again

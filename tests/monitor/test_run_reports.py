@@ -1,4 +1,4 @@
-"""What a run says of its routing: every number that is promised, the same for any number of ranks, true by other means."""
+"""Reports of a run: all documented metrics exist, agree with each other, and do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def config_of(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Three rows to evaluate on: of two ranks one has a row that it must not count."""
+    """Write a config with three evaluation rows, so that one of two ranks gets a padding row that must not count."""
     sections["data"] = {"eval_limit": 3} | sections.get("data", {})
     optimisation = {"max_steps": 4, "global_batch_size": 8} | sections.pop("optimisation", {})
     return make_config(
@@ -53,7 +53,7 @@ def run(folder: Path, ranks2: LocalRanks) -> Path:
     return folder / "run"
 
 
-def test_tensorboard_has_every_promised_tag(run: Path) -> None:
+def test_tensorboard_has_all_documented_tags(run: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0, "images": 0})
     events.Reload()
     tags = events.Tags()
@@ -77,17 +77,17 @@ def test_tensorboard_has_every_promised_tag(run: Path) -> None:
     assert (image.width, image.height) == (16 * EXPERTS, 16 * LAYERS)
 
 
-def test_every_line_of_the_layout_exists(run: Path) -> None:
+def test_layout_matches_existing_tags(run: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = [(chart.title, pattern) for c in layout.category for chart in c.chart for pattern in chart.multiline.tag]
     assert len(charts) > 7 * len(PROJECTIONS)
-    for title, pattern in charts:  # matched as TensorBoard does it
-        assert any(re.match(pattern, tag) for tag in events.Tags()["scalars"]), f"{title}: nothing matches {pattern}"
+    for title, pattern in charts:  # re.match, as TensorBoard does
+        assert any(re.match(pattern, tag) for tag in events.Tags()["scalars"]), f"{title}: no tag matches {pattern}"
 
 
-def test_routing_agrees_with_what_every_step_counts(run: Path) -> None:
+def test_routing_statistics_agree_with_step_metrics(run: Path) -> None:
     steps = {step["step"]: step for step in lines(run / "metrics.jsonl")}
     routing = lines(run / "routing.jsonl")
     assert [report["step"] for report in routing] == [2, 4]
@@ -107,7 +107,7 @@ def test_routing_agrees_with_what_every_step_counts(run: Path) -> None:
     assert "dead_experts" not in steps[1]
 
 
-def test_one_rank_reports_what_two_do(run: Path, folder: Path) -> None:
+def test_one_rank_reports_the_same_as_two(run: Path, folder: Path) -> None:
     with LocalRanks(1) as alone:
         overrides = ["parallelism.ep_size=1", f"run.output_dir={folder / 'alone'}"]
         alone.run(run_training, str(config_of(folder)), *overrides)
@@ -135,7 +135,7 @@ GRADIENTS = [
 
 
 @pytest.mark.parametrize(("ds_config", "ep_size", "precision"), GRADIENTS)
-def test_the_parts_of_the_gradient_make_the_whole(
+def test_gradient_norms_by_part_add_up(
     folder: Path, ranks2: LocalRanks, ds_config: str, ep_size: int, precision: str
 ) -> None:
     out = folder / f"{ds_config}_{ep_size}_{precision}"
@@ -148,7 +148,7 @@ def test_the_parts_of_the_gradient_make_the_whole(
     assert parts["head"] == 0 and all(parts[part] > 0 for part in PARTS if part != "head")
 
 
-def test_a_trained_head_is_a_part(tmp_path: Path, ranks2: LocalRanks) -> None:
+def test_trained_head_has_its_gradient_norm(tmp_path: Path, ranks2: LocalRanks) -> None:
     make_folder(tmp_path)
     make_data(tmp_path / "train.jsonl", 60, "sequence_classification")
     make_data(tmp_path / "eval.jsonl", 12, "sequence_classification")
@@ -160,13 +160,13 @@ def test_a_trained_head_is_a_part(tmp_path: Path, ranks2: LocalRanks) -> None:
     assert total == pytest.approx(metrics["grad_norm"], rel=1e-4)
 
 
-def test_without_an_evaluation_set_the_probe_is_of_the_training_set(folder: Path, ranks2: LocalRanks) -> None:
+def test_probe_uses_the_training_set_without_an_evaluation_set(folder: Path, ranks2: LocalRanks) -> None:
     out = folder / "no_eval"
     ranks2.run(run_training, str(config_of(folder)), "data.eval=null", f"run.output_dir={out}")
     assert [set(line) for line in lines(out / "evaluations.jsonl")] == [{"step", "support_changed"}] * 2
 
 
-def test_an_adapted_head_reads_the_positions_of_answers_only(tmp_path: Path, ranks2: LocalRanks) -> None:
+def test_adapted_head_routes_answer_positions_only(tmp_path: Path, ranks2: LocalRanks) -> None:
     config = config_of(make_folder(tmp_path), optimisation={"max_steps": 2})
     ranks2.run(run_training, str(config), "adapter.target_modules=[q_proj, lm_head]", "parallelism.deepspeed=zero1")
     (routing,) = lines(tmp_path / "run" / "routing.jsonl")
@@ -175,14 +175,14 @@ def test_an_adapted_head_reads_the_positions_of_answers_only(tmp_path: Path, ran
     assert len(lines(tmp_path / "run" / "evaluations.jsonl")) == 2
 
 
-def test_where_reports_cannot_be_written_all_ranks_stop_and_nothing_is_lost(tmp_path: Path, ranks2: LocalRanks) -> None:
+def test_failed_report_stops_all_ranks_and_keeps_checkpoints(tmp_path: Path, ranks2: LocalRanks) -> None:
     config = config_of(make_folder(tmp_path), optimisation={"max_steps": 50}, run={"save_every": 2})
     said = ranks2.run(write_no_more_than, 200_000, str(config), "data.eval=null", "run.detail_every=1")
     assert said[0].startswith("UserError: cannot write the reports of the run in ") and "File too large" in said[0]
     assert said[1].startswith("PeerError: rank 0 failed while writing the reports")
     reported = len(list(read_lines(tmp_path / "run" / "metrics.jsonl")))
     assert 2 < reported < 50
-    # The step whose report failed is not saved, every one before it is.
+    # The latest checkpoint is from before the step whose report failed.
     assert read_manifest(newest(tmp_path / "run")[0]).step == (reported - 1) // 2 * 2
     ranks2.run(run_training, str(config), f"optimisation.max_steps={reported + 2}", "run.resume=auto")
     assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, reported + 3))

@@ -1,4 +1,4 @@
-"""The adapter of a 2-rank, EP-2 run is whole and portable: one process loads it and computes the same."""
+"""The adapter exported from 2 ranks with ep_size 2 is complete and computes the same logits in one process."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ IDS = torch.arange(2, 26).view(3, 8)
 
 
 def train_and_export(path: str, overrides: list[str], out: str) -> Any:
-    """Two optimizer steps that move everything, then the adapter and, on each rank, the logits of the trained model."""
+    """Run two optimizer steps, export the adapter, and return the logits of the trained model; runs on a rank."""
     config, process = load_config(path, overrides), start()
     ds_config = resolve_ds_config(
         load_ds_config(config.parallelism.deepspeed),
@@ -35,7 +35,7 @@ def train_and_export(path: str, overrides: list[str], out: str) -> Any:
         precision=config.parallelism.precision,
         ep_size=2,
     )
-    # With the default threshold tiny parameters are never partitioned.
+    # Below the default threshold, parameters as small as these are not partitioned.
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     model = build_model(config, expert_parallel(2), process, stage_of(ds_config), 0)
     engine = Engine(model, ds_config, config.optimisation, total_steps=2)
@@ -53,20 +53,20 @@ def train_and_export(path: str, overrides: list[str], out: str) -> Any:
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
-def test_one_process_loads_what_two_ranks_trained(tmp_path: Path, ranks2: LocalRanks, stage: int, task: str) -> None:
+def test_adapter_of_two_ranks_loads_in_one_process(tmp_path: Path, ranks2: LocalRanks, stage: int, task: str) -> None:
     make_backbone(tmp_path / "backbone")
     make_data(tmp_path / "train.jsonl", 8, task)
     config = make_config(tmp_path, backbone={"task": task}, optimisation={"learning_rate": 0.05})
     trained = ranks2.run(
         train_and_export, str(config), [f"parallelism.deepspeed=zero{stage}"], str(tmp_path / "adapter")
     )
-    torch.testing.assert_close(trained[0], trained[1])  # not bit for bit: a rank adds what comes to what it holds
+    torch.testing.assert_close(trained[0], trained[1])  # not bitwise: ranks sum their experts in different orders
 
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     banks = {name: tensor for name, tensor in saved.items() if "lora_" in name}
     assert len(banks) == 2 * 2 * 7 and {len(tensor) for tensor in banks.values()} == {4}
     for name, tensor in banks.items():
-        assert all(expert.abs().sum() > 0 for expert in tensor), f"{name}: an expert of it is empty"
+        assert all(expert.abs().sum() > 0 for expert in tensor), f"{name}: an expert is zero"
 
     if task == "causal_lm":
         backbone = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone", dtype=torch.float32)
@@ -89,7 +89,7 @@ def test_one_process_loads_what_two_ranks_trained(tmp_path: Path, ranks2: LocalR
         assert text
 
 
-def test_training_goes_on_from_an_exported_adapter_under_another_topology(tmp_path: Path, ranks2: LocalRanks) -> None:
+def test_exported_adapter_initializes_training_under_another_topology(tmp_path: Path, ranks2: LocalRanks) -> None:
     make_backbone(tmp_path / "backbone")
     make_data(tmp_path / "train.jsonl", 8)
     config = make_config(tmp_path, optimisation={"learning_rate": 0.05})

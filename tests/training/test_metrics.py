@@ -1,4 +1,4 @@
-"""What a run says it sent: by kind at every step, by input group now and then, in metrics.jsonl and TensorBoard."""
+"""Reported communication: by kind at every step, by input group in detailed steps, in metrics.jsonl and TensorBoard."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.small_run import make_config, make_folder, run_training
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_was_sent_is_reported(tmp_path: Path, ranks2: LocalRanks, checkpointing: bool) -> None:
+def test_sent_elements_are_reported_by_kind_and_group(tmp_path: Path, ranks2: LocalRanks, checkpointing: bool) -> None:
     config = make_config(
         make_folder(tmp_path),
         data={"eval": None},
@@ -28,16 +28,16 @@ def test_what_was_sent_is_reported(tmp_path: Path, ranks2: LocalRanks, checkpoin
         assert tuple(kinds) == KINDS and sum(kinds.values()) == step["wire_elements"]
         assert kinds["rows"] > 0 and kinds["sums"] > 0 == kinds["weights"]
         assert kinds["grad_sums"] == kinds["sums"] and kinds["grad_gates"] == kinds["gates"]
-        # 2 micro-batches of 2 ranks, 8 groups: 3 + 1 + 2 + 1 linears a layer, 2 experts a rank.
+        # 2 micro-batches on each of 2 ranks; 8 groups with 3 + 1 + 2 + 1 linears per layer; 2 experts per rank.
         assert kinds["counts"] == 2 * 2 * 2 * ((3 + 1 + 2 + 1) * (1 + 2) + 4 * 2)
         if checkpointing:
             assert [kinds[f"again_{kind}"] for kind in FORWARD] == [kinds[kind] for kind in FORWARD]
             assert kinds["grad_rows"] == kinds["rows"]
         else:
             assert sum(kinds[f"again_{kind}"] for kind in FORWARD) == 0
-            # q, k, v of the first layer read the embeddings, which need no gradient.
+            # The input of q, k and v in the first layer, the embeddings, needs no gradient.
             assert 0 < kinds["grad_rows"] < kinds["rows"]
-        # bfloat16 rows and sums, float32 gates, and integers of eight bytes.
+        # Rows and sums are bfloat16, gates float32, counts int64.
         narrow = sum(n for kind, n in kinds.items() if kind.endswith(("rows", "sums")))
         wide = sum(n for kind, n in kinds.items() if kind.endswith("gates"))
         assert step["wire_bytes"] == 2 * narrow + 4 * wide + 8 * kinds["counts"]

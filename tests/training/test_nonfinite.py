@@ -1,4 +1,4 @@
-"""A gradient that is no number stops every rank at every ZeRO stage, although the loss was finite."""
+"""A non-finite gradient stops every rank at every ZeRO stage, even if the loss is finite."""
 
 import json
 import time
@@ -19,7 +19,13 @@ from tests.small_run import make_backbone, make_config, make_data, run_training
 
 
 def train_with_broken_gradients(path: str, *overrides: str, only_if: Sequence[bool] = (True,)) -> str:
-    """NaN in the gradients of the adapters on rank 1, as soon as `only_if` holds something; returns what the run raised."""
+    """Train with NaN in the adapter gradients of rank 1, and return the message of the error that the run raises.
+
+    Args:
+        path: of the config.
+        overrides: of the config.
+        only_if: gradients are broken while this is not empty.
+    """
     original = InputGroup.start
 
     def start(self: InputGroup, member: MoELinear, x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -39,11 +45,11 @@ def train_with_broken_gradients(path: str, *overrides: str, only_if: Sequence[bo
             run_training(path, *overrides)
         except NonFiniteLoss as error:
             return str(error)
-    return "it went on"
+    return "no error was raised"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_gradient_that_is_no_number_stops_all_ranks(tmp_path: Path, ranks2: LocalRanks, stage: int) -> None:
+def test_nonfinite_gradient_stops_all_ranks(tmp_path: Path, ranks2: LocalRanks, stage: int) -> None:
     make_backbone(tmp_path / "backbone")
     make_data(tmp_path / "train.jsonl", 20)
     config = make_config(tmp_path, data={"eval": None})
@@ -52,7 +58,7 @@ def test_a_gradient_that_is_no_number_stops_all_ranks(tmp_path: Path, ranks2: Lo
 
 
 @pytest.mark.parametrize("fp16", [{"initial_scale_power": 2, "hysteresis": 1}, {"loss_scale": 4}])
-def test_also_in_fp16_once_no_smaller_loss_scale_is_left(
+def test_nonfinite_gradient_stops_fp16_at_the_minimum_loss_scale(
     tmp_path: Path, ranks2: LocalRanks, fp16: dict[str, int]
 ) -> None:
     make_backbone(tmp_path / "backbone")
@@ -61,13 +67,13 @@ def test_also_in_fp16_once_no_smaller_loss_scale_is_left(
     ds_config = tmp_path / "zero.json"
     ds_config.write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": fp16}))
     overrides = [f"parallelism.deepspeed={ds_config}", "parallelism.precision=fp16"]
-    at = 1 if "loss_scale" in fp16 else 3  # the scale is 4, 2, 1
+    at = 1 if "loss_scale" in fp16 else 3  # the dynamic scale falls from 4 to 2 to 1 first
     for said in ranks2.run(train_with_broken_gradients, str(config), *overrides):
         assert "gradient norm is" in said and f"at step {at} " in said
 
 
 def save_then_break(path: str, *overrides: str) -> str:
-    """The gradients break in the step after the first checkpoint was begun, while it is still being written."""
+    """Train with gradients that become NaN in the step after the first checkpoint starts, while it is still being written."""
     armed: list[bool] = []
     save, write = Saver.save, Saver._write
 
@@ -82,14 +88,14 @@ def save_then_break(path: str, *overrides: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "save", save_and_arm)
         patch.setattr(Saver, "_write", write_slowly)
-        patch.setattr(Saver, "before_update", lambda self: None)  # what is copied late here is not what is tested
+        patch.setattr(Saver, "before_update", lambda self: None)  # do not wait for the slow write
         try:
             return train_with_broken_gradients(path, *overrides, only_if=armed)
         finally:
             assert armed
 
 
-def test_a_checkpoint_under_way_is_finished_first(tmp_path: Path, ranks2: LocalRanks) -> None:
+def test_pending_checkpoint_is_finished_before_the_error(tmp_path: Path, ranks2: LocalRanks) -> None:
     make_backbone(tmp_path / "backbone")
     make_data(tmp_path / "train.jsonl", 20)
     config = make_config(tmp_path, data={"eval": None}, run={"save_every": 1})

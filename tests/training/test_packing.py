@@ -1,4 +1,4 @@
-"""Sequences that follow each other in one row train as they do one below the other."""
+"""Packed sequences train with the same gradients as padded ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.integrations.test_trainers import move, our_gradients
 from tests.small_run import make_config, make_folder
 
 
-def test_a_row_of_several() -> None:
+def test_pack_concatenates_sequences_and_restarts_positions() -> None:
     batch = pack([Encoded([5, 6, 7], [5, 6, 7]), Encoded([8], [8]), Encoded([9, 4], [IGNORED, 4])], torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
@@ -29,13 +29,15 @@ def test_a_row_of_several() -> None:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_the_gradients_are_those_of_padded_rows(tmp_path: Path, ranks1: LocalRanks, text: bool) -> None:
-    """All losses included, with routing replayed in the backward; of answers, and of plain texts, whose first token nobody
-    predicts."""
+def test_gradients_equal_those_of_padded_rows(tmp_path: Path, ranks1: LocalRanks, text: bool) -> None:
+    """With all losses, and with routing replayed in the recomputation.
+
+    Plain texts differ from answers in that their first token is not a target.
+    """
     make_folder(tmp_path)
     adapter = LdMoleConfig(num_experts=4, r=2, lambda_hidden=16, lora_dropout=0.0, task_type="CAUSAL_LM")
     model = get_peft_model(load_backbone(str(tmp_path / "backbone"), "causal_lm", "fp32"), adapter)
-    move(model).save_pretrained(tmp_path / "adapter")  # away from its start, where gradients vanish
+    move(model).save_pretrained(tmp_path / "adapter")  # perturbed: at initialization some gradients are 0
     config = make_config(
         tmp_path,
         adapter={"init_from": str(tmp_path / "adapter")},
@@ -63,6 +65,6 @@ def test_the_gradients_are_those_of_padded_rows(tmp_path: Path, ranks1: LocalRan
         (["backbone.attention=flex_attention"], "was not tested with backbone.attention=flex_attention"),
     ],
 )
-def test_what_cannot_be_packed(tmp_path: Path, overrides: list[str], said: str) -> None:
+def test_unsupported_packing_is_rejected(tmp_path: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_config(str(make_config(tmp_path)), ["data.packing=true", *overrides])

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint ends bit for bit where the uninterrupted one does, dropout and data order included."""
+"""A resumed run ends with bitwise the same result as an uninterrupted one, including dropout and the order of the data."""
 
 import json
 import shutil
@@ -25,7 +25,9 @@ CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.full) for case in FULL 
 
 
 @pytest.mark.parametrize(("ds_config", "ep_size", "precision"), CASES)
-def test_resume_is_exact(folder: Path, ranks2: LocalRanks, ds_config: str, ep_size: int, precision: str) -> None:
+def test_resume_is_bitwise_exact(
+    folder: Path, ranks2: LocalRanks, ds_config: str, ep_size: int, precision: str
+) -> None:
     check_resume(folder, ranks2, ds_config, ep_size, precision)
 
 
@@ -40,13 +42,13 @@ def test_resume_with_a_trained_head(tmp_path: Path, ranks2: LocalRanks, ds_confi
 
 
 @pytest.mark.full
-def test_resume_with_a_coefficient_that_adapts(tmp_path: Path, ranks2: LocalRanks) -> None:
+def test_resume_with_an_adaptive_coefficient(tmp_path: Path, ranks2: LocalRanks) -> None:
     changes = {"adapter": {"router": "relu"}, "optimisation": {"l1_coef": 0.5, "l1_rate": 2.0}}
     check_resume(make_folder(tmp_path), ranks2, "zero2", 2, "fp32", **changes)
 
 
 def reported(run: Path) -> tuple[list[float], list[Any], list[Any]]:
-    """Losses, routing and evaluations, as a reader who knows no NaN reads them."""
+    """Return losses, routing and evaluations of a run; NaN in the files, which JSON lacks, fails the test."""
 
     def lines(name: str) -> list[dict[str, Any]]:
         text = (run / name).read_text()
@@ -71,11 +73,11 @@ def check_resume(
         "run.eval_every=2",
     ]
     uninterrupted = ranks2.run(run_training, str(config), *overrides)
-    whole = load_file(run / "adapter" / "adapter_model.safetensors")
+    expected = load_file(run / "adapter" / "adapter_model.safetensors")
     losses, routing, evaluations = reported(run)
     assert [len(losses), len(routing), len(evaluations)] == [6, 6, 4]
 
-    # As after a crash between the checkpoint and the end.
+    # The state after a crash between the checkpoint and the end of the run.
     shutil.rmtree(run / "checkpoints" / "step_00000006")
     shutil.rmtree(run / "adapter")
     with (run / "metrics.jsonl").open("a") as metrics:
@@ -85,6 +87,6 @@ def check_resume(
     assert resumed == uninterrupted
     assert reported(run) == (losses, routing, evaluations)
     again = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert again.keys() == whole.keys()
-    for name, tensor in whole.items():
+    assert again.keys() == expected.keys()
+    for name, tensor in expected.items():
         assert again[name].equal(tensor), name

@@ -1,4 +1,4 @@
-"""Noise on the router scores of a run: from the seed, falling, replayed under recomputation and by a run that goes on."""
+"""Router noise depends on the seed, decreases, and is repeated by recomputation and by a resumed run."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def losses(ranks: LocalRanks, config: Path, name: str, *overrides: str) -> list[
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_noise_is_of_the_seed_and_the_same_in_a_recomputation(ranks2: LocalRanks, config: Path) -> None:
+def test_recomputation_repeats_the_noise(ranks2: LocalRanks, config: Path) -> None:
     recomputed = losses(ranks2, config, "recomputed")
     kept = losses(ranks2, config, "kept", "parallelism.gradient_checkpointing=false")
     assert recomputed == pytest.approx(kept, rel=1e-6)
@@ -30,7 +30,7 @@ def test_noise_is_of_the_seed_and_the_same_in_a_recomputation(ranks2: LocalRanks
     assert recomputed[0] != quiet[0]
 
 
-def test_a_run_that_goes_on_draws_what_it_would_have(ranks2: LocalRanks, config: Path) -> None:
-    whole = losses(ranks2, config, "whole", "run.save_every=2")
+def test_resumed_run_repeats_the_noise(ranks2: LocalRanks, config: Path) -> None:
+    uninterrupted = losses(ranks2, config, "whole", "run.save_every=2")
     shutil.rmtree(config.parent / "whole" / "checkpoints" / "step_00000004")
-    assert losses(ranks2, config, "whole", "run.save_every=2") == whole
+    assert losses(ranks2, config, "whole", "run.save_every=2") == uninterrupted
