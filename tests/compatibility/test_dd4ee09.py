@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ldmole_dist.cli import main
 from ldmole_dist.config import load_config
 from ldmole_dist.generation.continuations import load_generator
-from ldmole_dist.model.saved import find_subject
+from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.report.movement import last_step, read_curves
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import run_training
@@ -46,7 +46,7 @@ def test_adapter_computes_the_recorded_logits(loader: str) -> None:
         backbone = AutoModelForCausalLM.from_pretrained(FROZEN / "backbone", dtype=torch.float32)
         model: Any = PeftModel.from_pretrained(backbone, FROZEN / "run" / "adapter").eval()
     else:
-        model, _ = load_generator(find_subject(str(FROZEN / "run"), str(FROZEN / "backbone")), "fp32")
+        model, _ = load_generator(find_saved_model(str(FROZEN / "run"), str(FROZEN / "backbone")), "fp32")
     input_ids = recorded["input_ids"].to(model.device)
     with torch.no_grad():
         logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
