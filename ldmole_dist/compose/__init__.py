@@ -1,1 +1,1 @@
-"""Adapters made of other adapters."""
+"""LD-MoLE adapters composed of existing LoRA adapters."""

@@ -1,7 +1,7 @@
-"""An LD-MoLE adapter whose experts are LoRA adapters that exist already; only its routers are left to train.
+"""LD-MoLE adapter whose experts are existing LoRA adapters; only its routers are left to train.
 
-Expert e of a linear is s_e B_e A_e of the e-th LoRA adapter; one that does not adapt the linear changes nothing there. Smaller
-ranks are filled up with zeros, which change nothing either.
+Expert e of a linear is s_e B_e A_e of the e-th LoRA adapter, and zero if that adapter does not adapt the linear. Smaller LoRA
+ranks are padded with zeros, which does not change the product.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from ldmole_dist.tuner.model import LdMoleLinear, adapter_keys, tuner_of
 
 
 class Expert(NamedTuple):
-    """What one LoRA adapter has for one linear.
+    """Weights of one LoRA adapter for one linear of D inputs and O outputs.
 
     Args:
-        A_key: name of A (R, D) in its file.
-        B_key: name of B (O, R).
-        rank: R.
-        scaling: what B A is multiplied with.
+        A_key: key of A (R, D) in the adapter's file.
+        B_key: key of B (O, R).
+        r: LoRA rank R.
+        scaling: factor of B A.
     """
 
     A_key: str
     B_key: str
-    rank: int
+    r: int
     scaling: float
 
 
-class Lora(NamedTuple):
-    """A LoRA adapter that can be an expert.
+class LoraAdapter(NamedTuple):
+    """LoRA adapter that can be an expert.
 
     Args:
-        folder: of it.
-        backbone: that it was made for.
-        experts: by the linear's name in the backbone.
+        folder: folder of the adapter.
+        backbone: backbone of the adapter.
+        experts: weights for each linear, by the linear's name in the backbone.
     """
 
     folder: Path
@@ -66,38 +66,38 @@ def compose(
     top_k: int = 2,
     router_input: str = "layer",
 ) -> LdMoleConfig:
-    """Write the adapter; one bank is in memory at a time.
+    """Write an LD-MoLE adapter composed of LoRA adapters. One expert tensor at a time is in memory.
 
     Args:
-        output: folder to make.
+        output: folder to create.
         adapters: folders of LoRA adapters.
-        backbone: path of the backbone, if it is not where they say.
+        backbone: path of the backbone; None uses the one in the adapters' configs.
         router: see `LdMoleConfig`.
-        top_k: see there.
-        router_input: see there.
+        top_k: see `LdMoleConfig`.
+        router_input: see `LdMoleConfig`.
 
     Returns:
-        The config of what was written.
+        The config of the new adapter.
 
     Raises:
-        UserError: where an adapter cannot be an expert, the adapters do not go together, or the folder exists.
+        UserError: if an adapter cannot be an expert, the adapters do not match, or the folder exists or cannot be written.
     """
     folder = Path(output)
     if folder.exists():
-        raise UserError(f"{output} exists already: remove it or choose another folder")
-    path = backbone or _config_of(adapters[0]).base_model_name_or_path
+        raise UserError(f"{output} already exists; remove it or choose another folder.")
+    path = backbone or _load_config(adapters[0]).base_model_name_or_path
     if not path:
-        raise UserError(f"the adapter in {adapters[0]} does not say what its backbone is: give --backbone")
-    loras = [_lora(name, path, given=backbone is not None) for name in adapters]
-    names = list(dict.fromkeys(name for lora in loras for name in lora.experts))
-    rank = max(expert.rank for lora in loras for expert in lora.experts.values())
+        raise UserError(f"the config of the adapter {adapters[0]} names no backbone; set --backbone.")
+    loras = [_load_lora(name, path, explicit=backbone is not None) for name in adapters]
+    linear_names = list(dict.fromkeys(name for lora in loras for name in lora.experts))
+    r = max(expert.r for lora in loras for expert in lora.experts.values())
     try:
         config = LdMoleConfig(
-            r=rank,
-            lora_alpha=rank,  # each expert's own scaling is in its B
+            r=r,
+            lora_alpha=r,  # scaling 1: each expert's own scaling is multiplied into its B
             lora_dropout=0.0,
             num_experts=len(loras),
-            target_modules=names,
+            target_modules=linear_names,
             router=router,
             top_k=top_k,
             router_input=router_input,
@@ -107,29 +107,34 @@ def compose(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    model: Any = new_adapter(_skeleton(path), config)
+    model: Any = new_adapter(_meta_backbone(path), config)
     keys = adapter_keys(model)
     linears = {module.name: module for module in model.modules() if isinstance(module, LdMoleLinear)}
-    banks: dict[str, tuple[str, str]] = {}  # name of a parameter -> linear, "A" or "B"
+    expert_parameters: dict[str, tuple[str, str]] = {}  # name of a parameter -> (linear, "A" or "B")
     for linear_path, module in model.named_modules():
         if isinstance(module, LdMoleLinear):
-            banks |= {
+            expert_parameters |= {
                 f"{linear_path}.lora_A.default": (module.name, "A"),
                 f"{linear_path}.lora_B.default": (module.name, "B"),
             }
-    _draw_routers(model, linears, config)
+    _initialize_routers(model, linears, config)
     parameters = dict(model.named_parameters())
     entries = [Entry(key, tuple(parameters[name].shape), torch.float32) for name, key in keys.items()]
     with write_errors(f"the adapter {folder}"), atomic_folder(folder) as unfinished:
         config.inference_mode = True
         config.save_pretrained(str(unfinished))
-        values = (_bank(loras, *banks[n], parameters[n]) if n in banks else parameters[n].detach() for n in keys)
+        values = (
+            _stack_experts(loras, *expert_parameters[name], parameters[name])
+            if name in expert_parameters
+            else parameters[name].detach()
+            for name in keys
+        )
         write_tensors(unfinished / SAFETENSORS_WEIGHTS_NAME, entries, values, METADATA)
     return config
 
 
-def _draw_routers(model: Any, linears: dict[str, LdMoleLinear], config: LdMoleConfig) -> None:
-    """Give routers and lambda-MLPs, which have no values on the meta device, those that a new adapter would have."""
+def _initialize_routers(model: Any, linears: dict[str, LdMoleLinear], config: LdMoleConfig) -> None:
+    """Move routers and lambda-MLPs from the meta device to the CPU, with the initial values of a new adapter."""
     for name, linear in linears.items():
         router: Any = linear.router["default"].to_empty(device="cpu")
         router.reset(seeded(config.init_seed, name, "router"))
@@ -137,57 +142,62 @@ def _draw_routers(model: Any, linears: dict[str, LdMoleLinear], config: LdMoleCo
         mlp.to_empty(device="cpu").reset(seeded(config.init_seed, "lambda_mlp", int(in_features)), config.lambda_init)
 
 
-def _bank(loras: Sequence[Lora], linear: str, part: str, like: Tensor) -> Tensor:
-    """(E, R, D) of A or (E, O, R) of B."""
-    bank = torch.zeros(like.shape)
-    for number, lora in enumerate(loras):
+def _stack_experts(loras: Sequence[LoraAdapter], linear: str, part: str, like: Tensor) -> Tensor:
+    """Return A (E, R, D) or B (E, O, R) of all experts of a linear, with the shape of `like`."""
+    stacked = torch.zeros(like.shape)
+    for index, lora in enumerate(loras):
         if (expert := lora.experts.get(linear)) is not None:
             with safe_open(lora.folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
                 if part == "A":
-                    bank[number, : expert.rank] = file.get_tensor(expert.A_key).float()
+                    stacked[index, : expert.r] = file.get_tensor(expert.A_key).float()
                 else:
-                    bank[number, :, : expert.rank] = file.get_tensor(expert.B_key).float() * expert.scaling
-    return bank
+                    stacked[index, :, : expert.r] = file.get_tensor(expert.B_key).float() * expert.scaling
+    return stacked
 
 
-def _config_of(folder: str) -> LoraConfig:
+def _load_config(folder: str) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"there is no adapter that can be read in {folder!r}: {error}") from error
+        raise UserError(f"cannot read an adapter from {folder!r} ({error}); check the path.") from error
     if type(config) is not LoraConfig:
-        raise UserError(f"the adapter in {folder!r} is {config.peft_type}: only LoRA adapters can be experts")
+        raise UserError(f"the adapter {folder!r} is of type {config.peft_type}; only LoRA adapters can be experts.")
     return config
 
 
-def _lora(folder: str, backbone: str, given: bool) -> Lora:
-    config = _config_of(folder)
-    refused = {
+def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
+    """Read the config and the shapes of a LoRA adapter.
+
+    Args:
+        folder: folder of the adapter.
+        backbone: path of the backbone.
+        explicit: whether the user set the backbone; if not, the adapter's config must name the same one.
+    """
+    config = _load_config(folder)
+    unsupported = {
         "DoRA": config.use_dora,
         f"bias={config.bias!r}": config.bias != "none" or config.lora_bias,
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
         "target_parameters": config.target_parameters,
     }
-    if found := [name for name, value in refused.items() if value]:
+    if found := [name for name, value in unsupported.items() if value]:
+        raise UserError(f"the adapter {folder!r} uses {', '.join(found)}; only plain LoRA can be an expert.")
+    if not explicit and config.base_model_name_or_path != backbone:
         raise UserError(
-            f"the adapter in {folder!r} has {', '.join(found)}, which no expert can have: it must be plain LoRA"
-        )
-    if not given and config.base_model_name_or_path != backbone:
-        raise UserError(
-            f"the adapter in {folder!r} is for {config.base_model_name_or_path}, the first one for {backbone}: give adapters "
-            "of one backbone, or --backbone where that is only another path of the same"
+            f"the adapter {folder!r} is for {config.base_model_name_or_path}, but the first adapter is for {backbone}; use "
+            "adapters of one backbone, or set --backbone if both are paths of the same one."
         )
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     try:
         with safe_open(path, "pt") as file:
-            # A safetensors file has keys() only.
+            # safe_open objects are not iterable.
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    # PEFT itself says what the config means: patterns of ranks and alphas, layers, rank-stabilised scaling.
+        raise UserError(f"cannot read {path} ({error}); copy the adapter again.") from error
+    # PEFT resolves the config: patterns of ranks and alphas, layer selection, rank-stabilized scaling.
     config.init_lora_weights = False
-    model: Any = get_peft_model(_skeleton(backbone), config)
+    model: Any = get_peft_model(_meta_backbone(backbone), config)
     experts = {}
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
@@ -197,19 +207,20 @@ def _lora(folder: str, backbone: str, given: bool) -> Lora:
                 module.r["default"],
                 module.scaling["default"],
             )
-            plain = type(module) is LoraLinear and not getattr(module, "fan_in_fan_out", False)
-            expected = [[expert.rank, module.in_features], [module.out_features, expert.rank]]
-            if not plain or [shapes.get(expert.A_key), shapes.get(expert.B_key)] != expected:
+            is_plain_linear = type(module) is LoraLinear and not getattr(module, "fan_in_fan_out", False)
+            expected = [[expert.r, module.in_features], [module.out_features, expert.r]]
+            actual = [shapes.get(expert.A_key), shapes.get(expert.B_key)]
+            if not is_plain_linear or actual != expected:
                 raise UserError(
-                    f"the adapter in {folder!r} does not fit {backbone} at {name}: expected A and B of {expected} for a plain "
-                    f"linear, found {[shapes.get(expert.A_key), shapes.get(expert.B_key)]} for a {type(module).__name__}"
+                    f"the adapter {folder!r} does not match {backbone} at {name}: expected shapes {expected} of A and B of a "
+                    f"plain linear, got {actual} of a {type(module).__name__}; use the backbone that it was trained on."
                 )
             experts[name] = expert
-    return Lora(Path(folder), backbone, experts)
+    return LoraAdapter(Path(folder), backbone, experts)
 
 
-def _skeleton(backbone: str) -> PreTrainedModel:
-    """The backbone without values."""
+def _meta_backbone(backbone: str) -> PreTrainedModel:
+    """Return the backbone on the meta device, without weights."""
     check_backbone(backbone)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(backbone))

@@ -1,38 +1,41 @@
-"""`ldmole compose`: its arguments."""
+"""`ldmole compose`: arguments and output."""
 
 from __future__ import annotations
 
 import argparse
 
-COMPOSE = """Makes an LD-MoLE adapter of LoRA adapters that PEFT has saved, one expert each. Train its routers with
-adapter.init_from=OUTPUT; the experts stay as they are."""
+COMPOSE = """Compose an LD-MoLE adapter from LoRA adapters that PEFT saved; each becomes one expert. Then train the routers with
+adapter.init_from=OUTPUT; the experts stay frozen."""
 ROUTERS = ("sparsegen", "topk", "relu", "softmax", "top_p")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `ldmole compose`."""
-    parser.add_argument("output", help="folder to make")
+    """Add the arguments of `ldmole compose`."""
+    parser.add_argument("output", help="folder for the new adapter")
     parser.add_argument("adapters", nargs="+", help="folders of LoRA adapters of the same backbone")
-    parser.add_argument("--backbone", metavar="PATH", help="if it is not where the adapters say")
-    parser.add_argument("--router", choices=ROUTERS, default="sparsegen", help="(default: %(default)s)")
+    parser.add_argument("--backbone", metavar="PATH", help="path of the backbone (default: from the adapters)")
+    parser.add_argument("--router", choices=ROUTERS, default="sparsegen", help="router (default: %(default)s)")
     parser.add_argument(
         "--router-input",
         choices=("layer", "hidden"),
         default="layer",
-        help="what routers read: their linear's input, or, as X-LoRA's, hidden states of a forward without the adapter",
+        help="input of the routers: the input of their linear, or the hidden states of a forward pass without the adapter, as "
+        "in X-LoRA (default: %(default)s)",
     )
-    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts of a token, with --router topk")
+    parser.add_argument(
+        "--top-k", type=int, default=2, metavar="K", help="experts per token with --router topk (default: %(default)s)"
+    )
     parser.set_defaults(call=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compose.
+    """Compose an adapter.
 
     Raises:
-        UserError: where an adapter cannot be an expert, or the folder exists.
+        UserError: if an adapter cannot be an expert, or the output folder exists or cannot be written.
     """
     from ldmole_dist.compose.build import compose
 
     config = compose(args.output, args.adapters, args.backbone, args.router, args.top_k, args.router_input)
-    print(f"{config.num_experts} experts of rank {config.r}: train their routers with adapter.init_from={args.output}")
+    print(f"{config.num_experts} experts of r={config.r}; train their routers with adapter.init_from={args.output}")
     return 0

@@ -1,1 +1,1 @@
-"""From files to batches: reading and checking rows, tokenising with loss masks, one global order shared by all ranks."""
+"""Data sets: reading and checking rows, tokenization with loss masks, and one global order for all ranks."""

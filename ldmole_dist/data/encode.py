@@ -1,4 +1,4 @@
-"""Rows to token ids, with the loss on answers only."""
+"""Tokenization of rows, with labels on the answers only."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Encoded:
     """Token ids of one sequence.
 
     Args:
-        input_ids: all of them.
-        labels: ids where the answer is and -100 elsewhere, or one class.
-        domain: as in `Row`.
-        choices: token ids that the first token of the answer is one of, where the possible answers are known, one token each.
+        input_ids: all token ids.
+        labels: token ids in the answer and -100 elsewhere, or one class index.
+        domain: see `Row`.
+        choices: ids of the possible first tokens of the answer; None unless every possible answer is a single token.
     """
 
     input_ids: list[int]
@@ -32,17 +32,17 @@ class Encoded:
 
 
 class Encoder:
-    """Turns rows into sequences.
+    """Tokenizer of rows.
 
     Args:
-        tokenizer: of the backbone.
+        tokenizer: tokenizer of the backbone.
         task: "causal_lm" or "sequence_classification".
-        labels: class names, for sequence_classification; for causal_lm the possible answers, one token each, if they are known.
-        max_length: tokens of a sequence.
-        truncation: cut a longer prompt at its start and a plain text at its end; else a longer sequence is an error.
+        labels: class names for sequence_classification; for causal_lm the possible answers, one token each, or None.
+        max_length: maximum number of tokens of a sequence.
+        truncation: cut longer prompts at their start and longer plain texts at their end; if False, they are an error.
 
     Raises:
-        UserError: where one of `labels` is not one token.
+        UserError: if one of `labels` is not a single token.
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class Encoder:
         self._known_choices: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._label_ids: tuple[int, ...] | None = None
         if task == "causal_lm" and labels is not None:
-            self._label_ids = self._one_token_each(labels, "data.labels")
+            self._label_ids = self._single_token_ids(labels, "data.labels")
 
-    def __call__(self, rows: Sequence[Row], doing: str, quiet: bool) -> list[Encoded]:
+    def __call__(self, rows: Sequence[Row], progress: str, quiet: bool) -> list[Encoded]:
         """Encode all rows.
 
         Args:
-            rows: to encode.
-            doing: what the progress bar says.
-            quiet: no progress bar.
+            rows: rows to encode.
+            progress: label of the progress bar.
+            quiet: hide the progress bar.
 
         Raises:
-            UserError: naming the row, where it is too long and may not be cut, or has no tokens.
+            UserError: if a row has no tokens, or is too long and must not be cut; the message names the row.
         """
-        return [self.encode(row) for row in tqdm(rows, desc=doing, disable=quiet, unit="row")]
+        return [self.encode(row) for row in tqdm(rows, desc=progress, disable=quiet, unit="row")]
 
     def encode(self, row: Row) -> Encoded:
-        """One row."""
+        """Encode one row; errors as in `__call__`."""
         if self.task == "sequence_classification":
             assert self.labels is not None  # checked with the config
             ids, _ = self._fit([(self.tokenizer(row.source)["input_ids"], False)], row)
@@ -82,62 +82,62 @@ class Encoder:
         if row.messages:
             return Encoded(*self._fit(self._conversation(row), row), row.domain)
         parts = [(self.prompt_ids(row.source), False), (self.answer_ids(row), True)]
-        return Encoded(*self._fit(parts, row), row.domain, self.choices_of(row))
+        return Encoded(*self._fit(parts, row), row.domain, self.choice_ids(row))
 
     def check(self, row: Row) -> None:
-        """See that a row can be encoded, if that is in doubt: a long answer may leave no room to read, a template may refuse.
+        """Encode the row if that may fail: a long answer may leave no room for a prompt, a chat template may refuse.
 
         Raises:
-            UserError: where it cannot.
+            UserError: if the row cannot be encoded.
         """
-        # No tokenizer makes many more tokens than bytes.
+        # A token is assumed to take at least half a byte, which leaves a margin for tokenizers that normalize the text.
         if row.messages or (row.source and 2 * len(row.target.encode()) + 2 >= self.max_length):
             self.encode(row)
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of a prompt, special tokens of the tokenizer included."""
+        """Return the token ids of a prompt, including the tokenizer's special tokens."""
         return list(self.tokenizer(prompt)["input_ids"])
 
     def answer_ids(self, row: Row) -> list[int]:
-        """Ids of what is learnt: the end-of-sequence token follows it, unless it is one of `labels`."""
+        """Return the token ids that are trained on: the target, and the end-of-sequence token unless `labels` lists it."""
         ids = self._ids(row.target)
         return ids if self.labels is not None and row.choices is None else [*ids, self.tokenizer.eos_token_id]
 
-    def alternatives(self, row: Row) -> list[Encoded]:
-        """The prompt with each of the answers that are possible for it, without an end-of-sequence token: as many sequences as
-        there are choices, for comparing their likelihoods.
+    def encode_choices(self, row: Row) -> list[Encoded]:
+        """Return one sequence per possible answer of a row: its prompt and the answer, without an end-of-sequence token.
 
         Raises:
-            UserError: where none are known, or an answer has no tokens.
+            UserError: if the possible answers are unknown, or an answer has no tokens.
         """
         choices = row.choices or self.labels
         if choices is None or self.task != "causal_lm":
             raise UserError(
-                f"{row.where}: no answers to compare by likelihood: rows need 'choices', the data a task or data.labels"
+                f"{row.where}: --likelihood needs the possible answers of each row; add 'choices' to the rows, use a task, or "
+                "set data.labels."
             )
         prompt = self.prompt_ids(row.source)
-        alternatives = []
+        encoded = []
         for choice in choices:
             ids = self._ids(choice)
             if not ids or not prompt:
-                raise UserError(f"{row.where}: a likelihood needs a prompt and an answer of at least one token each")
-            alternatives.append(Encoded(*self._fit([(prompt, False), (ids, True)], row), row.domain))
-        return alternatives
+                raise UserError(f"{row.where}: --likelihood needs at least one token in the prompt and in each answer.")
+            encoded.append(Encoded(*self._fit([(prompt, False), (ids, True)], row), row.domain))
+        return encoded
 
-    def choices_of(self, row: Row) -> tuple[int, ...] | None:
-        """See `Encoded`."""
+    def choice_ids(self, row: Row) -> tuple[int, ...] | None:
+        """Return the token ids of the possible answers of a row, or None if they are unknown or not single tokens."""
         if self.task == "sequence_classification" or row.messages:
             return None
         if row.choices is None:
             return self._label_ids
         if any(len(self._ids(choice)) != 1 for choice in row.choices):
             return None
-        return self._one_token_each(row.choices, row.where)
+        return self._single_token_ids(row.choices, row.where)
 
-    def _one_token_each(self, answers: Sequence[str], where: str) -> tuple[int, ...]:
+    def _single_token_ids(self, answers: Sequence[str], where: str) -> tuple[int, ...]:
         known = self._known_choices.get(tuple(answers))
         if known is None:
-            known = single_token_choices(answers, [self._ids(answer) for answer in answers], where)
+            known = check_single_tokens(answers, [self._ids(answer) for answer in answers], where)
             self._known_choices[tuple(answers)] = known
         return known
 
@@ -145,72 +145,77 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _conversation(self, row: Row) -> list[tuple[list[int], bool]]:
-        """Stretches of ids, and whether they are learnt: what the chat template adds for each turn of the assistant."""
+        """Return (token ids, whether they are trained on) of each part: what the template adds for the assistant is."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
-                f"{row.where}: is a conversation, and the tokenizer of this backbone has no chat template: take a backbone "
-                "with one, or data in another format"
+                f"{row.where}: the row is a conversation, but the backbone's tokenizer has no chat template; use a backbone "
+                "with one, or another record format."
             )
         done, parts = "", []
         for index, message in enumerate(row.messages):
             if message.role != "assistant":
                 continue
-            before = self._rendered(row, index, True)
-            after = self._rendered(row, index + 1, False)
+            before = self._render(row, index, True)
+            after = self._render(row, index + 1, False)
             if not before.startswith(done) or not after.startswith(before):
                 raise UserError(
-                    f"{row.where}: the chat template changes earlier turns when turn {index + 1} follows, so what is read and "
-                    "what is learnt cannot be told apart: give conversations of one answer"
+                    f"{row.where}: the chat template changes earlier turns when turn {index + 1} is added, so the assistant's "
+                    "tokens cannot be determined; use conversations with one assistant turn."
                 )
             parts += [(self._ids(before.removeprefix(done)), False), (self._ids(after.removeprefix(before)), True)]
             done = after
         return parts
 
-    def _rendered(self, row: Row, turns: int, generation_prompt: bool) -> str:
+    def _render(self, row: Row, turns: int, generation_prompt: bool) -> str:
         messages = [message._asdict() for message in row.messages[:turns]]
         try:
             return str(
                 self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
             )
         except TemplateError as error:
-            raise UserError(f"{row.where}: the chat template refuses it: {error}") from error
+            raise UserError(f"{row.where}: the chat template rejects the conversation: {error}") from error
 
     def _fit(self, parts: Sequence[tuple[list[int], bool]], row: Row) -> tuple[list[int], list[int]]:
-        """All ids, and those that are learnt; cut to the greatest length, if that is allowed."""
+        """Return ids and labels of the concatenated parts, cut to `max_length` if truncation is on."""
         ids = [i for part, _ in parts for i in part]
-        labels = [i if learnt else IGNORED for part, learnt in parts for i in part]
-        longest = self.max_length
-        if len(ids) > longest and not self.truncation:
+        labels = [i if trained else IGNORED for part, trained in parts for i in part]
+        limit = self.max_length
+        if len(ids) > limit and not self.truncation:
             raise UserError(
-                f"{row.where}: {len(ids)} tokens are more than data.max_length={longest}: "
-                "raise it, shorten the row, or set data.truncation=true"
+                f"{row.where}: {len(ids)} tokens exceed data.max_length={limit}; "
+                "increase it, shorten the row, or set data.truncation=true."
             )
         answer_length = len(labels) - labels.count(IGNORED)
         plain_text = not row.source and not row.messages
-        if not ids or (answer_length >= longest and not plain_text):
-            raise UserError(f"{row.where}: nothing is left to read beside an answer of {answer_length} tokens")
-        kept = slice(longest) if plain_text else slice(-longest, None)
+        if not ids:
+            raise UserError(f"{row.where}: the row has no tokens; remove it.")
+        if answer_length >= limit and not plain_text:
+            raise UserError(
+                f"{row.where}: an answer of {answer_length} tokens leaves no prompt within data.max_length={limit}; increase "
+                "it or shorten the answer."
+            )
+        kept = slice(limit) if plain_text else slice(-limit, None)
         return ids[kept], labels[kept]
 
 
-def single_token_choices(labels: Sequence[str], ids: Sequence[Sequence[int]], where: str) -> tuple[int, ...]:
-    """Token ids of answers that are one token each.
+def check_single_tokens(labels: Sequence[str], ids: Sequence[Sequence[int]], where: str) -> tuple[int, ...]:
+    """Return the token id of each answer.
 
     Args:
-        labels: for the message.
-        ids: their token ids.
-        where: they are given.
+        labels: possible answers.
+        ids: token ids of each of them.
+        where: location of the answers, for error messages.
 
     Raises:
-        UserError: naming the first that is longer, or two that are the same token.
+        UserError: if an answer is not a single token, or two answers are the same token.
     """
     for label, tokens in zip(labels, ids, strict=True):
         if len(tokens) != 1:
             raise UserError(
-                f"{where}: {label!r} is {len(tokens)} tokens for this tokenizer, accuracy needs labels of one token: "
-                "write a leading space where words follow one, choose other words, or leave data.labels out"
+                f"{where}: {label!r} is {len(tokens)} tokens for this tokenizer, but accuracy needs labels of one token; "
+                "start labels that follow a word with a space, use other words, or remove data.labels."
             )
     choices = tuple(tokens[0] for tokens in ids)
     if len(set(choices)) < len(choices):
-        raise UserError(f"{where}: {list(labels)}: two of them are the same token for this tokenizer")
+        raise UserError(f"{where}: two of {list(labels)} are the same token for this tokenizer; use other words.")
     return choices

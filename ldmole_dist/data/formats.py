@@ -1,6 +1,6 @@
-"""Formats of records: from the keys that people's files have to rows. A format checks what it reads.
+"""Record formats: functions that check a record and return its row.
 
-Each takes a record and where it is from, and raises a UserError that names that, the reason and what is needed.
+Each format takes a record and its location, and raises a UserError that names the location, the reason and the remedy.
 """
 
 from __future__ import annotations
@@ -15,62 +15,71 @@ Record = Mapping[str, Any]
 Format = Callable[[Record, str], Row]
 
 ALPACA = "Below is an instruction that describes a task{also}. Write a response that appropriately completes the request.\n\n"
+# Role names in ShareGPT and OpenAI files -> role names in chat templates.
 ROLES = {
     "system": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
-}  # as ShareGPT and others name them
+}
 
 
 def prompt_completion(record: Record, where: str) -> Row:
-    """{"prompt", "completion"}: the completion is learnt. "choices" may list all completions that are possible for this row."""
-    prompt, completion = text_of(record, "prompt", where), text_of(record, "completion", where)
+    """Return the row of {"prompt", "completion"}: the completion is trained on.
+
+    "choices" may list all possible completions of this row.
+    """
+    prompt, completion = get_text(record, "prompt", where), get_text(record, "completion", where)
     choices = record.get("choices")
     if choices is None:
-        return Row(prompt, completion, where, domain_of(record))
+        return Row(prompt, completion, where, get_domain(record))
     texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     if not texts or len(set(choices)) < max(2, len(choices)) or completion not in choices:
         raise UserError(
-            f"{where}: 'choices' must be a list of at least two different texts with the completion {completion!r:.60} among "
-            f"them, is {choices!r:.60}"
+            f"{where}: 'choices' is {choices!r:.60}; make it a list of at least two distinct texts that includes the "
+            f"completion {completion!r:.60}."
         )
-    return Row(prompt, completion, where, domain_of(record), tuple(choices))
+    return Row(prompt, completion, where, get_domain(record), tuple(choices))
 
 
 def alpaca(record: Record, where: str) -> Row:
-    """{"instruction", "input", "output"}, input may be empty or missing: the output is learnt, after Alpaca's prompt."""
-    instruction, output = text_of(record, "instruction", where), text_of(record, "output", where)
-    given = record.get("input") or ""
-    if not isinstance(given, str):
-        raise UserError(f"{where}: 'input' must be a text or missing, is {given!r:.60}")
-    prompt = ALPACA.format(also=", paired with an input that provides further context" if given else "")
-    prompt += f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{given}\n\n" if given else "") + "### Response:\n"
-    return Row(prompt, output, where, domain_of(record))
+    """Return the row of {"instruction", "input", "output"}: the output is trained on, after Alpaca's prompt.
+
+    "input" may be empty or missing.
+    """
+    instruction, output = get_text(record, "instruction", where), get_text(record, "output", where)
+    context = record.get("input") or ""
+    if not isinstance(context, str):
+        raise UserError(f"{where}: 'input' is {context!r:.60}; make it a text or remove it.")
+    prompt = ALPACA.format(also=", paired with an input that provides further context" if context else "")
+    prompt += (
+        f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{context}\n\n" if context else "") + "### Response:\n"
+    )
+    return Row(prompt, output, where, get_domain(record))
 
 
 def sharegpt(record: Record, where: str) -> Row:
-    """{"conversations": [{"from": "human", "value": ...}, ...]}: what gpt says is learnt."""
+    """Return the row of {"conversations": [{"from": "human", "value": ...}, ...]}: the turns of "gpt" are trained on."""
     return _conversation(record, "conversations", "from", "value", where)
 
 
 def messages(record: Record, where: str) -> Row:
-    """{"messages": [{"role": "user", "content": ...}, ...]}: what the assistant says is learnt."""
+    """Return the row of {"messages": [{"role": "user", "content": ...}, ...]}: the assistant's turns are trained on."""
     return _conversation(record, "messages", "role", "content", where)
 
 
 def text(record: Record, where: str) -> Row:
-    """{"text"}: all of it is learnt."""
-    return Row("", text_of(record, "text", where), where, domain_of(record))
+    """Return the row of {"text"}: the whole text is trained on."""
+    return Row("", get_text(record, "text", where), where, get_domain(record))
 
 
 def classification(record: Record, where: str) -> Row:
-    """{"text", "label"}, the label a class name."""
-    return Row(text_of(record, "text", where), text_of(record, "label", where), where, domain_of(record))
+    """Return the row of {"text", "label"}, where the label is a class name."""
+    return Row(get_text(record, "text", where), get_text(record, "label", where), where, get_domain(record))
 
 
-# By the keys that a record of each has; the first that fits a file's first record is taken.
+# Each format with the keys that identify it. The first match wins, so the order matters for records that match several.
 CAUSAL: dict[str, tuple[Format, frozenset[str]]] = {
     "prompt_completion": (prompt_completion, frozenset({"prompt", "completion"})),
     "alpaca": (alpaca, frozenset({"instruction", "output"})),
@@ -81,16 +90,16 @@ CAUSAL: dict[str, tuple[Format, frozenset[str]]] = {
 FORMATS: dict[str, Format] = {name: format for name, (format, _) in CAUSAL.items()} | {"classification": classification}
 
 
-def recognised(record: Record, where: str, task: str) -> str:
-    """The name of the format of a record, by its keys.
+def detect_format(record: Record, where: str, task: str) -> str:
+    """Return the name of the format that the keys of a record match.
 
     Args:
-        record: the first of a file.
-        where: it is from.
+        record: first record of a file.
+        where: location of the record.
         task: "causal_lm" or "sequence_classification".
 
     Raises:
-        UserError: where it is none's.
+        UserError: if no format matches.
     """
     if task == "sequence_classification":
         return "classification"
@@ -98,25 +107,27 @@ def recognised(record: Record, where: str, task: str) -> str:
     if not found:
         known = "; ".join(f"{name} has {', '.join(sorted(keys))}" for name, (_, keys) in CAUSAL.items())
         raise UserError(
-            f"{where}: its keys {sorted(record)} are those of no format ({known}): rename them, or give `format`"
+            f"{where}: the keys {sorted(record)} match no format ({known}); rename the keys or set the source's `format`."
         )
     return found[0]
 
 
-def text_of(record: Record, key: str, where: str) -> str:
-    """The text under a key.
+def get_text(record: Record, key: str, where: str) -> str:
+    """Return the text stored under a key.
 
     Raises:
-        UserError: where there is none.
+        UserError: if the key is missing or its value is not a text.
     """
     value = record.get(key)
     if not isinstance(value, str):
-        raise UserError(f"{where}: needs a text {key!r}, has {value!r:.60}; its keys are {sorted(record)}")
+        raise UserError(
+            f"{where}: key {key!r} must hold a text, got {value!r:.60}; the row's keys are {sorted(record)}."
+        )
     return value
 
 
-def domain_of(record: Record) -> str | None:
-    """What the record says of its domain."""
+def get_domain(record: Record) -> str | None:
+    """Return the record's "domain" as a string, or None if it has none."""
     domain = record.get("domain")
     return None if domain is None else str(domain)
 
@@ -124,18 +135,18 @@ def domain_of(record: Record) -> str | None:
 def _conversation(record: Record, key: str, role_key: str, text_key: str, where: str) -> Row:
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where}: {key!r} must be a list of turns, is {turns!r:.60}")
+        raise UserError(f"{where}: key {key!r} must hold a non-empty list of turns, got {turns!r:.60}.")
     found = []
     for number, turn in enumerate(turns, start=1):
-        here = f"{where}, turn {number}"
+        turn_where = f"{where}, turn {number}"
         if not isinstance(turn, Mapping):
-            raise UserError(f"{here}: must be an object with {role_key!r} and {text_key!r}, is {turn!r:.60}")
-        role = ROLES.get(text_of(turn, role_key, here))
+            raise UserError(f"{turn_where}: expected an object with {role_key!r} and {text_key!r}, got {turn!r:.60}.")
+        role = ROLES.get(get_text(turn, role_key, turn_where))
         if role is None:
-            raise UserError(f"{here}: {role_key} {turn[role_key]!r} is not known: there are {', '.join(ROLES)}")
-        found.append(Message(role, text_of(turn, text_key, here)))
+            raise UserError(f"{turn_where}: unknown {role_key} {turn[role_key]!r}; use one of {', '.join(ROLES)}.")
+        found.append(Message(role, get_text(turn, text_key, turn_where)))
     if found[-1].role != "assistant":
         raise UserError(
-            f"{where}: the last turn is the {found[-1].role}'s: it must be the assistant's, which is learnt"
+            f"{where}: the last turn is the {found[-1].role}'s; the assistant's turns are trained on, so end with one."
         )
-    return Row("", "", where, domain_of(record), messages=tuple(found))
+    return Row("", "", where, get_domain(record), messages=tuple(found))

@@ -1,5 +1,8 @@
-"""A pseudorandom order of n things in constant memory: a Feistel network on the smallest even number of bits that holds n,
-walked until it falls among the n (Black and Rogaway 2002)."""
+"""Pseudorandom permutation of n numbers in constant memory.
+
+A Feistel network permutes the numbers of the smallest even number of bits that can hold n - 1; it is applied repeatedly until
+the result is below n (cycle walking; Black and Rogaway, 2002).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ _WORD = (1 << 64) - 1
 
 
 class Permutation:
-    """A bijection of 0 .. size - 1.
+    """Bijection of 0 .. size - 1.
 
     Args:
         size: n, at least 1.
-        key: numbers that decide which.
+        key: numbers that select the permutation.
     """
 
     def __init__(self, size: int, *key: int) -> None:
@@ -24,7 +27,7 @@ class Permutation:
         self._keys = [int.from_bytes(digest[i : i + 8]) for i in range(0, len(digest), 8)]
 
     def __call__(self, index: int) -> int:
-        """Where `index` goes; on average fewer than four passes."""
+        """Return the image of `index`. The network's domain is below 4 n, so this takes fewer than 4 passes on average."""
         index = self._pass(index)
         while index >= self.size:
             index = self._pass(index)
@@ -34,12 +37,12 @@ class Permutation:
         mask = (1 << self._half) - 1
         left, right = index >> self._half, index & mask
         for key in self._keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
+            left, right = right, left ^ (_mix(right ^ key) & mask)
         return left << self._half | right
 
 
-def _mixed(x: int) -> int:
-    """Every bit of the result depends on every bit of x (the finaliser of SplitMix64)."""
+def _mix(x: int) -> int:
+    """Return the finalizer of SplitMix64, in which every output bit depends on every input bit."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _WORD
     return x ^ x >> 31

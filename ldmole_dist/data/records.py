@@ -1,4 +1,4 @@
-"""Reading files of records, each with the place that it stands in."""
+"""Readers of data files, which return each record with its location."""
 
 from __future__ import annotations
 
@@ -10,45 +10,75 @@ from typing import Any
 
 from ldmole_dist.errors import UserError
 
-Located = tuple[dict[str, Any], str]
+LocatedRecord = tuple[dict[str, Any], str]
 
 
-def read_records(path: str) -> Iterator[Located]:
-    """Records of a file and where each is from: "FILE, line N", or "FILE, row N" where there are no lines.
+def read_records(path: str) -> Iterator[LocatedRecord]:
+    """Yield the records of a file, each with its location: "FILE, line N", or "FILE, row N" in files without lines.
 
     Args:
-        path: .jsonl or .json (an object a line; .json may also be one array), .csv with a header, or .parquet.
+        path: .jsonl or .json file (one object per line; .json may also hold one array), .csv file with a header, or .parquet
+            file.
 
     Raises:
-        UserError: naming file and line, where it cannot be read.
+        UserError: if the file cannot be read; the message names file and line.
     """
     file = Path(path)
     try:
         yield from _reader(file)(file)
     except OSError as error:
-        raise UserError(f"data file {path}: {error.strerror or error}; check data.train and data.eval") from error
+        raise UserError(
+            f"cannot read data file {path}: {error.strerror or error}; check data.train and data.eval."
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8 text: {error}") from error
+        raise UserError(f"data file {path} is not UTF-8 text ({error}); convert it to UTF-8.") from error
     except csv.Error as error:
-        raise UserError(f"data file {path} is damaged: {error}") from error
+        raise UserError(f"data file {path} is not valid CSV ({error}); check its quotes and line breaks.") from error
 
 
-def _reader(file: Path) -> Callable[[Path], Iterator[Located]]:
+def parse_line(line: str | bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object in a line.
+
+    Raises:
+        UserError: if the line is not a JSON object; the message names `where`.
+    """
+    try:
+        return _check_object(json.loads(line), where)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not valid JSON: {error.msg} at column {error.colno}; correct or delete it."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error}); convert the file to UTF-8.") from error
+
+
+def line_location(file: Path, offset: int) -> str:
+    """Return "FILE, line N" for the line that starts at a byte offset."""
+    with file.open("rb") as content:
+        remaining, number = offset, 1
+        while remaining > 0:
+            block = content.read(min(remaining, 1 << 20))
+            number += block.count(b"\n")
+            remaining -= len(block)
+    return f"{file}, line {number}"
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[LocatedRecord]]:
     if file.suffix == ".parquet":
-        return _parquet
+        return _read_parquet
     if file.suffix == ".csv":
-        return _csv
-    if file.suffix == ".json" and _begins_with(file, "["):
-        return _array
-    return _lines
+        return _read_csv
+    if file.suffix == ".json" and _starts_with(file, "["):
+        return _read_array
+    return _read_lines
 
 
-def _begins_with(file: Path, sign: str) -> bool:
+def _starts_with(file: Path, prefix: str) -> bool:
     with file.open(encoding="utf-8") as lines:
-        return next((line.lstrip().startswith(sign) for line in lines if line.strip()), False)
+        return next((line.lstrip().startswith(prefix) for line in lines if line.strip()), False)
 
 
-def _lines(file: Path) -> Iterator[Located]:
+def _read_lines(file: Path) -> Iterator[LocatedRecord]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -56,53 +86,32 @@ def _lines(file: Path) -> Iterator[Located]:
                 yield parse_line(line, where), where
 
 
-def parse_line(line: str | bytes, where: str) -> dict[str, Any]:
-    """The JSON object in a line.
-
-    Raises:
-        UserError: naming `where`, if there is none.
-    """
-    try:
-        return _object(json.loads(line), where)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 text: {error}") from error
-
-
-def located_line(file: Path, offset: int) -> str:
-    """ "FILE, line N" of the line that begins at a byte."""
-    with file.open("rb") as content:
-        before, number = offset, 1
-        while before > 0:
-            block = content.read(min(before, 1 << 20))
-            number += block.count(b"\n")
-            before -= len(block)
-    return f"{file}, line {number}"
-
-
-def _array(file: Path) -> Iterator[Located]:
+def _read_array(file: Path) -> Iterator[LocatedRecord]:
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+        where = f"{file}, line {error.lineno}"
+        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}; correct the file.") from error
     for number, record in enumerate(records, start=1):
         where = f"{file}, row {number}"
-        yield _object(record, where), where
+        yield _check_object(record, where), where
 
 
-def _csv(file: Path) -> Iterator[Located]:
+def _read_csv(file: Path) -> Iterator[LocatedRecord]:
     with file.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         for record in reader:
             where = f"{file}, line {reader.line_num}"
+            # DictReader collects extra fields under the key None and fills missing ones with None.
             if None in record or None in record.values():
-                raise UserError(f"{where}: has another number of fields than the header, {reader.fieldnames}")
+                raise UserError(
+                    f"{where}: the number of fields differs from the header {reader.fieldnames}; correct the row."
+                )
             yield record, where
 
 
-def _parquet(file: Path) -> Iterator[Located]:
-    import pyarrow.parquet  # which takes its time, and most files are others
+def _read_parquet(file: Path) -> Iterator[LocatedRecord]:
+    import pyarrow.parquet  # slow to import, and most data files have other formats
 
     number = 0
     try:
@@ -111,10 +120,10 @@ def _parquet(file: Path) -> Iterator[Located]:
                 number += 1
                 yield record, f"{file}, row {number}"
     except pyarrow.ArrowException as error:
-        raise UserError(f"data file {file} is damaged: {error}") from error
+        raise UserError(f"data file {file} is not valid Parquet ({error}); write it again.") from error
 
 
-def _object(record: Any, where: str) -> dict[str, Any]:
+def _check_object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: must be a JSON object, is {record!r:.60}")
+        raise UserError(f"{where}: expected a JSON object, got {record!r:.60}; correct or delete it.")
     return record

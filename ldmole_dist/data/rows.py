@@ -1,4 +1,4 @@
-"""One example of a data set, whatever file and format it came from."""
+"""Examples of a data set, independent of file type and record format."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Row:
     """One example.
 
     Args:
-        source: what the model reads: a prompt, or the text to classify; empty for plain text.
-        target: what it should answer: a completion, a class name, or all of a plain text.
-        where: file and line, for messages.
-        domain: what kind of text it is ("code"), where the data says; results and the routing report are grouped by it.
-        choices: all possible targets of this row, where it has its own.
-        messages: a conversation instead of source and target: the tokenizer's chat template renders it, and every turn of the
-            assistant is learnt.
+        source: input of the model: a prompt, or the text to classify; empty for plain text.
+        target: expected output: a completion, a class name, or the whole of a plain text.
+        where: file and line, for error messages.
+        domain: label such as "code", by which evaluation results and the routing report are grouped; None if unknown.
+        choices: all possible targets, if this row has its own.
+        messages: conversation, in place of source and target. The tokenizer's chat template renders it, and every turn of the
+            assistant is trained on.
     """
 
     source: str

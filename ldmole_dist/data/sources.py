@@ -1,4 +1,4 @@
-"""From what a config names as data to rows: files, tasks, data sets of the hub, and mixtures of them."""
+"""Rows of the configured data sources: files, tasks, data sets of the Hugging Face hub, and mixtures of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ldmole_dist.config import Source
-from ldmole_dist.data.formats import FORMATS, Format, recognised
-from ldmole_dist.data.records import Located, read_records
+from ldmole_dist.data.formats import FORMATS, Format, detect_format
+from ldmole_dist.data.records import LocatedRecord, read_records
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.tasks import TASKS
 from ldmole_dist.data.tasks.choice import ChoiceTask
@@ -18,8 +18,8 @@ from ldmole_dist.data.tasks.task import Task
 from ldmole_dist.errors import UserError
 
 
-def sources_of(data: str | Sequence[Source]) -> list[Source]:
-    """What `data.train` or `data.eval` names; a path alone is one source."""
+def as_sources(data: str | Sequence[Source]) -> list[Source]:
+    """Return the sources in `data.train` or `data.eval`; a single path is one source."""
     return [Source(path=data)] if isinstance(data, str) else list(data)
 
 
@@ -30,40 +30,40 @@ def read_rows(
     limit: int | None = None,
     split: str = "train",
 ) -> list[list[Row]]:
-    """All rows, source by source.
+    """Return the rows of each source.
 
     Args:
-        data: of the config.
+        data: value of `data.train` or `data.eval`.
         task: "causal_lm" or "sequence_classification".
-        labels: if given, every target must be one of them, unless its row has choices of its own.
-        limit: read so many rows of each source only.
-        split: "train" or "eval": of data sets of the hub that have several.
+        labels: allowed targets of rows that have no choices of their own; None allows any.
+        limit: maximum number of rows of each source.
+        split: "train" or "eval"; selects the split of data sets of the hub.
 
     Raises:
-        UserError: naming file and line, where a row is not as it should be; naming the source, where there is none.
+        UserError: for an invalid row, naming file and line, or for a source without rows.
     """
-    sources = sources_of(data)
+    sources = as_sources(data)
     by_source = []
     for source in sources:
-        maker = RowMaker(source, task, labels, named=len(sources) > 1)
-        rows = [maker(record, where) for record, where in islice(_records(source, split), limit)]
+        parser = RowParser(source, task, labels, named=len(sources) > 1)
+        rows = [parser(record, where) for record, where in islice(_records(source, split), limit)]
         if not rows:
-            raise UserError(f"data file {source.path or source.task} holds no rows")
+            raise UserError(f"data source {source.path or source.task} has no rows; check data.train and data.eval.")
         by_source.append(rows)
     return by_source
 
 
-class RowMaker:
-    """Makes rows of one source's records, and checks them.
+class RowParser:
+    """Parser and checker of the records of one source.
 
     Args:
-        source: of the config.
+        source: source from the config.
         task: "causal_lm" or "sequence_classification".
-        labels: if given, every target must be one of them, unless its row has choices of its own.
-        named: rows that name no domain have the source's name.
+        labels: allowed targets of rows that have no choices of their own; None allows any.
+        named: use the source's name as the domain of rows without one.
 
     Raises:
-        UserError: where the source does not go with the task.
+        UserError: if the source does not fit the task.
     """
 
     def __init__(self, source: Source, task: str, labels: Sequence[str] | None, named: bool) -> None:
@@ -74,49 +74,51 @@ class RowMaker:
             known: Task = TASKS[source.task]
             if known.model_task != task:
                 raise UserError(
-                    f"task {known.name} is for backbone.task={known.model_task}, this run has backbone.task={task}: change one"
+                    f"data task {known.name} needs backbone.task={known.model_task}, but the config has backbone.task={task}; "
+                    "change one of them."
                 )
-            self._format = known.worded if isinstance(known, ChoiceTask) and source.answers == "text" else known.row
+            text_answers = isinstance(known, ChoiceTask) and source.answers == "text"
+            self._format = known.text_row if text_answers else known.row  # type: ignore[attr-defined]
         elif source.format is not None:
             self._format = FORMATS[source.format]
             if (source.format == "classification") != (task == "sequence_classification"):
-                raise UserError(f"format {source.format} does not go with backbone.task={task}: change one of them")
+                raise UserError(f"data format {source.format} does not fit backbone.task={task}; change one of them.")
 
     def __call__(self, record: Mapping[str, Any], where: str) -> Row:
-        """The first record decides the format, where neither task nor config does.
+        """Return the row of a record. The first record determines the format if the config does not.
 
         Raises:
-            UserError: naming `where`, the reason and the remedy.
+            UserError: for an invalid record; the message names `where`, the reason and the remedy.
         """
         if self._format is None:
-            self._format = FORMATS[recognised(record, where, self.task)]
+            self._format = FORMATS[detect_format(record, where, self.task)]
         row = self._format(record, where)
         if self.labels is not None and row.choices is None and row.target not in self.labels:
             raise UserError(
-                f"{row.where}: {row.target!r} is none of data.labels {list(self.labels)}: correct the row or add the label"
+                f"{row.where}: {row.target!r} is not in data.labels={list(self.labels)}; correct the row or add the label."
             )
         return row if row.domain is not None or self.name is None else replace(row, domain=self.name)
 
 
-def _records(source: Source, split: str) -> Iterator[Located]:
+def _records(source: Source, split: str) -> Iterator[LocatedRecord]:
     if source.path is not None:
         return read_records(source.path)
-    assert source.task is not None  # the config's check says that there is one of them
-    return _from_hub(TASKS[source.task], source.split, split)
+    assert source.task is not None  # the config requires a path or a task
+    return _hub_records(TASKS[source.task], source.split, split)
 
 
-def _from_hub(task: Task, split: str | None, default: str) -> Iterator[Located]:
-    import datasets  # and pandas with it: a fifth of what a process takes to start, and most runs read files
+def _hub_records(task: Task, split: str | None, default: str) -> Iterator[LocatedRecord]:
+    import datasets  # imports pandas, a fifth of the start-up time, and most runs read files
 
     path, config = task.hub
     name = split or task.splits[default]
     try:
         data: Any = datasets.load_dataset(path, config, split=task.hub_split or name)
-    except Exception as error:  # of many kinds: no network, no such data set, a hub that refuses
+    except Exception as error:  # no common base class: network, missing data set, access denied
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"task {task.name}: {path} cannot be loaded from the hub ({reason}): give its rows as a file, "
-            f"[{{task: {task.name}, path: FILE}}] with a .jsonl, .parquet or .csv of the same columns"
+            f"data task {task.name}: cannot load {path} from the hub ({reason}); provide its rows in a .jsonl, .parquet or "
+            f".csv file with the same columns: [{{task: {task.name}, path: FILE}}]."
         ) from error
     if task.hub_split is not None:
         data = task.part(data, name)

@@ -1,4 +1,4 @@
-"""What a rank trains on, step by step: encoded beforehand in memory, or read and encoded when a step needs it."""
+"""Micro-batches of a rank: encoded in memory beforehand, or read and encoded when a step needs them."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from ldmole_dist.data.streaming import StreamedRows
 from ldmole_dist.errors import UserError
 
 MicroBatches = list[list[Encoded]]
-PREFETCHED = 2  # steps that each worker is ahead
+PREFETCHED_STEPS = 2  # per worker
 
 
 class TrainingData(Protocol):
-    """Both kinds."""
+    """Interface of `InMemoryData` and `StreamedData`."""
 
     def micro_batches(self, step: int) -> MicroBatches:
-        """This rank's micro-batches of an optimizer step, from 0.
+        """Return this rank's micro-batches of an optimizer step (from 0).
 
         Raises:
-            UserError: where a row cannot be read or encoded.
+            UserError: if a row cannot be read or encoded.
         """
 
     def close(self) -> None:
-        """Nothing more will be asked for."""
+        """Release all resources; no method may be called afterwards."""
 
 
-class InMemory:
-    """All examples, on every rank.
+class InMemoryData:
+    """Training set that every rank holds in memory.
 
     Args:
-        examples: of the training set.
-        order: which of them when.
-        rank: this one.
+        examples: the training set.
+        order: order of the examples.
+        rank: this rank.
     """
 
     def __init__(self, examples: Sequence[Encoded], order: TrainingOrder, rank: int) -> None:
@@ -50,60 +50,61 @@ class InMemory:
         """See `TrainingData`."""
 
 
-class Streamed:
-    """Rows on the disk; the same examples at the same step whatever the number of workers.
+class StreamedData:
+    """Training set that stays on disk. A step has the same examples for any number of workers.
 
     Args:
-        rows: of the training set.
-        encoder: of these.
-        order: which of them when.
-        rank: this one.
-        workers: processes that read and encode ahead; 0: none, a step waits for its rows.
+        rows: the training set.
+        encoder: encoder of its rows.
+        order: order of the rows.
+        rank: this rank.
+        workers: number of processes that read and encode in advance; 0 reads each step when it is needed.
     """
 
     def __init__(self, rows: StreamedRows, encoder: Encoder, order: TrainingOrder, rank: int, workers: int) -> None:
         self.rows, self.encoder, self.order, self.rank, self.workers = rows, encoder, order, rank, workers
-        self._ahead: Iterator[MicroBatches | UserError] | None = None
-        self._next = -1
+        self._prefetched: Iterator[MicroBatches | UserError] | None = None
+        self._next_step = -1
 
     def micro_batches(self, step: int) -> MicroBatches:
         """See `TrainingData`."""
-        if self.workers == 0 or (self._ahead is not None and step != self._next):
-            return self.read(step)  # a step that is looked at again
-        if self._ahead is None:
-            self._ahead = iter(self._loader(step))
-        self._next = step + 1
-        result = next(self._ahead)
+        # A step out of sequence, such as one that is repeated, does not disturb the workers.
+        if self.workers == 0 or (self._prefetched is not None and step != self._next_step):
+            return self.read(step)
+        if self._prefetched is None:
+            self._prefetched = iter(self._loader(step))
+        self._next_step = step + 1
+        result = next(self._prefetched)
         if isinstance(result, UserError):
             raise result
         return result
 
     def read(self, step: int) -> MicroBatches:
-        """Read and encode, in this process."""
+        """Read and encode the micro-batches of a step in the calling process."""
         return [
             [self.encoder.encode(self.rows.row(i)) for i in micro_batch]
             for micro_batch in self.order.micro_batches(step, self.rank)
         ]
 
     def close(self) -> None:
-        """End the workers."""
-        self._ahead = None
+        """Stop the workers."""
+        self._prefetched = None
 
     def _loader(self, first: int) -> DataLoader[MicroBatches | UserError]:
         return DataLoader(
             _Steps(self),
-            sampler=range(first, 1 << 62),
+            sampler=range(first, 1 << 62),  # endless: the trainer decides when to stop
             batch_size=None,
             num_workers=self.workers,
-            prefetch_factor=PREFETCHED,
-            collate_fn=_as_it_is,
+            prefetch_factor=PREFETCHED_STEPS,
+            collate_fn=_identity,
         )
 
 
 class _Steps(Dataset[MicroBatches | UserError]):
-    """A worker's errors travel as results, so that they arrive as they were said."""
+    """Steps for the workers. Errors are returned as values: DataLoader would replace their message by a traceback."""
 
-    def __init__(self, data: Streamed) -> None:
+    def __init__(self, data: StreamedData) -> None:
         self.data = data
 
     def __getitem__(self, step: int) -> MicroBatches | UserError:
@@ -113,5 +114,5 @@ class _Steps(Dataset[MicroBatches | UserError]):
             return error
 
 
-def _as_it_is(result: Any) -> Any:
+def _identity(result: Any) -> Any:
     return result

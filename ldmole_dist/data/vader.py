@@ -1,11 +1,11 @@
-"""Sentences of four domains with the sentiment that people heard in them: the ratings that VADER was validated on.
+"""Sentences of four domains with human sentiment ratings: the data that VADER was validated on.
 
-Source: Hutto and Gilbert, ICWSM 2014; the archive additional_resources/hutto_ICWSM_2014.tar.gz of the source distribution of
-vaderSentiment 3.3.2, which is read where it lies and is no part of this software:
+Source: Hutto and Gilbert, ICWSM 2014; additional_resources/hutto_ICWSM_2014.tar.gz in the source distribution of
+vaderSentiment 3.3.2. The archive is not part of this package; download it:
 
     pip download --no-deps --no-binary :all: vaderSentiment==3.3.2
 
-Every sentence has the mean of twenty ratings from -4 (extremely negative) to 4.
+Each rating is the mean of twenty ratings from -4 (extremely negative) to 4 (extremely positive).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import NamedTuple
 
 from ldmole_dist.errors import UserError
 
-# Domain -> (file, rows in it).
+# Domain -> (file, number of its rows).
 DOMAINS = {
     "tweets": ("tweets_GroundTruth.txt", 4200),
     "movies": ("movieReviewSnippets_GroundTruth.txt", 10605),
     "products": ("amazonReviewSnippets_GroundTruth.txt", 3708),
     "editorials": ("nytEditorialSnippets_GroundTruth.txt", 5190),
 }
-THRESHOLD = 0.5  # of the mean rating, beyond which a sentence is positive or negative
+THRESHOLD = 0.5  # sentences with a smaller absolute mean rating are neutral
 LABELS = [" positive", " negative", " neutral"]
-TEST_SHARE = 5  # one document in so many is for testing
+TEST_EVERY = 5  # one document in five is held out for testing
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 
 
@@ -36,9 +36,9 @@ class Sentence(NamedTuple):
 
     Args:
         domain: one of `DOMAINS`.
-        document: that it is from; sentences of one document are all for training or all for testing.
-        rating: -4 to 4.
-        text: as it was rated.
+        document: document of the sentence; all sentences of a document are in the same split.
+        rating: mean rating, -4 to 4.
+        text: the sentence.
     """
 
     domain: str
@@ -48,50 +48,50 @@ class Sentence(NamedTuple):
 
     @property
     def label(self) -> str:
-        """One of `LABELS`."""
+        """Sentiment label, one of `LABELS`."""
         if abs(self.rating) < THRESHOLD:
             return " neutral"
         return " positive" if self.rating > 0 else " negative"
 
     @property
     def for_testing(self) -> bool:
-        """By a hash of the document, so that it never changes."""
+        """Whether the sentence is in the test split, which is chosen by a hash of the document and so never changes."""
         digest = hashlib.sha256(f"{self.domain} {self.document}".encode()).digest()
-        return int.from_bytes(digest[:4]) % TEST_SHARE == 0
+        return int.from_bytes(digest[:4]) % TEST_EVERY == 0
 
     def row(self) -> dict[str, str]:
-        """As `data.rows` reads it."""
+        """Return a record in the `prompt_completion` format."""
         return {"prompt": f"Text: {self.text}\nSentiment:", "completion": self.label, "domain": self.domain}
 
 
 def read_vader(archive: str) -> list[Sentence]:
-    """All rated sentences, domain by domain.
+    """Return all rated sentences, domain by domain.
 
     Args:
         archive: path of vaderSentiment-3.3.2.tar.gz.
 
     Raises:
-        UserError: where it is not that archive.
+        UserError: if the file is not that archive.
     """
     path = Path(archive)
-    remedy = "get it by: pip download --no-deps --no-binary :all: vaderSentiment==3.3.2"
+    remedy = "download it with `pip download --no-deps --no-binary :all: vaderSentiment==3.3.2`."
     sentences = []
     try:
         with tarfile.open(path) as outer:
             member = next((name for name in outer.getnames() if name.endswith(_INNER)), None)
             inner_file = None if member is None else outer.extractfile(member)
             if inner_file is None:
-                raise UserError(f"{path} does not hold {_INNER}, so it is not vaderSentiment 3.3.2; {remedy}")
+                raise UserError(f"{path} is not the archive of vaderSentiment 3.3.2: {_INNER} is missing; {remedy}")
             with tarfile.open(fileobj=io.BytesIO(inner_file.read())) as inner:
                 for domain, (name, rows) in DOMAINS.items():
                     file = inner.extractfile(f"hutto_ICWSM_2014/{name}")
-                    assert file is not None  # it would have raised KeyError
+                    assert file is not None  # None only for a directory; a missing member raises KeyError
                     found = [_parse(line, domain, name) for line in file.read().decode().splitlines() if line.strip()]
                     if len(found) != rows:
                         raise UserError(f"{path}: {name} has {len(found)} rows instead of {rows}; {remedy}")
                     sentences += found
     except (OSError, tarfile.TarError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as vaderSentiment 3.3.2 ({error}); {remedy}") from error
+        raise UserError(f"cannot read {path} as the archive of vaderSentiment 3.3.2 ({error}); {remedy}") from error
     return sentences
 
 
@@ -100,4 +100,6 @@ def _parse(line: str, domain: str, name: str) -> Sentence:
         number, rating, text = line.split("\t")
         return Sentence(domain, number.partition("_")[0], float(rating), text.strip())
     except ValueError as error:
-        raise UserError(f"{name}: {line!r:.80} is not number, rating and text with tabs between") from error
+        raise UserError(
+            f"{name}: {line!r:.80} is not three tab-separated fields (number, rating, text); download the archive again."
+        ) from error

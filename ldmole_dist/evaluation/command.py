@@ -1,4 +1,4 @@
-"""`ldmole eval`: its arguments, and what it prints and writes."""
+"""`ldmole eval`: arguments and output."""
 
 from __future__ import annotations
 
@@ -10,74 +10,83 @@ from typing import Any
 
 from ldmole_dist.cli_arguments import positive
 from ldmole_dist.errors import UserError
+from ldmole_dist.io import atomic_write, write_errors
 
-EVAL = """Evaluates a run's adapter, or a saved one, on held-out rows: loss and perplexity of answers; accuracy where they are
-letters, choices or classes, with F1 and Matthews correlation where all rows choose among the same; all of it by domain. On many
-ranks, under any ZeRO stage: start it with torchrun, mpirun or deepspeed. --lm-eval runs tasks of the LM Evaluation Harness."""
+EVAL = """Evaluate the adapter of a run, or a saved one, on held-out rows. Reports loss and perplexity of the answers; accuracy
+where the possible answers are known; F1 and Matthews correlation where all rows have the same ones; each overall and by domain.
+Runs on any number of ranks under any ZeRO stage: start it with torchrun, mpirun or deepspeed. --lm-eval runs tasks of the LM
+Evaluation Harness instead."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `ldmole eval`."""
-    parser.add_argument("run_or_adapter", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the run's config")
-    parser.add_argument("--data", metavar="FILE", help="to evaluate on; default: the run's data.eval")
-    parser.add_argument("--no-adapter", action="store_true", help="evaluate the frozen backbone, for comparison")
+    """Add the arguments of `ldmole eval`."""
+    parser.add_argument("run_or_adapter", metavar="RUN_OR_ADAPTER", help="folder of a run or an adapter")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the run's config")
+    parser.add_argument("--data", metavar="FILE", help="evaluation data (default: the run's data.eval)")
+    parser.add_argument("--no-adapter", action="store_true", help="evaluate the backbone without the adapter")
     parser.add_argument(
         "--likelihood",
         action="store_true",
-        help="choose the answer whose text is the most likely; default: by its first token (a letter, a word)",
+        help="choose the answer with the highest likelihood (default: the one with the most likely first token)",
     )
-    parser.add_argument("--backbone", metavar="PATH", help="if it is not where the run or the adapter says")
-    parser.add_argument("--limit", type=positive, metavar="ROWS", help="of each source, from its start")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="rows of a forward (default: twice the run's)")
-    parser.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, with commas; needs pip install lm_eval")
-    parser.add_argument("--lm-eval-path", metavar="FOLDER", help="with tasks of your own")
+    parser.add_argument("--backbone", metavar="PATH", help="path of the backbone (default: from the run or adapter)")
+    parser.add_argument("--limit", type=positive, metavar="ROWS", help="maximum rows of each source")
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="rows per forward pass (default: twice the run's)"
+    )
+    parser.add_argument(
+        "--lm-eval", metavar="TASKS", help="comma-separated tasks of lm-eval; requires `pip install lm_eval`"
+    )
+    parser.add_argument("--lm-eval-path", metavar="FOLDER", help="folder with additional lm-eval tasks")
     parser.add_argument(
         "--num-fewshot", type=int, metavar="N", help="examples in the prompts of lm-eval (default: the task's)"
     )
-    parser.add_argument("--output", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--output", metavar="FILE", help="JSON file for the results")
     parser.set_defaults(call=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; only rank 0 prints and writes.
+    """Evaluate a model and print the results on rank 0.
 
     Raises:
-        UserError, PeerError: where something is not as it must be.
+        UserError, PeerError: for invalid arguments, data or models.
     """
     if args.lm_eval is None and (args.lm_eval_path is not None or args.num_fewshot is not None):
-        raise UserError("--lm-eval-path and --num-fewshot are for --lm-eval TASKS")
+        raise UserError("--lm-eval-path and --num-fewshot require --lm-eval TASKS.")
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no such folder; make it first")
+        raise UserError(f"--output {args.output}: its folder does not exist; create it first.")
     if args.lm_eval is not None:
-        from ldmole_dist.evaluation.lm_eval_bridge import run_lm_eval  # says at once where the harness is not installed
-    from ldmole_dist.evaluation.model import config_of, prepared, rows_and_encoder
+        # First, because it raises an error if the harness is not installed, before the model is loaded.
+        from ldmole_dist.evaluation.lm_eval_bridge import run_lm_eval
+    from ldmole_dist.evaluation.model import eval_config, load_distributed, load_eval_data
     from ldmole_dist.model.saved import find_saved_model
 
     saved = find_saved_model(args.run_or_adapter, args.backbone)
-    config = config_of(saved, args.overrides, args.data, args.limit, args.batch_size)
-    rows, encoder = rows_and_encoder(config) if args.lm_eval is None else ([], None)
-    with prepared(config, with_adapter=not args.no_adapter) as model:
+    config = eval_config(saved, args.overrides, args.data, args.limit, args.batch_size)
+    rows, encoder = load_eval_data(config) if args.lm_eval is None else ([], None)
+    with load_distributed(config, with_adapter=not args.no_adapter) as model:
         if encoder is not None:
             from ldmole_dist.evaluation.rows import evaluate_rows
 
-            found = evaluate_rows(model, encoder, rows, args.likelihood)
-            scored = "likelihood" if args.likelihood else "first token" if encoder.task == "causal_lm" else "class"
-            result = {"chosen_by": scored} | found
+            metrics = evaluate_rows(model, encoder, rows, args.likelihood)
+            chosen_by = "likelihood" if args.likelihood else "first token" if encoder.task == "causal_lm" else "class"
+            result = {"chosen_by": chosen_by} | metrics
         else:
             result = run_lm_eval(model, args.lm_eval.split(","), args.lm_eval_path, args.num_fewshot, args.limit)
         is_main = model.process.is_main
     if is_main:
         adapter = None if args.no_adapter else str(saved.adapter)
         result = {"subject": args.run_or_adapter, "backbone": config.backbone.path, "adapter": adapter} | result
-        print(table(result))
+        print(format_table(result))
         if args.output is not None:
-            _write(Path(args.output), result)
+            with write_errors(f"--output {args.output}"):
+                atomic_write(Path(args.output), json.dumps(result, indent=1, default=str) + "\n")
+            print(f"results: {args.output}", file=sys.stderr)
     return 0
 
 
-def table(result: dict[str, Any]) -> str:
-    """Results as lines of columns."""
+def format_table(result: dict[str, Any]) -> str:
+    """Return the results as a text table."""
     if "lm_eval" in result:
         return "\n".join(
             f"{task:32} {name:24} {value:10.4f}" if isinstance(value, float) else f"{task:32} {name:24} {value!s:>10}"
@@ -91,11 +100,11 @@ def table(result: dict[str, Any]) -> str:
     width = max(map(len, lines)) + 2
     text = [" " * width + "".join(f"{name:>18}" for name in columns)]
     for domain, values in lines.items():
-        text.append(f"{domain:{width}}" + "".join(f"{_cell(values, name):>18}" for name in columns))
+        text.append(f"{domain:{width}}" + "".join(f"{_format_cell(values, name):>18}" for name in columns))
     return "\n".join(text)
 
 
-def _cell(values: dict[str, float], name: str) -> str:
+def _format_cell(values: dict[str, float], name: str) -> str:
     if name not in values:
         return "-"
     if name == "rows":
@@ -103,11 +112,3 @@ def _cell(values: dict[str, float], name: str) -> str:
     if f"{name}_stderr" in values:
         return f"{100 * values[name]:.2f} ± {100 * values[f'{name}_stderr']:.2f} %"
     return f"{values[name]:.4f}"
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    except OSError as error:
-        raise UserError(f"--output {path}: {error.strerror or error}; choose another place") from error
-    print(f"results: {path}", file=sys.stderr)

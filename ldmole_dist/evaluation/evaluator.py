@@ -1,6 +1,7 @@
 """Loss and accuracy on held-out rows, under every ZeRO stage and expert-parallel size.
 
-Every rank runs the same number of forwards: a rank whose share is shorter repeats a row and does not count it.
+Every rank runs the same number of forward passes, because they contain collectives: a rank with fewer rows repeats one and
+ignores its result.
 """
 
 from __future__ import annotations
@@ -22,81 +23,78 @@ from ldmole_dist.model.forward import batch_logits
 
 
 class Evaluator:
-    """Evaluates a model on a fixed set.
+    """Evaluation of a model on a fixed set of examples.
 
     Args:
-        examples: all N of them, on every rank.
-        pad_id: for batches.
-        batch_size: sequences of one forward.
-        process: of this rank.
+        examples: all N examples, on every rank.
+        pad_id: token id of the padding.
+        batch_size: sequences per forward pass.
+        process: this rank.
     """
 
     def __init__(self, examples: Sequence[Encoded], pad_id: int, batch_size: int, process: Process) -> None:
         self.pad_id, self.batch_size, self.process = pad_id, batch_size, process
         self.examples = examples
+        # Batches of similar lengths need little padding.
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-        share = -(-len(examples) // process.world_size)
-        mine = order[process.rank :: process.world_size]
-        self.counted = len(mine)
-        self.mine = (mine + order[:1] * share)[:share]
+        per_rank = -(-len(examples) // process.world_size)
+        own = order[process.rank :: process.world_size]
+        self.counted = len(own)
+        self.indices = (own + order[:1] * per_rank)[:per_rank]
 
-    def __call__(self, model: nn.Module, doing: str) -> dict[str, float]:
-        """Run it; every rank calls it.
+    def __call__(self, model: nn.Module, progress: str) -> dict[str, float]:
+        """Evaluate a model. Every rank must call it.
 
         Args:
-            model: the PEFT model, inside or outside an engine; its training mode is restored.
-            doing: what the progress bar says.
+            model: PEFT model, inside or outside an engine; its training mode is restored.
+            progress: label of the progress bar.
 
         Returns:
             See `training_metrics`.
         """
-        return training_metrics(self.outcomes(model, doing), [example.domain for example in self.examples])
+        return training_metrics(self.outcomes(model, progress), [example.domain for example in self.examples])
 
     @torch.no_grad()
-    def outcomes(self, model: nn.Module, doing: str) -> Outcomes:
-        """Of every example, in their order, on every rank; every rank calls it, and arguments are as above."""
+    def outcomes(self, model: nn.Module, progress: str) -> Outcomes:
+        """Return the outcomes of all examples, in their order, on every rank; arguments as in `__call__`."""
         was_training = model.training
         model.eval()
-        rows_N5 = torch.zeros(len(self.examples), 5, dtype=torch.float64, device=self.process.device)
-        starts = range(0, len(self.mine), self.batch_size)
-        for start in tqdm(starts, desc=doing, disable=not self.process.is_main, unit="batch"):
-            heartbeat(doing)
-            indices = self.mine[start : start + self.batch_size]
-            rows_B5 = self._batch(model, [self.examples[i] for i in indices])
+        outcomes_N5 = torch.zeros(len(self.examples), 5, dtype=torch.float64, device=self.process.device)
+        starts = range(0, len(self.indices), self.batch_size)
+        for start in tqdm(starts, desc=progress, disable=not self.process.is_main, unit="batch"):
+            heartbeat(progress)
+            indices = self.indices[start : start + self.batch_size]
+            outcomes_B5 = self._evaluate_batch(model, [self.examples[i] for i in indices])
             counted = max(0, min(len(indices), self.counted - start))
-            rows_N5[indices[:counted]] = rows_B5[:counted]
+            outcomes_N5[indices[:counted]] = outcomes_B5[:counted]
         model.train(was_training)
         if dist.is_initialized():
-            dist.all_reduce(rows_N5)  # a row is of one rank, and zero on all others
-        return Outcomes(*rows_N5.cpu().unbind(1))
+            dist.all_reduce(outcomes_N5)  # each row is nonzero on one rank only, so the sum gathers the rows
+        return Outcomes(*outcomes_N5.cpu().unbind(1))
 
-    def _batch(self, model: nn.Module, examples: Sequence[Encoded]) -> Tensor:
-        """(B, 5), the fields of `Outcomes`. A choice is made by the first token of the answer."""
+    def _evaluate_batch(self, model: nn.Module, examples: Sequence[Encoded]) -> Tensor:
+        """Return the fields of `Outcomes` as (B, 5). The choice is made by the first token of the answer."""
         targets, logits = batch_logits(model, collate(examples, self.pad_id, self.process.device))
         targets_BS = targets.unflatten(0, (len(targets), -1)) if targets.dim() == 1 else targets
         logits_BSV = logits.unflatten(0, (len(logits), -1)) if logits.dim() == 2 else logits
-        answered_BS = targets_BS != IGNORED
+        is_answer_BS = targets_BS != IGNORED
         loss_B = answer_losses(logits_BSV, targets_BS).sum(1)
-        likeliest_BS = logits_BSV.argmax(-1)
-        greedy_B = ((likeliest_BS == targets_BS) | ~answered_BS).all(1)
+        predicted_BS = logits_BSV.argmax(-1)
+        greedy_B = ((predicted_BS == targets_BS) | ~is_answer_BS).all(1)
         if targets.dim() == 1:
-            chosen_B, target_B = likeliest_BS[:, 0], targets
+            chosen_B, target_B = predicted_BS[:, 0], targets
         else:
-            rows_B, first_B = torch.arange(len(examples), device=logits.device), answered_BS.int().argmax(1)
-            choices_BC = _padded([e.choices or () for e in examples], logits.device)
+            rows_B, first_B = torch.arange(len(examples), device=logits.device), is_answer_BS.int().argmax(1)
+            choices_BC = _pad_choices([e.choices or () for e in examples], logits.device)
             scores_BC = logits_BSV[rows_B, first_B].gather(1, choices_BC.clamp_min(0))
             chosen_B = scores_BC.masked_fill(choices_BC < 0, -torch.inf).argmax(1)
             target_B = (choices_BC == targets_BS[rows_B, first_B].unsqueeze(1)).int().argmax(1)
-            choosing_B = (choices_BC[:, 0] >= 0) & answered_BS.any(1)
-            chosen_B, target_B = chosen_B.where(choosing_B, -1), target_B.where(choosing_B, -1)
-        return torch.stack([v.double() for v in (loss_B, answered_BS.sum(1), greedy_B, chosen_B, target_B)], dim=1)
+            has_choices_B = (choices_BC[:, 0] >= 0) & is_answer_BS.any(1)
+            chosen_B, target_B = chosen_B.where(has_choices_B, -1), target_B.where(has_choices_B, -1)
+        return torch.stack([v.double() for v in (loss_B, is_answer_BS.sum(1), greedy_B, chosen_B, target_B)], dim=1)
 
 
-def _padded(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """(B, C), -1 where a row has fewer; C at least 1."""
+def _pad_choices(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return choices as (B, C), padded with -1; C is at least 1."""
     width = max(1, *map(len, choices))
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in choices], device=device)
-
-
-
-

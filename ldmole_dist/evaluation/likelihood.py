@@ -1,4 +1,4 @@
-"""Accuracy by likelihood: each possible answer is read after the prompt, and the most likely is taken."""
+"""Choice of the answer with the highest likelihood."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor
 from ldmole_dist.evaluation.metrics import Outcomes
 
 
-def most_likely(
-    alternatives: Outcomes, choices: Sequence[Sequence[str]], targets: Sequence[int]
+def choose_by_likelihood(
+    sequences: Outcomes, choices: Sequence[Sequence[str]], targets: Sequence[int]
 ) -> tuple[Outcomes, Tensor]:
-    """From what a model said of every answer to what it takes in every row.
+    """Choose the most likely answer of each row.
 
     Args:
-        alternatives: of M sequences: all choices of the first row, all of the second, ...
-        choices: texts of each of N rows.
-        targets: index of the right one of each.
+        sequences: outcomes of M sequences: every choice of the first row, then every choice of the second, and so on.
+        choices: texts of the choices of each of N rows.
+        targets: index of the correct choice of each row.
 
     Returns:
-        Of the N rows, each with the loss of its right answer and the likeliest answer chosen; and (N,) what is chosen where the
-        log likelihood is divided by the UTF-8 bytes of the answer, which does not favour short ones.
+        Outcomes of the N rows, each with the loss of its correct answer and with the most likely answer as the choice; and
+        (N,) the choices by log likelihood per UTF-8 byte of the answer, which does not favor short answers.
     """
-    losses, first = alternatives.loss_N.split([len(texts) for texts in choices]), 0
-    right, chosen, normalised = [], [], []
+    losses, first = sequences.loss_N.split([len(texts) for texts in choices]), 0
+    correct, chosen, normalized = [], [], []
     for texts, loss_C, target in zip(choices, losses, targets, strict=True):
-        size_C = torch.tensor([len(text.strip().encode()) or 1 for text in texts])
+        bytes_C = torch.tensor([len(text.strip().encode()) or 1 for text in texts])
         chosen.append(int(loss_C.argmin()))
-        normalised.append(int((loss_C / size_C).argmin()))
-        right.append(first + target)
+        normalized.append(int((loss_C / bytes_C).argmin()))
+        correct.append(first + target)
         first += len(texts)
-    rows = alternatives.of(right)
+    rows = sequences.select(correct)
     return (
         rows._replace(chosen_N=torch.tensor(chosen).double(), target_N=torch.tensor(targets).double()),
-        torch.tensor(normalised).double(),
+        torch.tensor(normalized).double(),
     )

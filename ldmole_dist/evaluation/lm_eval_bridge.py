@@ -1,6 +1,6 @@
-"""Tasks of the LM Evaluation Harness on a model of any ZeRO stage and expert-parallel size.
+"""LM Evaluation Harness tasks on a model of any ZeRO stage and expert-parallel size.
 
-Every rank runs the harness with all requests; the forwards that answer them are shared out as those of any evaluation.
+Every rank runs the harness with all requests; the forward passes are distributed over the ranks as in any evaluation.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.distributed import from_main, raise_on_all_ranks
 from ldmole_dist.errors import UserError
-from ldmole_dist.evaluation.model import Evaluated
-from ldmole_dist.generation.continuations import Sampling, continue_batch
+from ldmole_dist.evaluation.model import DistributedModel
+from ldmole_dist.generation.generate import Sampling, generate_batch
 from ldmole_dist.loss import IGNORED
 
 try:
@@ -22,46 +22,46 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise UserError(
-        f"--lm-eval needs the LM Evaluation Harness ({error}): pip install 'lm_eval>=0.4.13,<0.5'"
+        f"--lm-eval requires the LM Evaluation Harness ({error}); run `pip install 'lm_eval>=0.4.13,<0.5'`."
     ) from error
 
 
 def run_lm_eval(
-    model: Evaluated, tasks: Sequence[str], folder: str | None, num_fewshot: int | None, limit: int | None
+    model: DistributedModel, tasks: Sequence[str], folder: str | None, num_fewshot: int | None, limit: int | None
 ) -> dict[str, Any]:
-    """Run tasks; every rank calls it.
+    """Run tasks of the harness. Every rank must call it.
 
     Args:
-        model: to evaluate, a causal language model.
+        model: causal language model to evaluate.
         tasks: names of tasks or groups.
-        folder: with tasks that the harness does not have.
-        num_fewshot: examples in prompts; None: as the task says.
-        limit: documents of each task.
+        folder: folder with additional tasks.
+        num_fewshot: examples in the prompts; None uses the task's default.
+        limit: maximum number of documents of each task.
 
     Returns:
-        "lm_eval": task -> its results, as the harness names them; "versions" of the tasks.
+        "lm_eval", the results of each task under the harness's names, and "versions", the versions of the tasks.
 
     Raises:
-        UserError, PeerError: on every rank, where a task is not known or its data cannot be had.
+        UserError, PeerError: on every rank, if a task is unknown or its data cannot be loaded.
     """
     if model.config.backbone.task != "causal_lm":
-        raise UserError(f"--lm-eval is for causal language models, not for backbone.task={model.config.backbone.task}")
+        raise UserError(f"--lm-eval requires backbone.task=causal_lm, but the config has {model.config.backbone.task}.")
     if folder is not None and not os.path.isdir(folder):
-        raise UserError(f"--lm-eval-path {folder}: there is no such folder")
+        raise UserError(f"--lm-eval-path {folder}: the folder does not exist.")
     with raise_on_all_ranks("loading the tasks"):
         manager = TaskManager(include_path=folder)
         if unknown := [task for task in tasks if not manager.match_tasks([task])]:
             raise UserError(
-                f"lm-eval does not know {', '.join(unknown)}: see `lm_eval ls tasks`, or give --lm-eval-path"
+                f"unknown lm-eval tasks: {', '.join(unknown)}; list all with `lm_eval ls tasks`, or set --lm-eval-path."
             )
         try:
-            # Once more below, from a cache; a rank that cannot must not leave the others waiting.
+            # simple_evaluate loads them again, from the cache. An error there would leave the other ranks in a collective.
             manager.load(list(tasks))
-        except Exception as error:  # of many kinds: no network, no such file, data that is not as the task thinks
+        except Exception as error:  # no common base class: network, missing file, unexpected data
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
-                f"tasks {', '.join(tasks)} cannot be loaded ({reason}): without a hub, give tasks on local files by "
-                "--lm-eval-path"
+                f"cannot load the lm-eval tasks {', '.join(tasks)} ({reason}); without access to the hub, define tasks that "
+                "read local files and set --lm-eval-path."
             ) from error
     results: Any = simple_evaluate(
         LdMoleLM(model),
@@ -72,14 +72,14 @@ def run_lm_eval(
         log_samples=False,
         bootstrap_iters=1000,
     )
-    # The harness has results on the first rank of each node only.
+    # The harness returns results on the first rank of each node only.
     return from_main(results and {"lm_eval": results["results"], "versions": results["versions"]})
 
 
 class LdMoleLM(TemplateLM):
-    """What the harness asks of a model."""
+    """Adapter of a model to the harness's model interface; see lm_eval.api.model."""
 
-    def __init__(self, model: Evaluated) -> None:
+    def __init__(self, model: DistributedModel) -> None:
         super().__init__()
         self.model, self.tokenizer = model, model.tokenizer
         self._device = model.process.device
@@ -132,20 +132,20 @@ class LdMoleLM(TemplateLM):
             rolling = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,  # a window is one token longer with what it predicts from
+                max_seq_len=self.max_length - 1,  # each window has one more token, the context of its first prediction
                 context_len=1,
             )
-            of_text = [(None, *utils.make_disjoint_window(window)) for window in rolling]
-            windows += of_text
-            counts.append(len(of_text))
+            text_windows = [(None, *utils.make_disjoint_window(window)) for window in rolling]
+            windows += text_windows
+            counts.append(len(text_windows))
         scores = iter([score for score, _ in self._loglikelihood_tokens(windows)])
         return [sum(next(scores) for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         if self.model.process.world_size > 1:
             raise UserError(
-                "tasks of lm-eval that generate run in one process, because ranks would finish at different lengths: "
-                "start ldmole eval without a launcher"
+                "lm-eval tasks that generate text run in one process only, because ranks would generate different numbers of "
+                "tokens; start ldmole eval without a launcher."
             )
         answers = []
         for request in requests:
@@ -157,7 +157,7 @@ class LdMoleLM(TemplateLM):
                 temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
                 top_p=float(settings.get("top_p", 1.0)),
             )
-            (text,) = continue_batch(self.model.engine.module, self.tokenizer, [prompt], sampling, stop=stops)
+            (text,) = generate_batch(self.model.engine.module, self.tokenizer, [prompt], sampling, stop=stops)
             for stop in stops:
                 text = text.partition(stop)[0] if stop else text
             answers.append(text)

@@ -1,4 +1,4 @@
-"""From what a model said of each row to numbers; no model, no ranks.
+"""Metrics computed from the outcomes of rows, without a model or ranks.
 
 Shapes: N rows, K classes.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 class Outcomes(NamedTuple):
-    """Of N rows, each (N,) in float64 on the CPU.
+    """Results of a model on N rows; each tensor is (N,) in float64 on the CPU.
 
     Args:
-        loss_N: summed cross entropy of a row's answer tokens, in nats (or of its class).
-        answers_N: number of those tokens.
-        greedy_N: 1 where each of them is the most likely one of the vocabulary, else 0.
-        chosen_N: index of the choice or class that the model takes, -1 where there are none.
-        target_N: index of the right one, -1 likewise.
+        loss_N: cross entropy summed over a row's answer tokens, in nats (or the cross entropy of its class).
+        answers_N: number of answer tokens.
+        greedy_N: 1 if every answer token is the most likely token of the vocabulary, else 0.
+        chosen_N: index of the model's choice or class; -1 if the row has no choices.
+        target_N: index of the correct choice or class; -1 if the row has no choices.
     """
 
     loss_N: Tensor
@@ -30,90 +30,93 @@ class Outcomes(NamedTuple):
     chosen_N: Tensor
     target_N: Tensor
 
-    def of(self, rows: Sequence[int]) -> Outcomes:
-        """Of some rows."""
+    def select(self, rows: Sequence[int]) -> Outcomes:
+        """Return the outcomes of some of the rows."""
         return Outcomes(*(values[list(rows)] for values in self))
 
 
 def rows_by_domain(domains: Sequence[str | None]) -> dict[str, list[int]]:
-    """Domain -> its rows, in the order of names; rows without a domain are in none."""
+    """Return the row indices of each domain, sorted by domain; rows without a domain are omitted."""
     names = sorted({domain for domain in domains if domain is not None})
     return {name: [row for row, domain in enumerate(domains) if domain == name] for name in names}
 
 
 def training_metrics(outcomes: Outcomes, domains: Sequence[str | None]) -> dict[str, float]:
-    """What a training run reports.
+    """Return the metrics that a training run reports.
 
     Args:
-        outcomes: of N rows.
-        domains: of these.
+        outcomes: outcomes of N rows.
+        domains: domain of each row.
 
     Returns:
-        "eval_loss" (mean over answer tokens), and "accuracy" (share of rows, 0 to 1) where there is something to choose; the
-        same as "code/eval_loss", "code/accuracy" of the rows of each domain.
+        "eval_loss", in nats per answer token, and "accuracy", from 0 to 1, if any row has choices; and both for each domain,
+        as "DOMAIN/eval_loss" and "DOMAIN/accuracy".
     """
     result = {}
-    every = {"": list(range(len(domains)))} | {f"{name}/": rows for name, rows in rows_by_domain(domains).items()}
-    for prefix, rows in every.items():
-        values = measures(outcomes.of(rows))
+    groups = {"": list(range(len(domains)))} | {f"{name}/": rows for name, rows in rows_by_domain(domains).items()}
+    for prefix, rows in groups.items():
+        values = compute_metrics(outcomes.select(rows))
         result[f"{prefix}eval_loss"] = values["loss"]
         if "accuracy" in values:
             result[f"{prefix}accuracy"] = values["accuracy"]
     return result
 
 
-def measures(outcomes: Outcomes, classes: int | None = None) -> dict[str, float]:
-    """Everything that can be said of a set of rows.
+def compute_metrics(outcomes: Outcomes, classes: int | None = None) -> dict[str, float]:
+    """Return all metrics of a set of rows.
 
     Args:
-        outcomes: of them.
-        classes: K, where all rows choose among the same K.
+        outcomes: outcomes of the rows.
+        classes: K if all rows have the same K choices, else None.
 
     Returns:
-        "rows"; "answers", their tokens; "loss", nats a token, and "perplexity", its exponential; where there is something to
-        choose "accuracy" (0 to 1) and "accuracy_stderr", its standard error; with classes "f1_macro" and "matthews".
+        "rows"; "answers", the number of answer tokens; "loss", in nats per answer token; "perplexity"; if any row has choices,
+        "accuracy" (0 to 1) and its standard error "accuracy_stderr"; with `classes` also "f1_macro" and "matthews".
     """
     answers = float(outcomes.answers_N.sum())
     loss = float(outcomes.loss_N.sum()) / max(answers, 1)
-    result = {"rows": len(outcomes.loss_N), "answers": int(answers), "loss": loss, "perplexity": _exponential(loss)}
-    choosing = outcomes.chosen_N >= 0
-    if choosing.any():
-        right_N = (outcomes.chosen_N == outcomes.target_N)[choosing]
-        result |= share("accuracy", right_N)
+    result = {"rows": len(outcomes.loss_N), "answers": int(answers), "loss": loss, "perplexity": _perplexity(loss)}
+    has_choices = outcomes.chosen_N >= 0
+    if has_choices.any():
+        correct_N = (outcomes.chosen_N == outcomes.target_N)[has_choices]
+        result |= mean_and_stderr("accuracy", correct_N)
         if classes is not None:
-            confusion = confusion_matrix(
-                outcomes.target_N[choosing].long(), outcomes.chosen_N[choosing].long(), classes
+            confusion_KK = confusion_matrix(
+                outcomes.target_N[has_choices].long(), outcomes.chosen_N[has_choices].long(), classes
             )
-            result |= {"f1_macro": f1_macro(confusion), "matthews": matthews(confusion)}
+            result |= {"f1_macro": f1_macro(confusion_KK), "matthews": matthews(confusion_KK)}
     return result
 
 
-def share(name: str, right_N: Tensor) -> dict[str, float]:
-    """The mean of yes and no, and its standard error (that of the sample mean, with N - 1; nan for one row)."""
-    rows, mean = len(right_N), float(right_N.double().mean())
+def mean_and_stderr(name: str, correct_N: Tensor) -> dict[str, float]:
+    """Return the mean of boolean values as `name`, and its standard error (NaN for one row) as `name_stderr`."""
+    rows, mean = len(correct_N), float(correct_N.double().mean())
+    # The variance estimate divides by N - 1, as lm-eval's does.
     return {name: mean, f"{name}_stderr": math.sqrt(mean * (1 - mean) / (rows - 1)) if rows > 1 else math.nan}
 
 
 def confusion_matrix(target_N: Tensor, chosen_N: Tensor, classes: int) -> Tensor:
-    """(K, K) counts: rows are what is right, columns what was chosen."""
+    """Return (K, K) counts: rows are targets, columns are choices."""
     return torch.bincount(target_N * classes + chosen_N, minlength=classes**2).view(classes, classes).double()
 
 
 def f1_macro(confusion_KK: Tensor) -> float:
-    """The mean over classes, of those that are right or chosen somewhere, of 2 TP / (2 TP + FP + FN)."""
-    both_K = confusion_KK.sum(0) + confusion_KK.sum(1)
-    seen = both_K > 0
-    return float((2 * confusion_KK.diagonal()[seen] / both_K[seen]).mean())
+    """Return the mean of 2 TP / (2 TP + FP + FN) over the classes that occur as a target or a choice."""
+    occurrences_K = confusion_KK.sum(0) + confusion_KK.sum(1)
+    occurs = occurrences_K > 0
+    return float((2 * confusion_KK.diagonal()[occurs] / occurrences_K[occurs]).mean())
 
 
 def matthews(confusion_KK: Tensor) -> float:
-    """The correlation coefficient for K classes (Gorodkin 2004), from -1 to 1; 0 where all rows are of one class, or all are
-    taken for one."""
-    rows, right = confusion_KK.sum(), confusion_KK.trace()
+    """Return the Matthews correlation coefficient for K classes (Gorodkin, 2004), from -1 to 1.
+
+    It is 0 if all rows have the same target or the same choice.
+    """
+    rows, correct = confusion_KK.sum(), confusion_KK.trace()
     target_K, chosen_K = confusion_KK.sum(1), confusion_KK.sum(0)
-    spread = (rows**2 - (chosen_K**2).sum()) * (rows**2 - (target_K**2).sum())
-    return float((right * rows - (target_K * chosen_K).sum()) / spread.sqrt()) if spread > 0 else 0.0
+    product = (rows**2 - (chosen_K**2).sum()) * (rows**2 - (target_K**2).sum())
+    return float((correct * rows - (target_K * chosen_K).sum()) / product.sqrt()) if product > 0 else 0.0
 
 
-def _exponential(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # math.exp overflows above 709

@@ -1,4 +1,4 @@
-"""A model to evaluate: a run's config with the adapter that was saved, on as many ranks as there are, at its ZeRO stage."""
+"""Loading of a saved adapter on all ranks, at the ZeRO stage of its run, for evaluation."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from ldmole_dist.model.saved import SavedModel
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A model on its ranks.
+class DistributedModel:
+    """Model that all ranks hold together.
 
     Args:
-        config: as it was resolved for them.
-        engine: with the model.
-        tokenizer: of the backbone.
-        process: of this rank.
-        stage: of ZeRO.
+        config: config, resolved for the number of ranks.
+        engine: engine that holds the model.
+        tokenizer: tokenizer of the backbone.
+        process: this rank.
+        stage: ZeRO stage.
     """
 
     config: Config
@@ -45,32 +45,32 @@ class Evaluated:
     process: Process
     stage: int
 
-    def outcomes(self, examples: Sequence[Encoded], doing: str) -> Outcomes:
-        """Of every example, on every rank; every rank calls it."""
+    def outcomes(self, examples: Sequence[Encoded], progress: str) -> Outcomes:
+        """Return the outcomes of all examples on every rank. Every rank must call it."""
         batch_size = self.config.optimisation.micro_batch_size
         evaluator = Evaluator(examples, int(self.tokenizer.pad_token_id), batch_size, self.process)
-        return evaluator.outcomes(self.engine.module, doing)
+        return evaluator.outcomes(self.engine.module, progress)
 
 
-def config_of(
+def eval_config(
     saved: SavedModel, overrides: list[str], data: str | None, limit: int | None, batch_size: int | None
 ) -> Config:
-    """The config to evaluate with: the run's, or for an adapter alone one with defaults.
+    """Return the config for an evaluation: the run's, or the defaults for an adapter without a run.
 
     Args:
         saved: run or adapter.
-        overrides: "a.b=c".
-        data: file to evaluate on, instead of data.eval.
-        limit: rows of each source.
-        batch_size: rows of a forward; None: twice the run's micro-batch.
+        overrides: overrides of the config, "a.b=c".
+        data: evaluation file in place of `data.eval`.
+        limit: maximum number of rows of each source.
+        batch_size: rows per forward pass; None uses twice the run's micro-batch size.
 
     Raises:
-        UserError: where a value is not as it must be.
+        UserError: if a value of the config is invalid.
     """
     if saved.config is not None:
         raw = plain_config(saved.config)
     else:
-        # What has no default and is not used.
+        # Keys without a default, which evaluation does not use.
         raw = {"data": {"train": ""}, "optimisation": {"max_steps": 1}, "run": {"output_dir": str(saved.adapter)}}
         raw["backbone"] = {"task": saved.task}
     raw["backbone"]["path"] = saved.backbone
@@ -87,19 +87,19 @@ def config_of(
 
 
 @contextmanager
-def prepared(config: Config, with_adapter: bool) -> Iterator[Evaluated]:
-    """Load the model on all ranks; every rank calls it.
+def load_distributed(config: Config, with_adapter: bool) -> Iterator[DistributedModel]:
+    """Load a model on all ranks, for the duration of the block. Every rank must call it.
 
     Args:
-        config: from `config_of`.
-        with_adapter: False switches it off within.
+        config: result of `eval_config`.
+        with_adapter: False disables the adapter in the block.
 
     Raises:
-        UserError, PeerError: on every rank.
+        UserError, PeerError: on every rank, if the model cannot be loaded.
     """
     process = start(config.parallelism.timeout_minutes)
     p, o = config.parallelism, config.optimisation
-    p.ep_size = math.gcd(p.ep_size, process.world_size)  # results do not depend on it
+    p.ep_size = math.gcd(p.ep_size, process.world_size)  # any divisor of the world size gives the same results
     o.global_batch_size = o.micro_batch_size * process.world_size
     with raise_on_all_ranks("checking the config"):
         check_parallelism(config, process.world_size)
@@ -107,25 +107,27 @@ def prepared(config: Config, with_adapter: bool) -> Iterator[Evaluated]:
         tokenizer = load_tokenizer(config.backbone.path)
     parallel = expert_parallel(p.ep_size, p.dispatch, p.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
-    # DeepSpeed partitions a model only together with an optimizer, which never steps here.
+    # DeepSpeed partitions a model only if it has an optimizer, so there is one, which never steps.
     engine = Engine(model, ds_config, o)
     model.eval()
-    switched: Any = nullcontext() if with_adapter else model.disable_adapter()
-    with switched:
-        yield Evaluated(config, engine, tokenizer, process, stage_of(ds_config))
+    context: Any = nullcontext() if with_adapter else model.disable_adapter()
+    with context:
+        yield DistributedModel(config, engine, tokenizer, process, stage_of(ds_config))
 
 
-def rows_and_encoder(config: Config) -> tuple[list[Row], Encoder]:
-    """What the config evaluates on; every rank calls it, before the model is loaded, which takes longer.
+def load_eval_data(config: Config) -> tuple[list[Row], Encoder]:
+    """Return the evaluation rows of a config and their encoder. Every rank must call it.
+
+    Call it before the model is loaded, which takes longer, so that errors in the data appear early.
 
     Raises:
-        UserError, PeerError: on every rank, where it cannot be read.
+        UserError, PeerError: on every rank, if the data cannot be read.
     """
     start(config.parallelism.timeout_minutes)
     data, task = config.data, config.backbone.task
     with raise_on_all_ranks("reading the data"):
         if data.eval is None:
-            raise UserError("there is no data to evaluate on: give --data FILE, or data.eval=[...]")
-        found = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
+            raise UserError("no evaluation data; pass --data FILE or set data.eval=[...].")
+        by_source = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
         encoder = Encoder(load_tokenizer(config.backbone.path), task, data.labels, data.max_length, data.truncation)
-    return [row for rows in found for row in rows], encoder
+    return [row for rows in by_source for row in rows], encoder

@@ -1,1 +1,1 @@
-"""Text out of a saved adapter, in one process."""
+"""Text generation with a saved adapter, in one process."""

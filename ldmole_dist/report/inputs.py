@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ldmole_dist.config import Source
 from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Row
-from ldmole_dist.data.sources import read_rows, sources_of
+from ldmole_dist.data.sources import as_sources, read_rows
 from ldmole_dist.errors import UserError
 from ldmole_dist.model.backbone import load_adapter, load_backbone
 from ldmole_dist.model.saved import SavedModel
@@ -78,7 +78,7 @@ def read_data(saved: SavedModel, path: str | None, limit: int | None, tokenizer:
     encoder = Encoder(tokenizer, task, labels, min(max_length, tokenizer.model_max_length), truncation=True)
     encoded = encoder(rows, "tokenising", quiet=False)
     full = sum(len(example.input_ids) == encoder.max_length for example in encoded)
-    named = ", ".join(source.path or source.task or "" for source in sources_of(given))
+    named = ", ".join(source.path or source.task or "" for source in as_sources(given))
     return DataSet(named, _by_domain(rows, encoded), encoder.max_length, full)
 
 

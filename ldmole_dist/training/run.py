@@ -62,7 +62,7 @@ def prepare(config: Config) -> Trainer:
         tokenizer = load_tokenizer(config.backbone.path)
     # Data and checkpoint are checked before the model is built: loading a large backbone takes minutes.
     data = read_data(config, tokenizer, process)
-    checkpoint = choose_checkpoint(config, data.described, process)
+    checkpoint = choose_checkpoint(config, data.order, process)
     folder = Path(config.run.output_dir)
     with raise_on_all_ranks("preparing the output folder"):
         if process.is_main:
@@ -86,8 +86,8 @@ def prepare(config: Config) -> Trainer:
     batch_size = 2 * config.optimisation.micro_batch_size  # a forward without gradients needs less memory
     held_out = data.held_out
     evaluator = None if held_out is None else Evaluator(held_out, pad_id, batch_size, process)
-    probe = Probe(data.few if held_out is None else held_out, pad_id, batch_size, process)
-    saver = Saver(folder / "checkpoints", config, process, data.described)
+    probe = Probe(data.sample if held_out is None else held_out, pad_id, batch_size, process)
+    saver = Saver(folder / "checkpoints", config, process, data.order)
     if process.is_main:
         _print_summary(model, config, process, first_step, total_steps)
     return Trainer(config, engine, data.training, evaluator, probe, pad_id, process, saver, first_step, total_steps)

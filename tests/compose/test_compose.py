@@ -1,4 +1,4 @@
-"""A bank of LoRA adapters: as PEFT's own, mixed by the router, frozen in training under every ZeRO stage and dispatch."""
+"""Composed adapters: experts equal PEFT's LoRA and stay frozen in training under every ZeRO stage and dispatch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("number", range(len(LORAS)))
-def test_a_router_that_chooses_one_expert_is_that_lora(folder: Path, number: int) -> None:
+def test_single_active_expert_equals_its_lora(folder: Path, number: int) -> None:
     bank = load_adapter(backbone(folder), str(folder / "bank"), trainable=False)
     chosen = torch.zeros(len(LORAS))
     chosen[number] = 1.0
@@ -68,16 +68,16 @@ def test_a_router_that_chooses_one_expert_is_that_lora(folder: Path, number: int
 
 
 @pytest.mark.parametrize("router_input", ["layer", "hidden"])
-def test_one_lora_alone_is_itself(folder: Path, tmp_path: Path, router_input: str) -> None:
+def test_one_composed_lora_equals_it(folder: Path, tmp_path: Path, router_input: str) -> None:
     compose(str(tmp_path / "one"), [str(folder / "second")], None, "softmax", router_input=router_input)
     expected = logits(PeftModel.from_pretrained(backbone(folder), folder / "second"))
     found = logits(load_adapter(backbone(folder), str(tmp_path / "one"), trainable=False))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_only_routers_are_trained(folder: Path) -> None:
+def test_only_routers_are_trainable(folder: Path) -> None:
     model = load_adapter(backbone(folder), str(folder / "bank"), trainable=True)
-    for _ in range(2):  # PEFT sets what is trained in many places
+    for _ in range(2):  # PEFT sets requires_grad in several places
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert trained and all("router" in name for name in trained)
         model.set_adapter("default")
@@ -95,11 +95,10 @@ def test_only_routers_are_trained(folder: Path) -> None:
         ),
     ],
 )
-def test_training_leaves_the_experts(
+def test_training_keeps_the_experts(
     folder: Path, ranks1: LocalRanks, ranks2: LocalRanks, tmp_path: Path, case: str
 ) -> None:
-    """Two ranks that share the experts train the routers as one process does, go on from a checkpoint, and the adapter that
-    comes out has the experts that went in."""
+    """Two ranks train the routers like one process and resume from a checkpoint; the saved experts are the initial ones."""
     stage, dispatch = case.split()
     config = str(
         make_config(
@@ -133,15 +132,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"use_dora": True}, "has DoRA, which no expert can have"),
-        ({"bias": "all"}, "has bias='all'"),
-        ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
-        ({"base_model_name_or_path": "elsewhere"}, "is for elsewhere, the first one for"),
-        ({"r": 5}, "does not fit"),
-        ({"peft_type": "IA3"}, "there is no adapter|only LoRA adapters"),
+        ({"use_dora": True}, "uses DoRA; only plain LoRA can be an expert"),
+        ({"bias": "all"}, "uses bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"base_model_name_or_path": "elsewhere"}, "is for elsewhere, but the first adapter is for"),
+        ({"r": 5}, "does not match"),
+        ({"peft_type": "IA3"}, "cannot read an adapter|only LoRA adapters"),
     ],
 )
-def test_what_cannot_be_an_expert(folder: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_unsupported_adapter_is_rejected(folder: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for file in (folder / "first").iterdir():
@@ -153,10 +152,10 @@ def test_what_cannot_be_an_expert(folder: Path, tmp_path: Path, changes: dict[st
     assert not (tmp_path / "bank").exists()
 
 
-def test_other_mistakes(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="exists already"):
+def test_invalid_arguments_are_rejected(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="already exists"):
         compose(str(folder / "bank"), [str(folder / "first")], None)
-    with pytest.raises(UserError, match="there is no adapter that can be read"):
+    with pytest.raises(UserError, match="cannot read an adapter"):
         compose(str(tmp_path / "bank"), [str(tmp_path)], None)
     with pytest.raises(UserError, match="only LoRA adapters"):
         compose(str(tmp_path / "bank"), [str(folder / "bank")], None)

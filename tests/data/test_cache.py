@@ -1,4 +1,4 @@
-"""Token ids that were encoded before: the same, not encoded again, and never those of something else."""
+"""Token cache: cached rows equal encoded ones, are not encoded again, and are never stale."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def make_encoder(backbone: Path, **settings: Any) -> Encoder:
 
 
 def encode(encoder: Encoder, rows: list[Row], folder: Path) -> list[Encoded]:
-    return encode_cached(encoder, rows, str(folder), "tokenising", quiet=True, write=True)
+    return encode_cached(encoder, rows, str(folder), "tokenizing", quiet=True, write=True)
 
 
-def deaf(encoder: Encoder) -> Encoder:
-    """Fails where it has to encode."""
+def forbid_encoding(encoder: Encoder) -> Encoder:
+    """Make `encoder` fail when it encodes a row."""
 
     def fail(row: Row) -> Encoded:
         raise AssertionError("encoded again")
@@ -52,20 +52,20 @@ def deaf(encoder: Encoder) -> Encoder:
     return encoder
 
 
-def test_the_second_time_nothing_is_encoded(backbone: Path, tmp_path: Path) -> None:
+def test_cached_rows_are_not_encoded_again(backbone: Path, tmp_path: Path) -> None:
     first = encode(make_encoder(backbone), ROWS, tmp_path)
-    assert first == make_encoder(backbone)(ROWS, "tokenising", quiet=True)
-    assert encode(deaf(make_encoder(backbone)), ROWS, tmp_path) == first
+    assert first == make_encoder(backbone)(ROWS, "tokenizing", quiet=True)
+    assert encode(forbid_encoding(make_encoder(backbone)), ROWS, tmp_path) == first
     assert [e.domain for e in first] == ["flowers", None, None] and first[1].choices is not None
 
 
-def test_classes(backbone: Path, tmp_path: Path) -> None:
+def test_classes_are_cached(backbone: Path, tmp_path: Path) -> None:
     def encoder() -> Encoder:
         return make_encoder(backbone, task="sequence_classification", labels=["red", "blue"])
 
     rows = [Row("rose", "red", "1"), Row("sky and sea", "blue", "2"), Row("jay", "blue", "3")]
     first = encode(encoder(), rows, tmp_path)
-    assert encode(deaf(encoder()), rows, tmp_path) == first and [e.labels for e in first] == [0, 1, 1]
+    assert encode(forbid_encoding(encoder()), rows, tmp_path) == first and [e.labels for e in first] == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -81,34 +81,34 @@ def test_classes(backbone: Path, tmp_path: Path) -> None:
     ],
     ids=["conversation", "answer", "rows", "template", "max_length", "truncation", "labels"],
 )
-def test_what_changes_is_encoded_anew(
+def test_changed_input_is_encoded_again(
     backbone: Path, tmp_path: Path, change: Callable[[Path], tuple[Encoder, list[Row]]]
 ) -> None:
     encode(make_encoder(backbone), ROWS, tmp_path)
     encoder, rows = change(backbone)
     with pytest.raises(AssertionError, match="encoded again"):
-        encode(deaf(encoder), rows, tmp_path)
+        encode(forbid_encoding(encoder), rows, tmp_path)
 
 
-def test_another_tokenizer(backbone: Path, tmp_path: Path) -> None:
+def test_changed_tokenizer_is_encoded_again(backbone: Path, tmp_path: Path) -> None:
     encode(make_encoder(backbone), ROWS, tmp_path)
     other = make_encoder(backbone)
     other.tokenizer.add_tokens(["rose"])
     with pytest.raises(AssertionError, match="encoded again"):
-        encode(deaf(other), ROWS, tmp_path)
+        encode(forbid_encoding(other), ROWS, tmp_path)
 
 
-def test_a_damaged_file_is_written_again(backbone: Path, tmp_path: Path) -> None:
+def test_damaged_file_is_replaced(backbone: Path, tmp_path: Path) -> None:
     first = encode(make_encoder(backbone), ROWS, tmp_path)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     for damaged in (whole[:100], whole[:-40], b"", whole[:150] + b"x" + whole[151:]):
         file.write_bytes(damaged)
         assert encode(make_encoder(backbone), ROWS, tmp_path) == first
-        assert encode(deaf(make_encoder(backbone)), ROWS, tmp_path) == first
+        assert encode(forbid_encoding(make_encoder(backbone)), ROWS, tmp_path) == first
 
 
-def test_a_folder_that_cannot_be_made(backbone: Path, tmp_path: Path) -> None:
+def test_unwritable_folder_is_named(backbone: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"data.cache .*file"):
+    with pytest.raises(UserError, match=r"cannot write the token cache data.cache=.*file"):
         encode(make_encoder(backbone), ROWS, tmp_path / "file")

@@ -1,4 +1,4 @@
-"""Every format of records and every kind of file: what becomes of a row, and what is said of a bad one."""
+"""Record formats and file types: the parsed rows, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def write(path: Path, *records: Any) -> str:
     return str(path)
 
 
-def task_of(format: str) -> str:
+def task_for(format: str) -> str:
     return "sequence_classification" if format == "classification" else "causal_lm"
 
 
-def stretches(tokenizer: PreTrainedTokenizerBase, row: Row, length: int = 300) -> list[tuple[bool, str]]:
-    """(learnt, text) of a row as it is trained on."""
+def labeled_parts(tokenizer: PreTrainedTokenizerBase, row: Row, length: int = 300) -> list[tuple[bool, str]]:
+    """Return (whether it is trained on, text) of each part of an encoded row."""
     encoded = Encoder(tokenizer, "causal_lm", None, length, False).encode(row)
     assert isinstance(encoded.labels, list)
     found: list[tuple[bool, list[int]]] = []
@@ -66,7 +66,7 @@ def stretches(tokenizer: PreTrainedTokenizerBase, row: Row, length: int = 300) -
         if not found or found[-1][0] != (label != IGNORED):
             found.append((label != IGNORED, []))
         found[-1][1].append(token)
-    return [(learnt, tokenizer.decode(ids)) for learnt, ids in found]
+    return [(trained, tokenizer.decode(ids)) for trained, ids in found]
 
 
 ALPACA = (
@@ -93,59 +93,59 @@ ALPACA = (
         ("text", [(True, "The sky is blue.</s>")]),
     ],
 )
-def test_what_is_read_and_what_is_learnt(
+def test_only_answers_are_trained_on(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, format: str, expected: list[tuple[bool, str]]
 ) -> None:
     path = write(tmp_path / "data.jsonl", GOOD[format])
-    for data in (path, [Source(path=path, format=format)]):  # recognised, and named
+    for data in (path, [Source(path=path, format=format)]):  # detected, and configured
         ((row,),) = read_rows(data, "causal_lm", None)
-        assert stretches(tokenizer, row) == expected
+        assert labeled_parts(tokenizer, row) == expected
 
 
-def test_alpaca_without_input(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_alpaca_input_is_optional(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     ((row,),) = read_rows(
         write(tmp_path / "a.jsonl", {"instruction": "Say hello.", "output": "hello"}), "causal_lm", None
     )
     assert "input" not in row.source.lower() and row.source.endswith("### Response:\n")
 
 
-def test_long_texts_are_cut_at_their_end(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_long_texts_are_truncated_at_the_end(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = Encoder(tokenizer, "causal_lm", None, 5, True).encode(Row("", "sky is blue " * 9, "here")).input_ids
     assert len(ids) == 5 and tokenizer.decode(ids).startswith("sky is")
 
 
 BAD: list[tuple[str, Any, str]] = [
-    ("prompt_completion", {"prompt": "x"}, "keys ['prompt'] are those of no format"),
-    ("prompt_completion", {"prompt": "x", "completion": None}, "needs a text 'completion', has None"),
-    ("alpaca", {"instruction": 3, "output": "x"}, "needs a text 'instruction', has 3"),
-    ("alpaca", {"instruction": "x", "input": ["y"], "output": "z"}, "'input' must be a text or missing"),
-    ("sharegpt", {"conversations": []}, "'conversations' must be a list of turns"),
-    ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 1: needs a text 'value'"),
-    ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "turn 1: from 'bot' is not known"),
-    ("messages", {"messages": "hello"}, "'messages' must be a list of turns"),
-    ("messages", {"messages": ["hello"]}, "turn 1: must be an object"),
+    ("prompt_completion", {"prompt": "x"}, "keys ['prompt'] match no format"),
+    ("prompt_completion", {"prompt": "x", "completion": None}, "key 'completion' must hold a text, got None"),
+    ("alpaca", {"instruction": 3, "output": "x"}, "key 'instruction' must hold a text, got 3"),
+    ("alpaca", {"instruction": "x", "input": ["y"], "output": "z"}, "'input' is ['y']; make it a text or remove it"),
+    ("sharegpt", {"conversations": []}, "key 'conversations' must hold a non-empty list of turns"),
+    ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 1: key 'value' must hold a text"),
+    ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "turn 1: unknown from 'bot'"),
+    ("messages", {"messages": "hello"}, "key 'messages' must hold a non-empty list of turns"),
+    ("messages", {"messages": ["hello"]}, "turn 1: expected an object"),
     ("messages", {"messages": TURNS[:4]}, "the last turn is the user's"),
-    ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "role 'tool' is not known"),
-    ("text", {"text": 7}, "needs a text 'text', has 7"),
-    ("classification", {"text": "x", "label": 1}, "needs a text 'label', has 1"),
-    ("classification", {"label": "x"}, "needs a text 'text'"),
+    ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
+    ("text", {"text": 7}, "key 'text' must hold a text, got 7"),
+    ("classification", {"text": "x", "label": 1}, "key 'label' must hold a text, got 1"),
+    ("classification", {"label": "x"}, "key 'text' must hold a text"),
 ]
 
 
 @pytest.mark.parametrize(("format", "record", "said"), BAD)
-def test_a_malformed_row_gives_file_line_and_reason(tmp_path: Path, format: str, record: Any, said: str) -> None:
+def test_error_names_file_line_and_reason(tmp_path: Path, format: str, record: Any, said: str) -> None:
     path = write(tmp_path / "data.jsonl", GOOD[format], record)
-    given = [Source(path=path, format=format)] if "no format" not in said else path
-    if "no format" in said:
+    data = [Source(path=path, format=format)] if "match no format" not in said else path
+    if "match no format" in said:
         path = write(tmp_path / "data.jsonl", record)
     with pytest.raises(UserError) as raised:
-        read_rows(given, task_of(format), None)
-    line = 1 if "no format" in said else 2
+        read_rows(data, task_for(format), None)
+    line = 1 if "match no format" in said else 2
     assert str(raised.value).startswith(f"{path}, line {line}") and said in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
-def test_kinds_of_files(tmp_path: Path, kind: str) -> None:
+def test_file_types(tmp_path: Path, kind: str) -> None:
     records = [GOOD["prompt_completion"], {"prompt": "two\nlines, and a comma", "completion": " x"}]
     path = tmp_path / f"data.{kind}"
     if kind == "parquet":
@@ -158,52 +158,52 @@ def test_kinds_of_files(tmp_path: Path, kind: str) -> None:
         write(path, *records)
     (rows,) = read_rows(str(path), "causal_lm", None)
     assert [(row.source, row.target) for row in rows] == [(r["prompt"], r["completion"]) for r in records]
-    places = {"jsonl": "line 2", "json": "row 2", "csv": "line 4", "parquet": "row 2"}
-    assert rows[1].where == f"{path}, {places[kind]}"
+    locations = {"jsonl": "line 2", "json": "row 2", "csv": "line 4", "parquet": "row 2"}
+    assert rows[1].where == f"{path}, {locations[kind]}"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("bad.jsonl", b'{"prompt": "x"\n', "bad.jsonl, line 1: not a JSON object"),
-        ("bad.json", b'[{"prompt": "x",\n}]', "bad.json, line 2: not JSON"),
-        ("bad.json", b"[3]", "bad.json, row 1: must be a JSON object"),
-        ("bad.csv", b"prompt,completion\nx\n", "bad.csv, line 2: has another number of fields"),
-        ("bad.csv", b"prompt,completion\nx,y,z\n", "bad.csv, line 2: has another number of fields"),
-        ("bad.parquet", b"PAR1 or not", "bad.parquet is damaged"),
+        ("bad.jsonl", b'{"prompt": "x"\n', "bad.jsonl, line 1: not valid JSON"),
+        ("bad.json", b'[{"prompt": "x",\n}]', "bad.json, line 2: not valid JSON"),
+        ("bad.json", b"[3]", "bad.json, row 1: expected a JSON object"),
+        ("bad.csv", b"prompt,completion\nx\n", "bad.csv, line 2: the number of fields differs"),
+        ("bad.csv", b"prompt,completion\nx,y,z\n", "bad.csv, line 2: the number of fields differs"),
+        ("bad.parquet", b"PAR1 or not", "bad.parquet is not valid Parquet"),
         ("bad.csv", b"prompt,completion\n\xff\xfe,x\n", "bad.csv is not UTF-8"),
     ],
 )
-def test_damaged_files(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_invalid_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as raised:
         read_rows(str(tmp_path / name), "causal_lm", None)
     assert said in str(raised.value)
 
 
-def test_what_a_tokenizer_cannot_do_is_said(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_unusable_chat_template_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     ((row,),) = read_rows(write(tmp_path / "m.jsonl", GOOD["messages"]), "causal_lm", None)
     try:
         for template, said in (
             (None, "has no chat template"),
-            ("{{ raise_exception('no system turns') }}", "the chat template refuses it: no system turns"),
+            ("{{ raise_exception('no system turns') }}", "the chat template rejects the conversation: no system turns"),
             ("{{ messages | length }}{{ messages[-1].content }}", "changes earlier turns"),
         ):
             tokenizer.chat_template = template
             with pytest.raises(UserError, match=said):
-                stretches(tokenizer, row)
+                labeled_parts(tokenizer, row)
     finally:
         tokenizer.chat_template = CHAT
 
 
-def test_domains_of_several_sources(tmp_path: Path) -> None:
+def test_source_name_is_the_default_domain(tmp_path: Path) -> None:
     first = write(tmp_path / "first.jsonl", GOOD["text"], GOOD["text"] | {"domain": "own"})
     second = write(tmp_path / "second.jsonl", GOOD["prompt_completion"])
     found = read_rows([Source(path=first), Source(path=second, name="answers")], "causal_lm", None)
     assert [[row.domain for row in rows] for rows in found] == [["first", "own"], ["answers"]]
 
 
-def test_a_format_must_go_with_the_model(tmp_path: Path) -> None:
+def test_format_must_fit_the_backbone_task(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD["text"])
-    with pytest.raises(UserError, match="format text does not go with backbone.task=sequence_classification"):
+    with pytest.raises(UserError, match="format text does not fit backbone.task=sequence_classification"):
         read_rows([Source(path=path, format="text")], "sequence_classification", ["a", "b"])

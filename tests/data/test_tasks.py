@@ -1,4 +1,4 @@
-"""The nine tasks of the paper: prompts to the letter, answers, malformed records, and a training step with a score of each."""
+"""The nine tasks of the paper: exact prompts, answers, errors for invalid records, and a training step of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.small_run import make_backbone, make_config, run_training
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MULTIPLE = "Below is a multiple-choice question. Please choose the correct answer.\n"
-# The first row of each: prompt, answer, number of choices.
+# Prompt, answer and number of choices of the first row of each task.
 EXPECTED: dict[str, tuple[str, str, int | None]] = {
     "arc_challenge": (
         f"{MULTIPLE}A puddle shrinks on a sunny day. What happens to its water?\nOptions:\nA. It freezes.\nB. It evaporates.\n"
@@ -70,15 +70,15 @@ EXPECTED: dict[str, tuple[str, str, int | None]] = {
 }
 
 
-def path_of(name: str) -> str:
+def fixture_path(name: str) -> str:
     return str(FIXTURES / f"{name}.jsonl")
 
 
 def records(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path_of(name)).read_text().splitlines()]
+    return [json.loads(line) for line in Path(fixture_path(name)).read_text().splitlines()]
 
 
-def test_all_nine_have_fixtures() -> None:
+def test_every_task_has_a_fixture() -> None:
     assert set(EXPECTED) == set(TASKS) and len(TASKS) == 9
 
 
@@ -91,40 +91,44 @@ def test_prompt_and_answer(name: str) -> None:
 
 
 def test_numbered_options_are_answered_by_letters() -> None:
-    """The authors' code shows letters and learns the number."""
+    """The paper's code shows letters, but trains on the number."""
     rows = [TASKS["arc_challenge"].row(record, "here") for record in records("arc_challenge")]
     assert [row.target for row in rows] == [" B", " B", " E", " A"]
     assert [len(row.choices or ()) for row in rows] == [4, 3, 5, 4]
 
 
-def test_subjects_are_words() -> None:
+def test_subject_has_no_underscores() -> None:
     assert "about computer science." in TASKS["mmlu_pro"].row(records("mmlu_pro")[2], "here").source
 
 
 ARC = records("arc_easy")[0]
 MMLU = records("mmlu_pro")[0]
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("arc_easy", ARC | {"answerKey": "E"}, "answerKey 'E' is none of the options' labels ['A', 'B', 'C', 'D']"),
+    (
+        "arc_easy",
+        ARC | {"answerKey": "E"},
+        "answerKey 'E' is not among the labels of the options, ['A', 'B', 'C', 'D']",
+    ),
     ("arc_easy", ARC | {"answerKey": ""}, "this split has no labels"),
-    ("arc_easy", ARC | {"choices": ["a", "b"]}, "needs 'choices' with 'text' and 'label'"),
-    ("arc_easy", ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "'label' has 1 texts"),
-    ("arc_easy", ARC | {"choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "3 texts and 2 labels"),
-    ("commonsense_qa", {"question": 3}, "needs a text 'question', has 3"),
-    ("openbookqa", {"question": "x"}, "needs a text 'question_stem', has None"),
-    ("swag", records("swag")[0] | {"label": 4}, "'label' must be a whole number from 0 to 3, is 4"),
-    ("swag", {"startphrase": "x"}, "needs a text 'ending0'"),
+    ("arc_easy", ARC | {"choices": ["a", "b"]}, "key 'choices' must hold an object with 'text' and 'label'"),
+    ("arc_easy", ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "key 'label' holds 1 texts"),
+    ("arc_easy", ARC | {"choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "3 texts but 2 labels"),
+    ("commonsense_qa", {"question": 3}, "key 'question' must hold a text, got 3"),
+    ("openbookqa", {"question": "x"}, "key 'question_stem' must hold a text, got None"),
+    ("swag", records("swag")[0] | {"label": 4}, "key 'label' must hold an integer from 0 to 3, got 4"),
+    ("swag", {"startphrase": "x"}, "key 'ending0' must hold a text"),
     ("hellaswag", records("hellaswag")[0] | {"label": ""}, "this split has no labels"),
-    ("hellaswag", records("hellaswag")[0] | {"endings": "x"}, "needs a list of texts 'endings'"),
-    ("mmlu_pro", MMLU | {"answer_index": 3}, "answer 'C' and answer_index 3 differ"),
-    ("mmlu_pro", MMLU | {"options": ["x"] * 11}, "'options' has 11 texts, from 2 to 10"),
+    ("hellaswag", records("hellaswag")[0] | {"endings": "x"}, "key 'endings' must hold a list of texts"),
+    ("mmlu_pro", MMLU | {"answer_index": 3}, "answer 'C' and answer_index 3 disagree"),
+    ("mmlu_pro", MMLU | {"options": ["x"] * 11}, "key 'options' holds 11 texts; 2 to 10"),
     ("cola", {"sentence": "x", "label": -1}, "this split has no labels"),
-    ("cola", {"sentence": "x", "label": True}, "must be a whole number from 0 to 1"),
-    ("rte", {"sentence1": "x", "label": 0}, "needs a text 'sentence2'"),
+    ("cola", {"sentence": "x", "label": True}, "must hold an integer from 0 to 1"),
+    ("rte", {"sentence1": "x", "label": 0}, "key 'sentence2' must hold a text"),
 ]
 
 
 @pytest.mark.parametrize(("name", "record", "said"), BAD)
-def test_malformed_records(tmp_path: Path, name: str, record: dict[str, Any], said: str) -> None:
+def test_error_names_line_and_column(tmp_path: Path, name: str, record: dict[str, Any], said: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(records(name)[0]) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(UserError) as raised:
@@ -132,13 +136,13 @@ def test_malformed_records(tmp_path: Path, name: str, record: dict[str, Any], sa
     assert str(raised.value).startswith(f"{path}, line 2: ") and said in str(raised.value)
 
 
-def test_a_csv_file_of_a_task(tmp_path: Path) -> None:
+def test_task_reads_csv(tmp_path: Path) -> None:
     (tmp_path / "cola.csv").write_text("sentence,label,idx\nIt rains.,1,0\n")
     ((row,),) = read_rows([Source(path=str(tmp_path / "cola.csv"), task="cola")], "sequence_classification", None)
     assert row.target == "acceptable"
 
 
-def test_parts_of_a_data_set_with_one_split() -> None:
+def test_single_split_is_divided_into_parts() -> None:
     data = Dataset.from_list([{"n": n} for n in range(100)])
     parts = {name: [r["n"] for r in TASKS["mmlu_pro"].part(data, name)] for name in ("train", "validation", "test")}
     assert [len(part) for part in parts.values()] == [80, 10, 10]
@@ -159,28 +163,28 @@ def test_parts_of_a_data_set_with_one_split() -> None:
         ("data.train=[{path: a, weight: 0}]", "greater than 0"),
     ],
 )
-def test_bad_sources(tmp_path: Path, override: str, said: str) -> None:
+def test_invalid_sources_are_rejected(tmp_path: Path, override: str, said: str) -> None:
     with pytest.raises(UserError) as raised:
         load_config(str(make_config(tmp_path)), [override])
     assert said in str(raised.value)
 
 
-def test_without_a_hub_the_local_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_hub_access_names_the_local_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"give its rows as a file, \[\{task: arc_easy, path: FILE\}\]"):
+    with pytest.raises(UserError, match=r"with the same columns: \[\{task: arc_easy, path: FILE\}\]"):
         read_rows([Source(task="arc_easy")], "causal_lm", None)
 
 
-def test_a_task_must_go_with_the_model() -> None:
-    with pytest.raises(UserError, match="task rte is for backbone.task=sequence_classification"):
-        read_rows([Source(task="rte", path=path_of("rte"))], "causal_lm", None)
+def test_task_must_fit_the_backbone_task() -> None:
+    with pytest.raises(UserError, match="data task rte needs backbone.task=sequence_classification"):
+        read_rows([Source(task="rte", path=fixture_path("rte"))], "causal_lm", None)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone whose tokenizer has the letters, each with its space, as one token."""
+    """Folder with a backbone whose tokenizer has each letter, with its leading space, as one token."""
     folder = tmp_path_factory.mktemp("tasks")
     make_backbone(folder / "backbone")
     tokenizer = AutoTokenizer.from_pretrained(folder / "backbone")
@@ -193,9 +197,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
-def test_every_task_trains_a_step_and_has_a_score(folder: Path, ranks1: LocalRanks) -> None:
+def test_every_task_trains_a_step_and_reports_accuracy(folder: Path, ranks1: LocalRanks) -> None:
     for name, task in TASKS.items():
-        sources = f"[{{task: {name}, path: {path_of(name)}}}]"
+        sources = f"[{{task: {name}, path: {fixture_path(name)}}}]"
         config = make_config(
             folder,
             backbone={"task": task.model_task},

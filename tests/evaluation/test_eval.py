@@ -1,4 +1,4 @@
-"""`ldmole eval` and lm-eval on a trained run: by hand, as its training said, and alike on any ranks at any ZeRO stage."""
+"""`ldmole eval` and lm-eval on a trained run: equal to a reference, to the training's own evaluation, and on any ranks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import yaml
 
 from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import PeerError, UserError
-from ldmole_dist.evaluation.command import table
-from ldmole_dist.evaluation.model import config_of, prepared, rows_and_encoder
+from ldmole_dist.evaluation.command import format_table
+from ldmole_dist.evaluation.model import eval_config, load_distributed, load_eval_data
 from ldmole_dist.evaluation.rows import evaluate_rows
 from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokenizer
 from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import COLOURS, LABELS, make_config, make_data, make_folder, run_training
 
-OF_QUESTIONS = ("data.labels=null", "data.max_length=64")
+QUESTION_SETTINGS = ("data.labels=null", "data.max_length=64")
 FLAVOURS = [" sour", " sweet and red", " not at all sour, but a little salty"]
 
 
@@ -48,16 +48,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ranks2: LocalRanks) -> Path
 def evaluated(
     folder: Path, *overrides: str, data: str | None = None, path: str = "run", **settings: Any
 ) -> dict[str, Any]:
-    """Sent to ranks."""
+    """Evaluate on ranks."""
     found = find_saved_model(str(folder / path), None)
-    config = config_of(found, list(overrides), data and str(folder / data), settings.get("limit"), 3)
-    rows, encoder = rows_and_encoder(config)
-    with prepared(config, settings.get("with_adapter", True)) as model:
+    config = eval_config(found, list(overrides), data and str(folder / data), settings.get("limit"), 3)
+    rows, encoder = load_eval_data(config)
+    with load_distributed(config, settings.get("with_adapter", True)) as model:
         return evaluate_rows(model, encoder, rows, settings.get("likelihood", False))
 
 
-def by_hand(folder: Path, with_adapter: bool) -> dict[str, float]:
-    """Of the questions, one answer at a time; runs on a rank, as models want a process group."""
+def reference(folder: Path, with_adapter: bool) -> dict[str, float]:
+    """Compute the metrics of the questions one answer at a time; run on a rank, because the model needs a process group."""
     start()
     model: Any = load_backbone(str(folder / "backbone"), "causal_lm", "fp32")
     if with_adapter:
@@ -82,19 +82,19 @@ def by_hand(folder: Path, with_adapter: bool) -> dict[str, float]:
     return {"accuracy": right / len(rows), "accuracy_norm": by_byte / len(rows), "loss": loss / answers}
 
 
-def test_as_the_training_run_said(folder: Path, ranks1: LocalRanks) -> None:
+def test_equals_the_evaluation_of_the_training_run(folder: Path, ranks1: LocalRanks) -> None:
     last = json.loads((folder / "run" / "evaluations.jsonl").read_text().splitlines()[-1])
     (found,) = ranks1.run(evaluated, folder)
     assert found["all"]["accuracy"] == last["accuracy"] and found["all"]["loss"] == pytest.approx(
         last["eval_loss"], rel=1e-5
     )
     assert found["all"]["rows"] == 12 and {"f1_macro", "matthews"} <= set(found["all"])
-    # Answers of one token: the likeliest one is the likeliest first token.
+    # Answers of one token: the choice by likelihood is the choice by first token.
     (whole,) = ranks1.run(evaluated, folder, likelihood=True)
     assert whole["all"]["accuracy"] == last["accuracy"] and whole["all"]["loss"] == pytest.approx(
         last["eval_loss"], rel=1e-5
     )
-    # An adapter alone has neither data nor labels of its own.
+    # An adapter without a run has no data and labels of its own.
     labels = f"data.labels={json.dumps(LABELS)}"
     alone = {"path": "run/adapter", "data": "eval.jsonl"}
     (adapter,) = ranks1.run(evaluated, folder, labels, "parallelism.precision=fp32", "data.max_length=32", **alone)
@@ -104,21 +104,23 @@ def test_as_the_training_run_said(folder: Path, ranks1: LocalRanks) -> None:
 
 
 @pytest.mark.parametrize("with_adapter", [True, False])
-def test_answers_of_many_tokens_as_by_hand(folder: Path, ranks1: LocalRanks, with_adapter: bool) -> None:
-    (expected,) = ranks1.run(by_hand, folder, with_adapter)
-    (other,) = ranks1.run(by_hand, folder, not with_adapter)
-    assert abs(expected["loss"] - other["loss"]) > 0.01  # the adapter does something
+def test_likelihood_of_long_answers_equals_reference(folder: Path, ranks1: LocalRanks, with_adapter: bool) -> None:
+    (expected,) = ranks1.run(reference, folder, with_adapter)
+    (other,) = ranks1.run(reference, folder, not with_adapter)
+    assert abs(expected["loss"] - other["loss"]) > 0.01  # the adapter has an effect
     (found,) = ranks1.run(
-        evaluated, folder, *OF_QUESTIONS, data="questions.jsonl", likelihood=True, with_adapter=with_adapter
+        evaluated, folder, *QUESTION_SETTINGS, data="questions.jsonl", likelihood=True, with_adapter=with_adapter
     )
     assert {name: found["all"][name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert [found["domains"][d]["rows"] for d in "ab"] == [4, 3] and "f1_macro" not in found["all"]
 
 
 @pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1, 2))])
-def test_alike_on_four_ranks(folder: Path, ranks1: LocalRanks, ranks4: LocalRanks, stage: int) -> None:
+def test_results_are_independent_of_ranks_and_stage(
+    folder: Path, ranks1: LocalRanks, ranks4: LocalRanks, stage: int
+) -> None:
     for settings in ({}, {"data": "questions.jsonl", "likelihood": True}):
-        labels = OF_QUESTIONS if settings else ()
+        labels = QUESTION_SETTINGS if settings else ()
         (alone,) = ranks1.run(evaluated, folder, *labels, **settings)
         overrides = [f"parallelism.deepspeed=zero{stage}", "parallelism.ep_size=2", *labels]
         for found in ranks4.run(evaluated, folder, *overrides, **settings):
@@ -126,7 +128,7 @@ def test_alike_on_four_ranks(folder: Path, ranks1: LocalRanks, ranks4: LocalRank
 
 
 @pytest.mark.full
-def test_a_classifier(tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks) -> None:
+def test_classifier(tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks) -> None:
     make_folder(tmp_path)
     for name, rows in (("train", 60), ("eval", 25)):
         make_data(tmp_path / f"{name}.jsonl", rows, "sequence_classification")
@@ -147,7 +149,7 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.full
-def test_the_command(folder: Path, tmp_path: Path) -> None:
+def test_command_writes_results(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", "ldmole_dist.cli", "eval", str(folder / "run"), "--output", str(out)]
     done = subprocess.run([*command, "--batch-size", "4"], capture_output=True, text=True, timeout=200)
@@ -157,9 +159,9 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert f"{100 * result['all']['accuracy']:.2f} ± " in done.stdout
 
 
-def test_the_table_has_a_line_for_each_domain() -> None:
+def test_table_has_one_line_per_domain() -> None:
     values = {"rows": 4, "answers": 4, "loss": 0.5, "perplexity": 1.65, "accuracy": 0.75, "accuracy_stderr": 0.25}
-    lines = table(
+    lines = format_table(
         {"all": values, "domains": {"code": values | {"rows": 2}, "prose": {"rows": 2, "loss": 0.1}}}
     ).splitlines()
     assert lines[0].split() == ["rows", "accuracy", "loss", "perplexity"]
@@ -171,12 +173,12 @@ def test_the_table_has_a_line_for_each_domain() -> None:
     ("arguments", "said"),
     [
         (["nowhere"], "is neither a run"),
-        (["RUN", "--lm-eval-path", "x"], "are for --lm-eval"),
-        (["RUN", "--output", "no/such/folder/x.json"], "there is no such folder"),
+        (["RUN", "--lm-eval-path", "x"], "require --lm-eval"),
+        (["RUN", "--output", "no/such/folder/x.json"], "its folder does not exist"),
         (["RUN", "data.labelz=1"], "unknown key data.labelz"),
     ],
 )
-def test_bad_arguments(folder: Path, arguments: list[str], said: str) -> None:
+def test_invalid_arguments_are_rejected(folder: Path, arguments: list[str], said: str) -> None:
     from ldmole_dist.cli import _parser
 
     args = _parser().parse_args(["eval", *(str(folder / "run") if a == "RUN" else a for a in arguments)])
@@ -185,7 +187,7 @@ def test_bad_arguments(folder: Path, arguments: list[str], said: str) -> None:
 
 
 def make_tasks(folder: Path) -> Path:
-    """Tasks of lm-eval on the questions: choices, the likelihood of whole texts, and generation."""
+    """Write lm-eval tasks on the questions: multiple choice, likelihood of full texts, and generation."""
     tasks = folder / "tasks"
     tasks.mkdir(exist_ok=True)
     common = {
@@ -226,12 +228,12 @@ def make_tasks(folder: Path) -> Path:
 
 
 def harness(folder: Path, tasks: list[str], own: bool, with_adapter: bool = True) -> dict[str, Any]:
-    """lm-eval through the bridge, or with the harness's own wrapper of a Hugging Face model around the same; sent to ranks."""
-    os.environ["HF_HOME"] = str(folder / "hf")  # of datasets
+    """Run lm-eval on ranks: through the bridge, or with `own` through the harness's own wrapper of the same model."""
+    os.environ["HF_HOME"] = str(folder / "hf")  # cache folder of datasets
     from ldmole_dist.evaluation import lm_eval_bridge
 
     saved = find_saved_model(str(folder / "run"), None)
-    with prepared(config_of(saved, [], None, None, 3), with_adapter) as model:
+    with load_distributed(eval_config(saved, [], None, None, 3), with_adapter) as model:
         if own:
             from lm_eval.models.huggingface import HFLM
 
@@ -243,7 +245,7 @@ def harness(folder: Path, tasks: list[str], own: bool, with_adapter: bool = True
 
 
 def test_lm_eval_equals_ldmole_eval(folder: Path, ranks1: LocalRanks, ranks2: LocalRanks) -> None:
-    (ours,) = ranks1.run(evaluated, folder, *OF_QUESTIONS, data="questions.jsonl", likelihood=True)
+    (ours,) = ranks1.run(evaluated, folder, *QUESTION_SETTINGS, data="questions.jsonl", likelihood=True)
     make_tasks(folder)
     (alone,) = ranks1.run(harness, folder, ["flavours"], False)
     for found in [alone, *ranks2.run(harness, folder, ["flavours"], False)]:
@@ -263,21 +265,23 @@ def test_lm_eval_equals_its_own_wrapper(folder: Path, ranks1: LocalRanks) -> Non
         assert numbers and {name: through[task][name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
 
 
-def refusal(function: Callable[..., Any], *args: Any, **settings: Any) -> str:
-    """What the user is told; sent to ranks, which go on."""
+def error_message(function: Callable[..., Any], *args: Any, **settings: Any) -> str:
+    """Return the error message of a function call; run on ranks."""
     with pytest.raises((UserError, PeerError)) as raised:
         function(*args, **settings)
     return str(raised.value)
 
 
 @pytest.mark.full
-def test_what_cannot_be_done_is_said(folder: Path, ranks2: LocalRanks) -> None:
+def test_unsupported_requests_are_named(folder: Path, ranks2: LocalRanks) -> None:
     make_tasks(folder)
-    for said in ranks2.run(refusal, harness, folder, ["flavour_answers"], False):
-        assert "run in one process, because ranks would finish at different lengths" in said
-    assert "tasks no_data cannot be loaded" in ranks2.run(refusal, harness, folder, ["no_data"], False)[0]
-    assert "lm-eval does not know no_such_task" in ranks2.run(refusal, harness, folder, ["no_such_task"], False)[0]
+    for said in ranks2.run(error_message, harness, folder, ["flavour_answers"], False):
+        assert "run in one process only" in said
+    assert "cannot load the lm-eval tasks no_data" in ranks2.run(error_message, harness, folder, ["no_data"], False)[0]
     assert (
-        "eval.jsonl, line 1: no answers to compare"
-        in ranks2.run(refusal, evaluated, folder, "data.labels=null", likelihood=True)[0]
+        "unknown lm-eval tasks: no_such_task" in ranks2.run(error_message, harness, folder, ["no_such_task"], False)[0]
+    )
+    assert (
+        "eval.jsonl, line 1: --likelihood needs the possible answers"
+        in ranks2.run(error_message, evaluated, folder, "data.labels=null", likelihood=True)[0]
     )

@@ -1,4 +1,4 @@
-"""Numbers from outcomes, against scikit-learn and by hand."""
+"""Metrics of outcomes, compared with scikit-learn and computed by hand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from ldmole_dist.evaluation.likelihood import most_likely
-from ldmole_dist.evaluation.metrics import Outcomes, measures, training_metrics
+from ldmole_dist.evaluation.likelihood import choose_by_likelihood
+from ldmole_dist.evaluation.metrics import Outcomes, compute_metrics, training_metrics
 
 
 def outcomes(chosen: list[int], target: list[int]) -> Outcomes:
@@ -21,43 +21,43 @@ def outcomes(chosen: list[int], target: list[int]) -> Outcomes:
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 @pytest.mark.parametrize("seed", range(5))
-def test_classes_as_scikit_learn_says(classes: int, seed: int) -> None:
+def test_class_metrics_equal_scikit_learn(classes: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     target, chosen = (torch.randint(0, classes, (40,), generator=draw).tolist() for _ in range(2))
-    found = measures(outcomes(chosen, target), classes)
+    found = compute_metrics(outcomes(chosen, target), classes)
     assert found["accuracy"] == pytest.approx(accuracy_score(target, chosen))
     assert found["f1_macro"] == pytest.approx(f1_score(target, chosen, average="macro"))
     assert found["matthews"] == pytest.approx(matthews_corrcoef(target, chosen))
 
 
-def test_one_class_only() -> None:
-    found = measures(outcomes([1, 1, 1], [1, 1, 1]), 3)
+def test_single_class() -> None:
+    found = compute_metrics(outcomes([1, 1, 1], [1, 1, 1]), 3)
     assert (found["f1_macro"], found["matthews"], found["accuracy_stderr"]) == (1.0, 0.0, 0.0)
-    assert measures(outcomes([1, 1], [0, 1]), 2)["matthews"] == matthews_corrcoef([0, 1], [1, 1])
+    assert compute_metrics(outcomes([1, 1], [0, 1]), 2)["matthews"] == matthews_corrcoef([0, 1], [1, 1])
 
 
-def test_loss_is_by_token_and_errors_by_row() -> None:
+def test_loss_is_per_token_and_stderr_per_row() -> None:
     of = outcomes([0, 1, 0, 0], [0, 0, 0, 1])._replace(
         loss_N=torch.tensor([1.0, 2, 3, 4]), answers_N=torch.tensor([1.0, 1, 1, 2])
     )
-    found = measures(of)
+    found = compute_metrics(of)
     assert found["loss"] == pytest.approx(2.0) and found["perplexity"] == pytest.approx(math.exp(2))
     assert (found["rows"], found["answers"], found["accuracy"]) == (4, 5, 0.5)
     assert found["accuracy_stderr"] == pytest.approx(torch.tensor([1.0, 0, 1, 0]).std() / 2)
     assert "f1_macro" not in found
 
 
-def test_rows_without_choices_are_neither_right_nor_wrong() -> None:
+def test_rows_without_choices_do_not_count_in_accuracy() -> None:
     found = training_metrics(outcomes([-1, 1, -1], [-1, 1, -1]), ["a", "b", None])
     assert found["accuracy"] == 1.0 and "a/accuracy" not in found and found["b/accuracy"] == 1.0
     assert set(found) == {"eval_loss", "accuracy", "a/eval_loss", "b/eval_loss", "b/accuracy"}
 
 
-def test_the_likeliest_answer_and_that_by_byte() -> None:
+def test_choice_by_likelihood_and_by_likelihood_per_byte() -> None:
     texts = [(" a", " a long answer"), (" ü", " xyz", " é")]
     every = outcomes([-1] * 5, [-1] * 5)._replace(loss_N=torch.tensor([2.0, 5.0, 1.1, 1.5, 1.0]))
-    rows, normalised = most_likely(every, texts, [1, 0])
+    rows, normalized = choose_by_likelihood(every, texts, [1, 0])
     assert rows.chosen_N.tolist() == [0, 2] and rows.target_N.tolist() == [1, 0]
-    assert rows.loss_N.tolist() == [5.0, pytest.approx(1.1)]  # of the right answers
-    # 2/1 and 5/13 bytes; 1.1/2, 1.5/3 and 1.0/2: of two alike the first.
-    assert normalised.tolist() == [1, 1]
+    assert rows.loss_N.tolist() == [5.0, pytest.approx(1.1)]  # of the correct answers
+    # 2/1 and 5/13 bytes; 1.1/2, 1.5/3 and 1.0/2: of equal values the first is chosen.
+    assert normalized.tolist() == [1, 1]

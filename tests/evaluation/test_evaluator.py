@@ -1,4 +1,4 @@
-"""Loss and accuracy by row and domain, against a loop over rows, whatever the number of ranks."""
+"""Loss and accuracy, overall and by domain, compared with a loop over rows, for several world sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHOICES: list[tuple[int, ...] | None] = [(3, 9, 40), (5, 6), (7, 8, 9, 10, 11), 
 
 
 def examples() -> list[Encoded]:
-    """Rows of other lengths, with other choices and more than one token of answer; one with none to choose among."""
+    """Return rows with different lengths and choices and answers of several tokens; every fifth row has no choices."""
     draw = torch.Generator().manual_seed(4)
     rows = []
     for index in range(10):
@@ -32,8 +32,11 @@ def examples() -> list[Encoded]:
     return rows
 
 
-def model_of(ep_size: int, first_token: int) -> Any:
-    """Whose logit of token 0, which is among no choices, is the largest of all in some rows, or in the others."""
+def make_model(ep_size: int, first_token: int) -> Any:
+    """Return a model whose largest logit is token 0, which is never a choice, in about half of the rows.
+
+    The sign of `first_token` selects the half.
+    """
     model: Any = build("llama", torch.float64, expert_parallel(ep_size))
     with torch.no_grad():
         head = model.get_output_embeddings().weight
@@ -42,13 +45,13 @@ def model_of(ep_size: int, first_token: int) -> Any:
 
 
 def evaluated(number: int, ep_size: int, first_token: int) -> dict[str, float]:
-    """Sent to ranks."""
-    return Evaluator(examples()[:number], 0, 3, start())(model_of(ep_size, first_token), "evaluating")
+    """Evaluate on ranks."""
+    return Evaluator(examples()[:number], 0, 3, start())(make_model(ep_size, first_token), "evaluating")
 
 
-def by_hand(number: int, first_token: int) -> dict[str, float]:
-    """Of one row at a time; runs on a rank too, as models want a process group."""
-    model = model_of(1, first_token).eval()
+def reference(number: int, first_token: int) -> dict[str, float]:
+    """Compute the metrics row by row; run on a rank, because the model needs a process group."""
+    model = make_model(1, first_token).eval()
     sums: dict[str | None, list[float]] = {}
     for row in examples()[:number]:
         assert isinstance(row.labels, list)
@@ -76,11 +79,11 @@ def by_hand(number: int, first_token: int) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("number", "first_token"), [(10, 1), *(pytest.param(*case, marks=pytest.mark.full) for case in [(10, -1), (3, 1)])]
 )
-def test_as_by_hand(ranks1: LocalRanks, ranks4: LocalRanks, number: int, first_token: int) -> None:
-    (expected,) = ranks1.run(by_hand, number, first_token)
+def test_equals_reference(ranks1: LocalRanks, ranks4: LocalRanks, number: int, first_token: int) -> None:
+    (expected,) = ranks1.run(reference, number, first_token)
     assert "short/accuracy" in expected and not math.isnan(expected["eval_loss"])
     assert number == 3 or 0 < expected["accuracy"] < 1
     (alone,) = ranks1.run(evaluated, number, 1, first_token)
     assert alone == pytest.approx(expected, abs=1e-9)
-    for found in ranks4.run(evaluated, number, 2, first_token):  # with three rows a rank has none of its own
+    for found in ranks4.run(evaluated, number, 2, first_token):  # with three rows, one of the four ranks has none
         assert found == pytest.approx(expected, abs=1e-9)

@@ -1,4 +1,4 @@
-"""Continuations: alone and padded beside others, drawn, of files that are gone on with, typed, and in a chat."""
+"""Generation: alone and in batches, with sampling, from resumed files, and in a typed conversation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from ldmole_dist.cli import _parser
 from ldmole_dist.errors import UserError
-from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
+from ldmole_dist.generation.generate import Sampling, generate_batch, load_generator
 from ldmole_dist.model.backbone import load_backbone, new_adapter
 from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.tuner.config import LdMoleConfig
@@ -30,7 +30,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a router that adds so much that the backbone alone says something else."""
+    """Folder of an adapter with weights so large that the backbone alone generates something else."""
     folder = tmp_path_factory.mktemp("generate")
     make_backbone(folder / "backbone")
     tokenizer = AutoTokenizer.from_pretrained(folder / "backbone")
@@ -55,38 +55,38 @@ def generate(adapter: Path, *arguments: str) -> None:
     assert args.call(args) == 0
 
 
-def test_a_batch_says_what_each_says_alone(generator: tuple[Any, Any]) -> None:
-    together = continue_batch(*generator, PROMPTS, Sampling(12))
-    alone = [continue_batch(*generator, [prompt], Sampling(12))[0] for prompt in PROMPTS]
+def test_batch_equals_single_prompts(generator: tuple[Any, Any]) -> None:
+    together = generate_batch(*generator, PROMPTS, Sampling(12))
+    alone = [generate_batch(*generator, [prompt], Sampling(12))[0] for prompt in PROMPTS]
     assert together == alone and len(set(together)) > 1
-    assert generator[1].padding_side == "right"  # as it was
+    assert generator[1].padding_side == "right"  # restored
 
 
-def test_the_adapter_is_what_speaks(adapter: Path, generator: tuple[Any, Any]) -> None:
+def test_adapter_changes_the_output(adapter: Path, generator: tuple[Any, Any]) -> None:
     backbone = load_generator(find_saved_model(str(adapter), None), "fp32", with_adapter=False)
-    assert continue_batch(*backbone, PROMPTS, Sampling(12)) != continue_batch(*generator, PROMPTS, Sampling(12))
+    assert generate_batch(*backbone, PROMPTS, Sampling(12)) != generate_batch(*generator, PROMPTS, Sampling(12))
 
 
-def test_draws_are_of_the_seed(generator: tuple[Any, Any]) -> None:
+def test_sampling_depends_on_the_seed(generator: tuple[Any, Any]) -> None:
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(continue_batch(*generator, PROMPTS, Sampling(12, temperature=1.5, top_p=0.9, top_k=50)))
+        drawn.append(generate_batch(*generator, PROMPTS, Sampling(12, temperature=1.5, top_p=0.9, top_k=50)))
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_text_ends_where_it_should(generator: tuple[Any, Any]) -> None:
-    (whole,) = continue_batch(*generator, PROMPTS[:1], Sampling(12))
+def test_stop_text_ends_the_output(generator: tuple[Any, Any]) -> None:
+    (whole,) = generate_batch(*generator, PROMPTS[:1], Sampling(12))
     letters = re.search("[a-z]{2}", whole)
-    assert letters is not None  # most of it is bytes that are no text
+    assert letters is not None  # most tokens of the untrained model are bytes, not text
     stop = letters.group()
-    (ended,) = continue_batch(*generator, PROMPTS[:1], Sampling(12), stop=[stop])
+    (ended,) = generate_batch(*generator, PROMPTS[:1], Sampling(12), stop=[stop])
     assert whole.startswith(ended) and stop in ended and len(ended) < len(whole)
 
 
-def test_an_empty_prompt(generator: tuple[Any, Any]) -> None:
-    with pytest.raises(UserError, match="an empty prompt"):
-        continue_batch(*generator, ["", "grass"], Sampling(1))
+def test_empty_prompt_is_rejected(generator: tuple[Any, Any]) -> None:
+    with pytest.raises(UserError, match="a prompt is empty"):
+        generate_batch(*generator, ["", "grass"], Sampling(1))
 
 
 def make_prompts(folder: Path) -> Path:
@@ -98,16 +98,18 @@ def make_prompts(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
-def test_a_file_cut_off_and_gone_on_with(adapter: Path, generator: Any, tmp_path: Path, temperature: str) -> None:
+def test_resumed_output_equals_uninterrupted_output(
+    adapter: Path, generator: Any, tmp_path: Path, temperature: str
+) -> None:
     prompts, whole, cut = make_prompts(tmp_path), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     arguments = ["--file", str(prompts), "--batch-size", "2", "--temperature", temperature]
     generate(adapter, *arguments, "--output", str(whole))
     records = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [record.get("id") for record in records] == [0, 1, 2, 3, None]
     if temperature == "0":
-        alone = [continue_batch(*generator, [prompt], Sampling(6))[0] for prompt in PROMPTS]
+        alone = [generate_batch(*generator, [prompt], Sampling(6))[0] for prompt in PROMPTS]
         assert [record["generated"] for record in records[:4]] == alone
-        turn = continue_batch(*generator, ["[user] sky?\n[assistant]"], Sampling(6), rendered=True)
+        turn = generate_batch(*generator, ["[user] sky?\n[assistant]"], Sampling(6), templated=True)
         assert records[4]["generated"] == turn[0]
     lines = whole.read_bytes().splitlines(keepends=True)
     cut.write_bytes(b"".join(lines[:2]) + lines[2][:7])
@@ -115,45 +117,45 @@ def test_a_file_cut_off_and_gone_on_with(adapter: Path, generator: Any, tmp_path
     assert cut.read_bytes() == whole.read_bytes()
 
 
-def test_another_files_continuations_are_left_alone(adapter: Path, tmp_path: Path) -> None:
+def test_output_of_other_prompts_is_not_changed(adapter: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text('{"prompt": "other", "generated": "x"}\n')
-    with pytest.raises(UserError, match="line 1 is not of prompt 1"):
+    with pytest.raises(UserError, match="line 1 does not match prompt 1"):
         generate(adapter, "--file", str(make_prompts(tmp_path)), "--output", str(output))
     assert output.read_text() == '{"prompt": "other", "generated": "x"}\n'
 
 
-def test_prompts_of_the_command_line(adapter: Path, generator: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_on_the_command_line(adapter: Path, generator: Any, capsys: pytest.CaptureFixture[str]) -> None:
     generate(adapter, *PROMPTS[:2])
     said = capsys.readouterr().out
     for prompt in PROMPTS[:2]:
-        assert prompt + continue_batch(*generator, [prompt], Sampling(6))[0] in said
+        assert prompt + generate_batch(*generator, [prompt], Sampling(6))[0] in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["hello", "--output", "x"], "--output is for"),
-        (["hello", "--system", "x"], "--system is for"),
+        (["hello", "--output", "x"], "--output requires"),
+        (["hello", "--system", "x"], "--system requires"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--file", "nowhere.txt"], "cannot be read"),
+        (["--file", "nowhere.txt"], "cannot read prompts"),
         (["--file", "BAD"], "bad.jsonl, line 1: needs a text 'prompt' or a list 'messages'"),
     ],
 )
-def test_bad_arguments(adapter: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_invalid_arguments_are_rejected(adapter: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(UserError, match=said):
         generate(adapter, *(str(tmp_path / "bad.jsonl") if a == "BAD" else a for a in arguments))
 
 
-def test_many_ranks_are_refused_and_told_what_to_do(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_are_rejected_with_a_remedy(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="finish at different lengths.*ldmole checkpoint export CHECKPOINT ADAPTER"):
+    with pytest.raises(UserError, match="different numbers of tokens.*ldmole checkpoint export CHECKPOINT ADAPTER"):
         generate(adapter, "hello")
 
 
 @pytest.mark.full
-def test_what_is_typed_is_a_conversation(adapter: Path, generator: Any) -> None:
+def test_typed_prompts_form_a_conversation(adapter: Path, generator: Any) -> None:
     command = [sys.executable, "-m", "ldmole_dist.cli", "generate", str(adapter), "--chat", "--system", "be brief"]
     said = subprocess.run(
         [*command, "--precision", "fp32", "--max-new-tokens", "6"],
@@ -165,7 +167,7 @@ def test_what_is_typed_is_a_conversation(adapter: Path, generator: Any) -> None:
     ).stdout
 
     def answer(conversation: str) -> str:
-        return continue_batch(*generator, [conversation], Sampling(6), rendered=True)[0]
+        return generate_batch(*generator, [conversation], Sampling(6), templated=True)[0]
 
     start = "[system] be brief\n[user] {}\n[assistant]"
     first = answer(start.format("sky?"))

@@ -277,7 +277,7 @@ def test_report_of_a_classifier(tmp_path: Path, ranks1: LocalRanks) -> None:
         (["adapter"], "give --data FILE"),
         (["unfinished"], "has no adapter yet"),
         (["adapter", "--data", "missing.jsonl"], "missing.jsonl: No such file"),
-        (["adapter", "--data", "empty.jsonl"], "empty.jsonl holds no rows"),
+        (["adapter", "--data", "empty.jsonl"], "empty.jsonl has no rows"),
         (["adapter", "--data", "eval.jsonl", "--output", "empty.jsonl/out"], "--output"),
         (["adapter", "--data", "eval.jsonl", "--backbone", "nowhere"], "nowhere"),
     ],

@@ -49,7 +49,7 @@ def test_missing_data_file_is_named(folder: Path) -> None:
 
 def test_malformed_line_is_named(folder: Path) -> None:
     output = fail_training(make_config(folder), replace_line_8(folder, "malformed.jsonl", '{"prompt": "x", '))
-    assert "malformed.jsonl, line 8: not a JSON object" in output
+    assert "malformed.jsonl, line 8: not valid JSON" in output
 
 
 def test_unknown_label_is_named(folder: Path) -> None:

@@ -15,7 +15,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config, stage_of
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
-from ldmole_dist.generation.continuations import Sampling, continue_batch, load_generator
+from ldmole_dist.generation.generate import Sampling, generate_batch, load_generator
 from ldmole_dist.model.build import build_model
 from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.selftest.local_ranks import LocalRanks
@@ -85,7 +85,7 @@ def test_adapter_of_two_ranks_loads_in_one_process(tmp_path: Path, ranks2: Local
 
     if task == "causal_lm":
         generator, tokenizer = load_generator(find_saved_model(str(tmp_path / "adapter"), None), "fp32")
-        (text,) = continue_batch(generator, tokenizer, ["The colour of rose is"], Sampling(max_new_tokens=5))
+        (text,) = generate_batch(generator, tokenizer, ["The colour of rose is"], Sampling(max_new_tokens=5))
         assert text
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from ldmole_dist.generation.continuations import Sampling, continue_batch
+from ldmole_dist.generation.generate import Sampling, generate_batch
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.model.backbone import load_backbone, load_tokenizer, new_adapter
 from ldmole_dist.selftest.local_ranks import LocalRanks
@@ -68,8 +68,8 @@ def test_a_cache_is_refused_and_generation_goes_without(tmp_path: Path) -> None:
     folder = str(make_backbone(tmp_path / "backbone"))
     small = move(new_adapter(load_backbone(folder, "causal_lm", "fp32"), config(router_input="hidden"))).eval()
     tokenizer, prompts = load_tokenizer(folder), ["grass", "The colour of sky and sea is"]
-    together = continue_batch(small, tokenizer, prompts, Sampling(6))
-    assert together == [continue_batch(small, tokenizer, [prompt], Sampling(6))[0] for prompt in prompts]
+    together = generate_batch(small, tokenizer, prompts, Sampling(6))
+    assert together == [generate_batch(small, tokenizer, [prompt], Sampling(6))[0] for prompt in prompts]
 
 
 def test_a_linear_with_other_rows_is_refused() -> None:

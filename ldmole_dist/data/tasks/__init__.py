@@ -1,4 +1,4 @@
-"""The nine tasks of the paper by name, in the columns that their data sets have on the hub. docs/tasks.md lists them."""
+"""The nine tasks of the paper, by name; see docs/tasks.md. Records have the columns of the data sets on the hub."""
 
 from ldmole_dist.data.tasks.choice import CHOICE
 from ldmole_dist.data.tasks.glue import GLUE

@@ -1,7 +1,7 @@
-"""Seven multiple-choice tasks by the answer's letter, with the authors' prompts.
+"""Multiple-choice tasks with the prompts of the paper's code, answered by letter.
 
-The authors' texts end in "Answer: " and the letter follows. Here the space belongs to the answer, so that prompt and answer
-tokenise as the whole text does.
+The paper's prompts end in "Answer: ", followed by the letter. Here the space is part of the answer, so that prompt and answer
+have the same tokens separately as together.
 """
 
 from __future__ import annotations
@@ -10,105 +10,107 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ldmole_dist.data.formats import text_of
+from ldmole_dist.data.formats import get_text
 from ldmole_dist.data.rows import Row
-from ldmole_dist.data.tasks.task import LETTERS, Task, answer_of, number_of, texts_of
+from ldmole_dist.data.tasks.task import LETTERS, Task, get_answer_index, get_class_index, get_texts
 from ldmole_dist.errors import UserError
 
 QUESTION = "Below is a multiple-choice question. Please choose the correct answer.\n"
 
 
 class Question(NamedTuple):
-    """What a record asks.
+    """Question of a record.
 
     Args:
-        asked: all of the prompt before the options.
-        options: their texts.
-        answer: which is right, from 0.
-        blank: whether an empty line stands before "Answer:", as in some of the authors' prompts.
+        text: prompt up to the options.
+        options: texts of the options.
+        answer: index of the correct option.
+        blank_line: whether a blank line precedes "Answer:", as in some of the paper's prompts.
     """
 
-    asked: str
+    text: str
     options: Sequence[str]
     answer: int
-    blank: bool = False
+    blank_line: bool = False
 
 
 @dataclass(frozen=True)
 class ChoiceTask(Task):
-    """One whose answer is a letter.
+    """Task whose answer is a letter.
 
     Args:
-        question: from a record and where it is from.
+        question: function from a record and its location to the question.
     """
 
     question: Callable[[Mapping[str, Any], str], Question] | None = None
 
-    def worded(self, record: Mapping[str, Any], where: str) -> Row:
-        """The row without a list of options; its answer is the text of the right one. Errors as in `row`."""
+    def text_row(self, record: Mapping[str, Any], where: str) -> Row:
+        """Return the row without a list of options, whose answer is the text of the correct one; errors as in `row`."""
         assert self.question is not None
-        asked, options, answer, _ = self.question(record, where)
+        text, options, answer, _ = self.question(record, where)
         choices = tuple(f" {option}" for option in options)
-        return Row(f"{asked}Answer:", choices[answer], where, choices=choices)
+        return Row(f"{text}Answer:", choices[answer], where, choices=choices)
 
     def row(self, record: Mapping[str, Any], where: str) -> Row:
         """See `Task`."""
         assert self.question is not None
-        asked, options, answer, blank = self.question(record, where)
+        text, options, answer, blank_line = self.question(record, where)
         lines = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False))
         choices = tuple(f" {letter}" for letter in LETTERS[: len(options)])
-        prompt = f"{asked}Options:\n{lines}" + ("\nAnswer:" if blank else "Answer:")
+        prompt = f"{text}Options:\n{lines}" + ("\nAnswer:" if blank_line else "Answer:")
         return Row(prompt, choices[answer], where, choices=choices)
 
 
 def _labelled(record: Mapping[str, Any], where: str) -> tuple[list[str], int]:
-    """Options and answer where the options have labels, letters or numbers: what is shown and learnt are letters."""
+    """Return the options and the answer's index. Labels may be letters or numbers; prompt and answer always use letters."""
     choices = record.get("choices")
     if not isinstance(choices, Mapping):
-        raise UserError(f"{where}: needs 'choices' with 'text' and 'label', has {choices!r:.60}")
-    texts, labels = texts_of(choices, "text", where), texts_of(choices, "label", where)
+        raise UserError(f"{where}: key 'choices' must hold an object with 'text' and 'label', got {choices!r:.60}.")
+    texts, labels = get_texts(choices, "text", where), get_texts(choices, "label", where)
     if len(texts) != len(labels):
-        raise UserError(f"{where}: 'choices' has {len(texts)} texts and {len(labels)} labels")
-    return texts, answer_of(record, "answerKey", labels, where)
+        raise UserError(f"{where}: 'choices' has {len(texts)} texts but {len(labels)} labels; correct the row.")
+    return texts, get_answer_index(record, "answerKey", labels, where)
 
 
-def _asked(record: Mapping[str, Any], where: str) -> Question:
-    question = text_of(record, "question", where)
-    return Question(f"{QUESTION}{question}\n", *_labelled(record, where), blank=True)
+def _arc(record: Mapping[str, Any], where: str) -> Question:
+    question = get_text(record, "question", where)
+    return Question(f"{QUESTION}{question}\n", *_labelled(record, where), blank_line=True)
 
 
 def _openbookqa(record: Mapping[str, Any], where: str) -> Question:
-    stem = text_of(record, "question_stem", where)
-    return Question(f"{QUESTION}Question: {stem}\n", *_labelled(record, where), blank=True)
+    stem = get_text(record, "question_stem", where)
+    return Question(f"{QUESTION}Question: {stem}\n", *_labelled(record, where), blank_line=True)
 
 
 def _swag(record: Mapping[str, Any], where: str) -> Question:
-    start = text_of(record, "startphrase", where)
-    endings = [text_of(record, f"ending{number}", where) for number in range(4)]
-    asked = f"Choose the sentence that best completes the start phrase below:\nstart phrase: {start}\n"
-    return Question(asked, endings, number_of(record, "label", 4, where))
+    start = get_text(record, "startphrase", where)
+    endings = [get_text(record, f"ending{number}", where) for number in range(4)]
+    text = f"Choose the sentence that best completes the start phrase below:\nstart phrase: {start}\n"
+    return Question(text, endings, get_class_index(record, "label", 4, where))
 
 
 def _hellaswag(record: Mapping[str, Any], where: str) -> Question:
-    asked = f"Choose the most plausible ending for the following context:\nContext: {text_of(record, 'ctx', where)}\n"
-    endings = texts_of(record, "endings", where)
-    return Question(asked, endings, number_of(record, "label", len(endings), where))
+    text = f"Choose the most plausible ending for the following context:\nContext: {get_text(record, 'ctx', where)}\n"
+    endings = get_texts(record, "endings", where)
+    return Question(text, endings, get_class_index(record, "label", len(endings), where))
 
 
 def _mmlu_pro(record: Mapping[str, Any], where: str) -> Question:
-    subject = text_of(record, "category", where).replace("_", " ").lower()
-    options = texts_of(record, "options", where)
-    answer = answer_of(record, "answer", LETTERS[: len(options)], where)
-    if number_of(record, "answer_index", len(options), where) != answer:
-        raise UserError(f"{where}: answer {record['answer']!r} and answer_index {record['answer_index']!r} differ")
-    asked = f"Below is a multiple-choice question about {subject}. Please choose the correct answer.\n"
-    return Question(f"{asked}{text_of(record, 'question', where)}\n", options, answer)
+    subject = get_text(record, "category", where).replace("_", " ").lower()
+    options = get_texts(record, "options", where)
+    answer = get_answer_index(record, "answer", LETTERS[: len(options)], where)
+    if get_class_index(record, "answer_index", len(options), where) != answer:
+        raise UserError(
+            f"{where}: answer {record['answer']!r} and answer_index {record['answer_index']!r} disagree; correct the row."
+        )
+    text = f"Below is a multiple-choice question about {subject}. Please choose the correct answer.\n"
+    return Question(f"{text}{get_text(record, 'question', where)}\n", options, answer)
 
 
 CHOICE = (
-    ChoiceTask("arc_challenge", ("allenai/ai2_arc", "ARC-Challenge"), question=_asked),
-    ChoiceTask("arc_easy", ("allenai/ai2_arc", "ARC-Easy"), question=_asked),
-    ChoiceTask("commonsense_qa", ("tau/commonsense_qa", None), question=_asked),
+    ChoiceTask("arc_challenge", ("allenai/ai2_arc", "ARC-Challenge"), question=_arc),
+    ChoiceTask("arc_easy", ("allenai/ai2_arc", "ARC-Easy"), question=_arc),
+    ChoiceTask("commonsense_qa", ("tau/commonsense_qa", None), question=_arc),
     ChoiceTask("openbookqa", ("allenai/openbookqa", "main"), question=_openbookqa),
     ChoiceTask("swag", ("allenai/swag", "regular"), question=_swag),
     ChoiceTask("hellaswag", ("Rowan/hellaswag", None), question=_hellaswag),

@@ -1,4 +1,4 @@
-"""Two tasks of GLUE as sequence classification with a trained score head."""
+"""GLUE tasks as sequence classification with a trained score head."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldmole_dist.config import TASK_CLASSES
-from ldmole_dist.data.formats import text_of
+from ldmole_dist.data.formats import get_text
 from ldmole_dist.data.rows import Row
-from ldmole_dist.data.tasks.task import Task, number_of
+from ldmole_dist.data.tasks.task import Task, get_class_index
 
 
 @dataclass(frozen=True)
 class GlueTask(Task):
-    """One or two texts and a class.
+    """Task whose records hold one or two texts and a class.
 
     Args:
-        columns: of the texts, which are read one after the other.
+        columns: names of the text columns; the texts are joined by a line break.
     """
 
     columns: tuple[str, ...] = ("sentence",)
@@ -25,8 +25,8 @@ class GlueTask(Task):
     def row(self, record: Mapping[str, Any], where: str) -> Row:
         """See `Task`."""
         assert self.labels is not None
-        texts = [text_of(record, column, where) for column in self.columns]
-        return Row("\n".join(texts), self.labels[number_of(record, "label", len(self.labels), where)], where)
+        texts = [get_text(record, column, where) for column in self.columns]
+        return Row("\n".join(texts), self.labels[get_class_index(record, "label", len(self.labels), where)], where)
 
 
 GLUE = (

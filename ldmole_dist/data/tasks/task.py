@@ -1,4 +1,4 @@
-"""What a task is, and how its records are checked."""
+"""Base class of the tasks, and checks of their records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldmole_dist.data.formats import text_of
+from ldmole_dist.data.formats import get_text
 from ldmole_dist.data.rows import Row
 from ldmole_dist.errors import UserError
 
@@ -16,15 +16,15 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A data set and how its records become rows.
+    """Data set and the conversion of its records to rows.
 
     Args:
-        name: in configs.
-        hub: path of the data set and name of its configuration.
-        splits: those of the hub that are trained on ("train") and evaluated on ("eval").
-        max_length: tokens of a sequence in the authors' runs.
-        hub_split: the only split of the hub that is used, where it is cut into parts instead (`part`).
-        labels: class names, in the order of the data's numbers; none for multiple choice.
+        name: name of the task in configs.
+        hub: path of the data set on the hub, and its configuration name.
+        splits: default splits for training ("train") and evaluation ("eval").
+        max_length: maximum number of tokens of a sequence in the paper's runs.
+        hub_split: split of the hub that is divided by `part`; None uses the hub's own splits.
+        labels: class names in the order of the class indices; None for multiple choice.
     """
 
     name: str
@@ -36,64 +36,82 @@ class Task(ABC):
 
     @property
     def model_task(self) -> str:
-        """As `backbone.task` names it."""
+        """Value of `backbone.task` that the task needs."""
         return "causal_lm" if self.labels is None else "sequence_classification"
 
     @abstractmethod
     def row(self, record: Mapping[str, Any], where: str) -> Row:
-        """Check a record and make its row.
+        """Return the row of a record.
 
         Raises:
-            UserError: naming `where`, the column and what it needs.
+            UserError: for an invalid record; the message names `where` and the column.
         """
 
     def part(self, data: Any, name: str) -> Any:
-        """The part "train", "validation" or "test" of a `datasets.Dataset` that has one split only: 80, 10 and 10 %, drawn
-        with the authors' seed by their calls."""
+        """Return the part "train", "validation" or "test" (80, 10 and 10 %) of a `datasets.Dataset`.
+
+        The calls and the seed are those of the paper's code, so the parts are the same.
+        """
         halves = data.train_test_split(test_size=0.2, seed=42)
         held_out = halves["test"].train_test_split(test_size=0.5, seed=42)
         return {"train": halves["train"], "validation": held_out["train"], "test": held_out["test"]}[name]
 
 
-def texts_of(record: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """A list of texts, from 2 to 10.
+def get_texts(record: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """Return the list of 2 to 10 texts stored under a key.
 
     Raises:
-        UserError: where it is not that.
+        UserError: if the value is not such a list.
     """
     value = record.get(key)
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
-        raise UserError(f"{where}: needs a list of texts {key!r}, has {value!r:.60}; its keys are {sorted(record)}")
+        raise UserError(
+            f"{where}: key {key!r} must hold a list of texts, got {value!r:.60}; the row's keys are {sorted(record)}."
+        )
     if not 2 <= len(value) <= len(LETTERS):
-        raise UserError(f"{where}: {key!r} has {len(value)} texts, from 2 to {len(LETTERS)} are possible")
+        raise UserError(f"{where}: key {key!r} holds {len(value)} texts; 2 to {len(LETTERS)} are supported.")
     return list(value)
 
 
-def number_of(record: Mapping[str, Any], key: str, below: int, where: str) -> int:
-    """A whole number from 0 on, which a file may hold as text.
+def get_class_index(record: Mapping[str, Any], key: str, below: int, where: str) -> int:
+    """Return the class index stored under a key, as an integer or as text.
+
+    Args:
+        record: the record.
+        key: key of the class index.
+        below: number of classes.
+        where: location of the record.
 
     Raises:
-        UserError: where it is none, too large, or -1 as in a split without labels.
+        UserError: if the value is not a class index, or is -1 or empty as in splits without labels.
     """
     value = record.get(key)
     if value in (-1, "-1", ""):
-        raise UserError(f"{where}: {key!r} is {value!r}: this split has no labels; take train or validation")
+        raise UserError(f"{where}: {key!r} is {value!r}: this split has no labels; use the split train or validation.")
     if isinstance(value, str) and value.isdigit():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < below:
-        raise UserError(f"{where}: {key!r} must be a whole number from 0 to {below - 1}, is {value!r:.60}")
+        raise UserError(f"{where}: key {key!r} must hold an integer from 0 to {below - 1}, got {value!r:.60}.")
     return value
 
 
-def answer_of(record: Mapping[str, Any], key: str, among: Sequence[str], where: str) -> int:
-    """The place of the right answer's label among those of the options.
+def get_answer_index(record: Mapping[str, Any], key: str, among: Sequence[str], where: str) -> int:
+    """Return the index of the correct answer's label among the labels of the options.
+
+    Args:
+        record: the record.
+        key: key of the correct answer's label.
+        among: labels of the options.
+        where: location of the record.
 
     Raises:
-        UserError: where it is none of them, or empty as in a split without labels.
+        UserError: if no option has the label, or it is empty as in splits without labels.
     """
-    answer = text_of(record, key, where)
+    answer = get_text(record, key, where)
     if not answer:
-        raise UserError(f"{where}: {key!r} is empty: this split has no labels; take train or validation")
+        raise UserError(f"{where}: {key!r} is empty: this split has no labels; use the split train or validation.")
     if answer not in among:
-        raise UserError(f"{where}: {key} {answer!r} is none of the options' labels {list(among)}")
+        raise UserError(
+            f"{where}: {key} {answer!r} is not among the labels of the options, {list(among)}; correct the row."
+        )
     return list(among).index(answer)

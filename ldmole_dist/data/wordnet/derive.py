@@ -1,7 +1,7 @@
 """Derive the bundled word-category task from WordNet's noun file.
 
-Each item asks for the category of a noun from its dictionary definition. The same input gives the same two files
-byte for byte: the choice of items and their order follow a hash of the text, never a random generator.
+Each item asks for the category of a noun, given its dictionary definition. The output is reproducible byte for byte: items are
+selected and ordered by a hash of their text, not by a random generator.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+
+from ldmole_dist.io import atomic_write
 
 # Lexicographer file number -> label, as numbered in WordNet's lexnames manual page.
 LABELS = {
@@ -35,7 +37,7 @@ NAMES = {
     "time": "times?",
 }
 GIVEAWAYS = {label: re.compile(rf"\b({names})\b", re.IGNORECASE) for label, names in NAMES.items()}
-# Definitions of slurs and obscenities are left out: nothing is learnt from them that others do not teach.
+# Definitions of slurs and obscenities are excluded.
 UNWANTED = re.compile(
     r"\b(slurs?|offensive|obscene|derogatory|vulgar|disparag\w+|ethnic|sexual\w*|prostitut\w+)\b", re.I
 )
@@ -46,6 +48,7 @@ TRAIN_PER_LABEL, TEST_PER_LABEL = 500, 50
 
 
 def stable_key(text: str) -> str:
+    """Return a sort key that is the same in every process, unlike `hash`."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -54,7 +57,7 @@ def read_definitions(data_noun: Path) -> dict[str, list[str]]:
     labels_of: dict[str, list[str]] = defaultdict(list)
     with data_noun.open(encoding="utf-8") as lines:
         for line in lines:
-            # The licence at the top of the file does not match.
+            # The license at the top of the file does not match.
             synset = SYNSET.match(line)
             if synset is None or synset[1] not in LABELS:
                 continue
@@ -64,7 +67,7 @@ def read_definitions(data_noun: Path) -> dict[str, list[str]]:
 
     definitions: dict[str, list[str]] = {label: [] for label in LABELS.values()}
     for definition in sorted(labels_of, key=stable_key):
-        # A definition shared by several nouns may have several labels, and would count twice.
+        # Skip definitions that several nouns share: they may have several labels, and would appear twice.
         if len(labels_of[definition]) > 1:
             continue
         label = labels_of[definition][0]
@@ -87,18 +90,24 @@ def interleave(definitions: dict[str, list[str]], start: int, stop: int) -> list
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as JSON lines."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    atomic_write(path, text)
 
 
 def derive(data_noun: Path, out_dir: Path) -> None:
+    """Write train.jsonl and test.jsonl.
+
+    Raises:
+        ValueError: if the file has too few usable definitions.
+    """
     definitions = read_definitions(data_noun)
     smallest = min(definitions, key=lambda label: len(definitions[label]))
     usable = len(definitions[smallest])
     if usable <= TEST_PER_LABEL:
         raise ValueError(
-            f"{data_noun} has {usable} usable definitions for '{smallest}', more than {TEST_PER_LABEL} are needed; "
-            "is it WordNet 3.0's data.noun?"
+            f"{data_noun} has {usable} usable definitions for '{smallest}', but more than {TEST_PER_LABEL} are needed; "
+            "pass WordNet 3.0's data.noun."
         )
     out_dir.mkdir(parents=True, exist_ok=True)
     stop = min(usable, TEST_PER_LABEL + TRAIN_PER_LABEL)
@@ -107,6 +116,7 @@ def derive(data_noun: Path, out_dir: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m ldmole_dist.data.wordnet.derive",
         description="Derive train.jsonl and test.jsonl from WordNet 3.0's data.noun.",

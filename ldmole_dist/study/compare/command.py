@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _store(args: argparse.Namespace, folder: Path) -> Any:
     from ldmole_dist.config import dump_config
-    from ldmole_dist.data.sources import sources_of
+    from ldmole_dist.data.sources import as_sources
     from ldmole_dist.study.compare.store import Store, commit
     from ldmole_dist.study.machine import machine
 
@@ -85,7 +85,7 @@ def _store(args: argparse.Namespace, folder: Path) -> Any:
     contents = hashlib.sha256()
     if base.data.eval is None:
         raise UserError("data.eval is missing: without it nothing can be compared")
-    for source in [*sources_of(base.data.train), *sources_of(base.data.eval)]:
+    for source in [*as_sources(base.data.train), *as_sources(base.data.eval)]:
         contents.update(repr(source).encode())
         try:
             contents.update(b"" if source.path is None else Path(source.path).read_bytes())

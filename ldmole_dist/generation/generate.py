@@ -1,4 +1,4 @@
-"""Continuing prompts: one that streams, or a batch of them padded on the left."""
+"""Generation of text: one prompt that streams, or a batch of prompts with left padding."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ldmole_dist.tuner.model import tuner_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Sampling settings.
 
     Args:
-        max_new_tokens: at most, for each prompt.
-        temperature: of the distribution that tokens are drawn from; 0 takes the most likely.
-        top_p: draw from the most likely tokens that have this probability together.
-        top_k: draw from so many of the most likely tokens; 0: from all.
+        max_new_tokens: maximum number of tokens generated per prompt.
+        temperature: temperature of the distribution; 0 always takes the most likely token.
+        top_p: cumulative probability of the most likely tokens to sample from.
+        top_k: number of the most likely tokens to sample from; 0 means all.
     """
 
     max_new_tokens: int = 64
@@ -33,7 +33,7 @@ class Sampling:
     top_k: int = 0
 
     def settings(self) -> dict[str, Any]:
-        """For `generate` of transformers; whatever the backbone's own generation config says."""
+        """Return arguments for transformers' `generate`; they override the backbone's generation config."""
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -42,18 +42,20 @@ class Sampling:
 def load_generator(
     saved: SavedModel, precision: str, with_adapter: bool = True
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The model on the GPU if there is one, in evaluation mode, and its tokenizer.
+    """Return the model in evaluation mode, on the GPU if there is one, and its tokenizer.
 
     Args:
         saved: run or adapter.
         precision: "fp32", "bf16" or "fp16".
-        with_adapter: False: the backbone alone.
+        with_adapter: load the adapter; if False, only the backbone.
 
     Raises:
-        UserError: where they cannot be loaded, do not go together, or do not write text.
+        UserError: if backbone or adapter cannot be loaded, do not match, or are a classifier.
     """
     if saved.task != "causal_lm":
-        raise UserError(f"{saved.adapter} is a classifier, which writes no text: see what it says with ldmole eval")
+        raise UserError(
+            f"{saved.adapter} is a classifier and generates no text; use `ldmole eval` for its predictions."
+        )
     tokenizer = load_tokenizer(saved.backbone)
     model: Any = load_backbone(saved.backbone, "causal_lm", precision)
     if with_adapter:
@@ -62,43 +64,45 @@ def load_generator(
 
 
 @torch.no_grad()
-def continue_batch(
+def generate_batch(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     sampling: Sampling,
     *,
     stop: Sequence[str] = (),
-    rendered: bool = False,
+    templated: bool = False,
     streamer: TextStreamer | None = None,
 ) -> list[str]:
-    """Continue prompts together. Padding is on the left and masked: a prompt's continuation is what it would be alone.
+    """Generate text for several prompts at once.
+
+    Padding is on the left and masked, so greedy output is the same as for each prompt alone.
 
     Args:
-        model: a causal language model, in evaluation mode.
-        tokenizer: of the backbone.
+        model: causal language model in evaluation mode.
+        tokenizer: tokenizer of the backbone.
         prompts: B texts.
-        sampling: see there.
-        stop: texts that end a continuation.
-        rendered: prompts come from a chat template, which has put the special tokens there.
-        streamer: gets the tokens of a single prompt as they come.
+        sampling: sampling settings.
+        stop: texts that end the output.
+        templated: whether the prompts come from a chat template, which has already added the special tokens.
+        streamer: receiver of the tokens as they are generated; for a single prompt only.
 
     Returns:
-        The continuations, without the prompts.
+        The generated texts, without the prompts.
 
     Raises:
-        UserError: on a prompt without a token, which nothing can follow.
+        UserError: if a prompt has no tokens.
     """
-    before = tokenizer.padding_side
+    padding_side = tokenizer.padding_side
     tokenizer.padding_side = "left"
     try:
-        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=not rendered)
+        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=not templated)
     finally:
-        tokenizer.padding_side = before
+        tokenizer.padding_side = padding_side
     if inputs["input_ids"].shape[1] == 0 or not inputs["attention_mask"].any(1).all():
-        raise UserError("an empty prompt cannot be continued with this tokenizer: give it at least a word")
+        raise UserError("a prompt is empty, and this tokenizer adds no start token; provide at least one word.")
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    # Routers that read another forward have no use for what the adapted one has cached.
+    # Routers with router_input="hidden" run the backbone on the full sequence first, so the key-value cache cannot be used.
     use_cache = not (isinstance(model, PeftModel) and tuner_of(model).reads_hidden)
     ids = causal.generate(
         **inputs.to(causal.device),
