@@ -130,7 +130,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"use_dora": True}, "uses DoRA; only plain LoRA can be an expert"),
         ({"bias": "all"}, "uses bias='all'"),
@@ -140,14 +140,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
         ({"peft_type": "IA3"}, "cannot read an adapter|only LoRA adapters"),
     ],
 )
-def test_unsupported_adapter_is_rejected(folder: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_unsupported_adapter_is_rejected(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for file in (folder / "first").iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         compose(str(tmp_path / "bank"), [str(folder / "second"), str(other)], None)
     assert not (tmp_path / "bank").exists()
 

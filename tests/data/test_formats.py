@@ -132,16 +132,16 @@ BAD: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("format", "record", "said"), BAD)
-def test_error_names_file_line_and_reason(tmp_path: Path, format: str, record: Any, said: str) -> None:
+@pytest.mark.parametrize(("format", "record", "message"), BAD)
+def test_error_names_file_line_and_reason(tmp_path: Path, format: str, record: Any, message: str) -> None:
     path = write(tmp_path / "data.jsonl", GOOD[format], record)
-    data = [Source(path=path, format=format)] if "match no format" not in said else path
-    if "match no format" in said:
+    data = [Source(path=path, format=format)] if "match no format" not in message else path
+    if "match no format" in message:
         path = write(tmp_path / "data.jsonl", record)
     with pytest.raises(UserError) as raised:
         read_rows(data, task_for(format), None)
-    line = 1 if "match no format" in said else 2
-    assert str(raised.value).startswith(f"{path}, line {line}") and said in str(raised.value)
+    line = 1 if "match no format" in message else 2
+    assert str(raised.value).startswith(f"{path}, line {line}") and message in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -163,7 +163,7 @@ def test_file_types(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("bad.jsonl", b'{"prompt": "x"\n', "bad.jsonl, line 1: not valid JSON"),
         ("bad.json", b'[{"prompt": "x",\n}]', "bad.json, line 2: not valid JSON"),
@@ -174,23 +174,23 @@ def test_file_types(tmp_path: Path, kind: str) -> None:
         ("bad.csv", b"prompt,completion\n\xff\xfe,x\n", "bad.csv is not UTF-8"),
     ],
 )
-def test_invalid_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_invalid_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as raised:
         read_rows(str(tmp_path / name), "causal_lm", None)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_unusable_chat_template_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     ((row,),) = read_rows(write(tmp_path / "m.jsonl", GOOD["messages"]), "causal_lm", None)
     try:
-        for template, said in (
+        for template, message in (
             (None, "has no chat template"),
             ("{{ raise_exception('no system turns') }}", "the chat template rejects the conversation: no system turns"),
             ("{{ messages | length }}{{ messages[-1].content }}", "changes earlier turns"),
         ):
             tokenizer.chat_template = template
-            with pytest.raises(UserError, match=said):
+            with pytest.raises(UserError, match=message):
                 labeled_parts(tokenizer, row)
     finally:
         tokenizer.chat_template = CHAT

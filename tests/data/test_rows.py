@@ -37,7 +37,7 @@ def test_rows_have_their_location(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"prompt": "x"', "line 2: not valid JSON"),
         ("[1]", "line 2: expected a JSON object"),
@@ -46,10 +46,10 @@ def test_rows_have_their_location(tmp_path: Path) -> None:
         (GOOD | {"completion": " pink"}, "' pink' is not in data.labels"),
     ],
 )
-def test_first_invalid_line_is_named(tmp_path: Path, line: object, said: str) -> None:
+def test_first_invalid_line_is_named(tmp_path: Path, line: object, message: str) -> None:
     with pytest.raises(UserError) as raised:
         read(write(tmp_path / "data.jsonl", GOOD, line), "causal_lm", [" blue"])
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_domain_is_optional(tmp_path: Path) -> None:

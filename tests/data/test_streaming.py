@@ -172,8 +172,8 @@ def test_launched_run_with_workers_exits(folder: Path) -> None:
     data = {"streaming": True, "truncation": True, "workers": 2}
     config = make_config(folder, data=data, run={"output_dir": str(folder / "launched")})
     with Launched(config) as run:
-        codes, said = run.wait(200)
-    assert codes == [0, 0], said
+        codes, output = run.wait(200)
+    assert codes == [0, 0], output
     assert (folder / "launched" / "adapter" / "adapter_model.safetensors").exists()
 
 
@@ -196,7 +196,7 @@ def test_error_on_one_rank_stops_all_ranks(folder: Path, ranks2: LocalRanks) -> 
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         (["data.streaming=true"], "needs data.truncation=true"),
         (["data.workers=2"], "is for data.streaming=true"),
@@ -204,8 +204,8 @@ def test_error_on_one_rank_stops_all_ranks(folder: Path, ranks2: LocalRanks) -> 
         (["data.streaming=true", "data.truncation=true", "data.train=[{task: rte}]"], "reads .jsonl files, not rte"),
     ],
 )
-def test_bad_settings(tmp_path: Path, override: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_bad_settings(tmp_path: Path, override: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load_config(str(make_config(tmp_path)), override)
 
 

@@ -127,13 +127,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "record", "said"), BAD)
-def test_error_names_line_and_column(tmp_path: Path, name: str, record: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("name", "record", "message"), BAD)
+def test_error_names_line_and_column(tmp_path: Path, name: str, record: dict[str, Any], message: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(records(name)[0]) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(UserError) as raised:
         read_rows([Source(path=str(path), task=name)], TASKS[name].model_task, None)
-    assert str(raised.value).startswith(f"{path}, line 2: ") and said in str(raised.value)
+    assert str(raised.value).startswith(f"{path}, line 2: ") and message in str(raised.value)
 
 
 def test_task_reads_csv(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_single_split_is_divided_into_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("data.train=[{task: arc}]", "data.train.0.task='arc': input should be 'arc_challenge'"),
         ("data.train=[{tsk: rte}]", "unknown key data.train.0.tsk; did you mean task?"),
@@ -163,10 +163,10 @@ def test_single_split_is_divided_into_parts() -> None:
         ("data.train=[{path: a, weight: 0}]", "greater than 0"),
     ],
 )
-def test_invalid_sources_are_rejected(tmp_path: Path, override: str, said: str) -> None:
+def test_invalid_sources_are_rejected(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
         load_config(str(make_config(tmp_path)), [override])
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_error_without_hub_access_names_the_local_alternative(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ def test_table_has_one_line_per_domain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nowhere"], "is neither a run"),
         (["RUN", "--lm-eval-path", "x"], "require --lm-eval"),
@@ -178,11 +178,11 @@ def test_table_has_one_line_per_domain() -> None:
         (["RUN", "data.labelz=1"], "unknown key data.labelz"),
     ],
 )
-def test_invalid_arguments_are_rejected(folder: Path, arguments: list[str], said: str) -> None:
+def test_invalid_arguments_are_rejected(folder: Path, arguments: list[str], message: str) -> None:
     from ldmole_dist.cli import _parser
 
     args = _parser().parse_args(["eval", *(str(folder / "run") if a == "RUN" else a for a in arguments)])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         args.call(args)
 
 
@@ -275,8 +275,8 @@ def error_message(function: Callable[..., Any], *args: Any, **settings: Any) -> 
 @pytest.mark.full
 def test_unsupported_requests_are_named(folder: Path, ranks2: LocalRanks) -> None:
     make_tasks(folder)
-    for said in ranks2.run(error_message, harness, folder, ["flavour_answers"], False):
-        assert "run in one process only" in said
+    for message in ranks2.run(error_message, harness, folder, ["flavour_answers"], False):
+        assert "run in one process only" in message
     assert "cannot load the lm-eval tasks no_data" in ranks2.run(error_message, harness, folder, ["no_data"], False)[0]
     assert (
         "unknown lm-eval tasks: no_such_task" in ranks2.run(error_message, harness, folder, ["no_such_task"], False)[0]

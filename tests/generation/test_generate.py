@@ -127,13 +127,13 @@ def test_output_of_other_prompts_is_not_changed(adapter: Path, tmp_path: Path) -
 
 def test_prompts_on_the_command_line(adapter: Path, generator: Any, capsys: pytest.CaptureFixture[str]) -> None:
     generate(adapter, *PROMPTS[:2])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for prompt in PROMPTS[:2]:
-        assert prompt + generate_batch(*generator, [prompt], Sampling(6))[0] in said
+        assert prompt + generate_batch(*generator, [prompt], Sampling(6))[0] in output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["hello", "--output", "x"], "--output requires"),
         (["hello", "--system", "x"], "--system requires"),
@@ -142,9 +142,9 @@ def test_prompts_on_the_command_line(adapter: Path, generator: Any, capsys: pyte
         (["--file", "BAD"], "bad.jsonl, line 1: needs a text 'prompt' or a list 'messages'"),
     ],
 )
-def test_invalid_arguments_are_rejected(adapter: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_invalid_arguments_are_rejected(adapter: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         generate(adapter, *(str(tmp_path / "bad.jsonl") if a == "BAD" else a for a in arguments))
 
 
@@ -157,7 +157,7 @@ def test_several_ranks_are_rejected_with_a_remedy(adapter: Path, monkeypatch: py
 @pytest.mark.full
 def test_typed_prompts_form_a_conversation(adapter: Path, generator: Any) -> None:
     command = [sys.executable, "-m", "ldmole_dist.cli", "generate", str(adapter), "--chat", "--system", "be brief"]
-    said = subprocess.run(
+    output = subprocess.run(
         [*command, "--precision", "fp32", "--max-new-tokens", "6"],
         input="sky?\n\ngrass?\n/new\ngrass?\n",
         capture_output=True,
@@ -173,4 +173,4 @@ def test_typed_prompts_form_a_conversation(adapter: Path, generator: Any) -> Non
     first = answer(start.format("sky?"))
     second = answer(f"[system] be brief\n[user] sky?\n[assistant] {first}\n[user] grass?\n[assistant]")
     third = answer(start.format("grass?"))
-    assert said == f"{first}\n{second}\n{third}\n"
+    assert output == f"{first}\n{second}\n{third}\n"
