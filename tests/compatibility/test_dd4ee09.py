@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ldmole_dist.cli import main
 from ldmole_dist.config import load_config
-from ldmole_dist.generation.continuations import load_generator
+from ldmole_dist.generation.generate import load_generator
 from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.report.movement import last_step, read_curves
 from ldmole_dist.selftest.local_ranks import LocalRanks
