@@ -13,14 +13,17 @@ from dataclasses import asdict
 from typing import Any
 
 from ldmole_dist.cluster.connections import Connections, RankStatus
+from ldmole_dist.cluster.failure_detection import (
+    find_lost_ranks,
+    find_missing_ranks,
+    find_stalled_rank,
+    find_wrong_rank,
+)
 from ldmole_dist.cluster.job_result import Failure, JobResult, exit_code_for, failure_from_exit, root_cause
 from ldmole_dist.cluster.messages import KEEPALIVE_SECONDS, LOST_SECONDS
 from ldmole_dist.cluster.stop_requests import StopRequestCounter
 from ldmole_dist.errors import EXIT_PREEMPTED
 
-FIRST_CONNECTION_SECONDS = 300.0  # time for the first supervisor to connect
-NEXT_CONNECTION_SECONDS = 120.0  # time for each further supervisor; slow hosts differ by less than this
-LOADING_SECONDS = 3600.0  # time for a rank to load the model and send its first heartbeat
 GRACE_SECONDS = 2.0  # wait after a failure: the report of the cause may arrive after that of a consequence
 SHUTDOWN_SECONDS = 8.0  # time for the supervisors to end their ranks and disconnect
 
@@ -94,8 +97,9 @@ class Coordinator:
                     self._failures.append(Failure("the launcher", description))
             if self.stop_requested and not self._stop_sent:
                 self._send_stop()
-            self._check_lost(now)
-            self._check_stalled(now)
+            self._record(find_lost_ranks(self._running, now))
+            if self._started_at is not None:
+                self._record(find_stalled_rank(self._running, self._started_at, self.stall_seconds, now))
             if self._started_at is not None and self._all_exited and not self._failures:
                 exit_code = max(status.exit_code or 0 for status in self.connections.by_rank.values())
                 return self._finish("exit", JobResult(exit_code, stop_requested=self.stop_requested))
@@ -156,7 +160,11 @@ class Coordinator:
         if repeated:
             self._failures.append(Failure("the launcher", "received a second stop request", permanent=True))
 
-    # Checks
+    # State of the ranks
+
+    def _record(self, failure: Failure | None) -> None:
+        if failure is not None:
+            self._failures.append(failure)
 
     def _start_when_complete(self, seconds: float, launcher_exit_code: int | None) -> None:
         """Start the ranks once all supervisors are connected; record a failure if that cannot happen any more.
@@ -165,30 +173,16 @@ class Coordinator:
             seconds: time since the coordinator started.
             launcher_exit_code: None while the launcher runs.
         """
-        by_rank = self.connections.by_rank
-        for status in [*by_rank.values(), *self.connections.duplicates]:
-            if status.world_size != self.world_size or status in self.connections.duplicates:
-                description = (
-                    f"was started as rank {status.rank} of {status.world_size}, but the job has {self.world_size} ranks; "
-                    "start each rank exactly once"
-                )
-                self._failures.append(Failure(f"a process on {status.host}", description, permanent=True))
-                return
-        missing = ", ".join(str(rank) for rank in range(self.world_size) if rank not in by_rank)
-        waited = min([seconds, *(time.monotonic() - status.connected_at for status in by_rank.values())])
-        timeout = NEXT_CONNECTION_SECONDS if by_rank else FIRST_CONNECTION_SECONDS
-        if not missing:
+        wrong = find_wrong_rank(self.connections, self.world_size)
+        missing = [rank for rank in range(self.world_size) if rank not in self.connections.by_rank]
+        if wrong is not None:
+            self._failures.append(wrong)
+        elif missing:
+            address = self.address[0]
+            self._record(find_missing_ranks(self.connections, missing, seconds, launcher_exit_code, address))
+        else:
             self._started_at = time.monotonic()
             self._start_ranks()
-        elif launcher_exit_code is not None:
-            description = (
-                f"exited with code {launcher_exit_code} before rank(s) {missing} started; see its messages above"
-            )
-            self._failures.append(Failure("the launcher", description))
-        elif waited > timeout:
-            description = f"did not start: no supervisor connected within {timeout:.0f} s; "
-            description += f"check that the host is up and can reach {self.address[0]}"
-            self._failures.append(Failure(f"rank(s) {missing}", description))
 
     @property
     def _all_exited(self) -> bool:
@@ -197,40 +191,6 @@ class Coordinator:
     @property
     def _running(self) -> list[RankStatus]:
         return [status for _, status in sorted(self.connections.by_rank.items()) if status.exit_code is None]
-
-    def _check_lost(self, now: float) -> None:
-        lost = [s for s in self._running if s.channel.closed or now - s.last_message_at > LOST_SECONDS]
-        if not lost:
-            return
-        first = min(lost, key=lambda status: status.last_message_at)
-        description = "lost its supervisor (it was killed, or the host went down)"
-        if not first.channel.closed:
-            description = f"sent no message for {LOST_SECONDS:.0f} s: the host is unreachable or hangs"
-            # All ranks of the host are lost: their last messages are at most two keepalive intervals apart.
-            silence = LOST_SECONDS - 2 * KEEPALIVE_SECONDS
-            lost = [s for s in self._running if s.host == first.host and now - s.last_message_at > silence]
-        for status in lost:
-            status.channel.close()  # a supervisor that is still alive then ends its rank
-        ranks = ", ".join(str(status.rank) for status in lost if status.host == first.host)
-        source = f"rank(s) {ranks} on {first.host}"
-        self._failures.append(Failure(source, description + first.last_activity, abrupt=True))
-
-    def _check_stalled(self, now: float) -> None:
-        if self._started_at is None:
-            return
-        for status in self._running:
-            if status.heartbeat_at is None and now - self._started_at > LOADING_SECONDS:
-                description = f"sent no heartbeat within {LOADING_SECONDS:.0f} s of its start; see the stacks above"
-                self._failures.append(Failure(str(status), description, stalled=True))
-        heartbeats = [(status.heartbeat_at, status.rank) for status in self._running if status.heartbeat_at is not None]
-        oldest, rank = min(heartbeats, default=(now, 0))
-        if now - oldest > self.stall_seconds:
-            status = self.connections.by_rank[rank]
-            description = (
-                f"made no progress for {self.stall_seconds:.0f} s, longer than any other rank; its last heartbeat was "
-                f"{status.activity!r}; see the stacks above"
-            )
-            self._failures.append(Failure(str(status), description, stalled=True))
 
     # Outgoing messages
 

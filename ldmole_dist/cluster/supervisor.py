@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import Any
 
 from ldmole_dist.cluster.messages import KEEPALIVE_SECONDS, LOST_SECONDS, Channel, raise_open_file_limit, wait_readable
 from ldmole_dist.cluster.network import interfaces
@@ -102,6 +103,7 @@ class Supervisor:
             self._report_failure(channel, description, permanent=True)
 
     def _serve(self, channel: Channel) -> int:
+        """Exchange messages with the coordinator until the job has ended, and return the exit code."""
         last_message_at = sent_at = checked_at = time.monotonic()
         while True:
             process = self._process
@@ -114,17 +116,9 @@ class Supervisor:
             checked_at = now
             for message in channel.receive() if channel in ready else ():
                 last_message_at = now
-                if message["kind"] == "start":
-                    self._start_rank(channel, message["environment"])
-                elif message["kind"] == "stop" and self._process is not None:
-                    self._process.terminate()
-                elif message["kind"] == "exit":
-                    exit_code = None if self._process is None else self._process.exit_code
-                    return 1 if exit_code is None else exit_code
-                elif message["kind"] == "kill":
-                    if message["stacks"] and self._process is not None:
-                        self._process.print_stacks()
-                    return 1
+                exit_code = self._handle(channel, message)
+                if exit_code is not None:
+                    return exit_code
             if channel.closed or now - last_message_at > LOST_SECONDS:
                 if not self._reported:
                     host = socket.gethostname()
@@ -143,6 +137,21 @@ class Supervisor:
                 sent_at = now
             if not self._reported:
                 self._check_rank(channel, now)
+
+    def _handle(self, channel: Channel, message: Mapping[str, Any]) -> int | None:
+        """Do what a message of the coordinator says; return the exit code if it ends this supervisor."""
+        process = self._process
+        if message["kind"] == "start":
+            self._start_rank(channel, message["environment"])
+        elif message["kind"] == "stop" and process is not None:
+            process.terminate()
+        elif message["kind"] == "exit":
+            return 1 if process is None or process.exit_code is None else process.exit_code
+        elif message["kind"] == "kill":
+            if process is not None and message["stacks"]:
+                process.print_stacks()
+            return 1  # `run` kills the rank
+        return None
 
     def _start_rank(self, channel: Channel, environment: dict[str, str]) -> None:
         skipped = _TORCHRUN_VARIABLES if "TORCHELASTIC_RUN_ID" in os.environ else ()

@@ -1,0 +1,103 @@
+"""Detection of failures that no rank reports itself: ranks that do not start, are lost, or stall."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ldmole_dist.cluster.connections import Connections, RankStatus
+from ldmole_dist.cluster.job_result import Failure
+from ldmole_dist.cluster.messages import KEEPALIVE_SECONDS, LOST_SECONDS
+
+FIRST_CONNECTION_SECONDS = 300.0  # time for the first supervisor to connect
+NEXT_CONNECTION_SECONDS = 120.0  # time for each further supervisor; slow hosts differ by less than this
+LOADING_SECONDS = 3600.0  # time for a rank to load the model and send its first heartbeat
+
+
+def find_wrong_rank(connections: Connections, world_size: int) -> Failure | None:
+    """Return a failure if a process was started with a wrong world size, or as a rank that another process already has."""
+    for status in [*connections.by_rank.values(), *connections.duplicates]:
+        if status.world_size != world_size or status in connections.duplicates:
+            description = (
+                f"was started as rank {status.rank} of {status.world_size}, but the job has {world_size} ranks; "
+                "start each rank exactly once"
+            )
+            return Failure(f"a process on {status.host}", description, permanent=True)
+    return None
+
+
+def find_missing_ranks(
+    connections: Connections, missing: Sequence[int], seconds: float, launcher_exit_code: int | None, address: str
+) -> Failure | None:
+    """Return a failure if ranks are missing and cannot be expected any more.
+
+    Args:
+        connections: connections to the other ranks.
+        missing: ranks that have not connected.
+        seconds: time since the coordinator started.
+        launcher_exit_code: None while the launcher runs.
+        address: IPv4 address of the coordinator.
+    """
+    ranks = ", ".join(map(str, missing))
+    if launcher_exit_code is not None:
+        description = f"exited with code {launcher_exit_code} before rank(s) {ranks} started; see its messages above"
+        return Failure("the launcher", description)
+    connected = connections.by_rank.values()
+    waited = min([seconds, *(time.monotonic() - status.connected_at for status in connected)])
+    timeout = NEXT_CONNECTION_SECONDS if connected else FIRST_CONNECTION_SECONDS
+    if waited <= timeout:
+        return None
+    description = f"did not start: no supervisor connected within {timeout:.0f} s; "
+    description += f"check that the host is up and can reach {address}"
+    return Failure(f"rank(s) {ranks}", description)
+
+
+def find_lost_ranks(running: Sequence[RankStatus], now: float) -> Failure | None:
+    """Return a failure if a supervisor has disconnected or is silent, and close the connections to the lost ranks.
+
+    Args:
+        running: status of the ranks that have not exited.
+        now: reading of `time.monotonic`.
+    """
+    lost = [s for s in running if s.channel.closed or now - s.last_message_at > LOST_SECONDS]
+    if not lost:
+        return None
+    first = min(lost, key=lambda status: status.last_message_at)
+    description = "lost its supervisor (it was killed, or the host went down)"
+    if not first.channel.closed:
+        description = f"sent no message for {LOST_SECONDS:.0f} s: the host is unreachable or hangs"
+        # All ranks of the host are lost: their last messages are at most two keepalive intervals apart.
+        silence = LOST_SECONDS - 2 * KEEPALIVE_SECONDS
+        lost = [s for s in running if s.host == first.host and now - s.last_message_at > silence]
+    for status in lost:
+        status.channel.close()  # a supervisor that is still alive then ends its rank
+    ranks = ", ".join(str(status.rank) for status in lost if status.host == first.host)
+    return Failure(f"rank(s) {ranks} on {first.host}", description + first.last_activity, abrupt=True)
+
+
+def find_stalled_rank(
+    running: Sequence[RankStatus], started_at: float, stall_seconds: float, now: float
+) -> Failure | None:
+    """Return a failure if a rank has not sent a heartbeat for too long; of several, that of the longest silence.
+
+    Args:
+        running: status of the ranks that have not exited.
+        started_at: time at which the ranks were started, a reading of `time.monotonic`.
+        stall_seconds: maximum time between heartbeats.
+        now: reading of `time.monotonic`.
+    """
+    for status in running:
+        if status.heartbeat_at is None and now - started_at > LOADING_SECONDS:
+            description = f"sent no heartbeat within {LOADING_SECONDS:.0f} s of its start; see the stacks above"
+            return Failure(str(status), description, stalled=True)
+    heartbeats = [(s.heartbeat_at, s.rank, s) for s in running if s.heartbeat_at is not None]
+    if not heartbeats:
+        return None
+    oldest, _, status = min(heartbeats, key=lambda heartbeat: heartbeat[:2])
+    if now - oldest <= stall_seconds:
+        return None
+    description = (
+        f"made no progress for {stall_seconds:.0f} s, longer than any other rank; its last heartbeat was "
+        f"{status.activity!r}; see the stacks above"
+    )
+    return Failure(str(status), description, stalled=True)
