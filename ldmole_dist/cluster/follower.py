@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ldmole_dist.cluster.coordinator import FIRST_CONNECTION_SECONDS
+from ldmole_dist.cluster.failure_detection import FIRST_CONNECTION_SECONDS
 from ldmole_dist.cluster.job_result import Failure, JobResult
 from ldmole_dist.cluster.messages import LOST_SECONDS, Channel, wait_readable
 from ldmole_dist.cluster.stop_requests import StopRequestCounter
