@@ -4,7 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from ldmole_dist.selftest import processes
 from ldmole_dist.selftest.local_ranks import LocalRanks
+
+processes.preload += ["pytest", "tests.small_run"]
 
 
 @pytest.fixture(scope="session")

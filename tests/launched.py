@@ -1,45 +1,93 @@
-"""Training runs as a launcher starts them: one process for each rank, to be signalled and waited for."""
+"""Training runs as a launcher starts them: one process per rank, which tests can signal and wait for."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from ldmole_dist.cli import main
 from ldmole_dist.distributed import free_port
+from ldmole_dist.selftest.processes import start_process
 
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
 
 
+class ForkedRank:
+    """A rank that runs what launch/train.py runs, forked instead of started by an interpreter; used like a `Popen`."""
+
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str], output: Path) -> None:
+        self._process = start_process(train, arguments, output, environment=environment, daemon=False)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self._process.pid and self._process.exitcode is None:
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("launch/train.py", timeout or 0.0)
+        return self._process.exitcode
+
+
+def train(arguments: Sequence[str], output: Path) -> None:
+    """Run `ldmole train` in this process, with stdout and stderr in a file."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [str(TRAIN), *arguments]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    main(["train", *arguments])
+
+
 class Launched:
-    """`size` ranks of launch/train.py; whatever is left of them is ended on exit.
+    """`size` ranks of launch/train.py; those still running are killed on exit.
 
     Args:
         config: of the run.
         overrides: of the config, for all ranks.
         size: number of ranks.
-        rank_overrides: more of them, by rank.
+        rank_overrides: further overrides, by rank.
+        forked: whether the ranks are forked from a process that has imported the package, or start an interpreter each.
     """
 
     def __init__(
-        self, config: Path, *overrides: str, size: int = 2, rank_overrides: dict[int, list[str]] | None = None
+        self,
+        config: Path,
+        *overrides: str,
+        size: int = 2,
+        rank_overrides: dict[int, list[str]] | None = None,
+        forked: bool = True,
     ) -> None:
         common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        self.ranks = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, str(TRAIN), f"--local_rank={rank}", str(config), *overrides),
-                    *(rank_overrides or {}).get(rank, []),
-                ],
-                env=os.environ | common | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(size)
-        ]
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name) / f"rank_{rank}.txt" for rank in range(size)]
+        self.ranks: list[ForkedRank | subprocess.Popen[bytes]] = []
+        for rank, output in enumerate(self._outputs):
+            arguments = [f"--local_rank={rank}", str(config), *overrides, *(rank_overrides or {}).get(rank, [])]
+            environment = os.environ | common | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            output.touch()
+            if forked:
+                self.ranks.append(ForkedRank(arguments, environment, output))
+            else:
+                with output.open("ab") as file:
+                    command = [sys.executable, str(TRAIN), *arguments]
+                    self.ranks.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
 
     def __enter__(self) -> Launched:
         return self
@@ -48,18 +96,23 @@ class Launched:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+        self._folder.cleanup()
 
     def kill(self) -> None:
-        """As kill -9."""
+        """Send SIGKILL to every rank and wait for all."""
         for rank in self.ranks:
             rank.kill()
         for rank in self.ranks:
             rank.wait()
 
     def wait(self, timeout: float) -> tuple[list[int], str]:
-        """Exit codes and what all ranks printed."""
-        outputs = [rank.communicate(timeout=timeout)[0] for rank in self.ranks]
-        return [rank.returncode for rank in self.ranks], "\n".join(outputs)
+        """Wait for every rank; return the exit codes and all output, by rank.
+
+        Args:
+            timeout: seconds for each rank.
+        """
+        codes = [rank.wait(timeout) for rank in self.ranks]
+        return codes, "\n".join(output.read_text() for output in self._outputs)
 
     @property
     def running(self) -> bool:

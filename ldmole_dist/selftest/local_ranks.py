@@ -1,39 +1,43 @@
-"""Ranks on this machine: processes that have joined a group and run the functions they are sent.
+"""Ranks on this machine: processes that join one process group and run the functions sent to them.
 
-The selftest, the benchmarks and the tests use them; a training run is started by a launcher instead.
+Used by the selftest, the benchmarks and the tests; training runs are started by a launcher instead.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.resource_tracker
 import os
-import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ldmole_dist.distributed import free_port
 from ldmole_dist.engine.startup import start
+from ldmole_dist.errors import PeerError, UserError
+from ldmole_dist.selftest.processes import CPU_ENVIRONMENT, start_process
 
-_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+REPORT_SECONDS = 10.0  # for the other ranks, once one has failed
+
+Outcome = Literal["returned", "refused", "failed"]
 
 
 class RankFailed(RuntimeError):
-    """A function failed, or did not return, on one of the ranks."""
+    """A function raised an exception, or did not return in time, on one of the ranks."""
 
 
 class LocalRanks:
-    """`size` processes joined into one group, one per GPU where there are that many, else on the CPU with one thread each.
+    """`size` processes in one process group: one per GPU if there are enough, else on the CPU.
 
-    A failure or a time-out ends all of them; the next `run` starts new ones.
+    The processes start with the first `run`. They are kept until `close`, unless a rank failed, exited or timed out:
+    then the ranks may be out of step, and the next `run` starts new ones. A `UserError` or `PeerError` on every rank
+    keeps them.
 
     Args:
         size: number of ranks.
@@ -42,7 +46,7 @@ class LocalRanks:
 
     def __init__(self, size: int, timeout: float = 300.0) -> None:
         self.size, self.timeout = size, timeout
-        self._processes: list[Any] = []
+        self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -62,27 +66,33 @@ class LocalRanks:
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
         deadline = time.monotonic() + self.timeout
-        results: dict[int, Any] = {}
-        while len(results) < self.size:
-            ready: list[Any] = multiprocessing.connection.wait(
-                self._pipes, timeout=max(0.0, deadline - time.monotonic())
-            )
+        outcomes: dict[int, tuple[Outcome, Any]] = {}
+        failure: str | None = None
+        while len(outcomes) < self.size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in outcomes]
+            ready: list[Any] = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                self.close()
-                missing = sorted(set(range(self.size)) - set(results))
-                raise RankFailed(f"{function.__name__}: ranks {missing} did not return within {self.timeout:.0f} s")
+                missing = sorted(set(range(self.size)) - set(outcomes))
+                failure = failure or f"{function.__name__}: ranks {missing} did not return within {self.timeout:.0f} s"
+                break
             for pipe in ready:
                 rank = self._pipes.index(pipe)
-                if rank in results:
-                    continue
                 try:
-                    ok, results[rank] = pipe.recv()
-                except (EOFError, ConnectionResetError):  # the latter where it had not read all that it was sent
-                    ok, results[rank] = False, "the process ended"
-                if not ok:
-                    self.close()
-                    raise RankFailed(f"{function.__name__} failed on rank {rank}:\n{results[rank]}")
-        return [results[rank] for rank in range(self.size)]
+                    outcomes[rank] = pipe.recv()
+                except (EOFError, ConnectionResetError):  # the latter if it had not read all that was sent to it
+                    outcomes[rank] = "failed", "the process ended"
+                outcome, value = outcomes[rank]
+                if outcome != "returned" and failure is None:
+                    failure = f"{function.__name__} failed on rank {rank}:\n{value}"
+                if outcome == "failed":
+                    deadline = 0.0
+                elif outcome == "refused":
+                    deadline = min(deadline, time.monotonic() + REPORT_SECONDS)
+        if failure is None:
+            return [outcomes[rank][1] for rank in range(self.size)]
+        if [outcome for outcome, _ in outcomes.values()] != ["refused"] * self.size:
+            self.close()
+        raise RankFailed(failure)
 
     def close(self) -> None:
         """End the processes."""
@@ -104,61 +114,34 @@ class LocalRanks:
         self.close()
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        port = free_port()
-        with _environment(_CPU if torch.cuda.device_count() < self.size else {}), _deaf_to_interrupts():
-            for rank in range(self.size):
-                ours, theirs = spawn.Pipe()
-                process = spawn.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._pipes.append(ours)
+        on_gpu = torch.cuda.device_count() >= self.size
+        common = dict(os.environ) | ({} if on_gpu else CPU_ENVIRONMENT)
+        common |= {"WORLD_SIZE": str(self.size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for rank in range(self.size):
+            ours, theirs = multiprocessing.Pipe()
+            environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._processes.append(start_process(_serve, theirs, environment=environment, on_gpu=on_gpu))
+            theirs.close()
+            self._pipes.append(ours)
 
 
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables for the processes started within: DeepSpeed chooses its device when it is imported, before `_serve`."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Ctrl-C goes to every process of a terminal: those started within leave it to this one, which ends them."""
-    multiprocessing.resource_tracker.ensure_running()  # started later, it would undo the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def _serve(pipe: Connection) -> None:
+    """Join the process group, then run functions until the other end closes the pipe."""
     try:
         start(timeout_minutes=5)
     except Exception:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send(("failed", traceback.format_exc()))
         return
     while True:
         try:
             function, args, kwargs = pipe.recv()
         except EOFError:
             return
+        result: tuple[Outcome, Any]
         try:
-            pipe.send((True, function(*args, **kwargs)))
+            result = "returned", function(*args, **kwargs)
+        except (UserError, PeerError):
+            result = "refused", traceback.format_exc()
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            result = "failed", traceback.format_exc()
+        pipe.send(result)
