@@ -37,6 +37,7 @@ setup(
         "dev": [
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.8,<4",
             "hypothesis>=6.170,<7",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",

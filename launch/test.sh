@@ -5,16 +5,18 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 
-tiers=("not full")
+full=false
 pytest_args=()
 for arg in "$@"; do
     case "$arg" in
         --full)
-            tiers+=("full")
+            full=true
             ;;
         -h | --help)
             echo "usage: launch/test.sh [--full] [pytest arguments...]"
             echo "  --full   after the quick tests, also run the long distributed, fault and host tests"
+            echo "Further arguments go to pytest; -n 0 runs the tests in one process, which -s and --pdb need."
+            echo "The longest sweeps are in launch/nightly.sh."
             exit
             ;;
         *)
@@ -30,21 +32,36 @@ if [[ "$(gpu_count)" == 0 ]]; then
 fi
 
 cd -- "$root"
+times=()
+begun=$SECONDS
 echo "test: ruff"
 "$python" -m ruff check
 echo "test: mypy"
 "$python" -m mypy
+times+=("ruff and mypy $((SECONDS - begun)) s")
 
 status=5
-for tier in "${tiers[@]}"; do
-    echo "test: pytest -m '$tier'"
-    code=0
-    "$python" -m pytest --durations=10 -m "$tier" "${pytest_args[@]}" || code=$?
+# run_tier NAME WORKERS MARKERS: runs the tests with these markers, each file in one of the workers.
+run_tier() {
+    local begun=$SECONDS code=0
+    echo "test: pytest -m '$3'"
+    # In the order of collection, as xdist's own order puts files with few tests, the longest ones, last.
+    "$python" -m pytest --durations=10 -n "$2" --dist loadfile --no-loadscope-reorder -m "$3" "${pytest_args[@]}" ||
+        code=$?
+    times+=("$1 tests $((SECONDS - begun)) s")
     # pytest exits with 5 where it ran no test: the arguments may choose tests of one tier only.
     if ((code == 0)); then
         status=0
     elif ((code != 5)); then
+        echo "test: failed; $(IFS=,; echo "${times[*]}")"
         exit "$code"
     fi
-done
+}
+
+run_tier quick 2 "not full and not nightly"
+if "$full"; then
+    # A third worker, as the tests of faults and of two hosts mostly wait.
+    run_tier full 3 "full and not nightly"
+fi
+echo "test: $(IFS=,; echo "${times[*]}")"
 exit "$status"

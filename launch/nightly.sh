@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Runs the sweeps that take too long for launch/test.sh.
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=setup_env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+
+sections=(readme parity kills benches)
+usage() {
+    echo "usage: launch/nightly.sh [SECTION...]"
+    echo "Without a section, all of them run:"
+    echo "  readme    every command of README.md and docs/, on the backbone that they name"
+    echo "  parity    every combination of ZeRO stage, ep_size, router, mode and checkpointing against one process"
+    echo "  kills     a run that is killed 20 times at random moments"
+    echo "  benches   every 'ldmole bench' command"
+}
+
+chosen=()
+for arg in "$@"; do
+    case "$arg" in
+        readme | parity | kills | benches) chosen+=("$arg") ;;
+        -h | --help)
+            usage
+            exit
+            ;;
+        *)
+            usage >&2
+            die "'$arg' is not a section"
+            ;;
+    esac
+done
+if ((${#chosen[@]} == 0)); then
+    chosen=("${sections[@]}")
+fi
+
+setup_env dev
+export TOKENIZERS_PARALLELISM=false
+if [[ "$(gpu_count)" == 0 ]]; then
+    export DS_ACCELERATOR=cpu
+fi
+cd -- "$root"
+
+run_section() {
+    case "$1" in
+        readme) "$python" -m pytest -m nightly tests/test_readme.py ;;
+        parity) "$python" -m pytest -m nightly tests/selftest ;;
+        kills) "$python" -m pytest -m nightly tests/checkpoint ;;
+        benches)
+            local bench
+            for bench in "layer --repeats 1" "dispatch --turns 1" "decide --repeats 1" "checkpoint --layers 2" \
+                "latency --turns 1" "monitor --turns 2" plan; do
+                echo "nightly: ldmole bench $bench"
+                # shellcheck disable=SC2086  # a name and its options
+                "$python" -m ldmole_dist.cli bench $bench || return
+            done
+            ;;
+    esac
+}
+
+failed=()
+for section in "${chosen[@]}"; do
+    begun=$SECONDS
+    # A section that fails does not end the others.
+    run_section "$section" || failed+=("$section")
+    echo "nightly: $section took $((SECONDS - begun)) s"
+done
+if ((${#failed[@]} > 0)); then
+    die "failed: ${failed[*]}"
+fi
