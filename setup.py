@@ -11,6 +11,7 @@ setup(
     packages=find_packages(include=["ldmole_dist", "ldmole_dist.*"]),
     data_files=[("share/ldmole_dist/ds_configs", sorted(glob("ds_configs/*.json")))],
     package_data={
+        "ldmole_dist": ["py.typed"],
         "ldmole_dist.data.wordnet": ["*.jsonl", "LICENSE", "README.md"],
         "ldmole_dist.planner": ["presets/*.json"],
     },

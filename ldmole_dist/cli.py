@@ -1,4 +1,8 @@
-"""The `ldmole` command: parses, calls, prints."""
+"""The `ldmole` command: parse arguments, call the subcommand, report its errors.
+
+Importing this module and printing help must stay fast: it imports only what the arguments need, and each subcommand imports
+torch, DeepSpeed and so on when it is called.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-from ldmole_dist.cli_arguments import positive
-from ldmole_dist.cluster import command
-from ldmole_dist.cluster.exit import exit_process
-from ldmole_dist.cluster.heartbeat import show_stacks
+from ldmole_dist.cluster import arguments as cluster_arguments
 from ldmole_dist.compose import command as compose_command
 from ldmole_dist.errors import (
     EXIT_EXPLAINED,
@@ -28,58 +27,62 @@ from ldmole_dist.errors import (
 )
 from ldmole_dist.evaluation import command as evaluation_command
 from ldmole_dist.generation import command as generation_command
-from ldmole_dist.planner import command as planning
+from ldmole_dist.planner import command as plan_command
 from ldmole_dist.report import arguments as report_arguments
-from ldmole_dist.study.bench import command as bench
+from ldmole_dist.study.bench import command as bench_command
 from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.study.scaling import command as scaling_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; `train` and `eval` do not return, but end the process.
+    """Run a subcommand; `train` and `eval` end the process instead of returning.
 
     Returns:
-        0; EXIT_EXPLAINED where something failed that the message explains; EXIT_PEER where the message is another rank's;
-        EXIT_PREEMPTED where a run was asked to end, has saved and goes on when it is started again; 1 otherwise.
+        0 on success; EXIT_EXPLAINED after an error whose message is printed; EXIT_PEER if another rank failed; EXIT_PREEMPTED
+        if a run was stopped by a signal, has saved a checkpoint and can be resumed; 1 otherwise.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest:  # argparse does not take up a list again after an option
+    if rest:  # argparse does not continue a list of positional arguments after an option
         more = next((getattr(args, name) for name in ("overrides", "prompts") if hasattr(args, name)), None)
         if more is None or any(argument.startswith("-") for argument in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         more += rest
     if args.call not in (_train, evaluation_command.run):
-        return _explained(args)
+        return _call(args)
     try:
-        code = _explained(args)
+        code = _call(args)
     except Exception:
         traceback.print_exc()
         code = 1
+    from ldmole_dist.cluster.exit import exit_process
+
     exit_process(code)
 
 
-def _explained(args: argparse.Namespace) -> int:
-    """Call the subcommand; of errors that a user can act on, only the message is printed."""
+def _call(args: argparse.Namespace) -> int:
+    """Call the subcommand; print only the message of errors that the user can resolve."""
     call: Callable[[argparse.Namespace], int] = args.call
-    # Before it joins the others, which may number its device anew.
-    speaks_for_its_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    # Read this before the subcommand runs: joining the process group may renumber LOCAL_RANK.
+    is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return call(args)
     except Preempted as error:
+        import torch.distributed
+
         torch.distributed.destroy_process_group()
-        if speaks_for_its_node:
+        if is_first_of_node:
             print(error, file=sys.stderr, flush=True)
         return EXIT_PREEMPTED
     except (UserError, NonFiniteLoss) as error:
-        # Once the ranks are together, a UserError is raised on the rank that found it and a PeerError on the others; before,
-        # and for a loss that all have in common, one rank of every node speaks.
-        together = isinstance(error, UserError) and torch.distributed.is_initialized()
-        if together or speaks_for_its_node:
+        # In a process group, the rank that found a UserError raises it and the others raise PeerError, so each UserError is
+        # printed. Before that, and for a non-finite loss, all ranks raise the same error; one per node prints it.
+        is_alone = isinstance(error, UserError) and _in_process_group()
+        if is_alone or is_first_of_node:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_EXPLAINED
     except PeerError as error:
-        if speaks_for_its_node:
+        if is_first_of_node:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
         return EXIT_PEER
     except KeyboardInterrupt:
@@ -87,41 +90,30 @@ def _explained(args: argparse.Namespace) -> int:
     return 1
 
 
+def _in_process_group() -> bool:
+    # Without torch in this process there is no process group; do not import torch only to find out.
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ldmole", description="Fine-tune language models with LD-MoLE.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train on one process, or on those of a launcher (launch/train.py)")
-    train.add_argument("config", help="YAML file of the run")
-    train.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
-    train.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # DeepSpeed's launcher passes it; the environment says it too
+    train = commands.add_parser("train", help="train in this process, or as one rank of a launcher (launch/train.py)")
+    _add_config(train)
+    # DeepSpeed's launcher passes --local_rank; the environment variable LOCAL_RANK is what counts.
+    train.add_argument("--local_rank", help=argparse.SUPPRESS)
     train.set_defaults(call=_train)
 
     launch = commands.add_parser(
-        "launch", help="train with several ranks, on this host or on many hosts", description=command.LAUNCH_DESCRIPTION
+        "launch",
+        help="train with several ranks, on this host or on many hosts",
+        description=cluster_arguments.LAUNCH_DESCRIPTION,
     )
-    launch.add_argument("config", help="YAML file of the run")
-    launch.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
-    launch.add_argument("--dry-run", action="store_true", help="print the launcher command without running it")
-    launch.add_argument(
-        "--max-restarts",
-        type=positive,
-        default=0,
-        metavar="N",
-        help="maximum number of restarts from the last checkpoint after a failure (default: %(default)s)",
-    )
-    launch.add_argument(
-        "--stall-minutes",
-        type=float,
-        default=10.0,
-        metavar="M",
-        help="minutes without progress of a rank after which the run counts as failed (default: %(default)s)",
-    )
-    launch.add_argument("--no-doctor", action="store_true", help="skip the checks of the hosts before the start")
-    command.add_arguments(launch)
-    launch.set_defaults(call=command.run_launch)
+    _add_config(launch)
+    cluster_arguments.add_launch_arguments(launch)
+    launch.set_defaults(call=_launch)
 
     doctor = commands.add_parser(
         "doctor",
@@ -130,27 +122,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("config", nargs="?", help="YAML file of the run; without it, only the hosts are compared")
     doctor.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
-    command.add_arguments(doctor)
-    doctor.set_defaults(call=command.run_doctor)
+    cluster_arguments.add_arguments(doctor)
+    doctor.set_defaults(call=_doctor)
 
     validate = commands.add_parser("validate", help="check a config without training")
-    validate.add_argument("config", help="YAML file of the run")
-    validate.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
-    validate.add_argument("--ranks", type=int, help="also check that it can run on so many ranks")
+    _add_config(validate)
+    validate.add_argument("--ranks", type=int, metavar="N", help="also check that the config can run on N ranks")
+    validate.add_argument(
+        "--build",
+        action="store_true",
+        help="also build the model without its weights, and check the DeepSpeed config with DeepSpeed's own parser",
+    )
     validate.set_defaults(call=_validate)
 
-    checkpoint = commands.add_parser("checkpoint", help="look at checkpoints").add_subparsers(
+    checkpoint = commands.add_parser("checkpoint", help="verify, inspect or export a checkpoint").add_subparsers(
         required=True, metavar="WHAT"
     )
-    verify = checkpoint.add_parser("verify", help="check every file's hash and that nothing is missing")
+    verify = checkpoint.add_parser("verify", help="check that all files exist and match their hashes")
     verify.add_argument("checkpoint", help="folder, such as runs/quickstart/checkpoints/step_00000030")
     verify.set_defaults(call=_checkpoint_verify)
-    inspect = checkpoint.add_parser("inspect", help="say what is in it")
-    inspect.add_argument("checkpoint", help="folder")
+    inspect = checkpoint.add_parser("inspect", help="print the contents of a checkpoint")
+    inspect.add_argument("checkpoint", help="folder of the checkpoint")
     inspect.set_defaults(call=_checkpoint_inspect)
-    export = checkpoint.add_parser("export", help="make the portable adapter from it")
-    export.add_argument("checkpoint", help="folder")
-    export.add_argument("adapter", help="folder to make")
+    export = checkpoint.add_parser("export", help="write the adapter of a checkpoint as a PEFT folder")
+    export.add_argument("checkpoint", help="folder of the checkpoint")
+    export.add_argument("adapter", help="folder to create")
     export.set_defaults(call=_checkpoint_export)
 
     evaluate = commands.add_parser("eval", help="evaluate a run or an adapter", description=evaluation_command.EVAL)
@@ -162,47 +158,58 @@ def _parser() -> argparse.ArgumentParser:
     generation_command.add_arguments(generate)
 
     report = commands.add_parser(
-        "report", help="what the routers of a run or an adapter do", description=report_arguments.DESCRIPTION
+        "report", help="analyze the routing of a run or an adapter", description=report_arguments.DESCRIPTION
     )
     report_arguments.add_arguments(report)
     report.set_defaults(call=_report)
 
     compose = commands.add_parser(
-        "compose", help="an adapter of existing LoRA adapters", description=compose_command.COMPOSE
+        "compose", help="create an adapter from existing LoRA adapters", description=compose_command.COMPOSE
     )
     compose_command.add_arguments(compose)
 
-    convert = commands.add_parser("convert", help="make a model folder from a GGUF file")
+    convert = commands.add_parser("convert", help="convert a GGUF file to a model folder")
     convert.add_argument("gguf", help="GGUF file")
-    convert.add_argument("folder", help="folder to make")
+    convert.add_argument("folder", help="folder to create")
     convert.set_defaults(call=_convert)
 
-    plan = commands.add_parser("plan", help="what training needs, before anybody runs it", description=planning.PLAN)
-    planning.add_arguments(plan)
-    plan.set_defaults(call=planning.plan)
+    plan = commands.add_parser(
+        "plan", help="estimate memory, communication and time of a run", description=plan_command.PLAN
+    )
+    plan_command.add_arguments(plan)
+    plan.set_defaults(call=plan_command.plan)
 
-    selftest = commands.add_parser("selftest", help="check this installation: many ranks against one process")
-    selftest.add_argument("--ranks", type=int, help="number of ranks; default: one for each GPU, or 4 on the CPU")
+    selftest = commands.add_parser("selftest", help="verify this installation: compare several ranks with one process")
+    selftest.add_argument("--ranks", type=int, help="number of ranks (default: one per GPU, or 4 on the CPU)")
     selftest.set_defaults(call=_selftest)
 
-    scaling = commands.add_parser("scaling", help="how training scales here", description=scaling_command.SCALING)
+    scaling = commands.add_parser(
+        "scaling", help="measure how training scales on this machine", description=scaling_command.SCALING
+    )
     scaling_command.add_arguments(scaling)
 
-    compare = commands.add_parser("compare", help="routers against each other", description=compare_command.COMPARE)
+    compare = commands.add_parser("compare", help="compare routers", description=compare_command.COMPARE)
     compare_command.add_arguments(compare)
 
-    bench.add_commands(commands.add_parser("bench", help="measure"))
+    bench_command.add_commands(commands.add_parser("bench", help="run a benchmark"))
     return parser
 
 
-# Each command imports what it needs when it is called: validating a config must not wait for DeepSpeed.
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
 
 
 def _train(args: argparse.Namespace) -> int:
+    from ldmole_dist.cluster.heartbeat import show_stacks
     from ldmole_dist.config import load_config
 
     show_stacks()
-    config = load_config(args.config, args.overrides)
+    config = load_config(
+        args.config, args.overrides
+    )  # before the slow imports, so that errors in it are reported at once
+    import torch.distributed
+
     from ldmole_dist.training.run import train
 
     result = train(config)
@@ -217,17 +224,32 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _launch(args: argparse.Namespace) -> int:
+    from ldmole_dist.cluster.command import run_launch
+
+    return run_launch(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from ldmole_dist.cluster.command import run_doctor
+
+    return run_doctor(args)
+
+
 def _validate(args: argparse.Namespace) -> int:
     from ldmole_dist.config import check_parallelism, load_config
-
-    config = load_config(args.config, args.overrides)
     from ldmole_dist.engine.ds_config import load_ds_config, resolve_run
 
+    config = load_config(args.config, args.overrides)
     if args.ranks is None:
         load_ds_config(config.parallelism.deepspeed)
     else:
         check_parallelism(config, args.ranks)
         resolve_run(config, args.ranks)
+    if args.build:
+        from ldmole_dist.model.check_build import check_build
+
+        check_build(config, args.ranks or config.parallelism.ep_size)
     print(f"{args.config} is valid" + ("" if args.ranks is None else f" for {args.ranks} ranks"))
     return 0
 
@@ -236,7 +258,7 @@ def _checkpoint_verify(args: argparse.Namespace) -> int:
     from ldmole_dist.checkpoint.manifest import verify
 
     problems = verify(Path(args.checkpoint))
-    print("\n".join(problems) if problems else f"{args.checkpoint} is whole")
+    print("\n".join(problems) if problems else f"{args.checkpoint} is complete")
     return EXIT_EXPLAINED if problems else 0
 
 

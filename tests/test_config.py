@@ -57,22 +57,22 @@ def test_a_key_without_its_section(path: str) -> None:
         ("adapter.lora_dropout=1.5", "adapter.lora_dropout=1.5"),
         ("parallelism.dispatch=some", "parallelism.dispatch='some'"),
         ("parallelism.precision=int8", "parallelism.precision='int8'"),
-        ("adapter.num_experts=6", "choose ep_size among [1, 2, 3, 6]"),
+        ("adapter.num_experts=6", "use one of [1, 2, 3, 6]"),
         ("adapter.num_experts=0", ": adapter.num_experts=0: input should be greater than or equal to 1"),
         ("adapter.num_experts=[]", ": adapter.num_experts=[]: list should have at least 1 item"),
         ("adapter.num_experts=[4, 0]", ": adapter.num_experts.1=0: input should be greater than or equal to 1"),
         (
             "adapter.num_experts=[2, 4]",
-            "adapter.num_experts=[2, 4] is no multiple of parallelism.ep_size=4: choose ep_size among [1, 2]",
+            "parallelism.ep_size=4 does not divide adapter.num_experts=[2, 4]; use one of [1, 2]",
         ),
         (
             "adapter={router: topk, num_experts: [2, 8], top_k: 4}",
-            "adapter.top_k=4 is more than adapter.num_experts=[2, 8]",
+            "adapter.top_k=4 is greater than adapter.num_experts=[2, 8]",
         ),
-        ("optimisation.epochs=1", "give one of optimisation.epochs and optimisation.max_steps"),
-        ("optimisation.max_steps=null", "give one of optimisation.epochs and optimisation.max_steps"),
-        ("backbone.task=sequence_classification", "needs data.labels"),
-        ("data.labels=[a, a]", "must be at least two different values"),
+        ("optimisation.epochs=1", "set exactly one of optimisation.epochs and optimisation.max_steps"),
+        ("optimisation.max_steps=null", "set exactly one of optimisation.epochs and optimisation.max_steps"),
+        ("backbone.task=sequence_classification", "needs class names; set data.labels"),
+        ("data.labels=[a, a]", "must be two or more different values"),
         ("run.save_every=-1", "run.save_every=-1"),
         ("run.output_dir", "must look like section.key=value"),
         ("run.output_dir.x=1", "'output_dir' is a value, not a section"),
@@ -97,9 +97,9 @@ def with_batches(path: str, micro: int, all_ranks: int) -> Config:
 
 def test_batches_and_groups_must_divide_the_ranks(path: str) -> None:
     assert accumulation_steps(with_batches(path, 2, 16), 4) == 2
-    with pytest.raises(UserError, match="12 or 18 would fit"):
+    with pytest.raises(UserError, match="use 12 or 18"):
         accumulation_steps(with_batches(path, 2, 16), 3)
-    with pytest.raises(UserError, match="8 would fit"):
+    with pytest.raises(UserError, match="use 8"):
         accumulation_steps(with_batches(path, 2, 4), 4)
     config = load_config(path, ["ep_size=4", "optimisation.global_batch_size=24", "micro_batch_size=2"])
     with pytest.raises(UserError, match=r"ep_size=4 does not divide the 6 ranks.*\[1, 2, 3, 6\]"):

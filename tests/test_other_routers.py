@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ldmole_dist.cli import main
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.tuner.model import LdMoleLinear
+from ldmole_dist.tuner.layer import LdMoleLinear
 from tests.small_adapter import E, R, adapt, backbone, config, logits, move
 from tests.small_run import make_config, make_folder, run_training
 
@@ -42,9 +42,9 @@ def test_only_what_a_router_needs_is_in_the_file(tmp_path: Path, router: str) ->
 
 
 def test_bad_options() -> None:
-    with pytest.raises(ValueError, match=f"top_k={E + 1} is more than num_experts={E}"):
+    with pytest.raises(ValueError, match=f"top_k={E + 1} is greater than num_experts={E}"):
         config(router="topk", top_k=E + 1)
-    with pytest.raises(ValueError, match="top_p=1.5 must lie in"):
+    with pytest.raises(ValueError, match="top_p=1.5: input should be less than or equal to 1"):
         config(router="top_p", top_p=1.5)
     with pytest.raises(ValueError, match="router='best' is not known"):
         config(router="best")

@@ -19,10 +19,11 @@ from ldmole_dist.checkpoint.manifest import read_manifest, verify
 from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.masters import whole_shapes
+from ldmole_dist.engine.optimizer_state import full_shapes
 from ldmole_dist.errors import UserError
 from ldmole_dist.io import atomic_folder, publish_folder, start_folder, sync, unfinished_folder, write_errors
-from ldmole_dist.tuner.model import adapter_keys, tuner_of
+from ldmole_dist.tuner.model import tuner_of
+from ldmole_dist.tuner.state_dict import adapter_keys
 
 METADATA = {"format": "pt"}
 
@@ -43,7 +44,7 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
     heartbeat("writing the adapter")
     keys, shapes, tuner = (
         adapter_keys(engine.module),
-        whole_shapes(engine, frozen_experts=True),
+        full_shapes(engine, frozen_experts=True),
         tuner_of(engine.module),
     )
     unfinished = unfinished_folder(folder)
@@ -53,7 +54,7 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
             start_folder(folder)
             write_adapter_config(engine.module, unfinished)
     entries = [Entry(keys[name], shapes[name], p.dtype) for name, p in parameters.items()]
-    gathered = (tuner.whole_parameter(name, parameter) for name, parameter in parameters.items())
+    gathered = (tuner.full_parameter(name, parameter) for name, parameter in parameters.items())
     failed: Exception | None = None
     if process.is_main:
         try:

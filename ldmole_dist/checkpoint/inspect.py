@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from ldmole_dist.checkpoint.manifest import read_manifest
-from ldmole_dist.tuner.model import is_expert_tensor
+from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 def print_table(checkpoint: Path) -> None:

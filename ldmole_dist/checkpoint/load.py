@@ -20,7 +20,7 @@ from ldmole_dist.checkpoint.save import topology
 from ldmole_dist.config import Adapter, Config
 from ldmole_dist.distributed import Process, from_main, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.masters import make_moments, pieces, refresh_parameters, whole_shapes
+from ldmole_dist.engine.optimizer_state import create_moments, full_shapes, optimizer_shards, refresh_parameters
 from ldmole_dist.engine.training_state import restore_training_state
 from ldmole_dist.errors import UserError
 
@@ -81,13 +81,13 @@ def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
     """
     with raise_on_all_ranks(f"reading checkpoint {checkpoint}"):
         manifest = read_manifest(checkpoint)
-        _check_shapes(manifest, checkpoint, whole_shapes(engine))
-        make_moments(engine, step=manifest.training["adam_step"])
+        _check_shapes(manifest, checkpoint, full_shapes(engine))
+        create_moments(engine, step=manifest.training["adam_step"])
         with Stretches(checkpoint / name for name in manifest.rank_files()) as stretches:
-            for piece in pieces(engine):
-                for kind, held in piece.states.items():
-                    key, end = f"{kind}/{piece.name}", piece.start + len(held)
-                    for position, value in stretches.read(key, piece.start, end):
+            for shard in optimizer_shards(engine):
+                for kind, held in shard.states.items():
+                    key, end = f"{kind}/{shard.name}", shard.start + len(held)
+                    for position, value in stretches.read(key, shard.start, end):
                         held[position : position + len(value)].copy_(value)
     refresh_parameters(engine)
     restore_training_state(engine, manifest.training, manifest.step)

@@ -29,7 +29,7 @@ from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.config import Config, plain_config
 from ldmole_dist.distributed import Process, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.masters import Piece, make_moments, pieces, whole_shapes
+from ldmole_dist.engine.optimizer_state import OptimizerShard, create_moments, full_shapes, optimizer_shards
 from ldmole_dist.engine.training_state import training_state
 from ldmole_dist.io import (
     Digest,
@@ -41,7 +41,7 @@ from ldmole_dist.io import (
     unfinished_folder,
     write_errors,
 )
-from ldmole_dist.tuner.model import adapter_keys
+from ldmole_dist.tuner.state_dict import adapter_keys
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Saver:
         """
         self.finish()
         heartbeat(f"saving after step {step}")
-        make_moments(engine)
+        create_moments(engine)
         final = self.folder / f"step_{step:08d}"
         unfinished = unfinished_folder(final)
         with raise_on_all_ranks("preparing the checkpoint"), write_errors(f"the checkpoint {unfinished}"):
@@ -90,7 +90,7 @@ class Saver:
                     shutil.rmtree(left, ignore_errors=True)
                 start_folder(final)
                 write_adapter_config(engine.module, unfinished)
-            held = [piece.share() for piece in pieces(engine)]
+            held = [shard.without_copies() for shard in optimizer_shards(engine)]
             writing = _Writing(step, unfinished, self._manifest(engine, step))
         random = _random_states(self.process.device)
         self._writing = writing
@@ -154,11 +154,11 @@ class Saver:
         threading.Thread(target=shutil.rmtree, args=(gone,), kwargs={"ignore_errors": True}).start()
 
     def _write(
-        self, writing: _Writing, held: list[Piece], random: dict[str, Tensor], ready: torch.cuda.Event | None
+        self, writing: _Writing, held: list[OptimizerShard], random: dict[str, Tensor], ready: torch.cuda.Event | None
     ) -> None:
         try:
-            states = {f"{kind}/{piece.name}": value for piece in held for kind, value in piece.states.items()}
-            starts = {f"{kind}/{piece.name}": piece.start for piece in held for kind in piece.states}
+            states = {f"{kind}/{shard.name}": value for shard in held for kind, value in shard.states.items()}
+            starts = {f"{kind}/{shard.name}": shard.start for shard in held for kind in shard.states}
             if self.config.run.save_async:
                 states = self._copied(states, ready)
                 writing.copied.set()
@@ -188,7 +188,7 @@ class Saver:
         return {key: self._host[key] for key in states}
 
     def _manifest(self, engine: Engine, step: int) -> Manifest:
-        shapes = whole_shapes(engine)
+        shapes = full_shapes(engine)
         keys = adapter_keys(engine.module)
         return Manifest(
             step=step,

@@ -1,4 +1,4 @@
-"""Command-line arguments and implementation of `ldmole launch` and `ldmole doctor`."""
+"""The subcommands `ldmole launch` and `ldmole doctor`."""
 
 from __future__ import annotations
 
@@ -9,75 +9,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-
-from ldmole_dist.cli_arguments import positive
 from ldmole_dist.cluster.doctor import doctor
 from ldmole_dist.cluster.environment import exported_environment
 from ldmole_dist.cluster.hosts import Host, describe_layout, order_for_groups, read_hostfile, select_hosts, slurm_hosts
 from ldmole_dist.cluster.launch import exec_supervisor, rank_command, run_with_restarts, supervisor_command
 from ldmole_dist.cluster.output import print_status
 from ldmole_dist.cluster.rank_environment import inside_mpi, inside_slurm_step
-from ldmole_dist.cluster.runners import LAUNCHERS, LaunchSpec, check_installed, launcher_command
+from ldmole_dist.cluster.runners import LaunchSpec, check_installed, launcher_command
 from ldmole_dist.config import Config, check_parallelism, load_config
+from ldmole_dist.engine.ds_config import resolve_run
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
-
-DEFAULT_PORT = 29500
-LAUNCH_DESCRIPTION = """Start a training run with one process per rank, on this host or on many hosts, and print the launcher
-command that is used. If a rank fails or stalls, all ranks on all hosts are ended at once, and the last lines of the output name
-the first failure."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `launch` and `doctor` share: where and how a job is started."""
-    where = parser.add_argument_group("hosts and ranks")
-    where.add_argument("--hostfile", help="file with a line 'NAME slots=N' per host; see launch/hostfile.example")
-    where.add_argument(
-        "--include", default="", metavar="NAME[:SLOT,...]@...", help="hosts and slots to use (default: all)"
-    )
-    where.add_argument(
-        "--exclude", default="", metavar="NAME[:SLOT,...]@...", help="hosts and slots to leave out (default: none)"
-    )
-    where.add_argument(
-        "--nodes",
-        type=positive,
-        help="number of hosts, to start the job without ssh: give the same command on each host",
-    )
-    where.add_argument("--node-rank", type=int, help="with --nodes: number of this host, from 0")
-    where.add_argument("--master-addr", help="with --nodes: address of host 0")
-    where.add_argument(
-        "--port",
-        type=int,
-        default=DEFAULT_PORT,
-        help="with --nodes: TCP port of host 0; the next port is used too (default: %(default)s)",
-    )
-    where.add_argument(
-        "--ranks",
-        type=positive,
-        help="number of ranks on this host, without a hostfile (default: one per GPU; on a CPU, parallelism.ep_size)",
-    )
-    how = parser.add_argument_group("launcher and network")
-    how.add_argument(
-        "--launcher",
-        choices=LAUNCHERS,
-        help="launcher to use (default: slurm inside an allocation; with a hostfile, pdsh if installed, else openmpi)",
-    )
-    how.add_argument(
-        "--interface", help="network interface between hosts (default: the one on the route to the other hosts)"
-    )
-    how.add_argument(
-        "--export",
-        action="append",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="environment variable to pass to the ranks, besides those of docs/clusters.md; can be repeated",
-    )
-    how.add_argument(
-        "--ssh-args",
-        default=os.environ.get("PDSH_SSH_ARGS_APPEND", ""),
-        help="arguments for ssh, such as '-F my_ssh_config' (default: $PDSH_SSH_ARGS_APPEND)",
-    )
-    how.add_argument("--launcher-args", default="", help="arguments for pdsh, mpirun, srun or torchrun")
 
 
 def run_launch(args: argparse.Namespace) -> int:
@@ -135,7 +76,7 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
         UserError: if arguments contradict each other or are missing.
     """
     ep_size = 1 if config is None else config.parallelism.ep_size
-    ranks = args.ranks or torch.cuda.device_count() or ep_size
+    ranks = args.ranks or _device_count() or ep_size
     this_host = [Host("this host", tuple(range(ranks)))]
     common = {"interface": args.interface, "launcher_args": args.launcher_args, "ssh_args": args.ssh_args}
     if args.nodes is not None:
@@ -180,7 +121,11 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
 
 def _check_config(config: Config, world_size: int) -> None:
     """Raise the errors that every rank would raise, before any rank is started."""
-    from ldmole_dist.engine.ds_config import resolve_run  # imports deepspeed, which takes seconds
-
     check_parallelism(config, world_size)
     resolve_run(config, world_size)
+
+
+def _device_count() -> int:
+    import torch  # takes seconds to import, and is needed for this only
+
+    return torch.cuda.device_count()

@@ -1,7 +1,7 @@
 """Entry point of a supervisor, which a launcher starts in place of a rank: `python entry.py OPTIONS -- COMMAND`.
 
-Run as a file. The package's own start registers the PEFT method, with torch and transformers: that is not for a process that
-only waits, so its place is taken by an empty one here.
+Run as a file, not as a module, so that it also works on hosts where the package is not installed. It imports no torch: it must
+start within a moment, and its memory is needed for the rank.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from types import ModuleType
 
-package = ModuleType("ldmole_dist")
-package.__path__ = [str(Path(__file__).resolve().parents[1])]
-sys.modules["ldmole_dist"] = package
-# The files of this folder are no modules of their own.
-sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
+if __name__ == "__main__":
+    # Python puts this file's folder first, where modules such as exit.py and messages.py could shadow others.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ldmole_dist.cluster.mpi_rendezvous import rendezvous  # noqa: E402
 from ldmole_dist.cluster.rank_environment import detect_rank_environment, inside_mpi  # noqa: E402

@@ -25,7 +25,9 @@ from ldmole_dist.io import atomic_folder, write_errors
 from ldmole_dist.model.backbone import check_backbone, new_adapter
 from ldmole_dist.parallel.placement import seeded
 from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import LdMoleLinear, adapter_keys, tuner_of
+from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.model import tuner_of
+from ldmole_dist.tuner.state_dict import adapter_keys
 
 
 class Expert(NamedTuple):
@@ -98,9 +100,9 @@ def compose(
             lora_dropout=0.0,
             num_experts=len(loras),
             target_modules=linear_names,
-            router=router,
+            router=router,  # type: ignore[arg-type]  # checked by LdMoleConfig
             top_k=top_k,
-            router_input=router_input,
+            router_input=router_input,  # type: ignore[arg-type]
             train_experts=False,
             task_type="CAUSAL_LM",
             base_model_name_or_path=path,

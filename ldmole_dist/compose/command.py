@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from ldmole_dist.method.names import ROUTER_NAMES
+
 COMPOSE = """Compose an LD-MoLE adapter from LoRA adapters that PEFT saved; each becomes one expert. Then train the routers with
 adapter.init_from=OUTPUT; the experts stay frozen."""
-ROUTERS = ("sparsegen", "topk", "relu", "softmax", "top_p")
+ROUTERS = tuple(name for name in ROUTER_NAMES if name != "lora")  # "lora" has no router to train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,8 @@ from ldmole_dist.engine.experts import check_partition_groups, clip_local_gradie
 from ldmole_dist.engine.loss_scale import use_loss_scale
 from ldmole_dist.engine.optimizers import make_optimizer, make_scheduler
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.model import tuner_of
 
 
 class Engine:

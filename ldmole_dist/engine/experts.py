@@ -18,7 +18,7 @@ from torch import nn
 
 from ldmole_dist.config import check_ep_size
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
-from ldmole_dist.tuner.model import is_expert_tensor
+from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 def expert_parallel(ep_size: int, mode: Mode = "auto", overlap: bool = True) -> ExpertParallel:

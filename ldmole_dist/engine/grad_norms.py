@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.tuner.model import is_expert_tensor
+from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 MARKS = {"lora_A": "experts_A", "lora_B": "experts_B", "router": "router", "lambda_mlp": "lambda_mlp"}
 PARTS = (*MARKS.values(), "head")

@@ -64,11 +64,5 @@ def start(timeout_minutes: float = 30.0) -> Process:
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 
-
-
-
-
 def _inside_mpirun() -> bool:
     return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
-
-

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ldmole_dist.loss import answer_positions, next_tokens
 from ldmole_dist.method.context import Observer
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.model import tuner_of
 
 
 def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

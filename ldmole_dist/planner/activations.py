@@ -29,7 +29,8 @@ from ldmole_dist.planner.layers import last_layer
 from ldmole_dist.planner.live import LiveBytes
 from ldmole_dist.planner.shapes import meta_model
 from ldmole_dist.planner.workload import Workload
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.model import tuner_of
 
 
 class Activations(NamedTuple):

@@ -76,12 +76,12 @@ def plan(args: argparse.Namespace) -> int:
         UserError: where something cannot be, or nothing fits.
     """
     # Imported here: they bring torch's and transformers' models with them.
+    from ldmole_dist.config.adapter import LINEARS
     from ldmole_dist.planner.choose import Machine, all_lines, ordered
     from ldmole_dist.planner.reason import nothing_fits
     from ldmole_dist.planner.table import as_json, report
     from ldmole_dist.planner.workload import Workload
     from ldmole_dist.planner.write import write_configs
-    from ldmole_dist.tuner.config import LINEARS
 
     machine = Machine(
         gpus=args.gpus,

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from ldmole_dist.planner.activations import on_meta, run_forward, traced_model
 from ldmole_dist.planner.layers import in_layer, layer_prefix, rename
 from ldmole_dist.planner.workload import Workload
-from ldmole_dist.tuner.model import LdMoleLinear
+from ldmole_dist.tuner.layer import LdMoleLinear
 
 
 class Event(NamedTuple):

@@ -7,7 +7,7 @@ import re
 from peft import PeftModel
 from torch import nn
 
-from ldmole_dist.tuner.model import LdMoleLinear
+from ldmole_dist.tuner.layer import LdMoleLinear
 
 
 def last_layer(model: PeftModel) -> nn.Module:

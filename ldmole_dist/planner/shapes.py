@@ -19,7 +19,9 @@ from ldmole_dist.planner.layers import in_layer, layer_prefix, rename
 from ldmole_dist.planner.presets import building
 from ldmole_dist.planner.workload import Workload
 from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import LdMoleLinear, is_expert_tensor, tuner_of
+from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.model import tuner_of
+from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 class Parameter(NamedTuple):

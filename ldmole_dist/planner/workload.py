@@ -9,9 +9,9 @@ from typing import Literal
 from transformers import PretrainedConfig
 
 from ldmole_dist.config import check_ep_size
+from ldmole_dist.config.adapter import LINEARS
 from ldmole_dist.errors import UserError
 from ldmole_dist.parallel.dispatch import Mode
-from ldmole_dist.tuner.config import LINEARS
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "optimizer+params"]
@@ -43,7 +43,7 @@ class Workload:
     num_experts: int = 8
     rank: int = 8
     lambda_hidden: int = 256
-    target_modules: tuple[str, ...] = tuple(LINEARS)
+    target_modules: tuple[str, ...] = LINEARS
     micro_batch: int = 8
     accumulation: int = 1
     seq: int = 1024

@@ -20,7 +20,7 @@ from ldmole_dist.parallel.exchange import Parcel, exchange
 from ldmole_dist.parallel.wire import Tally, Wire
 from ldmole_dist.selftest.parity import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch, relative
-from ldmole_dist.tuner.model import LdMoleLinear
+from ldmole_dist.tuner.layer import LdMoleLinear
 
 Decide = Callable[[Tensor, Tensor], Tensor]  # (logits, lambda) -> support, as a router's method
 

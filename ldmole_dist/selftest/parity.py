@@ -22,7 +22,8 @@ from ldmole_dist.loss import answer_count, answer_loss, next_tokens
 from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.selftest.tiny import EXPERTS, adapted, micro_batch, relative, tiny_backbone, whole
-from ldmole_dist.tuner.model import is_expert_tensor, tuner_of
+from ldmole_dist.tuner.model import tuner_of
+from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 # Adam divides by the gradient's own size. With a usual eps and a larger step, the rounding of gradients near 0 grows until
 # tokens cross the edge of a support or a ReLU, where gradients jump; what is compared here are the sums over ranks.
@@ -200,7 +201,7 @@ def _updates(
         optimizer.step()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            moved = tuner_of(model).whole_parameter(name, parameter) - before[name]
+            moved = tuner_of(model).full_parameter(name, parameter) - before[name]
             distances[name] = relative(moved, trainable[name].detach() - before[name])
     return distances
 

@@ -18,7 +18,8 @@ from ldmole_dist.method.context import LossWeights
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import seeded
 from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import is_expert_tensor, spread_experts, tuner_of
+from ldmole_dist.tuner.model import spread_experts, tuner_of
+from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 EXPERTS, RANK, VOCABULARY = 8, 2, 64
 LOSS_WEIGHTS = LossWeights(balance=0.7, sparsity=0.3, z=0.05, l1=0.2, entropy=0.1, target_k=2)
@@ -59,7 +60,12 @@ def adapted(
     """All seven linears of every layer adapted, B drawn at random, the same under every placement."""
     spread_experts(backbone, parallel)
     config = LdMoleConfig(
-        num_experts=num_experts, r=RANK, lora_dropout=dropout, router=router, lambda_hidden=16, task_type="CAUSAL_LM"
+        num_experts=num_experts,
+        r=RANK,
+        lora_dropout=dropout,
+        router=router,  # type: ignore[arg-type]  # checked by LdMoleConfig
+        lambda_hidden=16,
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(backbone, config)
     with torch.no_grad():

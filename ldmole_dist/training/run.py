@@ -30,7 +30,7 @@ from ldmole_dist.model.build import build_model
 from ldmole_dist.monitor.probe import Probe
 from ldmole_dist.training.preemption import StopRequest
 from ldmole_dist.training.trainer import Trainer
-from ldmole_dist.tuner.model import is_expert_tensor
+from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 def train(config: Config) -> dict[str, float]:

@@ -183,7 +183,7 @@ def test_another_adapter_backbone_or_data_is_refused(copy: Copy, trained: Path, 
     assert "adapter.num_experts=4, this run has 8" in copy.refused("adapter.num_experts=8")
     assert "adapter.r=2, this run has 4" in copy.refused("adapter.r=4")
     assert "global_batch_size=16, this run has 8" in copy.refused("optimisation.global_batch_size=8")
-    assert "8 or 12 would fit" in copy.refused("optimisation.micro_batch_size=2", "optimisation.global_batch_size=10")
+    assert "use 8 or 12" in copy.refused("optimisation.micro_batch_size=2", "optimisation.global_batch_size=10")
     assert "examples=60, this run has 12" in copy.refused(f"data.train={trained / 'eval.jsonl'}")
 
     another = tmp_path / "another"

@@ -12,11 +12,11 @@ from ldmole_dist.checkpoint.export import export_adapter
 from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.config import load_config
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.masters import make_moments
+from ldmole_dist.engine.optimizer_state import create_moments
 from ldmole_dist.planner.live import LiveBytes
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.training import run as training
-from ldmole_dist.tuner.model import is_expert_tensor
+from ldmole_dist.tuner.state_dict import is_expert_tensor
 from tests.small_run import make_backbone, make_config, make_data
 
 LAYERS = 6
@@ -37,7 +37,7 @@ def save_and_load(config: str, overrides: list[str]) -> dict[str, int]:
     load = training.load_checkpoint
 
     def measured(engine: Engine, *args: Any) -> int:
-        make_moments(engine)  # the first step would
+        create_moments(engine)  # the first step would
         with LiveBytes() as live:
             step = load(engine, *args)
         extra["load"] = live.peak

@@ -17,7 +17,7 @@ from ldmole_dist.compose.build import compose
 from ldmole_dist.errors import UserError
 from ldmole_dist.model.backbone import load_adapter, load_backbone
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.tuner.model import LdMoleLinear
+from ldmole_dist.tuner.layer import LdMoleLinear
 from tests.small_run import make_config, make_folder, run_training
 
 IDS = torch.arange(2, 26).view(3, 8)
@@ -159,5 +159,5 @@ def test_invalid_arguments_are_rejected(folder: Path, tmp_path: Path) -> None:
         compose(str(tmp_path / "bank"), [str(tmp_path)], None)
     with pytest.raises(UserError, match="only LoRA adapters"):
         compose(str(tmp_path / "bank"), [str(folder / "bank")], None)
-    with pytest.raises(UserError, match="top_k=3 is more than"):
+    with pytest.raises(UserError, match="top_k=3 is greater than"):
         compose(str(tmp_path / "bank"), [str(folder / "first")], None, "topk", 3)

@@ -199,9 +199,12 @@ def test_error_on_one_rank_stops_all_ranks(folder: Path, ranks2: LocalRanks) -> 
     ("override", "message"),
     [
         (["data.streaming=true"], "needs data.truncation=true"),
-        (["data.workers=2"], "is for data.streaming=true"),
-        (["data.streaming=true", "data.truncation=true", "data.train=x.csv"], "reads .jsonl files, not x.csv"),
-        (["data.streaming=true", "data.truncation=true", "data.train=[{task: rte}]"], "reads .jsonl files, not rte"),
+        (["data.workers=2"], "has no effect without data.streaming=true"),
+        (["data.streaming=true", "data.truncation=true", "data.train=x.csv"], "reads .jsonl files only, not x.csv"),
+        (
+            ["data.streaming=true", "data.truncation=true", "data.train=[{task: rte}]"],
+            "reads .jsonl files only, not rte",
+        ),
     ],
 )
 def test_bad_settings(tmp_path: Path, override: list[str], message: str) -> None:

@@ -155,10 +155,10 @@ def test_single_split_is_divided_into_parts() -> None:
     [
         ("data.train=[{task: arc}]", "data.train.0.task='arc': input should be 'arc_challenge'"),
         ("data.train=[{tsk: rte}]", "unknown key data.train.0.tsk; did you mean task?"),
-        ("data.train=[{}]", "a source needs a path or a task"),
+        ("data.train=[{}]", "a source has neither path nor task"),
         ("data.train=[]", "data.train is an empty list"),
-        ("data.train=[{path: a, weight: 1}, {path: b}]", "some sources have a weight and some none"),
-        ("data.train=[{task: rte, format: text}]", "has a format of its own"),
+        ("data.train=[{path: a, weight: 1}, {path: b}]", "some sources have a weight and some do not"),
+        ("data.train=[{task: rte, format: text}]", "defines its own format"),
         ("data.train=[{path: a, format: csv}]", "data.train"),
         ("data.train=[{path: a, weight: 0}]", "greater than 0"),
     ],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.losses import adapted_l1, entropy_loss, l1_loss
+from ldmole_dist.method.names import ROUTER_NAMES
 from ldmole_dist.method.routers import ROUTERS, Router, new_router
 
 D, E, T = 6, 5, 40
@@ -206,3 +207,7 @@ def test_entropy_loss() -> None:
     flat, sharp = torch.zeros(1, E), torch.tensor([[500.0] + [0.0] * (E - 1)])
     assert float(entropy_loss(flat)) == pytest.approx(math.log(E)) and float(entropy_loss(sharp)) == 0
     assert float(entropy_loss(scores(), torch.zeros(T, dtype=torch.bool))) == 0
+
+
+def test_router_names_are_the_keys_of_routers() -> None:
+    assert tuple(ROUTERS) == ROUTER_NAMES

@@ -14,7 +14,7 @@ from ldmole_dist.parallel.dispatch import Mode
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.parity import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch
-from ldmole_dist.tuner.model import LdMoleLinear
+from ldmole_dist.tuner.layer import LdMoleLinear
 
 Result = tuple[dict[str, Tensor], dict[str, int]]
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from ldmole_dist.config.adapter import LINEARS
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
@@ -23,7 +24,7 @@ from ldmole_dist.report.collect import Counter, Observed
 from ldmole_dist.report.html import Figure, Section, Table, page
 from ldmole_dist.report.inputs import WHOLE, DataSet
 from ldmole_dist.report.page import Material, key_numbers, sections
-from ldmole_dist.tuner.config import LINEARS, LdMoleConfig
+from ldmole_dist.tuner.config import LdMoleConfig
 from tests.small_run import make_backbone
 
 
@@ -74,7 +75,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 @pytest.mark.parametrize(
     ("layers", "projections", "experts"),
-    [(1, ["q_proj"], 1), (2, ["q_proj"], 64), (40, LINEARS, 8), (3, ["a", "b"], 2)],
+    [(1, ["q_proj"], 1), (2, ["q_proj"], 64), (40, list(LINEARS), 8), (3, ["a", "b"], 2)],
 )
 def test_models_of_any_size_are_drawn(
     tokenizer: PreTrainedTokenizerBase, layers: int, projections: list[str], experts: int

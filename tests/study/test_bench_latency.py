@@ -12,7 +12,8 @@ from ldmole_dist.study.bench.latency import PARTS, Latency, Settings, Shape, bui
 from ldmole_dist.study.bench.latency import _decoding_call as decoding_call
 from ldmole_dist.study.bench.latency import _given as given
 from ldmole_dist.study.bench.latency import _Parts as Parts
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.model import tuner_of
 
 SMALL = Shape("small", 32, 48, layers=2, heads=4, kv_heads=2, vocabulary=64)
 SETTINGS = Settings((SMALL,), training=(2,), generation=(1, 3), turns=2, experts=4, rank=2, hidden=16)

@@ -61,8 +61,8 @@ def test_gradients_equal_those_of_padded_rows(tmp_path: Path, ranks1: LocalRanks
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["backbone.task=sequence_classification"], "is for causal language models"),
-        (["backbone.attention=flex_attention"], "was not tested with backbone.attention=flex_attention"),
+        (["backbone.task=sequence_classification"], "needs backbone.task=causal_lm"),
+        (["backbone.attention=flex_attention"], "is not tested with backbone.attention=flex_attention"),
     ],
 )
 def test_unsupported_packing_is_rejected(tmp_path: Path, overrides: list[str], said: str) -> None:

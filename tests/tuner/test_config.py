@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldmole_dist import LdMoleConfig
+from ldmole_dist.config.adapter import LINEARS
 from ldmole_dist.selftest.tiny import SIZES
-from ldmole_dist.tuner.config import LINEARS
-from ldmole_dist.tuner.model import LdMoleLinear
+from ldmole_dist.tuner.layer import LdMoleLinear
 from tests.small_adapter import E, R, adapt, backbone, config, logits, move, trainable
 
 
 def test_unknown_targets_are_named() -> None:
-    with pytest.raises(ValueError, match=r"\['query', 'value'\] name no module .*'q_proj'"):
+    with pytest.raises(ValueError, match=r"\['query', 'value'\] match no module .*'q_proj'"):
         adapt(target_modules=["q_proj", "query", "value"])
 
 
@@ -41,16 +41,18 @@ class PackedLinear(nn.Linear):
 
 
 def test_other_than_plain_linears_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"embed_tokens is a Embedding \(torch.float32\): .* plain floating-point"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens is of type Embedding \(torch.float32\), but .* plain floating-point"
+    ):
         adapt(target_modules=["q_proj", "embed_tokens"])
     packed = backbone()
     packed.model.layers[1].mlp.up_proj = PackedLinear(32, 48, bias=False)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is a PackedLinear .* without quantisation"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is of type PackedLinear .* without quantization"):
         get_peft_model(packed, config())
     integers = backbone()
     weight = integers.model.layers[0].self_attn.q_proj.weight
     integers.model.layers[0].self_attn.q_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is a Linear \(torch.int8\)"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is of type Linear \(torch.int8\)"):
         get_peft_model(integers, config())
 
 
@@ -93,7 +95,7 @@ def test_a_newer_file_format_is_refused(tmp_path: Path) -> None:
     adapt().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    with pytest.raises(ValueError, match=r"format_version=2 is newer than this ldmole_dist reads \(1\)"):
+    with pytest.raises(ValueError, match=r"format_version=2 is newer than the version that this ldmole_dist reads \(1\)"):
         PeftModel.from_pretrained(backbone(), str(tmp_path))
 
 

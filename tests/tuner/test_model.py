@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from ldmole_dist.selftest.tiny import SIZES, micro_batch
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.model import tuner_of
 from tests.small_adapter import CPU, KINDS, LABELS, E, H, R, adapt, backbone, config, logits, move, trainable
 
 
 def expected_file(kind: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in adapter_model.safetensors, as the docstring of tuner/model.py promises."""
+    """Names and shapes in adapter_model.safetensors, as the docstring of tuner/state_dict.py promises."""
     D, F, KV = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_key_value_heads"] * SIZES["head_dim"]
     sizes = {"q": (D, D), "k": (D, KV), "v": (D, KV), "o": (D, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
     shapes: dict[str, tuple[int, ...]] = {}

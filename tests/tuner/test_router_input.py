@@ -15,7 +15,8 @@ from ldmole_dist.generation.generate import Sampling, generate_batch
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.model.backbone import load_backbone, load_tokenizer, new_adapter
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.model import tuner_of
 from tests.small_adapter import adapt, backbone, config, logits, move
 from tests.small_run import make_backbone, make_config, make_folder, run_training
 
@@ -79,7 +80,7 @@ def test_a_linear_with_other_rows_is_refused() -> None:
 
 
 def test_unknown_inputs() -> None:
-    with pytest.raises(ValueError, match="router_input='x' is not known"):
+    with pytest.raises(ValueError, match="router_input='x': input should be 'layer' or 'hidden'"):
         config(router_input="x")
 
 

@@ -35,7 +35,8 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench.dispatch import synchronize
 from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import LdMoleLinear, tuner_of
+from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.model import tuner_of
 
 Phase = Literal["training", "generation"]
 

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ldmole_dist.config import Adapter
+from ldmole_dist.method.names import ROUTER_NAMES
 from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import experts_of_linear
+from ldmole_dist.tuner.targets import experts_of_linear
 
 BASELINE = "sparsegen"  # that the others are held against, seed by seed
 
@@ -44,7 +45,7 @@ METHODS = {
     "top_p": Method("top-p 0.4", ("adapter.router=top_p", "optimisation.entropy_coef=0.0001")),
     "lora": Method("plain LoRA", ("adapter.router=lora",)),
 }
-DEFAULT = ("sparsegen", "topk", "relu", "softmax", "top_p", "lora")
+DEFAULT = ROUTER_NAMES
 
 
 def overrides_of(name: str, adapter: Adapter, backbone: str) -> list[str]:

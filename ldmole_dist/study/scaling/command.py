@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ldmole_dist.errors import EXIT_PREEMPTED, UserError
 from ldmole_dist.study.scaling.cells import AXES, Cell
 from ldmole_dist.study.scaling.grids import full, overridden, quick
@@ -58,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if args.page_only:
         store = Store(folder, None)
     else:
+        import torch
+
         grid = (full if args.full else quick)("bf16" if torch.cuda.is_available() else "fp32")
         ranks = _on_one_kind_of_device(chosen.pop("ranks", None), grid.ranks)
         cells = overridden(grid, ranks, chosen).cells()
@@ -115,6 +115,8 @@ def _measure_latency(store: Store, thorough: bool) -> None:
 
 def _on_one_kind_of_device(asked: list[int] | None, usual: Sequence[int]) -> list[int]:
     """Ranks go to the CPU where GPUs are too few: a study must not mix the two."""
+    import torch
+
     gpus = torch.cuda.device_count()
     if asked and gpus and max(asked) > gpus:
         raise UserError(

@@ -1,0 +1,37 @@
+"""The configuration of a run: one YAML file of dataclasses, with overrides `a.b=c` from the command line.
+
+An unknown key, a wrong type or a value out of range raises one `UserError` that names the key and the remedy.
+"""
+
+from ldmole_dist.config.checks import accumulation_steps, check_ep_size, check_parallelism
+from ldmole_dist.config.load import dump_config, load_config, make_config, plain_config
+from ldmole_dist.config.schema import (
+    TASK_CLASSES,
+    Adapter,
+    Backbone,
+    Config,
+    Data,
+    Optimisation,
+    Parallelism,
+    Run,
+    Source,
+)
+
+__all__ = [
+    "TASK_CLASSES",
+    "Adapter",
+    "Backbone",
+    "Config",
+    "Data",
+    "Optimisation",
+    "Parallelism",
+    "Run",
+    "Source",
+    "accumulation_steps",
+    "check_ep_size",
+    "check_parallelism",
+    "dump_config",
+    "load_config",
+    "make_config",
+    "plain_config",
+]

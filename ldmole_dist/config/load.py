@@ -1,0 +1,96 @@
+"""Read a run config from YAML, apply overrides, check it, and write it back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ldmole_dist.config.checks import check_config
+from ldmole_dist.config.explain import explain, key_names, subsection
+from ldmole_dist.config.schema import Config
+from ldmole_dist.errors import UserError
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Read the config of a run from a YAML file, apply overrides and check the result.
+
+    Args:
+        path: of the YAML file.
+        overrides: "a.b=c" with c in YAML; "b=c" if only one section has a key b.
+
+    Raises:
+        UserError: if the file cannot be read, a key is unknown, or a value is missing, of a wrong type or out of range.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    return make_config(raw, overrides, path)
+
+
+def make_config(raw: Any, overrides: list[str], path: str) -> Config:
+    """Apply overrides to a parsed config and check the result.
+
+    Args:
+        raw: parsed YAML; overrides are written to it.
+        overrides: see `load_config`.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path} must be a mapping with the sections {key_names(Config)}, not {raw!r:.80}")
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        config = TypeAdapter(Config).validate_python(raw)
+    except ValidationError as error:
+        raise UserError(f"config {path}: {explain(error, Config)}") from error
+    check_config(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """Return a config as YAML that `load_config` can read."""
+    return yaml.safe_dump(plain_config(config), sort_keys=False)
+
+
+def plain_config(config: Config) -> dict[str, Any]:
+    """Return a config as nested dictionaries and lists, as in the YAML file."""
+    plain: dict[str, Any] = _without_tuples(asdict(config))
+    return plain
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    *sections, name = key.split(".")
+    if not found or not all([*sections, name]):
+        raise UserError(f"override {override!r} must look like section.key=value")
+    if not sections and name not in key_names(Config):
+        sections = [section for section in key_names(Config) if name in key_names(subsection(Config, [section]))]
+        if len(sections) != 1:
+            where = f"sections {sections} have it" if sections else f"no section has it; there are {key_names(Config)}"
+            raise UserError(f"override {override!r} must look like section.key=value: {where}")
+    target = raw
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError(f"override {override!r}: {section!r} is a value, not a section; give section.key=value")
+    try:
+        target[name] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML; quote special characters") from error
+
+
+def _without_tuples(value: Any) -> Any:
+    """Replace tuples by lists, which is how YAML represents both."""
+    if isinstance(value, dict):
+        return {key: _without_tuples(item) for key, item in value.items()}
+    return [_without_tuples(item) for item in value] if isinstance(value, list | tuple) else value

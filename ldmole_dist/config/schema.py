@@ -1,0 +1,243 @@
+"""The sections and keys of a run config, with their types, ranges and defaults.
+
+The keys of the `adapter` section are in `config/adapter.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic.dataclasses import dataclass
+
+from ldmole_dist.config.adapter import AdapterFields, Positive
+
+_strict_keys = ConfigDict(extra="forbid")
+NonNegative = Annotated[int, Field(ge=0)]
+Coefficient = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+TaskName = Literal[
+    "arc_challenge", "arc_easy", "commonsense_qa", "openbookqa", "swag", "hellaswag", "mmlu_pro", "cola", "rte"
+]
+# Class names of the tasks that are sequence classification, indexed by the label in their data.
+TASK_CLASSES: dict[str, tuple[str, ...]] = {
+    "cola": ("unacceptable", "acceptable"),
+    "rte": ("entailment", "not_entailment"),
+}
+
+
+@dataclass(config=_strict_keys)
+class Backbone:
+    """The frozen model.
+
+    Args:
+        path: local folder, or model name on the Hugging Face Hub (`ldmole convert` makes a folder from a GGUF file).
+        task: "causal_lm", or "sequence_classification" with a trained `score` head over data.labels.
+        attention: attention implementation by its name in transformers ("sdpa", "flash_attention_2", ...); null for the
+            default of transformers.
+    """
+
+    path: str
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    attention: str | None = None
+
+
+@dataclass(config=_strict_keys)
+class Adapter(AdapterFields):
+    """The adapter to train; `AdapterFields` has its other keys.
+
+    Args:
+        init_from: folder of a saved adapter to start from; its own config then replaces the other keys of this section.
+    """
+
+    init_from: str | None = None
+
+
+@dataclass(config=_strict_keys)
+class Source:
+    """One data set of a mixture (docs/data.md).
+
+    Args:
+        path: .jsonl, .json, .csv or .parquet file; null loads the task from the Hugging Face Hub.
+        task: one of the paper's tasks (docs/tasks.md), whose columns the data has.
+        format: row format of data that is not a task's; null detects it from the keys of the first row.
+        answers: of a multiple-choice task: "letter" lists the options in the prompt and answers with a letter, as the paper
+            does; "text" lists none, and the answer is the text of the option.
+        split: split of a task on the Hub; null for the default one.
+        weight: sampling weight relative to the other sources; set it for all sources or for none.
+        name: domain in results of rows that name none; by default, with several sources, the name of the task or file.
+    """
+
+    path: str | None = None
+    task: TaskName | None = None
+    format: Literal["prompt_completion", "alpaca", "sharegpt", "messages", "text", "classification"] | None = None
+    answers: Literal["letter", "text"] = "letter"
+    split: str | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+    name: str | None = None
+
+
+# With tags, pydantic reports only the errors of the alternative that was meant.
+Sources = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[Source], Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<text>"),
+]
+
+
+@dataclass(config=_strict_keys)
+class Data:
+    """Training and evaluation data (docs/data.md).
+
+    Args:
+        train: file to train on, or a list of sources.
+        eval: file to evaluate on, a list of sources, or null.
+        labels: possible completions, one token each, or class names. If set, each row must have one of them, and evaluation
+            reports accuracy. Tasks set their own.
+        max_length: maximum number of tokens of a sequence.
+        truncation: cut longer sequences: prompts at their start, plain texts at their end. If false, they are an error.
+        packing: concatenate the sequences of a micro-batch into one row instead of padding them; each keeps its own positions
+            and attention mask. Needs attention "sdpa", "eager" or "flash_attention_2".
+        cache: folder for encoded data sets, visible to all ranks. The file names depend on everything that affects encoding.
+        streaming: keep the training set on disk: .jsonl files are read and checked once at the start, and rows are encoded when
+            a step needs them. Needs truncation.
+        workers: processes per rank that read and encode ahead, with streaming.
+        eval_limit: number of rows to evaluate on, taken from the start of each source; null for all.
+    """
+
+    train: Sources
+    eval: Sources | None = None
+    labels: list[str] | None = None
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    truncation: bool = False
+    packing: bool = False
+    cache: str | None = None
+    streaming: bool = False
+    workers: NonNegative = 0
+    eval_limit: Positive | None = None
+
+
+@dataclass(config=_strict_keys)
+class Optimisation:
+    """Batch sizes, optimizer, learning-rate schedule and losses.
+
+    Args:
+        epochs: passes over the training data; set either this or max_steps.
+        max_steps: optimizer steps; set either this or epochs.
+        micro_batch_size: sequences per forward on one rank.
+        global_batch_size: sequences per optimizer step, over all ranks and micro-batches.
+        learning_rate: learning rate after the warm-up.
+        weight_decay: weight decay of AdamW.
+        betas: decay rates of the Adam moments.
+        eps: term that Adam adds to the denominator.
+        optimizer: "adamw" is PyTorch's; "fused_adam" and "cpu_adam" are DeepSpeed's and need a compiler.
+        schedule: learning rate after the warm-up: "cosine" decays to 0, "multistep" multiplies by gamma at each milestone,
+            "constant" keeps it.
+        warmup_steps: steps over which the learning rate increases linearly from 0.
+        milestones: of "multistep", as fractions of all steps.
+        gamma: factor of "multistep".
+        max_grad_norm: norm that gradients are clipped to; 0 disables clipping.
+        label_smoothing: label smoothing of the task loss.
+        balance_coef: coefficient of the load-balancing loss (c_lb); 1.0 in the paper.
+        sparsity_coef: coefficient of the sparsity loss (c_sp); 0 in the paper's main results.
+        sparsity_target: number of active experts that the sparsity loss and the L1 loss of router "relu" aim for (k*).
+        z_coef: coefficient of the router z-loss.
+        l1_coef: initial coefficient of the L1 loss of router "relu"; each step multiplies or divides it by l1_rate, until
+            sparsity_target experts are active. ReMoE's default.
+        l1_rate: factor by which l1_coef changes per step. ReMoE's default.
+        entropy_coef: coefficient of the entropy loss of router "top_p"; 1e-4 in its paper.
+        router_noise: initial standard deviation of Gaussian noise on the router logits in training; 0, as in the paper,
+            disables it.
+        router_noise_share: fraction of all steps over which the noise decreases linearly to 0.
+    """
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Positive | None = None
+    micro_batch_size: Positive = 8
+    global_batch_size: Positive = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Coefficient = 0.1
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    optimizer: Literal["adamw", "fused_adam", "cpu_adam"] = "adamw"
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_steps: NonNegative = 0
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=lambda: [0.6, 0.8])
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    max_grad_norm: Coefficient = 1.0
+    label_smoothing: Fraction = 0.0
+    balance_coef: Coefficient = 1.0
+    sparsity_coef: Coefficient = 0.0
+    sparsity_target: Positive = 2
+    z_coef: Coefficient = 0.0
+    l1_coef: Coefficient = 1e-8
+    l1_rate: Annotated[float, Field(gt=1)] = 1.2
+    entropy_coef: Coefficient = 0.0
+    router_noise: Coefficient = 0.0
+    router_noise_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+@dataclass(config=_strict_keys)
+class Parallelism:
+    """How the run is distributed over ranks, and its precision.
+
+    Args:
+        ep_size: expert-parallel size: each group of this many consecutive ranks holds all experts once. Must divide num_experts
+            and the number of ranks.
+        dispatch: what the ranks of an expert-parallel group exchange: "all_to_all" sends tokens, "gather" sends experts,
+            "auto" the smaller of both.
+        overlap: exchange while the frozen linears compute; results do not change.
+        deepspeed: name of a file in ds_configs/ ("zero2"), or path of a DeepSpeed JSON config.
+        precision: dtype of the backbone and the activations; adapter parameters are always float32. fp16 uses a loss scale.
+        gradient_checkpointing: recompute decoder layers in the backward instead of keeping their activations.
+        timeout_minutes: time after which a collective that some rank has not entered raises an error.
+    """
+
+    ep_size: Positive = 1
+    dispatch: Literal["auto", "all_to_all", "gather"] = "auto"
+    overlap: bool = True
+    deepspeed: str = "zero2"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    gradient_checkpointing: bool = True
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+
+
+@dataclass(config=_strict_keys)
+class Run:
+    """Output folder, seed, and the intervals of evaluations, checkpoints and reports.
+
+    Args:
+        output_dir: folder of the run (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl, routing.jsonl).
+        seed: seed of initial values, dropout and data order.
+        eval_every: optimizer steps between evaluations; 0 evaluates only before and after training.
+        eval_before: evaluate before the first step as well.
+        save_every: optimizer steps between checkpoints; 0 saves none.
+        keep_last: number of checkpoints to keep.
+        detail_every: optimizer steps between detailed reports: routing of each linear, gradient norms by part, time spent in
+            dispatch, volume sent per input group.
+        save_async: write checkpoints in the background from a copy in host memory; false stops training while it writes, and
+            needs no copy.
+        resume: "auto" resumes from the latest complete checkpoint in output_dir, if there is one; "never" starts fresh and
+            moves previous results in output_dir aside; a path resumes from that checkpoint, or from the latest one of that run.
+    """
+
+    output_dir: str
+    seed: int = 0
+    eval_every: NonNegative = 0
+    eval_before: bool = True
+    save_every: NonNegative = 0
+    keep_last: Positive = 2
+    detail_every: Positive = 10
+    save_async: bool = True
+    resume: str = "auto"
+
+
+@dataclass(config=_strict_keys)
+class Config:
+    """The configuration of a run."""
+
+    backbone: Backbone
+    data: Data
+    run: Run
+    adapter: Adapter = Field(default_factory=Adapter)
+    optimisation: Optimisation = Field(default_factory=Optimisation)
+    parallelism: Parallelism = Field(default_factory=Parallelism)

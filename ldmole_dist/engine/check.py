@@ -1,0 +1,18 @@
+"""Check of a DeepSpeed config with DeepSpeed's own parser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from ldmole_dist.errors import UserError
+
+
+def check_with_deepspeed(ds_config: dict[str, Any]) -> None:
+    """Raise UserError if DeepSpeed itself refuses a config from `resolve_ds_config`."""
+    ours = ("fp16",)  # handled by the engine itself (engine/loss_scale.py)
+    try:
+        DeepSpeedConfig({key: value for key, value in ds_config.items() if key not in ours})
+    except Exception as error:  # DeepSpeed raises assertions, ValueError, pydantic's errors and its own
+        raise UserError(f"DeepSpeed refuses the config of parallelism.deepspeed: {error}") from error

@@ -1,0 +1,82 @@
+"""Registration of LD-MoLE with PEFT, as soon as the process has both.
+
+PEFT must know the method before `AutoPeftModelForCausalLM.from_pretrained` reads an LD-MoLE adapter. Importing PEFT here would
+make `import ldmole_dist` and every `ldmole` command as slow as torch. So if PEFT is not imported yet, a finder in
+`sys.meta_path` waits for its import and registers the method right after PEFT's own code has run.
+
+This module imports neither torch nor PEFT. It is not in `tuner/`, because the import of that package imports PEFT.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importlib.abc is slow to import
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+
+def register_with_peft() -> None:
+    """Register LD-MoLE now if PEFT is imported, else right after its import; further calls change nothing."""
+    if "peft" in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftFinder())
+
+
+def _register() -> None:
+    mapping = importlib.import_module("peft.mapping")
+    config = importlib.import_module("ldmole_dist.tuner.config")
+    model = importlib.import_module("ldmole_dist.tuner.model")
+    # PEFT's register_peft_method refuses names outside its own enumeration; its tables take any key.
+    peft_type = config.LdMolePeftType.LDMOLE
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config.LdMoleConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model.LdMoleModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model.LdMoleModel.prefix
+
+
+class _PeftFinder:
+    """Finds PEFT with the other finders and wraps its loader; every other module is left to them."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(fullname, path, target)) is not None:
+                if spec.loader is not None:  # None: a namespace package, such as any folder called peft
+                    wrapped: Any = _RegisteringLoader(spec.loader, self)
+                    spec.loader = wrapped
+                return spec
+        return None
+
+
+class _RegisteringLoader:
+    """Loads PEFT with its own loader, then registers LD-MoLE and removes the finder.
+
+    The finder stays if PEFT's code raises, so that the error is reported as without it, and a later import registers.
+    """
+
+    def __init__(self, loader: Any, finder: _PeftFinder) -> None:
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        # For tools that call other methods of a loader, such as get_source, on a spec that is not executed.
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Restore the original loader first, so that PEFT's code and later inspection see no difference.
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _register()
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)

@@ -1,0 +1,98 @@
+"""The parameters of an adapter: their names in the model and in an adapter file, and a check of what is loaded.
+
+Names in an adapter file: `<module>.lora_A` (E, r, D), `<module>.lora_B` (E, O, r), `<module>.router.weight` (E, D) and, once
+per input size D, the shared lambda-MLP `base_model.lambda_mlp.<D>.fc1.weight` and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.layer import LdMoleLinear
+
+EXPERT_TENSORS = ("lora_A", "lora_B")
+
+
+def is_expert_tensor(name: str) -> bool:
+    """Return whether a parameter, given by name, stacks experts; expert parallelism splits those along dimension 0."""
+    return any(f".{tensor}." in name or name.endswith(f".{tensor}") for tensor in EXPERT_TENSORS)
+
+
+def adapter_keys(model: nn.Module) -> dict[str, str]:
+    """Map the parameter names of the active adapter in a PEFT model to their names in an adapter file."""
+    tuner: Any = model.base_model
+    (adapter,) = tuner.active_adapters
+    keys = {}
+    for path, holder, name, _ in _adapter_parameters(model, adapter):
+        # PEFT saves modules_to_save under the name of the module that the wrapper replaces.
+        where = path if holder == "modules_to_save" else f"{path}.{holder}"
+        keys[f"{path}.{holder}.{name}"] = where + name.removeprefix(adapter)
+    return keys
+
+
+def check_adapter_fits(
+    model: nn.Module, config: LdMoleConfig, adapter_name: str, loaded: dict[str, Tensor], ep_size: int
+) -> set[str]:
+    """Check that a loaded adapter matches the parameters of the model.
+
+    Args:
+        model: PEFT model with the adapter injected.
+        config: of the adapter.
+        adapter_name: of the adapter.
+        loaded: tensors from the adapter file by parameter name, with all E experts.
+        ep_size: ranks that the experts of the model are spread over.
+
+    Returns:
+        The names of the expert tensors in `loaded`.
+
+    Raises:
+        ValueError: if a name or shape differs.
+    """
+    expected = {
+        f"{path}.{holder}.{name}": parameter
+        for path, holder, name, parameter in _adapter_parameters(model, adapter_name)
+    }
+    experts = {name for name in expected if is_expert_tensor(name)}
+    for name, parameter in expected.items():
+        shape = tuple(parameter.shape)
+        if name in experts:
+            shape = (shape[0] * ep_size, *shape[1:])
+        if name not in loaded or tuple(loaded[name].shape) != shape:
+            found = tuple(loaded[name].shape) if name in loaded else "nothing"
+            raise ValueError(
+                f"this adapter was made for another backbone ({config.base_model_name_or_path}): "
+                f"{name} needs {shape}, the adapter has {found}; load it on the backbone that it was trained on"
+            )
+    if unexpected := sorted(set(loaded) - set(expected) - {name for name, _ in model.named_parameters()}):
+        raise ValueError(
+            f"this adapter was made for another backbone ({config.base_model_name_or_path}): it has {unexpected[0]}, "
+            "which this model does not have; load it on the backbone that it was trained on"
+        )
+    return experts
+
+
+def _adapter_parameters(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, str, nn.Parameter]]:
+    """Yield (module, its attribute, name below that, parameter) for each parameter of an adapter.
+
+    Parameters are found by the container that holds them, not by their full name, because an adapter may have the same name
+    as a module of the backbone.
+    """
+    for path, module in model.named_modules():
+        for holder in _holders(module):
+            for name, parameter in getattr(module, holder).named_parameters():
+                if name.partition(".")[0] == adapter_name:
+                    yield path, holder, name, parameter
+
+
+def _holders(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, LdMoleLinear):
+        return ("lora_A", "lora_B", "router")
+    if isinstance(module, BaseTuner):
+        return ("lambda_mlp",)
+    return ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ()
