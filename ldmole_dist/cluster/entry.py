@@ -16,9 +16,9 @@ if __name__ == "__main__":
     # Python puts this file's folder first, where modules such as exit.py and messages.py could shadow others.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from ldmole_dist.cluster.mpi_rendezvous import rendezvous  # noqa: E402
-from ldmole_dist.cluster.rank_environment import detect_rank_environment, inside_mpi  # noqa: E402
-from ldmole_dist.cluster.supervisor import Supervisor  # noqa: E402
+from ldmole_dist.cluster.mpi_rendezvous import rendezvous
+from ldmole_dist.cluster.rank_environment import detect_rank_environment, inside_mpi
+from ldmole_dist.cluster.supervisor import Supervisor
 
 
 def main() -> int:
