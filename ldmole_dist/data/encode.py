@@ -145,7 +145,7 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _conversation(self, row: Row) -> list[tuple[list[int], bool]]:
-        """Return (token ids, whether they are trained on) of each part: what the template adds for the assistant is."""
+        """Return each part as (token ids, whether it is trained on); text that the template adds for the assistant is."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
                 f"{row.where}: the row is a conversation, but the backbone's tokenizer has no chat template; use a backbone "

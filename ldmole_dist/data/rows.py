@@ -19,7 +19,7 @@ class Row:
 
     Args:
         source: input of the model: a prompt, or the text to classify; empty for plain text.
-        target: expected output: a completion, a class name, or the whole of a plain text.
+        target: expected output: a completion, a class name, or the complete plain text.
         where: file and line, for error messages.
         domain: label such as "code", by which evaluation results and the routing report are grouped; None if unknown.
         choices: all possible targets, if this row has its own.

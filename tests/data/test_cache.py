@@ -101,8 +101,8 @@ def test_changed_tokenizer_is_encoded_again(backbone: Path, tmp_path: Path) -> N
 def test_damaged_file_is_replaced(backbone: Path, tmp_path: Path) -> None:
     first = encode(make_encoder(backbone), ROWS, tmp_path)
     (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    for damaged in (whole[:100], whole[:-40], b"", whole[:150] + b"x" + whole[151:]):
+    complete = file.read_bytes()
+    for damaged in (complete[:100], complete[:-40], b"", complete[:150] + b"x" + complete[151:]):
         file.write_bytes(damaged)
         assert encode(make_encoder(backbone), ROWS, tmp_path) == first
         assert encode(forbid_encoding(make_encoder(backbone)), ROWS, tmp_path) == first

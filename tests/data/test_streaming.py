@@ -207,7 +207,7 @@ def test_error_on_one_rank_stops_all_ranks(folder: Path, ranks2: LocalRanks) -> 
         ),
     ],
 )
-def test_bad_settings(tmp_path: Path, override: list[str], message: str) -> None:
+def test_invalid_settings_are_rejected(tmp_path: Path, override: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(str(make_config(tmp_path)), override)
 
@@ -223,7 +223,7 @@ from ldmole_dist.data.sources import RowParser
 from ldmole_dist.data.streaming import StreamedRows, index_part
 from ldmole_dist.data.training_data import StreamedData
 
-def peak():  # of this program; getrusage would say that of the process that started it
+def peak():  # not getrusage: its maximum includes the memory of the parent process before exec
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 folder = Path(sys.argv[1])

@@ -90,8 +90,8 @@ def test_equals_the_evaluation_of_the_training_run(folder: Path, ranks1: LocalRa
     )
     assert found["all"]["rows"] == 12 and {"f1_macro", "matthews"} <= set(found["all"])
     # Answers of one token: the choice by likelihood is the choice by first token.
-    (whole,) = ranks1.run(evaluated, folder, likelihood=True)
-    assert whole["all"]["accuracy"] == last["accuracy"] and whole["all"]["loss"] == pytest.approx(
+    (by_likelihood,) = ranks1.run(evaluated, folder, likelihood=True)
+    assert by_likelihood["all"]["accuracy"] == last["accuracy"] and by_likelihood["all"]["loss"] == pytest.approx(
         last["eval_loss"], rel=1e-5
     )
     # An adapter without a run has no data and labels of its own.

@@ -76,12 +76,12 @@ def test_sampling_depends_on_the_seed(generator: tuple[Any, Any]) -> None:
 
 
 def test_stop_text_ends_the_output(generator: tuple[Any, Any]) -> None:
-    (whole,) = generate_batch(*generator, PROMPTS[:1], Sampling(12))
-    letters = re.search("[a-z]{2}", whole)
+    (text,) = generate_batch(*generator, PROMPTS[:1], Sampling(12))
+    letters = re.search("[a-z]{2}", text)
     assert letters is not None  # most tokens of the untrained model are bytes, not text
     stop = letters.group()
     (ended,) = generate_batch(*generator, PROMPTS[:1], Sampling(12), stop=[stop])
-    assert whole.startswith(ended) and stop in ended and len(ended) < len(whole)
+    assert text.startswith(ended) and stop in ended and len(ended) < len(text)
 
 
 def test_empty_prompt_is_rejected(generator: tuple[Any, Any]) -> None:
@@ -101,20 +101,20 @@ def make_prompts(folder: Path) -> Path:
 def test_resumed_output_equals_uninterrupted_output(
     adapter: Path, generator: Any, tmp_path: Path, temperature: str
 ) -> None:
-    prompts, whole, cut = make_prompts(tmp_path), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    prompts, complete, cut = make_prompts(tmp_path), tmp_path / "complete.jsonl", tmp_path / "cut.jsonl"
     arguments = ["--file", str(prompts), "--batch-size", "2", "--temperature", temperature]
-    generate(adapter, *arguments, "--output", str(whole))
-    records = [json.loads(line) for line in whole.read_text().splitlines()]
+    generate(adapter, *arguments, "--output", str(complete))
+    records = [json.loads(line) for line in complete.read_text().splitlines()]
     assert [record.get("id") for record in records] == [0, 1, 2, 3, None]
     if temperature == "0":
         alone = [generate_batch(*generator, [prompt], Sampling(6))[0] for prompt in PROMPTS]
         assert [record["generated"] for record in records[:4]] == alone
         turn = generate_batch(*generator, ["[user] sky?\n[assistant]"], Sampling(6), templated=True)
         assert records[4]["generated"] == turn[0]
-    lines = whole.read_bytes().splitlines(keepends=True)
+    lines = complete.read_bytes().splitlines(keepends=True)
     cut.write_bytes(b"".join(lines[:2]) + lines[2][:7])
     generate(adapter, *arguments, "--output", str(cut))
-    assert cut.read_bytes() == whole.read_bytes()
+    assert cut.read_bytes() == complete.read_bytes()
 
 
 def test_output_of_other_prompts_is_not_changed(adapter: Path, tmp_path: Path) -> None:
