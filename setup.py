@@ -14,6 +14,7 @@ setup(
         "ldmole_dist": ["py.typed"],
         "ldmole_dist.data.wordnet": ["*.jsonl", "LICENSE", "README.md"],
         "ldmole_dist.planner": ["presets/*.json"],
+        "ldmole_dist.report": ["figures.toml", "page.html"],
     },
     entry_points={"console_scripts": ["ldmole = ldmole_dist.cli:main"]},
     install_requires=[

@@ -1,4 +1,4 @@
-"""What a training step needs before anybody runs it: memory, what goes over the wire, FLOPs, and which configuration to take.
+"""`ldmole plan`: estimate memory, traffic and FLOPs of a training step from a config, and recommend a configuration.
 
-Nothing here joins a process group, needs a device or allocates a weight; only `measure` starts ranks, to check the rest.
+No estimate joins a process group, needs a device or allocates a weight.
 """

@@ -1,9 +1,9 @@
-"""What a forward keeps for its backward, traced on the meta device with the real model, and what the two hold beyond it.
+"""Activation memory of forward and backward, traced with the real model on the meta device.
 
-Two models of one and two decoder layers are traced; a deeper one keeps as much more as the second layer added. The experts
-are left out of the trace and added in closed form (`experts.kept`), because how many rows they get depends on the routing.
+Models with one and two decoder layers are traced; each further layer adds as much as the second one. The experts are left out
+of the trace and added in closed form (`expert_costs.saved_bytes`), because the rows of an expert depend on the routing.
 
-Shapes: T tokens, D in-features, O out-features, L experts held here, R LoRA rank, B sequences, S positions, V vocabulary.
+Shapes: T tokens, D in-features, O out-features, L local experts, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -34,44 +34,36 @@ from ldmole_dist.tuner.model import tuner_of
 
 
 class Activations(NamedTuple):
-    """Bytes, experts left out.
+    """Activation memory in bytes, without the experts.
 
     Args:
-        kept: from the forward to the backward.
-        layer: of it, what one decoder layer adds; under checkpointing little more than its input.
-        loss: held beyond `kept` while logits and loss are computed and differentiated.
-        working: held beyond `kept` at the most in the backward of a decoder layer, its recomputation included.
+        kept: Bytes kept from the forward to the backward.
+        loss: Peak beyond `kept` while logits and loss are computed and differentiated.
+        working: Peak beyond `kept` in the backward of a decoder layer, including its recomputation.
     """
 
     kept: int
-    layer: int
     loss: int
     working: int
 
 
 def activations(workload: Workload, checkpointing: bool, partitioned: bool = False) -> Activations:
-    """Of one micro-batch.
+    """Return the activation memory of one micro-batch.
 
     Args:
-        workload: backbone, adapter and shapes.
-        checkpointing: whether decoder layers are recomputed.
-        partitioned: whether DeepSpeed's linear for ZeRO-3 computes the frozen ones; it keeps their inputs.
+        workload: Backbone, adapter and shapes.
+        checkpointing: Whether decoder layers are recomputed in the backward.
+        partitioned: Whether frozen linears use DeepSpeed's ZeRO-3 linear, which keeps its input.
     """
-    # Without what makes no difference to a trace, so that nothing is traced twice.
-    w = replace(workload, rank=1, accumulation=1, active=1.0, answer_tokens=workload.answer_tokens or workload.seq)
+    # Reset the fields that do not change the trace, to hit the cache.
+    w = replace(workload, lora_rank=1, accumulation=1, active=1.0, answer_tokens=workload.answer_tokens or workload.seq)
     one, two = (_trace(w, layers, checkpointing, partitioned) for layers in (1, 2))
-    layer = two.kept - one.kept
-    return Activations(one.kept + layer * (workload.backbone.num_hidden_layers - 1), layer, two.loss, two.working)
-
-
-class _Traced(NamedTuple):
-    kept: int
-    loss: int
-    working: int
+    further = workload.backbone.num_hidden_layers - 1
+    return two._replace(kept=one.kept + (two.kept - one.kept) * further)
 
 
 @lru_cache(maxsize=64)
-def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bool) -> _Traced:
+def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bool) -> Activations:
     model = traced_model(workload, layers, checkpointing, partitioned)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, Any] = {}
@@ -83,25 +75,36 @@ def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bo
         return tensor
 
     live = LiveBytes()
-    reached: dict[str, int] = {}
-    last_layer(model).register_forward_hook(lambda *args: _at_backward(args[-1], live, reached))
+    loss_peaks: list[int] = []
+
+    def end_of_loss(module: Any, args: Any, output: Any) -> None:
+        """Record the peak of the loss when the gradient of the last decoder layer's output arrives."""
+
+        def record(gradient: Tensor) -> None:
+            if not loss_peaks:
+                loss_peaks.append(live.peak)
+                live.peak = live.now
+
+        (output[0] if isinstance(output, tuple) else output).register_hook(record)
+
+    last_layer(model).register_forward_hook(end_of_loss)
     with on_meta(partitioned), live:
-        before = live.now
+        start = live.now
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             loss = run_forward(model, workload)
         kept = sum(storage.nbytes() for storage in saved.values())
         saved.clear()
         loss.backward()
-        assert "loss" in reached, "the backward never came to the last decoder layer"
-        return _Traced(kept, max(reached["loss"] - before - kept, 0), max(live.peak - before - kept, 0))
+    assert loss_peaks, "the backward did not reach the last decoder layer"
+    return Activations(kept, max(loss_peaks[0] - start - kept, 0), max(live.peak - start - kept, 0))
 
 
 def traced_model(workload: Workload, layers: int, checkpointing: bool, partitioned: bool = False) -> PeftModel:
-    """On the meta device, without what the experts compute."""
+    """Build a model on the meta device whose experts compute nothing and keep nothing."""
     model = meta_model(workload, layers)
     for module in model.modules():
         if isinstance(module, LdMoleLinear):
-            module.dispatch = _WithoutExperts()
+            module.dispatch = _NoExperts()
     if checkpointing:
         _recompute_on_meta(tuner_of(model).context, partitioned)
         enable_gradient_checkpointing(model)
@@ -110,13 +113,13 @@ def traced_model(workload: Workload, layers: int, checkpointing: bool, partition
 
 @contextmanager
 def on_meta(partitioned: bool = False) -> Iterator[None]:
-    """Within it a model on the meta device can be trained."""
+    """Make it possible to run forward and backward of a meta model within the context."""
     with torch.device("meta"), _OnMeta(partitioned):
         yield
 
 
 def run_forward(model: PeftModel, workload: Workload) -> Tensor:
-    """The loss of a micro-batch, as the trainer computes it; within `on_meta`."""
+    """Return the loss of a micro-batch as the trainer computes it; call within `on_meta`."""
     w = workload
     shape, answers = (w.micro_batch, w.seq), w.answer_tokens or w.seq
     output = model(
@@ -130,34 +133,23 @@ def run_forward(model: PeftModel, workload: Workload) -> Tensor:
 
 
 def _recompute_on_meta(context: Any, partitioned: bool) -> None:
-    """The backward leaves the modes that it is called in: the recomputations in it enter them again."""
+    """Enter `on_meta` in recomputations too: autograd runs them outside of the modes around `backward()`."""
     contexts = context.checkpoint_contexts
 
     @contextmanager
-    def again(region: AbstractContextManager[None]) -> Iterator[None]:
+    def on_meta_too(region: AbstractContextManager[None]) -> Iterator[None]:
         with region, on_meta(partitioned):
             yield
 
-    def both() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        first, recomputation = contexts()
-        return first, again(recomputation)
+    def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        forward, recomputation = contexts()
+        return forward, on_meta_too(recomputation)
 
-    context.checkpoint_contexts = both
-
-
-def _at_backward(output: Any, live: LiveBytes, reached: dict[str, int]) -> None:
-    """When the gradient of the last decoder layer arrives, the loss is behind us."""
-    hidden = output[0] if isinstance(output, tuple) else output
-
-    def mark(gradient: Tensor) -> None:
-        if "loss" not in reached:
-            reached["loss"], live.peak = live.peak, live.now
-
-    hidden.register_hook(mark)
+    context.checkpoint_contexts = checkpoint_contexts
 
 
 class _OnMeta(TorchFunctionMode):
-    """Stands in for what a device would do: its attention kernel, values of tensors, and DeepSpeed's linear."""
+    """Replaces functions that the meta device lacks, and frozen linears under ZeRO-3."""
 
     def __init__(self, partitioned: bool) -> None:
         super().__init__()
@@ -168,9 +160,9 @@ class _OnMeta(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             return _flash(*args, **kwargs)
         if function is Tensor.__bool__ and args[0].device.type == "meta":
-            return False  # asked of masks: are all tokens real?
+            return False  # transformers checks whether a mask masks anything; assume that it does
         if function is Tensor.__getitem__ and _is_mask(args[1]):
-            return args[0][torch.arange(len(args[0]))]  # every position has an answer
+            return args[0][torch.arange(len(args[0]))]  # meta masks have no values; assume all True
         if function is F.linear and self.partitioned:
             return _KeepsInput.apply(*args, **kwargs)
         return function(*args, **kwargs)
@@ -190,16 +182,16 @@ def _flash(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """A fused attention: keeps query, key, value, output, a log-sum-exp for each position and head, and the mask."""
+    """Fused attention; keeps query, key, value, output, the mask, and a log-sum-exp per position and head."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # torch turns it into numbers to add
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # torch converts it to an additive mask
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
 
 
 class _KeepsInput(torch.autograd.Function):
-    """DeepSpeed's LinearFunctionForZeroStage3 saves the input even where the weight is frozen."""
+    """Linear that saves its input although its weight is frozen, as DeepSpeed's LinearFunctionForZeroStage3."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -212,20 +204,20 @@ class _KeepsInput(torch.autograd.Function):
         return grad.matmul(ctx.saved_tensors[1]), None, None
 
 
-class _WithoutExperts:
-    """A dispatch whose outputs cost nothing and keep nothing."""
+class _NoExperts:
+    """Dispatch (`method.layer.Dispatch`) that returns empty outputs."""
 
     def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> None:
-        """Nothing moves."""
+        """Decide nothing."""
 
     def start(
         self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank], plan: None, repeated: bool = False
     ) -> Finish:
-        """See `Dispatch`."""
-        return lambda: [_Nothing.apply(x_TD, r.p_TE, b.A_LRD, b.B_LOR) for r, b in zip(routings, banks, strict=True)]
+        """Return a function that returns empty outputs."""
+        return lambda: [_Empty.apply(x_TD, r.p_TE, b.A_LRD, b.B_LOR) for r, b in zip(routings, banks, strict=True)]
 
 
-class _Nothing(torch.autograd.Function):
+class _Empty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: Tensor, A: Tensor, B: Tensor) -> Tensor:
         ctx.shapes = [(t.shape, t.dtype) for t in (x, p, A, B)]

@@ -1,9 +1,9 @@
-"""Floating-point operations of one rank and optimizer step, by part: closed forms; (m, k) times (k, n) is 2 m k n.
+"""Floating-point operations of one rank and optimizer step, in closed form; an (m, k) x (k, n) product counts 2 m k n.
 
-A frozen linear has no gradient of its weight: its backward costs as much as its forward, where a trained one costs twice.
-Attention is counted over all pairs of positions, as a kernel with a mask computes it.
+The backward of a frozen linear costs as much as its forward, since its weight has no gradient; that of a trained one costs
+twice as much. Attention counts all pairs of positions, as a kernel with a mask computes it.
 
-Shapes: T tokens, D in-features, O out-features, E experts, R LoRA rank, H units of the lambda-MLP.
+Shapes: T tokens, D in-features, O out-features, E experts, R LoRA rank, H hidden units of the lambda-MLP.
 """
 
 from __future__ import annotations
@@ -13,56 +13,57 @@ from typing import Any
 
 from torch import nn
 
-from ldmole_dist.planner.routed import work
+from ldmole_dist.planner.expert_costs import expert_calls
 from ldmole_dist.planner.shapes import meta_model, shapes_of
 from ldmole_dist.planner.workload import Strategy, Workload, check
 
 PARTS = ("base", "attention", "head", "router", "lambda_mlp", "experts", "recompute")
+# FLOPs of the backward relative to the forward.
+BACKWARD = {"base": 1.0, "attention": 2.5, "head": 1.0, "router": 2.0, "lambda_mlp": 2.0, "experts": 2.0}
 
 
 def flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Of one rank and optimizer step.
+    """Return the FLOPs of one rank and optimizer step, by part.
 
     Returns:
-        base (frozen linears of the decoder layers), attention, head (logits), router, lambda_mlp, experts: forward and
-        backward; recompute: the forward of everything but the head once more, under gradient checkpointing.
+        base (frozen linears of the decoder layers), attention, head (logits), router, lambda_mlp and experts: Forward and
+            backward.
+        recompute: Under gradient checkpointing, a second forward of everything except the head.
     """
     check(workload, strategy)
     forward = forward_flops(workload, strategy)
-    backward = {"base": 1.0, "attention": 2.5, "head": 1.0, "router": 2.0, "lambda_mlp": 2.0, "experts": 2.0}
-    parts = {part: forward[part] * (1 + backward[part]) for part in backward}
+    parts = {part: forward[part] * (1 + BACKWARD[part]) for part in BACKWARD}
     again = sum(forward.values()) - forward["head"] if strategy.checkpointing else 0.0
     return {part: value * workload.accumulation for part, value in (parts | {"recompute": again}).items()}
 
 
 def forward_flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Of one rank and forward: the parts of `flops` but "recompute"."""
+    """Return the FLOPs of one rank and forward, by the parts of `flops` without "recompute"."""
     w, T = workload, workload.tokens
     groups = shapes_of(w).groups
-    linears = [(group.in_features, out) for group in groups for out in group.out_features]
-    layers, head, heads_width = _backbone(w)
+    linears, head, attention_width = _backbone(w)
     return {
-        "base": 2.0 * T * layers,
-        "attention": 4.0 * T * w.seq * heads_width,
+        "base": 2.0 * T * linears,
+        "attention": 4.0 * T * w.seq * attention_width,
         "head": 2.0 * w.answers * head,
-        "router": sum(2.0 * T * D * w.num_experts for D, _ in linears),
+        "router": sum(2.0 * T * group.in_features * w.num_experts * len(group.out_features) for group in groups),
         "lambda_mlp": sum(2.0 * T * (group.in_features + 1) * w.lambda_hidden for group in groups),
         "experts": sum(
-            2.0 * call.columns(w) * (group.in_features + out)
+            2.0 * call.hidden(w) * (group.in_features + out)
             for group in groups
-            for out, call in work(group, w, strategy)
+            for out, call in expert_calls(group, w, strategy)
         ),
     }
 
 
 @lru_cache(maxsize=32)
 def _backbone(workload: Workload) -> tuple[int, int, int]:
-    """Elements of the linears in decoder layers, of the head, and width of all attention heads in all layers."""
-    one, two = [_linears(workload, layers) for layers in (1, 2)]
+    """Return the elements of the decoder layers' linears and of the head, and the summed width of all attention heads."""
+    (one, head), (two, _) = [_linears(workload, layers) for layers in (1, 2)]
     config = workload.backbone
     depth = config.num_hidden_layers
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return one[0] + (two[0] - one[0]) * (depth - 1), one[1], config.num_attention_heads * width * depth
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return one + (two - one) * (depth - 1), head, config.num_attention_heads * head_width * depth
 
 
 def _linears(workload: Workload, layers: int) -> tuple[int, int]:

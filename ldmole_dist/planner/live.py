@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at the same time, on any device; on the meta device, how many would be."""
+"""Bytes of tensors alive at the same time, on any device including the meta device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make while it is active, until they are freed.
+    """Dispatch mode that counts the storages created by operations until they are freed.
 
     Attributes:
-        now: bytes alive.
-        peak: the most at a time since it became active, or since it was set to `now`.
+        now: Bytes alive.
+        peak: Maximum of `now` since the mode was created, or since a caller reset it.
     """
 
     def __init__(self) -> None:
@@ -24,25 +24,22 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What an operation is given and was not made by one was there before; its views are not counted either.
-        self._note((args, kwargs), counted=False)
+        # Inputs that no counted operation created existed before: record them first, so that their views count 0 bytes.
+        self._record((args, kwargs), counted=False)
         result = function(*args, **(kwargs or {}))
-        self._note(result, counted=True)
+        self._record(result, counted=True)
         return result
 
-    def _note(self, tensors: Any, counted: bool) -> None:
+    def _record(self, tensors: Any, counted: bool) -> None:
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage(), counted)
-
-    def _add(self, storage: Any, counted: bool) -> None:
-        key, size = storage._cdata, storage.nbytes() if counted else 0
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes() if counted else 0
+                if key not in self._seen:
+                    self._seen.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self._seen.discard(key)

@@ -1,4 +1,4 @@
-"""The parameters and input groups of an adapted model, from its config alone: nothing is allocated on the meta device."""
+"""Parameters and input groups of an adapted model, from its config alone: the model is built on the meta device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.model.backbone import DTYPES, new_adapter
 from ldmole_dist.planner.layers import in_layer, layer_prefix, rename
-from ldmole_dist.planner.presets import building
+from ldmole_dist.planner.presets import explain_build_errors
 from ldmole_dist.planner.workload import Workload
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.layer import LdMoleLinear
@@ -25,7 +25,7 @@ from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 class Parameter(NamedTuple):
-    """One parameter: its elements with all experts, and which kind it is of."""
+    """A parameter of the model; `elements` counts all experts."""
 
     name: str
     elements: int
@@ -34,7 +34,7 @@ class Parameter(NamedTuple):
 
 
 class Group(NamedTuple):
-    """An input group: D, the O of each of its linears, and its name."""
+    """An input group: linears that read the same tensor, named after the first of them."""
 
     name: str
     in_features: int
@@ -45,33 +45,33 @@ Named = TypeVar("Named", Parameter, Group)
 
 
 class Shapes(NamedTuple):
-    """All parameters in the order of the model, and its input groups."""
+    """All parameters and input groups, in the order of the model."""
 
     parameters: tuple[Parameter, ...]
     groups: tuple[Group, ...]
 
     def frozen(self) -> int:
-        """Elements of the backbone."""
+        """Return the elements of the backbone."""
         return sum(p.elements for p in self.parameters if not p.trainable)
 
     def experts(self) -> int:
-        """Elements of all banks."""
+        """Return the elements of all experts."""
         return sum(p.elements for p in self.parameters if p.expert)
 
     def dense(self) -> int:
-        """Trainable elements that every rank holds: routers and lambda-MLPs."""
+        """Return the trainable elements that every rank holds: routers and lambda-MLPs."""
         return sum(p.elements for p in self.parameters if p.trainable and not p.expert)
 
 
 def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
-    """The adapted model without memory.
+    """Build the adapted model on the meta device, in training mode.
 
     Args:
-        workload: backbone and adapter.
-        layers: decoder layers instead of the backbone's own number.
+        workload: Backbone and adapter.
+        layers: Number of decoder layers; None for the backbone's own number.
 
     Raises:
-        UserError: where the backbone cannot be built or adapted.
+        UserError: If the backbone cannot be built or adapted.
     """
     config = copy.deepcopy(workload.backbone)
     if layers is not None:
@@ -80,21 +80,21 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
             config.layer_types = config.layer_types[:layers]
     adapter = LdMoleConfig(
         num_experts=workload.num_experts,
-        r=workload.rank,
+        r=workload.lora_rank,
         lambda_hidden=workload.lambda_hidden,
         lora_dropout=workload.dropout,
         target_modules=list(workload.target_modules),
         task_type="CAUSAL_LM",
     )
     with torch.device("meta"):
-        with building(f"--backbone: a {config.model_type} with these sizes"):
+        with explain_build_errors(f"--backbone: a {config.model_type} with these sizes"):
             backbone = AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[workload.precision], attn_implementation="sdpa"
             )
-        if own := next((name for name, p in backbone.named_parameters() if p.dim() > 2), None):
+        if name := next((name for name, p in backbone.named_parameters() if p.dim() > 2), None):
             raise UserError(
-                f"--backbone: this {config.model_type} has experts or convolutions of its own ({own} has three dimensions): "
-                "what they compute and keep is not planned; choose a dense model"
+                f"--backbone: {name} of this {config.model_type} has three dimensions, as in experts or convolutions, "
+                "which are not supported; choose a dense model."
             )
         model = new_adapter(backbone, adapter)
     tuner_of(model).context.weights = LossWeights(balance=1.0)
@@ -102,7 +102,7 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
 
 
 def shapes_of(workload: Workload) -> Shapes:
-    """Parameters and input groups of the whole model."""
+    """Return the parameters and input groups of the whole model."""
     return _shapes_of(replace(workload, seq=16, micro_batch=1, accumulation=1, answer_tokens=None))
 
 
@@ -110,14 +110,14 @@ def shapes_of(workload: Workload) -> Shapes:
 def _shapes_of(workload: Workload) -> Shapes:
     depth = workload.backbone.num_hidden_layers
     if depth > 2:
-        # Adapters are injected into two layers only, which takes a hundredth of the time where there are a hundred.
+        # PEFT's injection dominates the time, so adapt two layers and repeat the second.
         shallow = meta_model(workload, 2)
         shapes = _deepened(_shapes(shallow), layer_prefix(shallow), depth)
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(workload.backbone)
         if shapes.frozen() == sum(p.numel() for p in bare.parameters()):
             return shapes
-    return _shapes(meta_model(workload))  # layers differ
+    return _shapes(meta_model(workload))  # layers differ from each other
 
 
 def _shapes(model: PeftModel) -> Shapes:
@@ -129,30 +129,26 @@ def _shapes(model: PeftModel) -> Shapes:
 
 
 def _deepened(shapes: Shapes, prefix: str, depth: int) -> Shapes:
-    """With the second layer as often as a model of `depth` layers has it."""
-    inner = prefix.removeprefix("base_model.model.")  # input groups go by the names of the bare model
-    return Shapes(
-        tuple(_repeated(shapes.parameters, prefix, depth)),
-        tuple(_repeated(shapes.groups, inner, depth)),
-    )
+    """Repeat the second decoder layer up to `depth` layers."""
+    bare_prefix = prefix.removeprefix("base_model.model.")  # input groups carry the names of the model without PEFT
+    parameters = tuple(_repeated(shapes.parameters, prefix, depth))
+    return Shapes(parameters, tuple(_repeated(shapes.groups, bare_prefix, depth)))
 
 
-def _repeated(things: Sequence[Named], prefix: str, depth: int) -> Iterator[Named]:
-    second = [thing for thing in things if in_layer(thing.name, prefix, 1)]
-    for thing in things:
-        yield thing
-        if thing is second[-1]:
+def _repeated(items: Sequence[Named], prefix: str, depth: int) -> Iterator[Named]:
+    second = [item for item in items if in_layer(item.name, prefix, 1)]
+    for item in items:
+        yield item
+        if item is second[-1]:
             for i in range(2, depth):
-                yield from (of._replace(name=rename(of.name, prefix, 1, i)) for of in second)
+                yield from (other._replace(name=rename(other.name, prefix, 1, i)) for other in second)
 
 
-def input_groups(model: PeftModel) -> Sequence[Group]:
-    """Of an adapted model, in the order of their leaders."""
-    groups = []
+def input_groups(model: PeftModel) -> Iterator[Group]:
+    """Yield the input groups of an adapted model, in the order of their first linears."""
     for module in model.modules():
         if isinstance(module, LdMoleLinear):
             (group,) = module.groups.values()
             if group.members[0] is module:
                 widths = tuple(int(m.base_layer.out_features) for m in group.members)  # type: ignore[arg-type]
-                groups.append(Group(module.name, int(module.base_layer.in_features), widths))  # type: ignore[arg-type]
-    return groups
+                yield Group(module.name, int(module.base_layer.in_features), widths)  # type: ignore[arg-type]

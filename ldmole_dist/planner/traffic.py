@@ -1,8 +1,8 @@
-"""What one rank sends in an optimizer step, by kind, and how many collectives carry it.
+"""Elements and collectives that one rank sends in an optimizer step, by kind.
 
-Two families of kinds. For experts, those of `parallel.wire`: elements that the rank sends to other ranks, as its own counters
-count them. For ZeRO, the payload of DeepSpeed's collectives times what a ring sends of it: an all-reduce of n elements over P
-ranks 2 n (P-1)/P, an all-gather to n elements or a reduce-scatter from n elements n (P-1)/P.
+The kinds of the experts are those that `parallel.wire` counts: elements sent to other ranks. The kinds of ZeRO are DeepSpeed's
+collectives: of n elements, a ring of P ranks sends 2 n (P-1)/P per rank in an all-reduce and n (P-1)/P in an all-gather or
+reduce-scatter.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from ldmole_dist.planner.expert_costs import count_payload, dispatch_volume, group_sizes, payload
 from ldmole_dist.planner.gathering import gathers
-from ldmole_dist.planner.routed import counts, moves, payload, sizes_of
 from ldmole_dist.planner.shapes import shapes_of
 from ldmole_dist.planner.workload import Strategy, Workload, check
-from ldmole_dist.planner.zero import STAGE0_BUCKET, Shard, flushes, padded, settings, shards
+from ldmole_dist.planner.zero import STAGE0_BUCKET, bucket_flushes, padded_elements, param_groups, settings
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
+FORWARD = ("rows", "gates", "weights", "sums")
+DISPATCH = ("counts", *FORWARD, *(f"grad_{kind}" for kind in FORWARD), *(f"again_{kind}" for kind in FORWARD))
 
 
 class Collective(NamedTuple):
     """DeepSpeed's collectives of one kind in an optimizer step.
 
     Args:
-        kind: "reduce" and "reduce_experts" (gradients), "update" and "update_experts" (parameters after the step, stages 1
-            and 2, and small ones at stage 3), "gather" and "gather_experts" (weights in forward and backward, stage 3),
-            "norm" (of gradients).
-        operation: what is called.
-        ranks: of its group.
-        elements: of its payload, all calls together.
-        calls: how many.
+        kind: "reduce" and "reduce_experts" (gradients), "update" and "update_experts" (parameters after the step at stages 1
+            and 2, persistent parameters at stage 3), "gather…" (weights in forward and backward at stage 3), "norm" (gradient
+            norm).
+        operation: Collective operation.
+        ranks: Size of its group.
+        elements: Payload of all calls together.
+        calls: Number of calls.
     """
 
     kind: str
@@ -40,104 +42,104 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Elements that one rank of a ring sends."""
+        """Elements that one rank sends in a ring."""
         return self.elements * (self.ranks - 1) / self.ranks * (2 if self.operation == "all_reduce" else 1)
 
 
-def traffic(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Elements that one rank sends in an optimizer step, by kind: those of `parallel.wire`, then those of ZeRO."""
-    sent = dispatched(workload, strategy)
+def elements_sent(workload: Workload, strategy: Strategy) -> dict[str, float]:
+    """Return the elements that one rank sends in an optimizer step, by kind: for experts, then for ZeRO."""
+    sent = dispatch_elements(workload, strategy)
     for collective in collectives(workload, strategy):
         sent[collective.kind] = sent.get(collective.kind, 0) + collective.sent
     return sent
 
 
-def traffic_bytes(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """As `traffic`, in bytes."""
-    return {kind: n * width(kind, workload) for kind, n in traffic(workload, strategy).items()}
+def bytes_sent(workload: Workload, strategy: Strategy) -> dict[str, float]:
+    """Return the bytes that one rank sends in an optimizer step, by kind."""
+    return {kind: n * element_bytes(kind, workload) for kind, n in elements_sent(workload, strategy).items()}
 
 
-def width(kind: str, workload: Workload) -> int:
-    """Bytes of an element: counts are int64, gradients of trainable parameters and weights at the experts float32, what is
-    computed with has the precision of the activations."""
+def element_bytes(kind: str, workload: Workload) -> int:
+    """Return the bytes per element: int64 counts, activations in the workload's precision, all else float32."""
     if kind == "counts":
         return 8
-    computed_with = kind == "gather" or (kind in DISPATCH and not kind.endswith("gates"))
-    return workload.itemsize if computed_with else 4
+    activation = kind == "gather" or (kind in DISPATCH and not kind.endswith("gates"))
+    return workload.itemsize if activation else 4
 
 
-FORWARD = ("rows", "gates", "weights", "sums")
-DISPATCH = ("counts", *FORWARD, *(f"grad_{kind}" for kind in FORWARD), *(f"again_{kind}" for kind in FORWARD))
-
-
-def dispatched(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Elements sent for experts, by the kinds of `parallel.wire`; empty where no experts are spread."""
+def dispatch_elements(workload: Workload, strategy: Strategy) -> dict[str, float]:
+    """Return the elements sent for experts in an optimizer step, by kind; empty without expert parallelism."""
     check(workload, strategy)
     if strategy.ep_size == 1:
         return {}
-    groups = shapes_of(workload).groups
-    forwards = [payload(moves(g, workload, strategy), sizes_of(g, workload, strategy)) for g in groups]
-    return {kind: n * workload.accumulation for kind, n in passes(forwards, workload, strategy).items()}
+    forwards = [
+        payload(dispatch_volume(group, workload, strategy), group_sizes(group, workload, strategy))
+        for group in shapes_of(workload).groups
+    ]
+    sent = micro_batch_elements(forwards, workload, strategy)
+    return {kind: n * workload.accumulation for kind, n in sent.items()}
 
 
-def passes(forwards: Sequence[Mapping[str, float]], workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Elements of a micro-batch by the kinds of `parallel.wire`: counts, forward, backward and recomputation.
+def micro_batch_elements(
+    forwards: Sequence[Mapping[str, float]], workload: Workload, strategy: Strategy
+) -> dict[str, float]:
+    """Return the elements of a micro-batch, by kind: counts, forward, backward and recomputation.
 
     Args:
-        forwards: what the forward of each input group moves, in the order of the model.
-        workload: whose input groups they are.
-        strategy: how the experts are spread.
+        forwards: Elements that the forward of each input group sends, in the order of the model.
+        workload: Workload with these input groups.
+        strategy: Distribution of the experts.
     """
     sent = dict.fromkeys(DISPATCH, 0.0)
-    for number, (group, forward) in enumerate(zip(shapes_of(workload).groups, forwards, strict=True)):
-        sent["counts"] += counts(workload, strategy, group)
+    for i, (group, forward) in enumerate(zip(shapes_of(workload).groups, forwards, strict=True)):
+        sent["counts"] += count_payload(group, workload, strategy)
         for kind, elements in forward.items():
             sent[kind] += elements
-            # The first group reads the embeddings, which are frozen: its rows need no gradient, unless checkpointing asks.
-            needed = number > 0 or kind != "rows" or strategy.checkpointing
-            sent[f"grad_{kind}"] += elements if needed else 0
-            sent[f"again_{kind}"] += elements if strategy.checkpointing else 0
+            # The first group reads the frozen embeddings, whose output needs a gradient only under checkpointing.
+            if i > 0 or kind != "rows" or strategy.checkpointing:
+                sent[f"grad_{kind}"] += elements
+            if strategy.checkpointing:
+                sent[f"again_{kind}"] += elements
     return sent
 
 
-def messages(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Collectives of one rank in an optimizer step, by kind: "dispatch" all-to-alls, and those of ZeRO."""
-    number: dict[str, float] = {}
+def collective_calls(workload: Workload, strategy: Strategy) -> dict[str, float]:
+    """Return the collectives of one rank in an optimizer step, by kind; "dispatch" counts the experts' all-to-alls."""
+    calls: dict[str, float] = {}
     if strategy.ep_size > 1:
-        # Counts, there and back, the gradients of both; there and back again in a recomputation.
-        each = 5 + (2 if strategy.checkpointing else 0)
-        number["dispatch"] = each * len(shapes_of(workload).groups) * workload.accumulation
+        # Per input group: counts, dispatch, return, and the gradients of both; a recomputation repeats dispatch and return.
+        per_group = 5 + (2 if strategy.checkpointing else 0)
+        calls["dispatch"] = per_group * len(shapes_of(workload).groups) * workload.accumulation
     for collective in collectives(workload, strategy):
         if collective.ranks > 1:
-            number[collective.kind] = number.get(collective.kind, 0) + collective.calls
-    return number
+            calls[collective.kind] = calls.get(collective.kind, 0) + collective.calls
+    return calls
 
 
 def collectives(workload: Workload, strategy: Strategy) -> list[Collective]:
-    """What DeepSpeed calls in an optimizer step."""
+    """Return DeepSpeed's collectives in an optimizer step."""
     check(workload, strategy)
     return [*_reductions(workload, strategy), *_updates(workload, strategy), *_norms(strategy)]
 
 
 def _reductions(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
-    zero = settings(strategy)
-    times = workload.accumulation if strategy.stage >= 2 else 1  # stages 0 and 1 reduce what has been added up
-    for kind, shard in _named(shards(workload, strategy), "reduce"):
-        bucket = STAGE0_BUCKET if strategy.stage == 0 else zero["reduce_bucket_size"]
-        calls = flushes(shard.elements, bucket) * times
-        if strategy.stage == 3:
-            if strategy.ep_size > 1:  # dense and expert gradients take turns, and a bucket holds one kind
-                calls = max(calls, len(shapes_of(workload).groups) * times)
-            yield Collective(kind, "reduce_scatter", shard.ranks, padded(shard, 3) * times, calls)
-        else:
-            yield Collective(kind, "all_reduce", shard.ranks, sum(shard.elements) * times, calls)
+    bucket = STAGE0_BUCKET if strategy.stage == 0 else settings(strategy)["reduce_bucket_size"]
+    times = workload.accumulation if strategy.stage >= 2 else 1  # stages 0 and 1 reduce the accumulated gradient
+    for kind, group in zip(("reduce", "reduce_experts"), param_groups(workload, strategy), strict=False):
+        calls = bucket_flushes(group.elements, bucket) * times
+        if strategy.stage < 3:
+            yield Collective(kind, "all_reduce", group.ranks, sum(group.elements) * times, calls)
+            continue
+        if strategy.ep_size > 1:  # a bucket holds one kind of gradients, and the kinds alternate by input group
+            calls = max(calls, len(shapes_of(workload).groups) * times)
+        yield Collective(kind, "reduce_scatter", group.ranks, padded_elements(group, 3) * times, calls)
 
 
 def _updates(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
     if strategy.stage in (1, 2):
-        for kind, shard in _named(shards(workload, strategy), "update"):
-            if shard.ranks > 1:
-                yield Collective(kind, "all_gather", shard.ranks, padded(shard, 1), 1)
+        for kind, group in zip(("update", "update_experts"), param_groups(workload, strategy), strict=False):
+            if group.ranks > 1:
+                yield Collective(kind, "all_gather", group.ranks, padded_elements(group, 1), 1)
     if strategy.stage == 3:
         for gather in gathers(workload, strategy):
             if gather.ranks > 1:
@@ -145,20 +147,12 @@ def _updates(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
 
 
 def _norms(strategy: Strategy) -> Iterable[Collective]:
-    """One number each, that clipping needs."""
-    spread = strategy.ep_size > 1
-    if strategy.stage == 0:
-        if spread:
-            yield Collective("norm", "all_reduce", strategy.ep_size, 1, 1)
-        return
-    yield Collective("norm", "all_reduce", strategy.ranks, 1, 1)
-    if spread and strategy.stage in (1, 2):
-        yield Collective("norm", "all_reduce", strategy.ranks, 1, 1)
-        yield Collective("norm", "all_reduce", strategy.expert_copies, 1, 1)
-    if spread and strategy.stage == 3:
-        yield Collective("norm", "all_reduce", strategy.ep_size, 1, 1)
-        yield Collective("norm", "all_reduce", strategy.expert_copies, 1, 1)
-
-
-def _named(cut: list[Shard], kind: str) -> list[tuple[str, Shard]]:
-    return list(zip((kind, f"{kind}_experts"), cut, strict=False))
+    """Yield the all-reduces of one element that gradient clipping needs."""
+    s = strategy
+    if s.ep_size == 1:
+        groups = [] if s.stage == 0 else [s.ranks]
+    else:
+        groups = {0: [s.ep_size], 3: [s.ranks, s.ep_size, s.expert_copies]}.get(
+            s.stage, [s.ranks, s.ranks, s.expert_copies]
+        )
+    return (Collective("norm", "all_reduce", ranks, 1, 1) for ranks in groups)

@@ -1,4 +1,4 @@
-"""What is trained, and how it is spread: the two arguments of every function of the planner."""
+"""Workload and strategy, the two arguments of every estimate."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class Workload:
     """What one rank trains in an optimizer step.
 
     Args:
-        backbone: config of a Hugging Face causal language model; its weights are not needed.
-        num_experts: E.
-        rank: of every expert.
-        lambda_hidden: units of the lambda-MLP.
-        target_modules: names of the linears to adapt.
-        micro_batch: sequences of one forward.
-        accumulation: micro-batches of one rank in an optimizer step.
-        seq: positions of a sequence, all taken as real tokens.
-        answer_tokens: positions of a sequence whose logits are computed; None for all.
-        active: mean number of experts of a token; experts are taken as equally popular and independently chosen.
-        precision: of the frozen backbone and the activations.
-        padded: whether a batch holds padding: attention then needs a mask, and keeps it.
-        dropout: on the input of the adapters.
-        on_cpu: whether it trains on a CPU, which takes another formulation for many experts.
+        backbone: Config of a Hugging Face causal language model; its weights are not needed.
+        num_experts: Experts per adapted linear, E.
+        lora_rank: LoRA rank of each expert, R.
+        lambda_hidden: Hidden units of the lambda-MLP.
+        target_modules: Names of the linears to adapt.
+        micro_batch: Sequences per forward.
+        accumulation: Micro-batches per rank and optimizer step.
+        seq: Tokens per sequence, without padding tokens.
+        answer_tokens: Positions per sequence whose logits are computed; None for all.
+        active: Mean number of active experts per token. Routing is assumed to be balanced and independent between linears.
+        precision: Data type of the frozen backbone and of the activations.
+        padded: Whether batches contain padding; attention then keeps a mask.
+        dropout: Dropout on the input of the adapters.
+        on_cpu: Whether training runs on a CPU, where many experts are computed differently (`apply_experts`).
     """
 
     backbone: PretrainedConfig
     num_experts: int = 8
-    rank: int = 8
+    lora_rank: int = 8
     lambda_hidden: int = 256
     target_modules: tuple[str, ...] = LINEARS
     micro_batch: int = 8
@@ -55,16 +55,17 @@ class Workload:
     on_cpu: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "rank", "lambda_hidden", "micro_batch", "accumulation", "seq"):
+        for name in ("num_experts", "lora_rank", "lambda_hidden", "micro_batch", "accumulation", "seq"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
         if not 1 <= self.active <= self.num_experts:
-            raise UserError(f"active={self.active} must lie between 1 and num_experts={self.num_experts}")
+            raise UserError(f"active={self.active} must be between 1 and num_experts={self.num_experts}.")
         if self.answer_tokens is not None and not 1 <= self.answer_tokens <= self.seq:
-            raise UserError(f"answer_tokens={self.answer_tokens} must lie between 1 and seq={self.seq}")
+            raise UserError(f"answer_tokens={self.answer_tokens} must be between 1 and seq={self.seq}.")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must lie in [0, 1)")
+            raise UserError(f"dropout={self.dropout} must be in [0, 1).")
 
+    # PretrainedConfig is neither hashable nor frozen; its JSON makes workloads usable as cache keys.
     @cached_property
     def _key(self) -> tuple[object, ...]:
         values = [getattr(self, field.name) for field in fields(self) if field.name != "backbone"]
@@ -78,7 +79,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """T, of one forward on one rank."""
+        """Tokens of one forward on one rank, T."""
         return self.micro_batch * self.seq
 
     @property
@@ -88,27 +89,27 @@ class Workload:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element of the backbone and of the activations."""
+        """Bytes per element of the backbone and of the activations."""
         return ITEMSIZE[self.precision]
 
     @property
     def dense(self) -> bool:
-        """Whether every token uses all experts: then nothing about the routing is an expectation."""
+        """Whether every token uses all experts, so that no estimate depends on the routing."""
         return self.active == self.num_experts
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How it is spread over ranks.
+    """How a workload is distributed over ranks.
 
     Args:
-        ranks: of the run.
-        stage: of ZeRO.
-        ep_size: ranks that share one copy of the experts.
-        dispatch: what moves between them (`parallel.dispatch.ExpertParallel`).
-        checkpointing: whether decoder layers are recomputed in the backward.
-        offload: what is kept in host memory, as the files of ds_configs/ do it.
-        zero: settings that replace those of that file's zero_optimization.
+        ranks: World size.
+        stage: ZeRO stage.
+        ep_size: Ranks that share one copy of the experts.
+        dispatch: Mode of the expert-parallel dispatch (`parallel.dispatch.ExpertParallel`).
+        checkpointing: Whether decoder layers are recomputed in the backward.
+        offload: What the shipped DeepSpeed config keeps in host memory.
+        zero: Overrides of the `zero_optimization` section of that config.
     """
 
     ranks: int
@@ -121,22 +122,22 @@ class Strategy:
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
-            raise UserError(f"ranks={self.ranks} must be at least 1")
+            raise UserError(f"ranks={self.ranks} must be at least 1.")
         if self.stage not in (0, 1, 2, 3):
-            raise UserError(f"stage={self.stage} must be 0, 1, 2 or 3")
+            raise UserError(f"stage={self.stage} must be 0, 1, 2 or 3.")
         check_ep_size(self.ep_size, self.ranks)
         if (self.stage, self.offload) not in SHIPPED:
             known = ", ".join(f"stage {stage} with {offload!r}" for stage, offload in SHIPPED)
-            raise UserError(f"offload={self.offload!r} at stage {self.stage} is not shipped; there are {known}")
+            raise UserError(f"No config is shipped for stage={self.stage} with offload={self.offload!r}; use {known}.")
 
     @property
     def expert_copies(self) -> int:
-        """Ranks that hold the same experts: the expert-data-parallel group."""
+        """Ranks that hold the same experts, the size of the expert-data-parallel group."""
         return self.ranks // self.ep_size
 
     @property
     def deepspeed(self) -> str:
-        """Name of the file in ds_configs/."""
+        """Name of the DeepSpeed config in ds_configs/."""
         return SHIPPED[self.stage, self.offload]
 
 
@@ -151,11 +152,10 @@ SHIPPED: dict[tuple[int, Offload], str] = {
 
 
 def check(workload: Workload, strategy: Strategy) -> None:
-    """Raises UserError where the experts cannot be spread so, or the precision cannot be trained at this stage."""
-    if workload.num_experts % strategy.ep_size:
-        raise UserError(
-            f"num_experts={workload.num_experts} is no multiple of ep_size={strategy.ep_size}: choose ep_size among "
-            f"{[p for p in range(1, workload.num_experts + 1) if workload.num_experts % p == 0]}"
-        )
+    """Raise UserError if the strategy cannot train the workload."""
+    experts = workload.num_experts
+    if experts % strategy.ep_size:
+        divisors = [p for p in range(1, experts + 1) if experts % p == 0]
+        raise UserError(f"ep_size={strategy.ep_size} does not divide num_experts={experts}; use one of {divisors}.")
     if workload.precision == "fp16" and strategy.stage == 0:
-        raise UserError("fp16 needs ZeRO stage 1, 2 or 3, which scale the loss")
+        raise UserError("fp16 needs the loss scaling of ZeRO stage 1, 2 or 3; set another stage or precision.")

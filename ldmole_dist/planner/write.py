@@ -1,4 +1,4 @@
-"""The run config and the DeepSpeed config of a line, ready to be filled in and run."""
+"""Run config and DeepSpeed config of a candidate."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from ldmole_dist.config import Adapter, Backbone, Config, Data, Optimisation, Pa
 from ldmole_dist.engine.ds_config import load_ds_config, resolve_run
 from ldmole_dist.errors import UserError
 from ldmole_dist.io import atomic_write, write_errors
-from ldmole_dist.planner.choose import Line
+from ldmole_dist.planner.candidates import Candidate
 
 PLACEHOLDER = "FILL_IN"
 
 
-def write_configs(line: Line, folder: Path, backbone: str | None, train: str | None, output: str | None) -> list[str]:
-    """Write `run.yaml` and `deepspeed.json`.
+def write_configs(
+    candidate: Candidate, folder: Path, backbone: str | None, train: str | None, output: str | None
+) -> list[str]:
+    """Write `run.yaml` and `deepspeed.json`, both or none; existing files are kept.
 
     Args:
-        line: what to run.
-        folder: made if it is not there.
-        backbone: path of the weights, or name on the hub; what is None is left to be filled in, as FILL_IN.
-        train: training file.
-        output: folder of the run.
+        candidate: Candidate to train.
+        folder: Folder to write; created if it does not exist.
+        backbone: Path or hub name of the backbone; None writes `PLACEHOLDER`.
+        train: Training file; None writes `PLACEHOLDER`.
+        output: Output folder of the run; None writes `PLACEHOLDER`.
 
     Returns:
-        Keys that the user has to fill in.
+        Config keys with a placeholder.
 
     Raises:
-        UserError: where the folder cannot be written, or holds configs already.
+        UserError: If the folder cannot be written, or contains one of the files.
     """
     run, deepspeed = folder / "run.yaml", folder / "deepspeed.json"
     given = {"backbone.path": backbone, "data.train": train, "run.output_dir": output}
     missing = [key for key, value in given.items() if value is None]
-    w, s = line.workload, line.strategy
+    w, s = candidate.workload, candidate.strategy
     zero: dict[str, Any] = load_ds_config(s.deepspeed)
     zero["zero_optimization"].update(dict(s.zero))
     config = Config(
         backbone=Backbone(path=backbone or PLACEHOLDER),
         adapter=Adapter(
-            r=w.rank,
+            r=w.lora_rank,
             num_experts=w.num_experts,
             lambda_hidden=w.lambda_hidden,
             lora_dropout=w.dropout,
@@ -60,15 +62,12 @@ def write_configs(line: Line, folder: Path, backbone: str | None, train: str | N
         ),
         run=Run(output_dir=output or PLACEHOLDER),
     )
-    heading = [f"# {line.name()}, on {s.ranks} ranks: ldmole launch {run}"]
+    # Check the config before writing; deepspeed.json does not exist yet, so check with the shipped one.
+    resolve_run(replace(config, parallelism=replace(config.parallelism, deepspeed=s.deepspeed)), s.ranks)
+    header = f"# {candidate.name}, {s.ranks} ranks. Start it with: ldmole launch {run}\n"
     if missing:
-        heading.append(f"# Fill in {', '.join(missing)}, here or as {missing[0]}=... behind the command.")
-    shipped = replace(config, parallelism=replace(config.parallelism, deepspeed=s.deepspeed))
-    resolve_run(shipped, s.ranks)  # refuses what could not be run, before anything is written
-    _write_new(
-        folder,
-        {deepspeed: json.dumps(zero, indent=2) + "\n", run: "\n".join(heading) + "\n" + dump_config(config)},
-    )
+        header += f"# Set {', '.join(missing)} here, or on the command line as {missing[0]}=VALUE.\n"
+    _write_new(folder, {deepspeed: json.dumps(zero, indent=2) + "\n", run: header + dump_config(config)})
     return missing
 
 

@@ -1,1 +1,1 @@
-"""The routing report: what the routers of a saved adapter do with a data set, as one HTML page and figures."""
+"""`ldmole report`: run data through a saved adapter and write an HTML page about its routing."""

@@ -1,4 +1,6 @@
-"""Runs data through a model and counts what its routers do: O(vocabulary + linears x E x E) memory, however much the data.
+"""Route a data set through a model and count what its routers do.
+
+Memory is O(vocabulary + linears x E x E), independent of the size of the data.
 
 Shapes: B sequences, S positions, T = B S tokens, E experts, V vocabulary.
 """
@@ -24,13 +26,14 @@ from ldmole_dist.model.forward import route
 
 @dataclass(frozen=True)
 class Observed:
-    """What the routers did with a data set, padding left out.
+    """Routing of a data set, without padding.
 
     Attributes:
-        by_domain: domain -> linear -> sums (`routing_sums`).
-        together: linear -> (E, E), tokens in which both experts are active; on the diagonal, in which the one is.
-        tokens_V: how often each token of the vocabulary was there.
-        active_V: active experts of these tokens, summed over them and over all linears.
+        by_domain: Domain -> name of a linear -> `routing_sums`.
+        together: Name of a linear -> (E, E) number of tokens in which both experts are active; the diagonal counts single
+            experts.
+        tokens_V: Occurrences of each token.
+        active_V: Active experts of each token, summed over occurrences and linears.
     """
 
     by_domain: Mapping[str, Mapping[str, Tensor]]
@@ -40,13 +43,13 @@ class Observed:
 
     @property
     def by_linear(self) -> dict[str, Tensor]:
-        """Linear -> sums over all domains."""
+        """Routing sums of each linear over all domains."""
         names = next(iter(self.by_domain.values()))
         return {name: added(sums[name] for sums in self.by_domain.values()) for name in names}
 
 
 class Counter:
-    """An observer (`context.Observer`) that adds everything up on the device."""
+    """Observer (`context.Observer`) that accumulates the counts of `Observed` on the device."""
 
     def __init__(self, vocabulary: int, device: torch.device) -> None:
         self._domains: dict[str, RoutingSums] = {}
@@ -54,29 +57,33 @@ class Counter:
         self._tokens_V, self._active_V = (torch.zeros(vocabulary, dtype=torch.int64, device=device) for _ in range(2))
 
     def begin(self, domain: str, batch: Mapping[str, Tensor]) -> None:
-        """A batch follows, all of it of one domain."""
+        """Set the batch of the next forward; all its rows belong to `domain`."""
         self._sums = self._domains.setdefault(domain, RoutingSums())
         self._ids_T = batch["input_ids"].flatten()
         self._mask_T = batch["attention_mask"].flatten() != 0
         self._tokens_V.index_add_(0, self._ids_T, self._mask_T.long())
 
     def __call__(self, name: str, routing: Routing, mask_T: Tensor | None) -> None:
-        """See `context.Observer`."""
+        """Count the routing of one linear; see `context.Observer`.
+
+        Raises:
+            UserError: If the linear does not read exactly one row per token.
+        """
         if len(routing.p_TE) != len(self._mask_T):
             raise UserError(
-                f"{name} reads {len(routing.p_TE)} rows of a batch of {len(self._mask_T)} tokens: which token each is of "
-                "cannot be told; the report is for adapters on linears that read every token"
+                f"{name} reads {len(routing.p_TE)} rows for a batch of {len(self._mask_T)} tokens, so rows cannot be assigned "
+                "to tokens; `ldmole report` needs adapters on linears that read every token."
             )
         self._sums(name, routing, self._mask_T)
         active_TE = (routing.p_TE != 0) & self._mask_T.unsqueeze(1)
         self._active_V.index_add_(0, self._ids_T, active_TE.sum(1))
-        counted_TE = active_TE.float()  # exact: a batch has far fewer than 2^24 tokens
-        together_EE = (counted_TE.T @ counted_TE).double()
-        before = self._together.get(name)
-        self._together[name] = together_EE if before is None else before + together_EE
+        active_TE = active_TE.float()  # float32 counts exactly up to 2^24, far above the tokens of a batch
+        together_EE = (active_TE.T @ active_TE).double()
+        previous = self._together.get(name)
+        self._together[name] = together_EE if previous is None else previous + together_EE
 
     def result(self) -> Observed:
-        """Everything so far, on the CPU."""
+        """Return the counts so far, on the CPU."""
         return Observed(
             {domain: {n: s.cpu() for n, s in sums.by_linear.items()} for domain, sums in self._domains.items()},
             {name: together.cpu() for name, together in self._together.items()},
@@ -85,25 +92,22 @@ class Counter:
         )
 
 
-def collect(
-    model: PeftModel, examples: Mapping[str, Sequence[Encoded]], pad_id: int, batch_size: int, doing: str
-) -> Observed:
-    """Run all examples through the model once.
+def collect(model: PeftModel, examples: Mapping[str, Sequence[Encoded]], pad_id: int, batch_size: int) -> Observed:
+    """Run all examples through the model once and count its routing.
 
     Args:
-        model: with its adapter, on its device, in evaluation mode.
-        examples: domain -> sequences.
-        pad_id: for batches.
-        batch_size: sequences of one forward.
-        doing: what the progress bar says.
+        model: Model with its adapter, in evaluation mode.
+        examples: Domain -> sequences.
+        pad_id: Token id of the padding.
+        batch_size: Sequences per forward.
 
     Raises:
-        UserError: where an adapted linear does not read every token.
+        UserError: If an adapted linear does not read every token.
     """
     base: Any = model.get_base_model()
     device = next(base.parameters()).device
     counter = Counter(base.get_input_embeddings().num_embeddings, device)
-    with tqdm(total=sum(map(len, examples.values())), desc=doing, unit="row") as progress:
+    with tqdm(total=sum(map(len, examples.values())), desc="routing the data", unit="row") as progress:
         for domain, sequences in examples.items():
             for batch in batches(sequences, pad_id, batch_size, device):
                 counter.begin(domain, batch)
@@ -115,7 +119,7 @@ def collect(
 def batches(
     examples: Sequence[Encoded], pad_id: int, batch_size: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of sequences of like length."""
+    """Yield batches of sequences of similar length, shortest first."""
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     for start in range(0, len(by_length), batch_size):
         yield collate(by_length[start : start + batch_size], pad_id, device)

@@ -1,40 +1,49 @@
-"""`ldmole report RUN_OR_ADAPTER`: what the routers of a saved adapter do, as a page and figures."""
+"""`ldmole report RUN_OR_ADAPTER`: write a page and figures about the routing of a saved adapter."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from ldmole_dist.errors import UserError
-from ldmole_dist.io import atomic_write
+from ldmole_dist.io import atomic_write, write_errors
 from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.model.saved import find_saved_model
+from ldmole_dist.report import html
 from ldmole_dist.report.collect import collect
-from ldmole_dist.report.html import Figure
+from ldmole_dist.report.history import read_routing_log, trace_history
 from ldmole_dist.report.inputs import adapter_config, load_model, read_data
-from ldmole_dist.report.movement import read_curves, trace_movement
-from ldmole_dist.report.page import Material, key_numbers, render, sections
+from ldmole_dist.report.page import ReportData, sections, summary
 
-BATCH_SIZE = 8  # where no run says otherwise
+BATCH_SIZE = 8  # for an adapter without a run
+LEAD = (
+    "Routing of an LD-MoLE adapter: how many experts each token uses, which ones, and how this changed during training."
+)
 
 
 def report(args: argparse.Namespace) -> int:
-    """Run it.
+    """Write the report and print its summary.
+
+    Returns:
+        Exit code 0.
 
     Raises:
-        UserError: where the folder, the data or the output is not as it must be.
+        UserError: If the run, the data or the output folder cannot be used.
     """
     saved = find_saved_model(args.run_or_adapter, args.backbone)
     tokenizer = load_tokenizer(saved.backbone)
     data = read_data(saved, args.data, args.limit, tokenizer)
-    curves = read_curves(saved.run)
-    output = Path(args.output) if args.output else _default_output(saved.run, saved.name)
-    _prepare(output)
+    records = read_routing_log(saved.run)
+    output = Path(args.output or (saved.run / "report" if saved.run else f"report_{saved.name}"))
+    writing = f"the report in --output {output}"
+    with write_errors(writing):  # fail before the data is routed
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     config = saved.config
     precision = args.precision or (config.parallelism.precision if config else "bf16")
     batch_size = args.batch_size or (config.optimisation.micro_batch_size if config else BATCH_SIZE)
@@ -42,48 +51,24 @@ def report(args: argparse.Namespace) -> int:
     pad_id = int(tokenizer.pad_token_id)
 
     started = time.perf_counter()
-    observed = collect(model, data.examples, pad_id, batch_size, "routing the data")
+    observed = collect(model, data.examples, pad_id, batch_size)
     seconds = time.perf_counter() - started
-    every = [example for examples in data.examples.values() for example in examples]
-    movement = trace_movement(model, saved, every, pad_id, batch_size)
+    examples = [example for of_domain in data.examples.values() for example in of_domain]
+    history = trace_history(model, saved, examples, pad_id, batch_size)
 
     device = next(model.parameters()).device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    how = f"{precision} on {where}, {1000 * seconds / int(observed.tokens_V.sum()):.2g} s for 1,000 tokens"
-    material = Material(saved, adapter_config(model), data, observed, movement, curves, how)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    drawn = sections(material, tokenizer)
-    written = f"Written by ldmole report on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."
-    figures = [part for section in drawn for part in section.parts if isinstance(part, Figure)]
-    try:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    setup = f"{precision}, {name}, {1000 * seconds / int(observed.tokens_V.sum()):.2g} s per 1,000 tokens"
+    contents = ReportData(saved, adapter_config(model), data, observed, history, records, setup)
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # warns about each font it does not find
+    drawn = sections(contents, tokenizer)
+    footer = f"Written by ldmole report on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."
+    figures = [part for section in drawn for part in section.parts if isinstance(part, html.Figure)]
+    with write_errors(writing):
         for figure in figures:
             atomic_write(output / f"{figure.name}.png", figure.png)
-        atomic_write(output / "index.html", render(material, drawn, written))
-    except OSError as error:
-        raise _not_writable(output, error) from error
-    for name, value in key_numbers(material):
-        print(f"{name + ':':19}{value}")
-    print(f"{'report:':19}{output / 'index.html'} ({len(figures)} figures, also as PNG files beside it)")
+        atomic_write(output / "index.html", html.page(f"Routing report: {saved.name}", LEAD, drawn, footer))
+    for key, value in summary(contents):
+        print(f"{key + ':':24}{value}")
+    print(f"{'report:':24}{output / 'index.html'} ({len(figures)} figures, also as PNG files)")
     return 0
-
-
-def _default_output(run: Path | None, name: str) -> Path:
-    return Path(f"report_{name}") if run is None else run / "report"
-
-
-def _prepare(output: Path) -> None:
-    """Make the folder, and see that it can be written before anything is computed."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise _not_writable(output, error) from error
-
-
-def _not_writable(output: Path, error: OSError) -> UserError:
-    return UserError(
-        f"the report cannot be written to {output}: {error.strerror or error}; make room or permissions there, or choose "
-        "another folder with --output"
-    )

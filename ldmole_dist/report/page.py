@@ -1,139 +1,134 @@
-"""The report's page: key numbers, then the figures in the order of the questions that they answer."""
+"""Content of the report's page: summary, figures with the captions of figures.toml, and the table of domains."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from string import Template
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from ldmole_dist.method.statistics import added, summarize
 from ldmole_dist.model.saved import SavedModel
 from ldmole_dist.monitor.linears import Linears
-from ldmole_dist.report.by_layer import (
-    counts_said,
-    experts_by_layer,
-    experts_histogram,
-    has_lambda,
-    lambda_by_layer,
-    load_map,
-    spread,
-)
-from ldmole_dist.report.coactivation import coactivation
+from ldmole_dist.report import by_layer, history_figures, html
+from ldmole_dist.report.coactivation import MIN_EXPECTED, coactivation
 from ldmole_dist.report.collect import Observed
-from ldmole_dist.report.course import curves, movement_lines, movement_map
 from ldmole_dist.report.domains import domain_figure, domain_table
-from ldmole_dist.report.html import Figure, Section, Table, page
+from ldmole_dist.report.history import RoutingHistory
 from ldmole_dist.report.inputs import DataSet
-from ldmole_dist.report.movement import Movement
-from ldmole_dist.report.tokens import tokens_figure
+from ldmole_dist.report.style import STYLE, png
+from ldmole_dist.report.tokens import most_frequent, rank_correlation, tokens_figure
 from ldmole_dist.tuner.config import LdMoleConfig
+
+FIGURES: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_name("figures.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
-class Material:
-    """Everything that a report says.
+class ReportData:
+    """Everything that a report shows.
 
     Attributes:
-        saved: run or adapter.
-        config: of the adapter.
-        data: what went through it.
-        observed: what the routers did.
-        movement: over the run's checkpoints, if there are any.
-        curves: lines of the run's routing.jsonl.
-        how: device and precision.
+        saved: Run or adapter.
+        config: Config of the adapter.
+        data: Data set that was routed.
+        observed: Routing of the data set.
+        history: Routing over the run's checkpoints, if there are any.
+        records: Lines of the run's routing.jsonl.
+        setup: Precision, device and speed.
     """
 
     saved: SavedModel
     config: LdMoleConfig
     data: DataSet
     observed: Observed
-    movement: Movement | None
-    curves: Sequence[Mapping[str, Any]]
-    how: str
+    history: RoutingHistory | None
+    records: Sequence[Mapping[str, Any]]
+    setup: str
 
 
-def key_numbers(material: Material) -> list[tuple[str, str]]:
-    """(what, value) for the summary and the terminal."""
-    saved, config, data, observed = material.saved, material.config, material.data, material.observed
-    sums = observed.by_linear
-    linears, of = Linears(sums), {name: summarize(s) for name, s in sums.items()}
-    whole, experts = summarize(added(sums.values())), counts_said(of)
-    loads = [(load * len(s["load"]), name, e) for name, s in of.items() for e, load in enumerate(s["load"])]
-    by_experts = sorted(of, key=lambda name: of[name]["experts_per_token"])
+def summary(report: ReportData) -> list[tuple[str, str]]:
+    """Return names and values of the key numbers, for the page and the terminal."""
+    config, data, sums = report.config, report.data, report.observed.by_linear
+    linears, summaries = Linears(sums), {name: summarize(s) for name, s in sums.items()}
+    total, experts = summarize(added(sums.values())), experts_text(summaries)
+    loads = [(load * len(s["load"]), name, e) for name, s in summaries.items() for e, load in enumerate(s["load"])]
+    by_experts = sorted(summaries, key=lambda name: summaries[name]["experts_per_token"])
+    dead = sum(s["dead_experts"] for s in summaries.values())
 
-    def expert(load: tuple[float, str, int]) -> str:
-        return f"expert {load[2]} of {linears.label(load[1])}, {load[0]:.2f} times the even share of its linear's active pairs"
+    def of_linear(name: str) -> str:
+        return f"{summaries[name]['experts_per_token']:.2f} ({linears.label(name)})"
 
-    def linear(name: str) -> str:
-        return f"{of[name]['experts_per_token']:.2f} in {linears.label(name)}"
+    def of_expert(load: tuple[float, str, int]) -> str:
+        return f"{load[0]:.2f} times the even share (expert {load[2]} of {linears.label(load[1])})"
 
-    dead = sum(s["dead_experts"] for s in of.values())
-    rows = sum(map(len, data.examples.values()))
-    cut = f"; {data.full:,} rows have the {data.max_length:,} tokens that longer ones are cut to" if data.full else ""
-    return [
-        ("adapter", f"{saved.adapter}: {config.router} router, E = {experts} experts of rank r = {config.r}"),
-        ("backbone", saved.backbone),
-        ("adapted linears", f"{len(of)}: {len(linears.layers)} layers × {', '.join(linears.projections)}"),
-        ("data", f"{data.path}: {rows:,} rows, {int(observed.tokens_V.sum()):,} tokens without padding{cut}"),
-        ("run with", material.how),
-        ("experts per token", f"{whole['experts_per_token']:.2f} of {experts} in the mean over tokens and linears"),
-        ("most and fewest", f"{linear(by_experts[-1])}; {linear(by_experts[0])}"),
-        *(
-            [("λ", f"{spread(whole)} (mean ± standard deviation over tokens and linears)")]
-            if "lambda_mean" in whole
-            else []
-        ),
-        ("dead experts", f"{dead:,} of {len(loads):,} are used by no token of this data"),
-        ("most loaded", expert(max(loads))),
-        ("least loaded", expert(min(loads))),
+    rows = [
+        ("adapter", f"{report.saved.adapter}: {config.router} router, E = {experts}, r = {config.r}"),
+        ("backbone", report.saved.backbone),
+        ("adapted linears", f"{len(summaries)}: {len(linears.layers)} layers × {', '.join(linears.projections)}"),
+        ("data", f"{data.path}: {sum(map(len, data.examples.values())):,} rows"),
+        ("tokens", f"{int(report.observed.tokens_V.sum()):,} without padding"),
+        ("rows at maximum length", f"{data.full:,} of {data.max_length:,} tokens"),
+        ("setup", report.setup),
+        ("experts per token", f"{total['experts_per_token']:.2f} of {experts}, mean over tokens and linears"),
+        ("most experts", of_linear(by_experts[-1])),
+        ("fewest experts", of_linear(by_experts[0])),
+        ("dead experts", f"{dead:,} of {len(loads):,}"),
+        ("largest load", of_expert(max(loads))),
+        ("smallest load", of_expert(min(loads))),
     ]
+    if "lambda_mean" in total:
+        rows.append(("λ", f"{total['lambda_mean']:.3f} ± {total['lambda_std']:.3f} over tokens and linears"))
+    return rows
 
 
-def sections(material: Material, tokenizer: PreTrainedTokenizerBase) -> list[Section]:
-    """Draw everything."""
-    observed, data = material.observed, material.data
-    linears = Linears(observed.together)
-    of = {name: summarize(sums) for name, sums in observed.by_linear.items()}
-    how_many = [figure(linears, of) for figure in (experts_by_layer, experts_histogram)]
-    if has_lambda(of):
-        how_many.insert(0, lambda_by_layer(linears, of))
-    together = coactivation(linears, observed.together, int(observed.tokens_V.sum()))
-    drawn = [
-        Section("Summary", [Table([], key_numbers(material))]),
-        Section("How many experts", how_many),
-        Section("Which tokens", [tokens_figure(observed, tokenizer)]),
-        Section(
-            "Which experts", [load_map(linears, of), together or "There is one expert: none that it could be with."]
-        ),
-        Section("Over the run", _over_the_run(material, linears)),
-    ]
-    if data.has_domains:
-        rows = {domain: len(examples) for domain, examples in data.examples.items()}
-        of_domains = observed.by_domain
-        drawn.append(
-            Section("By domain", [domain_figure(linears, of_domains), domain_table(linears, of_domains, rows)])
-        )
-    return drawn
+def sections(report: ReportData, tokenizer: PreTrainedTokenizerBase) -> list[html.Section]:
+    """Draw all figures and return the sections of the page."""
+    linears, observed, history = Linears(report.observed.together), report.observed, report.history
+    summaries = {name: summarize(sums) for name, sums in observed.by_linear.items()}
+    use, tokens = most_frequent(observed), int(observed.tokens_V.sum())
+    correlation = rank_correlation(use.counts_N, use.experts_N)
+    values = {
+        "experts": experts_text(summaries),
+        "shown_tokens": len(use.ids_N),
+        "linears": len(summaries),
+        "correlation": "undefined" if correlation is None else f"{correlation:+.2f}",
+        "dead_experts": sum(s["dead_experts"] for s in summaries.values()),
+        "min_expected": f"{MIN_EXPECTED:g}",
+        "probe_tokens": f"{history.tokens:,}" if history else 0,
+        "skipped_checkpoints": history.skipped if history else 0,
+    }
+    with matplotlib.rc_context(STYLE):
+        figures: dict[str, Figure | None] = {
+            "lambda_by_layer": by_layer.lambda_by_layer(linears, summaries) if by_layer.has_lambda(summaries) else None,
+            "experts_by_layer": by_layer.experts_by_layer(linears, summaries),
+            "experts_histogram": by_layer.experts_histogram(linears, summaries),
+            "tokens": tokens_figure(use, tokenizer),
+            "load": by_layer.load_map(linears, summaries),
+            "coactivation": coactivation(linears, observed.together, tokens),
+            "movement": history_figures.change_map(linears, history) if history else None,
+            "movement_lines": history_figures.state_lines(linears, history) if history else None,
+            "curves": history_figures.training_lines(linears, report.records) if report.records else None,
+            "domains": domain_figure(linears, observed.by_domain) if report.data.has_domains else None,
+        }
+        content: dict[str, list[str | html.Points | html.Figure | html.Table]] = {}
+        content["Summary"] = [html.Table([], summary(report))]
+        for name, text in FIGURES.items():
+            if figure := figures[name]:
+                caption = Template(text["caption"]).substitute(values)
+                content.setdefault(text["section"], []).append(html.Figure(name, text["title"], caption, png(figure)))
+    if report.data.has_domains:
+        rows = {domain: len(examples) for domain, examples in report.data.examples.items()}
+        content["Domains"].append(domain_table(linears, observed.by_domain, rows))
+    return [html.Section(title, parts) for title, parts in content.items()]
 
 
-def _over_the_run(material: Material, linears: Linears) -> list[str | Figure]:
-    parts: list[str | Figure] = []
-    if material.movement is not None:
-        parts += [movement_map(linears, material.movement), movement_lines(linears, material.movement)]
-    if material.curves:
-        parts.append(curves(linears, material.curves))
-    return parts or ["There is no run with checkpoints, and none with a record of its routing (routing.jsonl)."]
-
-
-def render(material: Material, drawn: Sequence[Section], written: str) -> str:
-    """The document.
-
-    Args:
-        material: of the report.
-        drawn: its sections.
-        written: when and by what, for the last line.
-    """
-    lead = "What the routers of an LD-MoLE adapter do: how many experts each token uses, which ones, and which tokens use more."
-    return page(f"Routing report: {material.saved.name}", lead, drawn, written)
+def experts_text(summaries: by_layer.Summaries) -> str:
+    """Return the number of experts per linear, as "8" or "4 to 8"."""
+    counts = {len(summary["load"]) for summary in summaries.values()}
+    return str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"

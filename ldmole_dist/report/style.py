@@ -1,28 +1,29 @@
-"""How the report's figures look: colours that the colour-blind can tell apart, sizes, axes by layer, PNG."""
+"""Shared look of the report's figures: colors, sizes, panels, line plots, heat maps and PNG output."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ldmole_dist.monitor.linears import Linears
 
-# Okabe and Ito's palette without its yellow, which is too light for lines.
+# Okabe and Ito's palette for color-blind readers, without yellow, which is too light for lines.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", ":", "-."]
 GREY = "#777777"
 MISSING = "#D9D9D9"
-AROUND_A_CENTRE = "PuOr_r"  # purple below, white at, orange above
-FROM_ZERO = "cividis"
-STYLE: Any = {
+DIVERGING = "PuOr_r"  # purple below the center, white at the center, orange above
+SEQUENTIAL = "cividis"
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.labelsize": 11,
@@ -39,41 +40,28 @@ STYLE: Any = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 }
-WIDTH = 12.0  # inches of a figure
+WIDTH = 12.0  # inches
 DPI = 130
 
 
-def styled() -> Any:
-    """A context in which figures are drawn and written in this style."""
-    return matplotlib.rc_context(STYLE)
-
-
 def png(figure: Figure) -> bytes:
-    """The figure as a file."""
+    """Return the figure as a PNG file; equal figures give equal files."""
     buffer = io.BytesIO()
-    # Without a date and a version: the same data gives the same file.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def line_style(index: int) -> dict[str, Any]:
-    """Colour, marker and, once the colours have been used, another line."""
-    n = len(PALETTE)
-    return {
-        "color": PALETTE[index % n],
-        "marker": MARKERS[index % n],
-        "linestyle": LINES[index // n % len(LINES)],
-    }
-
-
 def panels(count: int, height: float, columns: int = 4, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, each `height` inches high.
+    """Create a figure with a grid of panels.
 
     Args:
-        count: of panels.
-        height: of each row.
-        columns: at most.
-        options: for `Figure.subplots`.
+        count: Number of panels.
+        height: Height of each row in inches.
+        columns: Maximum number of panels in a row.
+        options: Keyword arguments of `Figure.subplots`.
+
+    Returns:
+        The figure, and the axes of its `count` panels.
     """
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -82,32 +70,78 @@ def panels(count: int, height: float, columns: int = 4, **options: Any) -> tuple
     for unused in axes[count:]:
         unused.set_axis_off()
     for ax in axes[:count]:
-        ax.tick_params(labelbottom=True)  # also where the axis below is shared, or there is none
+        ax.tick_params(labelbottom=True)  # sharex hides them, also where the panel below is unused
     return figure, axes[:count]
 
 
+def line_style(index: int) -> dict[str, Any]:
+    """Return color, marker and line style number `index`; the line style changes after each pass through the palette."""
+    n = len(PALETTE)
+    return {"color": PALETTE[index % n], "marker": MARKERS[index % n], "linestyle": LINES[index // n % len(LINES)]}
+
+
+def plot_lines(ax: Axes, title: str, x: Sequence[float] | np.ndarray, lines: Mapping[str, Iterable[float]]) -> None:
+    """Plot one labeled line per entry of `lines`; markers are left out above 40 points."""
+    for index, (label, values) in enumerate(lines.items()):
+        y = list(values)
+        style = line_style(index) if len(x) <= 40 else line_style(index) | {"marker": None}
+        ax.plot(x[: len(y)], y, label=label, **style)
+    ax.set_title(title)
+
+
+def legend_above(figure: Figure, ax: Axes, title: str | None = None) -> None:
+    """Add a legend of the lines of `ax` above all panels, and make the figure taller by its height."""
+    handles, labels = ax.get_legend_handles_labels()
+    columns = min(7, len(labels))
+    rows = -(-len(labels) // columns) + (title is not None)
+    figure.set_size_inches(WIDTH, figure.get_figheight() + 0.1 + 0.25 * rows)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
+
+
+def heat_map(ax: Axes, values: np.ndarray, **options: Any) -> AxesImage:
+    """Draw a matrix as a heat map; NaN is grey.
+
+    Args:
+        ax: Axes to draw into.
+        values: (rows, columns).
+        options: Keyword arguments of `Axes.imshow`.
+    """
+    image = ax.imshow(np.ma.masked_invalid(values), interpolation="nearest", **options)
+    ax.set_facecolor(MISSING)
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=GREY)
+    return image
+
+
+def log2_norm(values: Iterable[np.ndarray], least: float, most: float) -> CenteredNorm:
+    """Return a color scale for binary logarithms, centered at 0.
+
+    Args:
+        values: Arrays that share the scale; non-finite elements are ignored.
+        least: Minimum half range.
+        most: Maximum half range.
+    """
+    every = np.abs(np.concatenate([array.ravel() for array in values]))
+    return CenteredNorm(0, float(np.clip(max(every[np.isfinite(every)], default=least), least, most)))
+
+
+def log2_colorbar(figure: Figure, axes: Sequence[Axes], image: AxesImage, label: str) -> None:
+    """Add the color bar of an image that was drawn with `log2_norm`; its labels are ratios."""
+    limit = image.norm.vmax
+    ticks = np.linspace(-limit, limit, 5)
+    bar = figure.colorbar(image, ax=axes, fraction=0.03, aspect=30)
+    bar.set_ticks(list(ticks), labels=[f"{2**t:.3g}" for t in ticks])
+    bar.set_label(label)
+
+
 def layer_ticks(axis: Any, linears: Linears, most: int = 9) -> None:
-    """Mark layers on an axis whose positions are 0, 1, 2, ...: not more labels than can be read."""
+    """Label an axis with layer numbers, with at most `most` labels."""
     labels = linears.layer_labels()
     shown = range(0, len(labels), -(-len(labels) // most))
     axis.set_ticks(list(shown), [labels[i] for i in shown])
 
 
-def map_axes(axes: Axes) -> None:
-    """A heat map has no grid and a whole frame."""
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(True)
-        spine.set_color(GREY)
-
-
 def expert_ticks(axis: Any, experts: int, most: int = 8) -> None:
-    """Mark experts, from 0."""
+    """Label an axis with expert numbers, with at most `most` labels."""
     axis.set_ticks(range(0, experts, -(-experts // most)))
-
-
-def log2_limit(values: np.ndarray | Sequence[float], least: float, most: float) -> float:
-    """Half the range of a colour scale of binary logarithms."""
-    finite = np.abs(np.asarray(values, dtype=float))
-    finite = finite[np.isfinite(finite)]
-    return float(np.clip(finite.max() if len(finite) else least, least, most))

@@ -1,4 +1,4 @@
-"""Which backbone is taken, and what is said of those that cannot be planned for."""
+"""Backbones of `ldmole plan`, and the messages for those that it does not support."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ldmole_dist.selftest.tiny import SIZES
 LLAMA: dict[str, Any] = {"model_type": "llama", **SIZES}
 
 
-def refused(backbone: Path | str, capsys: pytest.CaptureFixture[str]) -> str:
+def error_of(backbone: Path | str, capsys: pytest.CaptureFixture[str]) -> str:
     assert main(["plan", "--backbone", str(backbone), "--gpus", "1", "--gpu-memory", "80GB"]) == EXIT_EXPLAINED
     out, error = capsys.readouterr()
-    last = error.splitlines()[-1]  # transformers may have warned before
+    last = error.splitlines()[-1]  # transformers may print warnings first
     assert last.startswith("error: --backbone") and "Traceback" not in error and not out
     return last
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "message"),
     [
         (LLAMA | dict(hidden_size="64"), "Field 'hidden_size' expected int, got str"),
         (
@@ -35,35 +35,35 @@ def refused(backbone: Path | str, capsys: pytest.CaptureFixture[str]) -> str:
         (LLAMA | dict(num_attention_heads=0), "has num_attention_heads=0, which must be at least 1"),
         (LLAMA | dict(num_hidden_layers=0), "has num_hidden_layers=0, which must be at least 1"),
         (LLAMA | dict(num_key_value_heads=3), "num_key_value_heads=3, which must divide num_attention_heads=4"),
-        (LLAMA | dict(hidden_act="wavy"), "has hidden_act='wavy', which is not one of gelu"),
+        (LLAMA | dict(hidden_act="wavy"), "has hidden_act='wavy'; use one of gelu"),
         (LLAMA | dict(rope_scaling=dict(type="odd", factor=2.0)), "cannot be built by transformers (KeyError: 'odd')"),
-        (LLAMA | dict(quantization_config=dict(quant_method="gptq", bits=4)), "of a quantised model"),
-        (dict(model_type="llama", hidden_size=64), "does not say vocab_size, intermediate_size, num_hidden_layers"),
-        (dict(model_type="gemma3", text_config=LLAMA | dict(model_type="gemma3_text")), "write its text_config into"),
-        (dict(model_type="t5"), "is of 't5', with an encoder"),
-        (dict(model_type="vit"), "is of 'vit', which is no causal language model"),
-        (dict(model_type="mamba"), "is of 'mamba', which has no attention heads"),
-        (LLAMA | dict(model_type="mixtral", num_local_experts=4), "mlp.experts.gate_up_proj has three dimensions"),
+        (LLAMA | dict(quantization_config=dict(quant_method="gptq", bits=4)), "is a quantized model"),
+        (dict(model_type="llama", hidden_size=64), "does not contain vocab_size, intermediate_size, num_hidden_layers"),
+        (dict(model_type="gemma3", text_config=LLAMA | dict(model_type="gemma3_text")), "save its text_config as"),
+        (dict(model_type="t5"), "with model_type 't5' is an encoder-decoder model"),
+        (dict(model_type="vit"), "with model_type 'vit' is not a causal language model"),
+        (dict(model_type="mamba"), "with model_type 'mamba' is a model without attention heads"),
+        (LLAMA | dict(model_type="mixtral", num_local_experts=4), "mlp.experts.gate_up_proj of this mixtral has three"),
         (dict(model_type="unheard-of"), "unheard-of"),
         ({}, "has no model_type"),
         ([LLAMA], "has no model_type"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_a_config_that_cannot_be_planned(
-    config: Any, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_unsupported_config_is_explained(
+    config: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert says in refused(tmp_path, capsys)
+    assert message in error_of(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00"])
-def test_a_file_that_is_no_json(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_json_is_explained(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    assert f"{tmp_path / 'config.json'} is no JSON: " in refused(tmp_path, capsys)
+    assert f"{tmp_path / 'config.json'} is not JSON (" in error_of(tmp_path, capsys)
 
 
-def test_a_file_that_cannot_be_read(
+def test_unreadable_file_is_explained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
@@ -71,29 +71,26 @@ def test_a_file_that_cannot_be_read(
     def denied(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)  # the superuser may read everything
-    assert refused(tmp_path, capsys).endswith("cannot be read: Permission denied")
+    monkeypatch.setattr(Path, "open", denied)  # file modes do not restrict root
+    assert error_of(tmp_path, capsys).endswith("cannot be read: Permission denied.")
 
 
-def test_gguf_is_to_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gguf_message_names_the_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.Q4_0.gguf"
     file.write_bytes(b"GGUF\x03\x00\x00\x00")
     for given in (file, tmp_path):
-        assert f"make a model folder of it with `ldmole convert {file} FOLDER`" in refused(given, capsys)
+        assert f"convert it with `ldmole convert {file} FOLDER`" in error_of(given, capsys)
 
 
-def test_a_folder_that_is_called_like_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_with_config_takes_precedence_over_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path("SmolLM2-135M")
     folder.mkdir()
-    assert is_preset("SmolLM2-135M") and not is_preset("./SmolLM2-135M")  # without a config.json it is not meant
+    assert is_preset("SmolLM2-135M") and not is_preset("./SmolLM2-135M")  # the folder has no config.json yet
     assert load_backbone_config("SmolLM2-135M").hidden_size == 576
-    with pytest.raises(UserError, match="nor a folder with one"):
+    with pytest.raises(UserError, match="a folder with one"):
         load_backbone_config("./SmolLM2-135M")
     (folder / "config.json").write_text(json.dumps(LLAMA))
     assert not is_preset("SmolLM2-135M")
-    assert (
-        load_backbone_config("SmolLM2-135M").hidden_size
-        == load_backbone_config("./SmolLM2-135M").hidden_size
-        == SIZES["hidden_size"]
-    )
+    for name in ("SmolLM2-135M", "./SmolLM2-135M"):
+        assert load_backbone_config(name).hidden_size == SIZES["hidden_size"]

@@ -1,4 +1,4 @@
-"""`ldmole plan` as a user calls it."""
+"""The command `ldmole plan`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldmole_dist.cli import main
 from ldmole_dist.config import load_config
 from ldmole_dist.engine.ds_config import resolve_run
 from ldmole_dist.errors import EXIT_EXPLAINED, UserError
-from ldmole_dist.planner.choose import Line, Machine, all_lines
+from ldmole_dist.planner.candidates import Candidate, Machine, all_candidates
 from ldmole_dist.planner.command import parse_memory
 from ldmole_dist.planner.memory import PARTS
 from ldmole_dist.planner.presets import load_backbone_config, preset_names
@@ -23,11 +23,11 @@ from ldmole_dist.planner.write import write_configs
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import make_folder, run_training
 
-# One workload for nearly all: what is traced of it is remembered.
+# Most tests share one workload, so that its traces are cached.
 SMALL = ["--micro-batch", "2", "--answer-tokens", "64"]
 BASE = ["plan", "--backbone", "Llama-3.2-1B", *SMALL, "--gpus", "8", "--gpu-memory", "80GB"]
 
-# Of the weights that are published; Qwen's small models tie their heads, which their files hold all the same.
+# Parameters in the published files; those of Qwen's small models also contain their tied heads.
 PUBLISHED = {
     "SmolLM2-135M": 134_515_008,
     "Llama-3.2-1B": 1_235_814_400,
@@ -67,7 +67,7 @@ def test_presets_have_the_published_number_of_parameters() -> None:
         pytest.param("64", "Llama-3.1-70B", "4", marks=pytest.mark.full),
     ],
 )
-def test_plan_and_what_it_writes(
+def test_written_config_is_the_recommended_one(
     gpus: str, backbone: str, micro_batch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*BASE, "--backbone", backbone, "--gpus", gpus, "--micro-batch", micro_batch]
@@ -76,9 +76,9 @@ def test_plan_and_what_it_writes(
     printed = capsys.readouterr().out
     assert "recommended: ZeRO" in printed and "assumed rates: 150 TFLOP/s" in printed
     assert printed.startswith(f"{backbone} (preset): {PUBLISHED[backbone]:,} frozen parameters")
-    for sentence in ("it takes", "ep_size", "gradient checkpointing", "ZeRO", "offload"):
-        assert any(line.startswith("  - ") and sentence in line for line in printed.splitlines()), sentence
-    assert "still to be filled in: backbone.path, run.output_dir" in printed
+    for reason in ("memory:", "step:", "ep_size", "checkpointing", "stage", "offload"):
+        assert any(line.startswith(f"  - {reason} ") for line in printed.splitlines()), reason
+    assert "to be filled in: backbone.path, run.output_dir" in printed
     config = load_config(str(tmp_path / "plan" / "run.yaml"), [])
     resolved = resolve_run(config, int(gpus))
     assert resolved["train_micro_batch_size_per_gpu"] == int(micro_batch)
@@ -89,11 +89,12 @@ def test_plan_and_what_it_writes(
     assert json.loads((tmp_path / "plan" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == stage
 
 
-def test_json_has_every_line_and_the_best_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lists_all_candidates_best_first(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys)
     lines = plan["lines"]
     assert len(lines) == 6 * 4 * 2  # shipped configs, ep_size 1 2 4 8, recomputation or not
     assert plan["preset"] and plan["backbone"] == "Llama-3.2-1B"
+    assert plan["workload"]["rank"] == 8 and plan["workload"]["micro_batch"] == 2
     assert plan["recommended"]["strategy"] == lines[0]["strategy"] and plan["recommended"]["reasons"]
     fits = [line["fits"] for line in lines]
     assert fits == sorted(fits, reverse=True)
@@ -106,151 +107,148 @@ def test_json_has_every_line_and_the_best_first(capsys: pytest.CaptureFixture[st
     assert times[0] <= 1.02 * min(times)
 
 
-def test_rates_change_what_is_recommended(capsys: pytest.CaptureFixture[str]) -> None:
-    # Where next to nothing but bytes counts, the line that sends fewest is taken.
+def test_recommendation_depends_on_rates_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    # With a very slow network, the candidate that sends the fewest bytes is recommended.
     plan = planned(capsys, "--bandwidth", "0.001")
     fewest = min(line["bytes_sent"] for line in plan["lines"] if line["fits"])
     assert plan["recommended"]["bytes_sent"] <= 1.05 * fewest
     assert plan["recommended"]["seconds"]["wire"] > plan["recommended"]["seconds"]["compute"]
-    # With little memory, what would be faster does not fit.
+    # With little memory, the faster candidates do not fit.
     wide, narrow = (planned(capsys, "--gpu-memory", size)["recommended"] for size in ("80GB", "8GB"))
     assert not wide["strategy"]["checkpointing"] and narrow["strategy"]["checkpointing"]
     assert wide["step_seconds"] < narrow["step_seconds"]
 
 
-def test_all_shows_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_lists_candidates_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     short, everything = (printed(capsys, "--gpu-memory", "8GB", *more) for more in ([], ["--all"]))
-    assert "lines do not fit, by" in short and " lacks " not in short.partition("recommended")[0]
-    assert " lacks " in everything and len(everything.splitlines()) > len(short.splitlines())
+    rows, recommended = short.split("recommended")[0].splitlines(), everything.split("recommended")[0]
+    assert any(" do not fit: " in row for row in rows) and not any(row.endswith("per GPU missing") for row in rows)
+    assert "per GPU missing" in recommended and len(everything.splitlines()) > len(short.splitlines())
 
 
-def test_reasons_agree_with_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    said = set()
+def test_reasons_agree_with_the_candidates(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = set()
     for where in (["--gpus", "8"], ["--gpus", "1"], ["--gpus", "7", "--gpu-memory", "4GB"]):
         plan = planned(capsys, *where)
         best = plan["recommended"]
         fitting = [line["step_seconds"] for line in plan["lines"] if line["fits"]]
         if len(fitting) == 1:
-            expected = "no other line fits"
+            expected = "step: only candidate that fits"
         elif best["step_seconds"] == min(fitting):
-            expected = f"of the {len(fitting)} lines that fit none has a shorter step"
+            expected = f"step: shortest of {len(fitting)} candidates that fit"
         else:
-            expected = "its step is as short as that of "
-        assert expected in best["reasons"][0]
-        said.add(expected[:6])
-        # One GPU has nobody to spread experts to.
-        assert any("ep_size" in reason for reason in best["reasons"][1:]) == (where[1] == "8")
-    assert len(said) == 3
+            expected = "step: within 2% of the shortest"
+        assert best["reasons"][1].startswith(expected)
+        seen.add(expected[:10])
+        # A single GPU and 7 GPUs allow no other expert-parallel size for 8 experts.
+        assert any(reason.startswith("ep_size 1 -> ") for reason in best["reasons"]) == (where[1] == "8")
+    assert len(seen) == 3
 
 
-def test_offloading_needs_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    # Of seven GPUs none shares experts with another; only offloaded parameters leave room for a step.
+def test_offload_needs_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    # 7 GPUs allow no expert parallelism for 8 experts; in 4 GB only offloaded parameters fit.
     offload = ["--gpus", "7", "--gpu-memory", "4GB"]
-    (reason,) = (line for line in printed(capsys, *offload).splitlines() if "- offloading optimizer+params" in line)
-    assert reason.endswith("it needs 3.7 GB of host memory a node, which is not checked (--host-memory)")
-    text = printed(capsys, *offload, "--host-memory", "1TB")
-    assert "it needs 3.7 GB of the 1,000 GB of host memory a node" in text and "not checked" not in text
+    assert "  - host memory: 3.7 GB per node, not checked (--host-memory)\n" in printed(capsys, *offload)
+    assert "  - host memory: 3.7 GB per node, of 1,000 GB\n" in printed(capsys, *offload, "--host-memory", "1TB")
 
     enough, short = ([*offload, "--host-memory", size] for size in ("3.7GB", "3.6GB"))
     assert planned(capsys, *enough)["recommended"]["host_bytes_of_node"] == pytest.approx(3.68e9, rel=0.01)
     assert main([*BASE, *short]) == EXIT_EXPLAINED
     out, error = capsys.readouterr()
-    assert "lacks 0.08 GB of host memory a node" in out
-    assert "no line fits into 3.6 GB a GPU and 3.6 GB of host memory a node." in error
-    assert "optimizer+params offloaded, needs 3.7 GB of host memory a node: 0.08 GB more." in error
-    assert error.endswith("It would fit with --gpus 14\n")  # over two nodes; no smaller batch would help
+    assert "0.08 GB of host memory per node missing" in out
+    assert "No candidate fits into 3.6 GB per GPU and 3.6 GB of host memory per node." in error
+    assert "optimizer+params offloaded: 0.08 GB of host memory per node missing" in error
+    assert error.endswith("Use one of: --gpus 14.\n")  # over two nodes; a smaller batch does not reduce host memory
     assert planned(capsys, *short, "--gpus", "14")["recommended"]["fits"]
-    # What does not offload does not ask for it.
+    # Candidates without offload need no host memory.
     assert planned(capsys, "--host-memory", "1MB")["recommended"]["strategy"]["offload"] == "none"
 
 
-@pytest.mark.full  # the settings that would help are many workloads
-def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.full  # the suggested settings are traced one by one
+def test_suggested_settings_fit(capsys: pytest.CaptureFixture[str]) -> None:
     large = [*BASE, "--gpu-memory", "4.5GB", "--micro-batch", "8"]
     assert main(large) == EXIT_EXPLAINED
     out, error = capsys.readouterr()
-    assert "recommended" not in out and " lacks " in out
-    assert error.startswith("error: no line fits into 4.0 GB a GPU. The closest, ") and error.count("\n") == 1
-    assert "more (" in error
-    # What is said to help does.
-    advice = error.partition("It would fit with ")[2]
-    option, number = advice.split()[:2]
+    assert "recommended" not in out and " missing" in out
+    assert error.startswith("error: No candidate fits into 4.0 GB per GPU. The closest is ") and error.count("\n") == 1
+    assert "(largest parts: " in error
+    option, number = error.partition("Use one of: ")[2].split()[:2]
     assert option == "--micro-batch"
-    assert main([*large, option, number.strip(";\n")]) == 0
+    assert main([*large, option, number.strip(";.\n")]) == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        (["--backbone", "Lama-8B"], "nor one of SmolLM2-135M, Qwen3-0.6B, Llama-3.2-1B"),
-        (["--gpu-memory", "80 apples"], "--gpu-memory '80 apples' is no size: write it like 80GB"),
-        (["--gpu-memory", "0GB"], "is no size"),
-        (["--host-memory", "much"], "--host-memory 'much' is no size"),
-        (["--active", "0.5"], "active=0.5 must lie between 1 and num_experts=8"),
-        (["--answer-tokens", "2000"], "answer_tokens=2000 must lie between 1 and seq=1024"),
-        (["--active", "9"], "active=9.0 must lie between 1 and num_experts=8"),
-        (["--active", "nan"], "active=nan must lie between 1"),
-        (["--tflops", "0"], "tflops=0.0 must be above 0 and finite"),
-        (["--tflops", "nan"], "tflops=nan must be above 0 and finite"),
-        (["--bandwidth", "inf"], "bandwidth=inf must be above 0 and finite"),
-        (["--inter-bandwidth", "-1"], "bandwidth=-1.0 must be above 0 and finite"),
-        (["--host-bandwidth", "nan"], "host_bandwidth=nan must be above 0 and finite"),
-        (["--gpu-memory", "9" * 400], "is no size"),
-        (["--reserve", "1"], "reserved=1.0 must lie in [0, 1)"),
+        (["--backbone", "Lama-8B"], "or one of SmolLM2-135M, Qwen3-0.6B, Llama-3.2-1B"),
+        (["--gpu-memory", "80 apples"], "--gpu-memory '80 apples' is not a size; write it like 80GB"),
+        (["--gpu-memory", "0GB"], "is not a size"),
+        (["--host-memory", "much"], "--host-memory 'much' is not a size"),
+        (["--active", "0.5"], "active=0.5 must be between 1 and num_experts=8"),
+        (["--answer-tokens", "2000"], "answer_tokens=2000 must be between 1 and seq=1024"),
+        (["--active", "9"], "active=9.0 must be between 1 and num_experts=8"),
+        (["--active", "nan"], "active=nan must be between 1"),
+        (["--tflops", "0"], "tflops=0.0 must be positive and finite"),
+        (["--tflops", "nan"], "tflops=nan must be positive and finite"),
+        (["--bandwidth", "inf"], "bandwidth=inf must be positive and finite"),
+        (["--inter-bandwidth", "-1"], "bandwidth=-1.0 must be positive and finite"),
+        (["--host-bandwidth", "nan"], "host_bandwidth=nan must be positive and finite"),
+        (["--gpu-memory", "9" * 400], "is not a size"),
+        (["--reserve", "1"], "reserved=1.0 must be in [0, 1)"),
         (["--target-modules", "query"], "query"),
         (["--write", "{folder}"], "run.yaml already exists"),
     ],
 )
-def test_bad_input(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_explained(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run.yaml").touch()
     assert main([*BASE, *(a.format(folder=tmp_path) for a in arguments)]) == EXIT_EXPLAINED
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and says in error and error.count("\n") == 1
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_written_files_are_new_and_whole(tmp_path: Path) -> None:
-    line = Line(Workload(load_backbone_config("Llama-3.2-1B")), Strategy(2, 1), Machine(2, 10**9))
+def test_existing_files_are_never_replaced(tmp_path: Path) -> None:
+    candidate = Candidate(Workload(load_backbone_config("Llama-3.2-1B")), Strategy(2, 1), Machine(2, 10**9))
     run, deepspeed = tmp_path / "run.yaml", tmp_path / "deepspeed.json"
-    write_configs(line, tmp_path, None, None, None)
+    write_configs(candidate, tmp_path, None, None, None)
     texts = run.read_text(), deepspeed.read_text()
     for present, absent in ((run, deepspeed), (deepspeed, run)):
         before = absent.read_text()
         absent.unlink()
         with pytest.raises(UserError, match=f"{present.name} already exists"):
-            write_configs(replace(line, strategy=Strategy(2, 2)), tmp_path, None, None, None)
+            write_configs(replace(candidate, strategy=Strategy(2, 2)), tmp_path, None, None, None)
         assert present.read_text() in texts and not absent.exists()
         absent.write_text(before)
     with pytest.raises(UserError, match="run.yaml already exists"):
-        write_configs(line, run, None, None, None)  # a file, where a folder should be
+        write_configs(candidate, run, None, None, None)  # the folder is a file
 
 
-def test_no_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_gpus_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "--backbone", "Llama-3.2-1B", "--gpus", "0", "--gpu-memory", "80GB"])
     assert stopped.value.code == 2 and "'0' is not a number from 1 on" in capsys.readouterr().err
 
 
-def test_experts_are_spread_only_where_that_is_possible() -> None:
+def test_ep_size_divides_gpus_and_experts() -> None:
     workload = Workload(load_backbone_config("Llama-3.2-1B"), num_experts=6)
-    assert {line.strategy.ep_size for line in all_lines(workload, Machine(gpus=8, memory=10**9))} == {1, 2}
+    assert {c.strategy.ep_size for c in all_candidates(workload, Machine(gpus=8, memory=10**9))} == {1, 2}
 
 
-def test_sizes() -> None:
-    assert (
-        parse_memory("80GB") == 80 * 10**9
-        and parse_memory(" 79 GiB ") == 79 * 2**30
-        and parse_memory("1.5tb") == 15 * 10**11
-    )
+def test_memory_units() -> None:
+    assert parse_memory("80GB") == 80 * 10**9
+    assert parse_memory(" 79 GiB ") == 79 * 2**30
+    assert parse_memory("1.5tb") == 15 * 10**11
 
 
 @pytest.mark.full
-def test_what_is_written_trains(ranks2: LocalRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_written_config_trains(ranks2: LocalRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(tmp_path)
     arguments = ["--experts", "4", "--rank", "2", "--lambda-hidden", "16", "--seq", "32", "--micro-batch", "2"]
     where = ["--gpus", "2", "--gpu-memory", "2GB", "--precision", "fp32", "--write", str(tmp_path / "plan")]
     given = ["--train", str(tmp_path / "train.jsonl"), "--output-dir", str(tmp_path / "run")]
     assert main(["plan", "--backbone", str(tmp_path / "backbone"), *arguments, *where, *given]) == 0
-    assert "still to be filled in" not in capsys.readouterr().out
+    assert "to be filled in" not in capsys.readouterr().out
     steps = ["optimisation.epochs=null", "optimisation.max_steps=1"]
     ranks2.run(run_training, str(tmp_path / "plan" / "run.yaml"), *steps)
     (metrics,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())

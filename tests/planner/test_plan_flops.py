@@ -1,4 +1,4 @@
-"""FLOPs against torch's counter on a small model."""
+"""FLOPs compared with torch's counter on a small model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldmole_dist.planner.flops import PARTS, flops, forward_flops
 from ldmole_dist.planner.shapes import meta_model
 from ldmole_dist.planner.workload import Strategy, Workload
 
-TOLERANCE = 0.02  # the first layer needs no gradient of its input, which the closed forms leave in
+TOLERANCE = 0.02  # the closed forms count the gradient of the first layer's input, which is not computed
 
 LLAMA = LlamaConfig(
     vocab_size=4000,
@@ -28,8 +28,10 @@ LLAMA = LlamaConfig(
     num_key_value_heads=2,
     head_dim=64,
 )
-WORKLOAD = Workload(LLAMA, num_experts=4, rank=4, lambda_hidden=64, micro_batch=2, seq=64, active=4.0, precision="fp32")
-# torch counts the attention kernels of GPUs and leaves out the CPU's.
+WORKLOAD = Workload(
+    LLAMA, num_experts=4, lora_rank=4, lambda_hidden=64, micro_batch=2, seq=64, active=4.0, precision="fp32"
+)
+# FlopCounterMode of torch 2.13 counts attention on GPUs only.
 CPU_ATTENTION: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -47,7 +49,7 @@ MODULES = {
 
 
 def counted(checkpointing: bool, backward: bool = True) -> FlopCounterMode:
-    """A micro-batch of the real model under torch's counter."""
+    """Run a micro-batch of the real model under torch's counter."""
     model = meta_model(WORKLOAD).to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -62,17 +64,17 @@ def counted(checkpointing: bool, backward: bool = True) -> FlopCounterMode:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_as_torch_counts(checkpointing: bool) -> None:
+def test_step_flops_match_torch(checkpointing: bool) -> None:
     predicted = flops(WORKLOAD, Strategy(1, 0, 1, checkpointing=checkpointing))
     assert set(predicted) == set(PARTS) and (predicted["recompute"] > 0) == checkpointing
     total = counted(checkpointing).get_total_flops()
     assert abs(sum(predicted.values()) / total - 1) < TOLERANCE, (predicted, total)
-    if not checkpointing:  # the rest is what q, k and v of the first layer would need for the gradient of their input
+    if not checkpointing:  # the difference is the gradient of the input of the first layer's q, k and v
         T, D, columns = WORKLOAD.tokens, 256, (256 + 128 + 128) + 3 * 4 + 64 + 3 * 4 * 4  # base, routers, lambda-MLP, A
         assert sum(predicted.values()) - total == 2 * T * D * columns
 
 
-def test_every_part_of_a_forward_as_torch_counts() -> None:
+def test_forward_flops_match_torch_by_part() -> None:
     """In a backward torch's counter does not tell modules apart."""
     by_module = counted(False, backward=False).get_flop_counts()
     sums = dict.fromkeys(MODULES, 0)
@@ -87,7 +89,7 @@ def test_every_part_of_a_forward_as_torch_counts() -> None:
     assert all(value > 0 for value in (*expected.values(), attention, experts))
 
 
-def test_parts_scale_as_they_should() -> None:
+def test_flops_scale_with_the_workload() -> None:
     one = flops(WORKLOAD, Strategy(1, 0, 1, checkpointing=False))
     twice = flops(replace(WORKLOAD, accumulation=2), Strategy(1, 0, 1, checkpointing=False))
     assert twice == {part: 2 * value for part, value in one.items()}
@@ -95,14 +97,13 @@ def test_parts_scale_as_they_should() -> None:
     assert longer["attention"] == 4 * one["attention"] and longer["base"] == 2 * one["base"]
     answers = flops(replace(WORKLOAD, answer_tokens=16), Strategy(1, 0, 1, checkpointing=False))
     assert answers["head"] == one["head"] / 4 and answers["base"] == one["base"]
-    # Rows that another rank's experts compute are computed there, no more and no less, where only active pairs are computed.
-    many = replace(WORKLOAD, num_experts=64, rank=16, active=2.0, on_cpu=True)
+    # When only active pairs are computed, expert parallelism moves the computation without changing its amount.
+    many = replace(WORKLOAD, num_experts=64, lora_rank=16, active=2.0, on_cpu=True)
     spread, whole = flops(many, Strategy(2, 0, 2, "all_to_all")), flops(many, Strategy(2, 0, 1))
     assert spread["experts"] == pytest.approx(whole["experts"])
 
 
-def test_on_the_meta_device_too() -> None:
-    """What the planner traces is the model that it counts."""
+def test_forward_runs_on_the_meta_device() -> None:
     model = meta_model(WORKLOAD, 1)
     with on_meta():
         assert run_forward(model, WORKLOAD).device.type == "meta"

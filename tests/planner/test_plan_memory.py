@@ -1,4 +1,4 @@
-"""What no single number of an engine shows: the peak, what a deep model repeats, DeepSpeed's pieces."""
+"""Memory estimates: peak activations, repeated layers, shards, offload and invalid arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from ldmole_dist.planner.live import LiveBytes
 from ldmole_dist.planner.memory import host_memory, memory, step_activations
 from ldmole_dist.planner.shapes import _shapes, meta_model, shapes_of
 from ldmole_dist.planner.workload import SHIPPED, Strategy, Workload
-from ldmole_dist.planner.zero import DEFAULTS, Shard, flushes, padded, settings, touched
+from ldmole_dist.planner.zero import (
+    DEFAULTS,
+    ParamGroup,
+    bucket_flushes,
+    max_overlapping_elements,
+    padded_elements,
+    settings,
+)
 from ldmole_dist.tuner.model import tuner_of
 
 
@@ -33,20 +40,19 @@ def llama(vocabulary: int, layers: int = 3) -> LlamaConfig:
 
 
 SMALL = Workload(
-    llama(300), num_experts=8, rank=4, lambda_hidden=32, micro_batch=4, seq=64, active=8.0, precision="fp32"
+    llama(300), num_experts=8, lora_rank=4, lambda_hidden=32, micro_batch=4, seq=64, active=8.0, precision="fp32"
 )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("vocabulary", [300, 8000])  # the peak is in a decoder layer, or at the loss
-def test_peak_of_forward_and_backward(vocabulary: int, checkpointing: bool) -> None:
-    """Measured on a real model; the estimate of what a layer needs for a moment must not be below, nor far above."""
+@pytest.mark.parametrize("vocabulary", [300, 8000])  # the peak is in a decoder layer, or in the loss
+def test_peak_is_close_to_a_real_model(vocabulary: int, checkpointing: bool) -> None:
     workload = replace(SMALL, backbone=llama(vocabulary))
     model = meta_model(workload).to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     for mlp in (p for name, p in model.named_parameters() if name.endswith("fc2.bias")):
-        torch.nn.init.constant_(mlp, -1e4)  # lambda goes to -inf: all experts are active
+        torch.nn.init.constant_(mlp, -1e4)  # lambda becomes very negative, so all experts are active
     if checkpointing:
         enable_gradient_checkpointing(model)
     ids = torch.randint(0, vocabulary, (4, 64))
@@ -57,23 +63,23 @@ def test_peak_of_forward_and_backward(vocabulary: int, checkpointing: bool) -> N
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return answer_loss(logits, ids) + tuner_of(model).context.auxiliary_loss()
 
-    loss().backward()  # gradients are there from now on
+    loss().backward()  # allocate the gradients before measuring
     with LiveBytes() as live:
         loss().backward()
     kept, working = step_activations(workload, Strategy(1, 0, checkpointing=checkpointing))
     assert 0.98 < (kept + working) / live.peak < 1.2
 
 
-def test_a_deep_model_repeats_a_shallow_one() -> None:
+def test_shapes_of_deep_model_equal_the_real_ones() -> None:
     workload = replace(SMALL, backbone=llama(300, layers=5))
     assert shapes_of(workload) == _shapes(meta_model(workload))
 
 
-def test_offload_moves_to_the_host() -> None:
+def test_offload_stores_shards_on_the_host() -> None:
     device, offloaded = (memory(SMALL, Strategy(2, 3, offload=o)) for o in ("none", "optimizer+params"))
     host = host_memory(SMALL, Strategy(2, 3, offload="optimizer+params"))
     assert offloaded["optimizer"] == offloaded["gradients"] == 0 and host["optimizer"] == device["optimizer"]
-    # What ZeRO-3 keeps whole stays on the device.
+    # Persistent weights of ZeRO-3 stay on the device.
     assert offloaded["backbone"] + host["backbone"] == device["backbone"] and offloaded["backbone"] > 0
     assert host_memory(SMALL, Strategy(2, 3)) == {}
 
@@ -86,14 +92,15 @@ def test_frozen_parameters_have_no_gradient_and_no_optimizer() -> None:
     assert memory(replace(SMALL, precision="bf16"), Strategy(1, 0))["backbone"] == 2 * shapes.frozen()
 
 
-def test_pieces() -> None:
-    shard = Shard((10, 7, 3), 4)
-    assert padded(shard, 1) == 24 and padded(shard, 3) == 4 * (3 + 2 + 1)
-    assert touched(shard) == 10 + 7  # of the rank that has elements 6 to 11
-    assert flushes((10, 7, 3), 10) == 2 and flushes((10, 7, 3), 100) == 1 and flushes((10, 7, 3), 1) == 3
+def test_shard_sizes_by_hand() -> None:
+    group = ParamGroup((10, 7, 3), 4)
+    assert padded_elements(group, 1) == 24 and padded_elements(group, 3) == 4 * (3 + 2 + 1)
+    assert max_overlapping_elements(group) == 10 + 7  # rank 1 holds elements 6 to 11
+    for bucket, flushes in ((10, 2), (100, 1), (1, 3)):
+        assert bucket_flushes((10, 7, 3), bucket) == flushes
 
 
-def test_settings_are_those_of_the_shipped_files() -> None:
+def test_settings_include_the_shipped_config() -> None:
     for (stage, offload), name in SHIPPED.items():
         shipped = load_ds_config(name)["zero_optimization"]
         assert shipped["stage"] == stage and ("offload_optimizer" in shipped) == (offload != "none")
@@ -101,7 +108,7 @@ def test_settings_are_those_of_the_shipped_files() -> None:
         assert found["sub_group_size"] == 5 and {k: found[k] for k in shipped} == shipped
 
 
-def test_defaults_are_deepspeeds() -> None:
+def test_defaults_equal_deepspeeds() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     theirs = DeepSpeedZeroConfig(stage=2).model_dump(by_alias=True)
@@ -112,29 +119,29 @@ def test_defaults_are_deepspeeds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        ({"active": 9.0}, "active=9.0 must lie between 1 and num_experts=8"),
+        ({"active": 9.0}, "active=9.0 must be between 1 and num_experts=8"),
         ({"seq": 0}, "seq=0 must be at least 1"),
-        ({"answer_tokens": 65}, "answer_tokens=65 must lie between 1 and seq=64"),
-        ({"dropout": 1.0}, "dropout=1.0 must lie in"),
+        ({"answer_tokens": 65}, "answer_tokens=65 must be between 1 and seq=64"),
+        ({"dropout": 1.0}, "dropout=1.0 must be in"),
     ],
 )
-def test_bad_workload(change: dict[str, float], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_invalid_workload_is_explained(change: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         replace(SMALL, **change)
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "message"),
     [
         ({"ranks": 0}, "ranks=0 must be at least 1"),
         ({"ranks": 6, "ep_size": 4}, "ep_size=4 does not divide the 6 ranks"),
-        ({"ranks": 6, "ep_size": 3}, "num_experts=8 is no multiple of ep_size=3"),
+        ({"ranks": 6, "ep_size": 3}, "ep_size=3 does not divide num_experts=8; use one of"),
         ({"ranks": 2, "stage": 4}, "stage=4 must be 0, 1, 2 or 3"),
-        ({"ranks": 2, "stage": 1, "offload": "optimizer"}, "offload='optimizer' at stage 1 is not shipped"),
+        ({"ranks": 2, "stage": 1, "offload": "optimizer"}, "No config is shipped for stage=1 with offload='optimizer'"),
     ],
 )
-def test_bad_strategy(values: dict[str, int], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_invalid_strategy_is_explained(values: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         memory(SMALL, Strategy(**values))

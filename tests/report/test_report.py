@@ -1,4 +1,4 @@
-"""The routing report counts what a computation by hand counts, says what it is told wrong, and is one whole page."""
+"""`ldmole report` on a tiny run: counts, routing history, page and error messages."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ldmole_dist.model.backbone import load_adapter, load_backbone, load_tokeniz
 from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.monitor.supports import Supports
-from ldmole_dist.report import movement
+from ldmole_dist.report import history
 from ldmole_dist.report.collect import collect
-from ldmole_dist.report.movement import trace_movement
+from ldmole_dist.report.history import trace_history
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench import report as cost
 from ldmole_dist.tuner.config import LdMoleConfig
@@ -41,7 +41,7 @@ DOMAINS = {
     "short": [Encoded([12], [-100]), Encoded([5, 12, 40], [-100] * 3)],
 }
 FIGURES = {"lambda_by_layer", "experts_by_layer", "experts_histogram", "tokens", "load", "coactivation"}
-OF_A_RUN = {"movement", "movement_lines"}
+HISTORY_FIGURES = {"movement", "movement_lines"}
 
 
 @pytest.fixture(scope="module")
@@ -59,29 +59,29 @@ def run(tmp_path_factory: pytest.TempPathFactory, ranks1: LocalRanks) -> Path:
 
 
 def loaded(run: Path, adapter: Path) -> PeftModel:
-    """In float64: a sequence is then routed alike alone and in a batch."""
+    """Load a model in float64, which routes a sequence alike alone and in a batch."""
     backbone = load_backbone(str(run.parent / "backbone"), "causal_lm", "fp32")
     return load_adapter(backbone, str(adapter), trainable=False).double().eval()
 
 
 def active_sets(model: PeftModel, example: Encoded) -> dict[str, list[frozenset[int]]]:
-    """Linear -> the active experts of each token, of one sequence alone."""
+    """Return the active experts of each token of one sequence, by linear."""
     found: dict[str, list[frozenset[int]]] = {}
 
-    def look(name: str, routing: Routing, mask_T: Tensor | None) -> None:
+    def observe(name: str, routing: Routing, mask_T: Tensor | None) -> None:
         found[name] = [frozenset(row.nonzero().flatten().tolist()) for row in routing.p_TE]
 
     context = tuner_of(model).context
-    context.observer = look
+    context.observer = observe
     with torch.no_grad():
         model(input_ids=torch.tensor([example.input_ids]))
     context.observer = None
     return found
 
 
-def test_counts_are_those_by_hand(run: Path) -> None:
+def test_counts_equal_a_count_by_hand(run: Path) -> None:
     model = loaded(run, run / "adapter")
-    observed = collect(model, DOMAINS, pad_id=1, batch_size=2, doing="test")
+    observed = collect(model, DOMAINS, pad_id=1, batch_size=2)
     tokens: Counter[int] = Counter()
     active: Counter[int] = Counter()
     together: dict[str, Counter[tuple[int, int]]] = {}
@@ -111,12 +111,12 @@ def test_counts_are_those_by_hand(run: Path) -> None:
     assert whole["experts_per_token"] == pytest.approx(sum(map(sum, pair)) / 15)
 
 
-def test_movement_is_that_by_hand(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(movement, "PROBE_TOKENS", 12)
-    examples = DOMAINS["long"] + DOMAINS["short"]  # 8, 3, 1 and 3 tokens: the last is not of the probe
+def test_history_equals_a_computation_by_hand(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(history, "PROBE_TOKENS", 12)
+    examples = DOMAINS["long"] + DOMAINS["short"]  # 8, 3, 1 and 3 tokens; the last sequence exceeds the 12 probe tokens
     model = loaded(run, run / "adapter")
-    found = trace_movement(model, find_saved_model(str(run), None), examples, pad_id=1, batch_size=2)
-    assert found is not None and found.tokens == 12 and found.left_out == 0
+    found = trace_history(model, find_saved_model(str(run), None), examples, pad_id=1, batch_size=2)
+    assert found is not None and found.tokens == 12 and found.skipped == 0
     assert [state.label for state in found.states] == ["0", "2", "4", "6", "final"]
 
     models = []
@@ -149,7 +149,7 @@ def test_movement_is_that_by_hand(run: Path, monkeypatch: pytest.MonkeyPatch, tm
     assert after == routed[-1][0]
 
 
-def test_a_set_of_many_experts_changed_if_any_of_them_did() -> None:
+def test_support_changes_if_any_expert_changes() -> None:
     before = torch.zeros(3, 12)
     before[:, 0] = 1
     now = before.clone()
@@ -157,28 +157,28 @@ def test_a_set_of_many_experts_changed_if_any_of_them_did() -> None:
     seen = []
     for p_TE in before, now:
         seen.append(Supports())
-        for part in slice(0, 2), slice(2, 4):  # the fourth token is padding, and changes
+        for part in slice(0, 2), slice(2, 4):  # the fourth token is padding and must be ignored
             rows = torch.cat([p_TE, torch.full((1, 12), len(seen) - 1.0)])[part]
             mask_T = torch.tensor([True, True, True, False])[part]
             seen[-1]("x", Routing(rows, rows, rows[:, 0]), mask_T)
     assert seen[1].changed_from(seen[0]) == {"x": (2, 3)}
 
 
-def test_a_run_that_ended_with_a_checkpoint_has_no_other_end(run: Path, tmp_path: Path) -> None:
+def test_final_state_is_omitted_if_the_last_checkpoint_equals_it(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     metrics = (run / "metrics.jsonl").read_text().splitlines()[:6]
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(metrics) + "\n")
-    found = trace_movement(
+    found = trace_history(
         loaded(run, run / "adapter"), find_saved_model(str(tmp_path / "run"), None), DOMAINS["long"], 1, batch_size=2
     )
     assert found is not None and [state.label for state in found.states] == ["0", "2", "4", "6"]
 
 
-def test_too_many_checkpoints_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movement, "MOST_CHECKPOINTS", 2)
+def test_number_of_checkpoints_is_limited(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "MAX_CHECKPOINTS", 2)
     model = loaded(run, run / "adapter")
-    found = trace_movement(model, find_saved_model(str(run), None), DOMAINS["long"], pad_id=1, batch_size=2)
-    assert found is not None and found.left_out == 1
+    found = trace_history(model, find_saved_model(str(run), None), DOMAINS["long"], pad_id=1, batch_size=2)
+    assert found is not None and found.skipped == 1
     assert [state.label for state in found.states] == ["0", "2", "6", "final"]
 
 
@@ -190,7 +190,7 @@ def test_logits_are_computed_for_one_position_unless_the_head_is_adapted(tmp_pat
         seen = set()
         head = model.get_base_model().get_output_embeddings()
         head.register_forward_pre_hook(lambda module, args, seen=seen: seen.add(args[0].shape[1]))
-        observed = collect(model, DOMAINS, pad_id=1, batch_size=2, doing="test")
+        observed = collect(model, DOMAINS, pad_id=1, batch_size=2)
         assert seen == positions
         linears = Linears(observed.together)
         assert linears.projections == targets and linears.layers == ([0, 1] if len(targets) == 1 else [0, 1, None])
@@ -202,7 +202,7 @@ def report(*arguments: object) -> int:
 
 
 def check_page(folder: Path, figures: set[str]) -> str:
-    """The page holds every figure and asks for nothing else; returns its text without them."""
+    """Check that the page embeds exactly these figures and loads nothing; return its HTML without them."""
     page = (folder / "index.html").read_text()
     files = {path.stem: path.read_bytes() for path in folder.glob("*.png")}
     assert set(files) == figures
@@ -211,7 +211,7 @@ def check_page(folder: Path, figures: set[str]) -> str:
     bare = re.sub(r'src="data:[^"]*"', "", page)
     assert not re.search(r"src=|url\(|@import|<script|<link|https?://", bare)
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', bare))
-    assert len(re.findall(r"<figcaption><b>Figure \d+\. ", bare)) == len(files)
+    assert len(re.findall("<figcaption><b>", bare)) == len(files)
     return bare
 
 
@@ -220,10 +220,10 @@ def test_report_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = {"linears": {"model.layers.0.self_attn.q_proj": summary, "model.layers.1.mlp.up_proj": summary}}
     (run / "routing.jsonl").write_text("".join(json.dumps({"step": step} | line) + "\n" for step in (2, 4)))
     assert report(run) == 0
-    page = check_page(run / "report", FIGURES | OF_A_RUN | {"curves"})
-    assert "eval.jsonl: 12 rows" in page and "By domain" not in page
-    said = capsys.readouterr().out
-    assert str(run / "report" / "index.html") in said and "of 4 in the mean" in said and "dead experts" in said
+    page = check_page(run / "report", FIGURES | HISTORY_FIGURES | {"curves"})
+    assert "eval.jsonl: 12 rows" in page and "Over the run" in page and "Domains" not in page
+    printed = capsys.readouterr().out
+    assert str(run / "report" / "index.html") in printed and "of 4, mean over tokens and linears" in printed
     (run / "routing.jsonl").write_text('{"step": 2}\n')
     assert report(run) == EXIT_EXPLAINED
     assert "routing.jsonl, line 1 is damaged" in capsys.readouterr().err
@@ -237,11 +237,12 @@ def test_report_by_domain_without_checkpoints(run: Path, tmp_path: Path) -> None
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert report(tmp_path / "run", "--data", data, "--output", tmp_path / "out", "--batch-size", 1) == 0
     page = check_page(tmp_path / "out", FIGURES | {"domains"})
-    assert "There is no run with checkpoints" in page
+    assert "Over the run" not in page
     rows_of = re.findall(r'<tr><th>([^<]*)</th><td class="number">(\d+)</td><td class="number">(\d+)</td>', page)
     assert rows_of == [("(no domain)", "1", "6"), ("&lt;a&gt;", "1", "6"), ("b", "2", "12")]
     assert report(tmp_path / "run", "--data", data, "--output", tmp_path / "out", "--limit", 1) == 0
-    assert "data.jsonl: 1 rows, 6 tokens" in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "data.jsonl: 1 rows" in page and "6 without padding" in page
 
 
 def test_report_of_an_adapter(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,13 +266,13 @@ def test_report_of_a_classifier(tmp_path: Path, ranks1: LocalRanks) -> None:
     ranks1.run(run_training, str(config))
     run = tmp_path / "run"
     assert report(run) == 0
-    assert "train.jsonl: 8 rows" in check_page(run / "report", FIGURES | OF_A_RUN)
+    assert "train.jsonl: 8 rows" in check_page(run / "report", FIGURES | HISTORY_FIGURES)
     assert report(run / "adapter", "--data", data, "--output", tmp_path / "out") == 0
     check_page(tmp_path / "out", FIGURES)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nowhere"], "nowhere is neither a run"),
         (["adapter"], "give --data FILE"),
@@ -282,13 +283,13 @@ def test_report_of_a_classifier(tmp_path: Path, ranks1: LocalRanks) -> None:
         (["adapter", "--data", "eval.jsonl", "--backbone", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_input(
+def test_invalid_arguments_are_explained(
     run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    said: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run / "adapter", "adapter")
@@ -298,10 +299,10 @@ def test_bad_input(
     Path("empty.jsonl").touch()
     assert report(*arguments) == EXIT_EXPLAINED
     error = capsys.readouterr().err
-    assert error.count("error: ") == 1 and said in error and "Traceback" not in error
+    assert error.count("error: ") == 1 and message in error and "Traceback" not in error
 
 
-def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, tmp_path / "run")
     (damaged,) = (tmp_path / "run" / "checkpoints" / "step_00000004").glob("rank_*.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-100])
@@ -309,7 +310,7 @@ def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytest
     assert f"{damaged} has" in capsys.readouterr().err
 
 
-def test_tokens_are_decoded(run: Path) -> None:
+def test_token_texts_and_kinds(run: Path) -> None:
     from ldmole_dist.report.tokens import kind_of, token_text
 
     tokenizer = load_tokenizer(str(run.parent / "backbone"))
@@ -320,14 +321,14 @@ def test_tokens_are_decoded(run: Path) -> None:
         return shown, kind_of(tokenizer, token, shown)
 
     assert text(" blue") == ("␣blue", "begins a word") and text("The") == ("The", "begins a word")
-    assert text("d") == ("d", "goes on in a word") and text("\n") == ("⏎", "special, white space")
+    assert text("d") == ("d", "continues a word") and text("\n") == ("⏎", "special, white space")
     assert text("$") == ("$", "punctuation, digits") and text("</s>") == ("</s>", "special, white space")
     assert {kind_of(tokenizer, 5, shown) for shown in ("⏎␣␣", "␣␣")} == {"special, white space"}
     part = tokenizer("é")["input_ids"][0]
     assert token_text(tokenizer, part) == f"#{part}"
 
 
-def test_the_cost_of_observing_is_printed(
+def test_benchmark_prints_the_overhead_of_observing(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["cost", str(run), "--batch-size", "4"])

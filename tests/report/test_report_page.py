@@ -1,4 +1,4 @@
-"""The report's page as a browser draws it: every chart is really there."""
+"""The report's page rendered by a browser."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tests.small_run import make_config, make_folder, run_training
 WIDTH, HEIGHT = 1300, 9000
 
 
-def near(picture: np.ndarray, colour: str) -> int:
-    """Pixels whose red, green and blue differ by at most 12 from a colour's."""
-    return int((np.abs(picture - 255 * np.array(to_rgb(colour))) <= 12).all(axis=2).sum())
+def pixels_near(picture: np.ndarray, color: str) -> int:
+    """Return the number of pixels whose red, green and blue differ by at most 12 from a color's."""
+    return int((np.abs(picture - 255 * np.array(to_rgb(color))) <= 12).all(axis=2).sum())
 
 
-def drawn(page: Path, picture: Path) -> np.ndarray:
-    """(height, width, 3) of a page as the browser draws it."""
+def rendered(page: Path, picture: Path) -> np.ndarray:
+    """Return a screenshot of a page, (height, width, 3)."""
     screenshot(page.as_uri(), picture, WIDTH, HEIGHT)
     return np.asarray(Image.open(picture).convert("RGB")).astype(int)
 
 
 @pytest.mark.full
-def test_every_chart_is_drawn(tmp_path: Path, ranks1: LocalRanks) -> None:
+def test_browser_shows_every_figure(tmp_path: Path, ranks1: LocalRanks) -> None:
     config = make_config(
         make_folder(tmp_path),
         optimisation={"max_steps": 2},
@@ -48,25 +48,25 @@ def test_every_chart_is_drawn(tmp_path: Path, ranks1: LocalRanks) -> None:
     assert len(pictures) == 8
     bare = tmp_path / "bare.html"
     bare.write_text(re.sub(r'src="data:[^"]*"', "", text))
-    with_charts, without = drawn(page, tmp_path / "page.png"), drawn(bare, tmp_path / "bare.png")
+    with_charts, without = rendered(page, tmp_path / "page.png"), rendered(bare, tmp_path / "bare.png")
     assert with_charts.shape == without.shape == (HEIGHT, WIDTH, 3)
 
-    # Each chart is found again in the page below the one before, at the width at which the page shows it.
-    begin = 0
+    # Find each figure, scaled to the width of the page's body, below the previous one.
+    top_limit = 0
     for data in pictures:
         chart = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
-        width = 1160  # of the page's body
+        width = 1160  # max-width of the body
         scaled = np.asarray(chart.resize((width, round(chart.height * width / chart.width)))).astype(int)
         left = (WIDTH - width) // 2
         column = with_charts[:, left : left + width]
         ink = np.abs(scaled - 255).mean()
         differences = [
             np.abs(column[top : top + len(scaled) : 16, ::16] - scaled[::16, ::16]).mean()
-            for top in range(begin, HEIGHT - len(scaled))
+            for top in range(top_limit, HEIGHT - len(scaled))
         ]
-        place = int(np.argmin(differences))
-        assert ink > 1 and differences[place] < 0.35 * ink, (place, differences[place], ink)
-        begin += place + len(scaled)
+        position = int(np.argmin(differences))
+        assert ink > 1 and differences[position] < 0.35 * ink, (position, differences[position], ink)
+        top_limit += position + len(scaled)
 
-    for colour in PALETTE[:6]:  # black is the text's, too
-        assert near(with_charts, colour) > 300 > 30 > near(without, colour), colour
+    for color in PALETTE[:6]:  # without black, which is also the color of text
+        assert pixels_near(with_charts, color) > 300 > 30 > pixels_near(without, color), color

@@ -118,12 +118,15 @@ def test_ranks_that_share_cores_take_longer_by_as_much() -> None:
 
 
 def test_the_planners_elements_are_those_that_were_counted() -> None:
-    from ldmole_dist.planner.traffic import traffic
+    from ldmole_dist.planner.traffic import elements_sent
     from ldmole_dist.study.scaling.terms import planned
 
     gathers = [row for row in Store(RECORDED, None).rows() if row.cell.dispatch == "gather" and row.measured]
     assert gathers
     for row in gathers:
         assert row.measured is not None
-        counted, expected = row.measured.wire, traffic(*planned(row.cell, row.measured.experts_per_token, on_cpu=True))
+        counted, expected = (
+            row.measured.wire,
+            elements_sent(*planned(row.cell, row.measured.experts_per_token, on_cpu=True)),
+        )
         assert {k: n for k, n in counted.items() if n} == {k: n for k, n in expected.items() if k in counted and n}

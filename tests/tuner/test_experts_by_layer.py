@@ -128,7 +128,7 @@ def refusal(path: str, *overrides: str) -> str:
 @pytest.mark.full
 def test_a_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder / "run"), "--limit", "8", "--output", str(tmp_path / "report")]) == 0
-    assert "1.00 of 2 to 4 (by layer) in the mean" in capsys.readouterr().out
+    assert "1.00 of 2 to 4, mean over tokens and linears" in capsys.readouterr().out
 
 
 @pytest.mark.full

@@ -11,10 +11,16 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from ldmole_dist.parallel.plan import cheapest_ships, elements
+from ldmole_dist.planner.expert_costs import group_sizes
 from ldmole_dist.planner.memory import memory
-from ldmole_dist.planner.routed import sizes_of
 from ldmole_dist.planner.shapes import shapes_of
-from ldmole_dist.planner.traffic import collectives, dispatched, messages, passes, width
+from ldmole_dist.planner.traffic import (
+    collective_calls,
+    collectives,
+    dispatch_elements,
+    element_bytes,
+    micro_batch_elements,
+)
 from ldmole_dist.planner.workload import Strategy, Workload
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench.plan_measure import Measured, measure
@@ -82,8 +88,10 @@ def _backbone(kind: Callable[..., PretrainedConfig], layers: int) -> PretrainedC
 def cases() -> list[Case]:
     """ZeRO 0 to 3, experts whole and spread, with and without recomputation, both formulations of the experts."""
     llama, qwen = _backbone(LlamaConfig, 4), _backbone(Qwen3Config, 3)
-    few = Workload(llama, num_experts=8, rank=4, lambda_hidden=32, micro_batch=2, seq=64, answer_tokens=16, on_cpu=True)
-    many = replace(few, backbone=qwen, num_experts=16, rank=16, dropout=0.0)
+    few = Workload(
+        llama, num_experts=8, lora_rank=4, lambda_hidden=32, micro_batch=2, seq=64, answer_tokens=16, on_cpu=True
+    )
+    many = replace(few, backbone=qwen, num_experts=16, lora_rank=16, dropout=0.0)
     all_few = replace(few, active=8.0)
     return [
         Case(many, Strategy(2, 0, 1, checkpointing=False)),
@@ -118,7 +126,7 @@ def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
     for c in collectives(workload, case.strategy):
         payload[c.operation, c.ranks] += c.elements
         calls[c.operation, c.ranks] += c.calls
-    calls["all_to_all", case.strategy.ep_size] += int(messages(workload, case.strategy).get("dispatch", 0))
+    calls["all_to_all", case.strategy.ep_size] += int(collective_calls(workload, case.strategy).get("dispatch", 0))
     names = {**OPERATIONS, ALL_TO_ALL: "all_to_all"}
     carried = {
         (names.get(name, name), n): of for (name, n), of in measured[0].collectives.items() if name != ALL_TO_ALL
@@ -133,11 +141,13 @@ def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
 def _compare_dispatch(case: Case, workload: Workload, measured: Sequence[Measured]) -> Iterator[Compared]:
     """Elements and bytes by the kinds of `parallel.wire`: of the first rank, or of all where routing is drawn."""
     of = measured if case.drawn else measured[:1]
-    sent: Mapping[str, float] = _from_supports(case, measured) if case.drawn else dispatched(workload, case.strategy)
+    sent: Mapping[str, float] = (
+        _from_supports(case, measured) if case.drawn else dispatch_elements(workload, case.strategy)
+    )
     for kind in sorted(sent.keys() | {kind for m in of for kind in m.wire}):
         number = sent.get(kind, 0)
         yield Compared(case.name, f"{kind}, elements", number, sum(m.wire[kind] for m in of))
-        in_bytes = number * width(kind, workload)
+        in_bytes = number * element_bytes(kind, workload)
         yield Compared(case.name, f"{kind}, bytes sent", in_bytes, sum(m.wire_bytes[kind] for m in of))
 
 
@@ -153,9 +163,9 @@ def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
             for group in groups:
                 support_GTE = torch.stack([torch.from_numpy(next(supports)) for _ in group.out_features])
                 support_GTPL = support_GTE.unflatten(2, (strategy.ep_size, -1))
-                sizes = sizes_of(group, workload, strategy)
+                sizes = group_sizes(group, workload, strategy)
                 forwards.append(elements(support_GTPL, cheapest_ships(support_GTPL, own, sizes), own, sizes))
-            sent.update(passes(forwards, workload, strategy))  # type: ignore[arg-type]
+            sent.update(micro_batch_elements(forwards, workload, strategy))  # type: ignore[arg-type]
     return sent
 
 

@@ -127,7 +127,7 @@ def _model(workload: Workload, strategy: Strategy, dense: bool, device: torch.de
     spread_experts(backbone, parallel)
     adapter = LdMoleConfig(
         num_experts=w.num_experts,
-        r=w.rank,
+        r=w.lora_rank,
         lambda_hidden=w.lambda_hidden,
         lora_dropout=w.dropout,
         target_modules=list(w.target_modules),

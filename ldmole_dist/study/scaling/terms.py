@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ldmole_dist.planner.flops import flops
 from ldmole_dist.planner.shapes import shapes_of
-from ldmole_dist.planner.traffic import DISPATCH, messages, traffic_bytes
+from ldmole_dist.planner.traffic import DISPATCH, bytes_sent, collective_calls
 from ldmole_dist.planner.workload import Strategy, Workload
 from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, Cell
 
@@ -30,7 +30,7 @@ def terms(cell: Cell, experts_per_token: float, cores: int | None) -> dict[str, 
             do, so every amount counts ranks / cores times. None where each has a device of its own.
     """
     workload, strategy = planned(cell, experts_per_token, on_cpu=cores is not None)
-    compute, sent = flops(workload, strategy), traffic_bytes(workload, strategy)
+    compute, sent = flops(workload, strategy), bytes_sent(workload, strategy)
     adapter = sum(compute[part] for part in ("router", "lambda_mlp", "experts"))
     for_experts = sum(number for kind, number in sent.items() if kind in DISPATCH)
     shapes = shapes_of(workload)
@@ -39,7 +39,7 @@ def terms(cell: Cell, experts_per_token: float, cores: int | None) -> dict[str, 
         adapter,
         for_experts,
         sum(sent.values()) - for_experts,
-        sum(messages(workload, strategy).values()),
+        sum(collective_calls(workload, strategy).values()),
         float(cell.layers * cell.accumulation),
         shapes.dense() + shapes.experts() / cell.ep_size,
         1.0,
@@ -53,7 +53,7 @@ def planned(cell: Cell, experts_per_token: float, on_cpu: bool) -> tuple[Workloa
     workload = Workload(
         cell.backbone(),
         num_experts=cell.experts,
-        rank=cell.lora_rank,
+        lora_rank=cell.lora_rank,
         lambda_hidden=LAMBDA_HIDDEN,
         micro_batch=cell.micro_batch,
         accumulation=cell.accumulation,

@@ -1,7 +1,7 @@
-"""In which order ZeRO-3's hooks see the modules of a model in a micro-batch, traced on the meta device.
+"""Order in which ZeRO-3's hooks see the modules of a model, traced on the meta device.
 
-DeepSpeed fetches the weights of a module before its forward and its backward, and may release them after each. A model of three
-decoder layers is traced; a deeper one repeats the middle one.
+DeepSpeed fetches the weights of a module before its forward and before its backward, and may release them after each. A model
+with three decoder layers is traced; a deeper one repeats the middle layer.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from ldmole_dist.tuner.layer import LdMoleLinear
 
 
 class Event(NamedTuple):
-    """A module is about to run, or has run.
+    """A hook call before or after a module.
 
     Args:
-        what: "fetch" or "release".
-        module: its name.
-        forward: whether in a forward, a recomputed one included, or in the backward.
-        recomputing: whether in a recomputed forward.
+        kind: "fetch" before the module, "release" after it.
+        module: Name of the module.
+        forward: True in a forward or a recomputed forward, False in the backward.
+        recomputing: Whether the forward is a recomputation.
     """
 
-    what: Literal["fetch", "release"]
+    kind: Literal["fetch", "release"]
     module: str
     forward: bool
     recomputing: bool = False
 
 
 class Order(NamedTuple):
-    """Events of a micro-batch, and the names of the parameters that each module uses itself."""
+    """Events of a micro-batch, and the names of each module's own parameters."""
 
     events: tuple[Event, ...]
     uses: dict[str, tuple[str, ...]]
@@ -46,19 +46,18 @@ class Order(NamedTuple):
 
 @lru_cache(maxsize=16)
 def module_order(workload: Workload, checkpointing: bool) -> Order:
-    """Of the whole model."""
-    # The order does not depend on the number of tokens.
-    small = replace(workload, seq=16, micro_batch=1, answer_tokens=None)
+    """Return the events of one forward and backward of the whole model."""
+    small = replace(workload, seq=16, micro_batch=1, answer_tokens=None)  # the order does not depend on the batch
     depth = workload.backbone.num_hidden_layers
     layers = min(depth, 3)
     model = traced_model(small, layers, checkpointing, partitioned=True)
     names = {module: name for name, module in model.named_modules()}
-    first = {parameter: name for name, parameter in model.named_parameters()}  # a tied head is the embedding
+    first = {parameter: name for name, parameter in model.named_parameters()}  # a tied head is listed as the embedding
     uses = {name: tuple(first[p] for p in module.parameters(recurse=False)) for module, name in names.items()}
     for module, name in names.items():
         if isinstance(module, LdMoleLinear):
             (group,) = module.groups.values()
-            if group.members[0] is module:  # as engine.build registers them
+            if group.members[0] is module:  # engine.build registers the experts of a group with its first linear
                 uses[name] += tuple(
                     f"{names[m]}.{bank}.{adapter}"
                     for m in group.members
@@ -68,7 +67,7 @@ def module_order(workload: Workload, checkpointing: bool) -> Order:
     events: list[Event] = []
     in_backward = False
     for module, name in names.items():
-        _watch(module, name, events, lambda: in_backward)
+        _record(module, name, events, lambda: in_backward)
     with on_meta(partitioned=True):
         loss = run_forward(model, small)
         in_backward = True
@@ -77,8 +76,8 @@ def module_order(workload: Workload, checkpointing: bool) -> Order:
     return Order(tuple(_deepened(events, prefix, layers, depth)), _all_layers(uses, prefix, layers, depth))
 
 
-def _watch(module: nn.Module, name: str, events: list[Event], in_backward: Callable[[], bool]) -> None:
-    """Hooks as DeepSpeed registers them, which write down that they ran."""
+def _record(module: nn.Module, name: str, events: list[Event], in_backward: Callable[[], bool]) -> None:
+    """Register the same hooks as DeepSpeed; each appends an event."""
     remaining = [0]
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -87,13 +86,13 @@ def _watch(module: nn.Module, name: str, events: list[Event], in_backward: Calla
 
         def counted(tensor: Tensor) -> Tensor:
             remaining[0] += tensor.requires_grad
-            return _Through.apply(tensor, released)
+            return _OnGradient.apply(tensor, released)
 
         return tree_map_only(Tensor, counted, inputs)
 
     def after(module: nn.Module, inputs: Any, output: Any) -> Any:
         events.append(Event("release", name, True, in_backward()))
-        return tree_map_only(Tensor, lambda tensor: _Through.apply(tensor, fetched), output)
+        return tree_map_only(Tensor, lambda tensor: _OnGradient.apply(tensor, fetched), output)
 
     def fetched() -> None:
         events.append(Event("fetch", name, False))
@@ -107,39 +106,37 @@ def _watch(module: nn.Module, name: str, events: list[Event], in_backward: Calla
     module.register_forward_hook(after)
 
 
-class _Through(torch.autograd.Function):
-    """The same tensor; `then` is called when its gradient arrives."""
+class _OnGradient(torch.autograd.Function):
+    """Identity that calls `callback` when the gradient arrives."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, then: Callable[[], None]) -> Tensor:
-        ctx.then = then
+    def forward(ctx: Any, tensor: Tensor, callback: Callable[[], None]) -> Tensor:
+        ctx.callback = callback
         return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.then()
+        ctx.callback()
         return grad, None
 
 
 def _deepened(events: list[Event], prefix: str, layers: int, depth: int) -> list[Event]:
-    """The events of the middle layer as often as a model of `depth` layers has them."""
+    """Repeat the events of the middle layer for a model with `depth` layers."""
     if depth == layers:
         return events
-    starts_forward = [events.index(Event("fetch", f"{prefix}.{i}", True)) for i in range(3)]
-    starts_backward = [events.index(Event("fetch", f"{prefix}.{i}", False)) for i in range(3)]
-    first, middle, last = starts_forward
-    forward = [*events[:middle]]
+    _, middle, last = (events.index(Event("fetch", f"{prefix}.{i}", True)) for i in range(3))
+    end, back_middle, back_last = (events.index(Event("fetch", f"{prefix}.{i}", False)) for i in range(3))
+
+    def layer(start: int, stop: int, old: int, new: int) -> list[Event]:
+        return [event._replace(module=rename(event.module, prefix, old, new)) for event in events[start:stop]]
+
+    found = events[:middle]
     for i in range(1, depth - 1):
-        forward += _renamed(events[middle:last], prefix, 1, i)
-    forward += _renamed(events[last : starts_backward[2]], prefix, 2, depth - 1)
-    backward = _renamed(events[starts_backward[2] : starts_backward[1]], prefix, 2, depth - 1)
+        found += layer(middle, last, 1, i)
+    found += layer(last, back_middle, 2, depth - 1)  # forward and backward of the last layer
     for i in reversed(range(1, depth - 1)):
-        backward += _renamed(events[starts_backward[1] : starts_backward[0]], prefix, 1, i)
-    return [*forward, *backward, *events[starts_backward[0] :]]
-
-
-def _renamed(events: list[Event], prefix: str, old: int, new: int) -> list[Event]:
-    return [event._replace(module=rename(event.module, prefix, old, new)) for event in events]
+        found += layer(back_middle, end, 1, i)
+    return found + events[end:]
 
 
 def _all_layers(uses: dict[str, tuple[str, ...]], prefix: str, layers: int, depth: int) -> dict[str, tuple[str, ...]]:

@@ -1,0 +1,270 @@
+"""Candidate strategies with their memory and step time, and the choice between them."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ldmole_dist.errors import UserError
+from ldmole_dist.planner.flops import flops
+from ldmole_dist.planner.gathering import gathers
+from ldmole_dist.planner.memory import host_memory, memory
+from ldmole_dist.planner.traffic import bytes_sent, collective_calls, collectives, dispatch_elements, elements_sent
+from ldmole_dist.planner.workload import SHIPPED, Strategy, Workload
+from ldmole_dist.planner.zero import param_groups, shard_elements
+
+SIMILAR = 1.02  # step times within this factor count as equal, and the simpler candidate is preferred
+ADAM_PASSES = 7  # reads and writes of float32 shards in host memory by one update of the offloaded Adam
+SETTINGS = ("ep_size", "checkpointing", "stage", "offload")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs, memory and rates. The default rates are assumptions; replace them by measured ones.
+
+    Args:
+        gpus: World size.
+        memory: Bytes per GPU.
+        reserved: Share of the GPU memory for context, communication library and fragmentation.
+        gpus_per_node: Consecutive ranks on one host.
+        tflops: Achieved TFLOP/s per rank.
+        bandwidth: GB/s that a rank sends within a host.
+        inter_bandwidth: GB/s that a rank sends to other hosts.
+        host_bandwidth: GB/s between device and host memory.
+        latency: Microseconds per collective.
+        host_memory: Bytes of host memory per node; None skips the check.
+    """
+
+    gpus: int
+    memory: int
+    reserved: float = 0.1
+    gpus_per_node: int = 8
+    tflops: float = 150.0
+    bandwidth: float = 150.0
+    inter_bandwidth: float = 20.0
+    host_bandwidth: float = 20.0
+    latency: float = 20.0
+    host_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "memory", "gpus_per_node", "tflops", "bandwidth", "inter_bandwidth", "host_bandwidth"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be positive and finite.")
+        if not 0 <= self.reserved < 1:
+            raise UserError(f"reserved={self.reserved} must be in [0, 1).")
+
+    @property
+    def usable(self) -> int:
+        """Bytes per GPU that a training step may use."""
+        return int(self.memory * (1 - self.reserved))
+
+    def bytes_per_second(self, span: int, ranks: int) -> float:
+        """Return the rate of a collective.
+
+        Args:
+            span: Number of consecutive ranks from the first to the last rank of the group.
+            ranks: Size of the group.
+        """
+        in_node = span <= self.gpus_per_node and self.gpus_per_node % span == 0
+        single_node = self.gpus <= self.gpus_per_node
+        return 1e9 * (self.bandwidth if in_node or single_node or ranks == 1 else self.inter_bandwidth)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A strategy with its estimates."""
+
+    workload: Workload
+    strategy: Strategy
+    machine: Machine
+
+    @cached_property
+    def memory(self) -> dict[str, int]:
+        """Bytes per GPU, by part."""
+        return memory(self.workload, self.strategy)
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes per GPU."""
+        return sum(self.memory.values())
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes per GPU beyond the usable memory; 0 or less if the candidate fits."""
+        return self.total_bytes - self.machine.usable
+
+    @cached_property
+    def host_bytes(self) -> int:
+        """Bytes of host memory per rank."""
+        return sum(host_memory(self.workload, self.strategy).values())
+
+    @property
+    def host_bytes_per_node(self) -> int:
+        """Bytes of host memory for all ranks of a node."""
+        return self.host_bytes * min(self.machine.gpus, self.machine.gpus_per_node)
+
+    @property
+    def missing_host_bytes(self) -> int:
+        """Bytes beyond the host memory of a node; 0 or less if the candidate fits, 0 if it is not checked."""
+        return 0 if self.machine.host_memory is None else self.host_bytes_per_node - self.machine.host_memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether a step fits into the usable GPU memory, and into the host memory if that is known."""
+        return self.missing_bytes <= 0 and self.missing_host_bytes <= 0
+
+    @cached_property
+    def elements_sent(self) -> dict[str, float]:
+        """Elements that a rank sends in an optimizer step, by kind."""
+        return elements_sent(self.workload, self.strategy)
+
+    @cached_property
+    def bytes_sent(self) -> float:
+        """Bytes that a rank sends in an optimizer step."""
+        return sum(bytes_sent(self.workload, self.strategy).values())
+
+    @cached_property
+    def flops(self) -> dict[str, float]:
+        """FLOPs of a rank in an optimizer step, by part."""
+        return flops(self.workload, self.strategy)
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of an optimizer step for "compute", "wire" and "host", without overlap."""
+        w, s, m = self.workload, self.strategy, self.machine
+        sizes = bytes_sent(w, s)
+        wire = sum(sizes[kind] for kind in dispatch_elements(w, s)) / m.bytes_per_second(s.ep_size, s.ep_size)
+        for c in collectives(w, s):
+            # Expert-parallel groups are consecutive ranks; groups of the same experts span all ranks.
+            span = s.ep_size if c.ranks == s.ep_size and c.kind == "norm" else s.ranks
+            width = sizes[c.kind] / self.elements_sent[c.kind] if self.elements_sent[c.kind] else 0
+            wire += c.sent * width / m.bytes_per_second(span, c.ranks)
+        wire += sum(collective_calls(w, s).values()) * m.latency * 1e-6
+        return {"compute": sum(self.flops.values()) / (m.tflops * 1e12), "wire": wire, "host": self._host_seconds()}
+
+    def _host_seconds(self) -> float:
+        """Return the seconds of offloading per optimizer step.
+
+        Counted are gradients (out once per micro-batch, in again for each further one), updated parameters (in), the passes
+        of Adam over host memory, and with offloaded parameters this rank's shards for every fetch.
+        """
+        w, s = self.workload, self.strategy
+        if s.offload == "none":
+            return 0.0
+        gradients = 2 * w.accumulation - 1
+        shards = sum(shard_elements(group, s.stage) for group in param_groups(w, s))
+        copied: float = shards * 4 * (gradients + 1 + ADAM_PASSES)
+        if s.offload == "optimizer+params":
+            for fetch in gathers(w, s):
+                if not fetch.kind.startswith("update"):
+                    copied += fetch.elements / fetch.ranks * (w.itemsize if fetch.kind == "gather" else 4)
+        return copied / (self.machine.host_bandwidth * 1e9)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of an optimizer step."""
+        return sum(self.seconds.values())
+
+    @property
+    def name(self) -> str:
+        """Description such as "ZeRO 2, ep_size 1, gradient checkpointing"."""
+        s = self.strategy
+        parts = [f"ZeRO {s.stage}", f"ep_size {s.ep_size}"]
+        parts += [f"dispatch {s.dispatch}"] if s.ep_size > 1 and s.dispatch != "auto" else []
+        parts += ["gradient checkpointing" if s.checkpointing else "no gradient checkpointing"]
+        return ", ".join(parts + ([f"{s.offload} offloaded"] if s.offload != "none" else []))
+
+
+def all_candidates(workload: Workload, machine: Machine) -> list[Candidate]:
+    """Return a candidate for every supported ZeRO stage, offload, expert-parallel size and gradient checkpointing."""
+    sizes = [p for p in range(1, workload.num_experts + 1) if machine.gpus % p == 0 and workload.num_experts % p == 0]
+    return [
+        Candidate(workload, Strategy(machine.gpus, stage, ep_size, "auto", checkpointing, offload), machine)
+        for stage, offload in SHIPPED
+        for ep_size in sizes
+        for checkpointing in (False, True)
+        if not (workload.precision == "fp16" and stage == 0)
+    ]
+
+
+def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates that fit by step time, the simpler first among similar ones; then the others by missing memory."""
+    fitting = sorted((c for c in candidates if c.fits), key=lambda c: c.step_seconds)
+    similar = [c for c in fitting if c.step_seconds <= SIMILAR * fitting[0].step_seconds]
+    others = [c for c in candidates if not c.fits]
+    return [
+        *sorted(similar, key=_complexity),
+        *fitting[len(similar) :],
+        *sorted(others, key=lambda c: max(c.missing_bytes, 0) + max(c.missing_host_bytes, 0)),
+    ]
+
+
+def _complexity(candidate: Candidate) -> tuple[bool, int, int, int]:
+    s = candidate.strategy
+    # Among stages 0 to 2, prefer the one with most free memory.
+    return s.offload != "none", s.ep_size, s.stage == 3, candidate.total_bytes
+
+
+def alternatives(candidate: Candidate, candidates: Sequence[Candidate]) -> dict[str, Candidate]:
+    """Return the best candidate that differs in one setting only, for each of `SETTINGS` that can be changed."""
+    found: dict[str, Candidate] = {}
+    for setting in SETTINGS:
+        others = [other for other in candidates if _differences(candidate.strategy, other.strategy) == {setting}]
+        if setting == "stage":
+            others = [other for other in others if other.strategy.stage < candidate.strategy.stage] or others
+        if others:
+            found[setting] = best_first(others)[0]
+    return found
+
+
+def _differences(a: Strategy, b: Strategy) -> set[str]:
+    settings = {name for name in SETTINGS if getattr(a, name) != getattr(b, name)}
+    # The shipped offload configs fix the stage, so a change of both counts as one.
+    return {"offload"} if settings == {"offload", "stage"} else settings
+
+
+def changes_that_fit(candidate: Candidate) -> list[str]:
+    """Return options that make a candidate fit.
+
+    For each option, this is the value nearest to the current one. If no single option suffices, each is combined with
+    `--micro-batch 1`.
+    """
+    found = _sufficient(candidate, candidate.workload)
+    if found or candidate.workload.micro_batch == 1 or candidate.missing_bytes <= 0:
+        return found
+    smallest = replace(candidate.workload, micro_batch=1)
+    return [f"--micro-batch 1 {option}" for option in _sufficient(candidate, smallest)]
+
+
+def _sufficient(candidate: Candidate, w: Workload) -> list[str]:
+    answers, gpus = w.answer_tokens or w.seq, candidate.machine.gpus
+    options: list[list[tuple[str, Workload, int]]] = []
+    if candidate.missing_bytes > 0:  # host memory holds no activations
+        options += [
+            [(f"--micro-batch {n}", replace(w, micro_batch=n), gpus) for n in _halves(w.micro_batch)],
+            [(f"--answer-tokens {n}", replace(w, answer_tokens=n), gpus) for n in _halves(answers)],
+            [(f"--seq {n}", replace(w, seq=n, answer_tokens=min(n, answers)), gpus) for n in _halves(w.seq)],
+        ]
+    if w.precision == "fp32":
+        options.append([("--precision bf16", replace(w, precision="bf16"), gpus)])
+    if candidate.strategy.stage:
+        options.append([(f"--gpus {gpus * n}", w, gpus * n) for n in (2, 4, 8, 16, 32)])
+
+    def fits(value: tuple[str, Workload, int]) -> bool:
+        _, workload, ranks = value
+        machine = replace(candidate.machine, gpus=ranks)
+        return Candidate(workload, replace(candidate.strategy, ranks=ranks), machine).fits
+
+    found = []
+    for values in options:
+        first = bisect_left(values, True, key=fits)  # memory decreases from value to value
+        if first < len(values):
+            found.append(values[first][0])
+    return found
+
+
+def _halves(number: int) -> list[int]:
+    return [number >> shift for shift in range(1, number.bit_length())]

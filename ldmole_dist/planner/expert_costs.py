@@ -1,0 +1,150 @@
+"""Traffic, memory and computation of the experts of one input group.
+
+A token is assumed to use `active` experts of each linear, drawn uniformly and independently per linear, so the numbers are
+expectations. They are exact where every token uses all experts, or where all experts are sent.
+
+Shapes: T tokens, D in-features, O out-features, E experts, L local experts, R LoRA rank, P ranks of the expert-parallel group,
+G linears of the input group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ldmole_dist.method.experts import fused_up_to
+from ldmole_dist.parallel.plan import GroupSizes, count_elements
+from ldmole_dist.planner.shapes import Group
+from ldmole_dist.planner.workload import Strategy, Workload
+
+INT64 = 8  # bytes
+
+
+class Volume(NamedTuple):
+    """What one rank exchanges in the forward of a micro-batch.
+
+    Args:
+        rows: Token rows sent, shared by the linears of the group.
+        linear_rows: Token rows of each linear whose outputs are returned.
+        experts: Experts of each linear fetched from other ranks.
+    """
+
+    rows: float
+    linear_rows: float
+    experts: int
+
+
+class ExpertCall(NamedTuple):
+    """One call of `apply_experts` with a number of rows, experts, and active (row, expert) pairs."""
+
+    rows: float
+    experts: int
+    pairs: float
+
+    def fused(self, workload: Workload) -> bool:
+        """Return whether `apply_experts` computes all experts for all rows."""
+        return self.experts * workload.lora_rank * self.rows <= fused_up_to(workload.on_cpu) * self.pairs
+
+    def hidden(self, workload: Workload) -> float:
+        """Return the elements between A and B: R for each computed (row, expert) pair."""
+        return (self.rows * self.experts if self.fused(workload) else self.pairs) * workload.lora_rank
+
+
+def group_sizes(group: Group, workload: Workload, strategy: Strategy) -> GroupSizes:
+    """Return the sizes of an input group in the form that the dispatch uses."""
+    local = workload.num_experts // strategy.ep_size
+    return GroupSizes(group.in_features, group.out_features, workload.lora_rank, local)
+
+
+def dispatch_volume(group: Group, workload: Workload, strategy: Strategy) -> Volume:
+    """Return what one rank exchanges; mode "auto" takes the cheaper of rows and experts."""
+    P, T = strategy.ep_size, workload.tokens
+    if P == 1:
+        return Volume(0, 0, 0)
+    sizes = group_sizes(group, workload, strategy)
+    needed = _probability_of_any(workload.num_experts, sizes.experts, workload.active)
+    G = len(group.out_features)
+    rows = Volume(T * (P - 1) * (1 - (1 - needed) ** G), T * (P - 1) * needed, 0)
+    experts = Volume(0, 0, (P - 1) * sizes.experts)
+    if strategy.dispatch == "auto":
+        return min(rows, experts, key=lambda volume: sum(payload(volume, sizes).values()))
+    return experts if strategy.dispatch == "gather" else rows
+
+
+def _probability_of_any(num_experts: int, local: int, active: float) -> float:
+    """Return the probability that a token uses any of `local` experts; a fractional `active` mixes two numbers."""
+    if active == num_experts:
+        return 1.0
+    fewer, share = int(active), active % 1
+
+    def none(k: int) -> float:
+        return math.comb(num_experts - local, k) / math.comb(num_experts, k)
+
+    return 1 - (1 - share) * none(fewer) - (share * none(fewer + 1) if share else 0)
+
+
+def payload(volume: Volume, sizes: GroupSizes) -> dict[str, float]:
+    """Return the elements that one rank sends in a forward, by kind.
+
+    Balanced routing makes each rank send as many sums and weights as it receives.
+    """
+    return {
+        "rows": volume.rows * sizes.in_features,
+        "gates": volume.rows * len(sizes.out_features) * sizes.experts,
+        "weights": volume.experts * sum(sizes.weights()),
+        "sums": volume.linear_rows * sum(sizes.out_features),
+    }
+
+
+def count_payload(group: Group, workload: Workload, strategy: Strategy) -> int:
+    """Return the elements of the counts that one rank sends before the dispatch."""
+    return count_elements(strategy.ep_size, group_sizes(group, workload, strategy))
+
+
+def expert_calls(group: Group, workload: Workload, strategy: Strategy) -> Iterator[tuple[int, ExpertCall]]:
+    """Yield (O, call) for each linear: own tokens at local and fetched experts, then received rows at local experts."""
+    volume = dispatch_volume(group, workload, strategy)
+    local = workload.num_experts // strategy.ep_size
+    T, k, E = workload.tokens, workload.active, workload.num_experts
+    here = local + volume.experts
+    for out in group.out_features:
+        yield out, ExpertCall(T, here, T * k * here / E)
+        if strategy.ep_size > 1:
+            yield out, ExpertCall(volume.rows, local, T * k * (E - here) / E)
+
+
+def saved_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
+    """Return the bytes that the experts of a group keep for the backward, beyond x and the routing.
+
+    A saved view keeps the whole tensor that it views.
+    """
+    w, itemsize = workload, workload.itemsize
+    hidden = sum(call.hidden(w) for _, call in expert_calls(group, w, strategy)) * itemsize
+    if strategy.ep_size == 1:
+        return hidden
+    volume, sizes = dispatch_volume(group, w, strategy), group_sizes(group, w, strategy)
+    G, L, fetched = len(group.out_features), sizes.experts, volume.experts
+    row_indices = volume.rows * (2 + G) * INT64  # token, and position among the gates of each linear
+    received = volume.rows * (group.in_features * itemsize + G * L * 4)  # x, and float32 gates
+    sum_indices = G * volume.linear_rows * 2 * INT64  # tokens that the returned sums belong to
+    if volume.linear_rows < volume.rows:
+        sum_indices += G * volume.linear_rows * INT64  # received rows that are answered
+    gathered = 0.0
+    if fetched:
+        gathered = (L + fetched) * sum(sizes.weights()) * itemsize
+        gathered += G * (w.tokens * (L + fetched) * 4 + fetched * 2 * INT64 + (L + fetched) * INT64)
+    return hidden + row_indices + received + sum_indices + gathered + strategy.ep_size * G * L
+
+
+def temporary_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
+    """Return an estimate of the temporary bytes in the backward of one linear's experts."""
+    w, most = workload, 0.0
+    for out, call in expert_calls(group, w, strategy):
+        hidden = call.hidden(w)
+        if call.fused(w):
+            most = max(most, hidden * (3 * 4 + 2 * w.itemsize))
+        else:
+            inputs = call.rows * group.in_features * 4
+            most = max(most, inputs + hidden / w.lora_rank * (group.in_features + out) * w.itemsize)
+    return most
