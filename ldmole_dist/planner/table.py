@@ -87,7 +87,7 @@ def _cell(size: int) -> str:
 
 def _details(candidate: Candidate) -> Iterator[str]:
     seconds = " + ".join(f"{name} {value:.2f}" for name, value in candidate.seconds.items() if value)
-    yield f"  step: {candidate.step_seconds:.2f} s = {seconds}"
+    yield f"  time per step: {candidate.step_seconds:.2f} s = {seconds}"
     total = sum(candidate.flops.values())
     yield "  FLOPs: " + ", ".join(f"{part} {value / total:.1%}" for part, value in candidate.flops.items() if value)
     sent = {kind: value / 1e6 for kind, value in candidate.elements_sent.items() if value >= MIN_ELEMENTS}
