@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -101,11 +102,11 @@ def load_map(linears: Linears, summaries: Summaries) -> Figure:
     with np.errstate(divide="ignore"):
         # The even share is 1 over the row's own number of experts; shorter rows are padded with NaN.
         ratios = {p: np.log2(grid * np.isfinite(grid).sum(axis=1, keepdims=True)) for p, grid in grids.items()}
-    norm = style.log2_norm(ratios.values(), 0.25, 3)
+    limit = style.log2_limit(ratios.values(), 0.25, 3)
     height = float(np.clip(1.1 + 0.13 * len(linears.layers), 2.4, 7))
     figure, axes = style.panels(len(grids), height, sharey=True)
     for (projection, grid), ax in zip(grids.items(), axes, strict=True):
-        image = style.heat_map(ax, ratios[projection], norm=norm, cmap=style.DIVERGING, aspect="auto")
+        image = style.heat_map(ax, ratios[projection], norm=CenteredNorm(0, limit), cmap=style.DIVERGING, aspect="auto")
         y, x = np.nonzero(grid == 0)
         ax.plot(x, y, "x", color="#000000", markersize=6, markeredgewidth=1.5)
         ax.set_title(projection)
@@ -114,7 +115,7 @@ def load_map(linears: Linears, summaries: Summaries) -> Figure:
         style.expert_ticks(ax.xaxis, grid.shape[1])
     for ax in axes[::4]:
         ax.set_ylabel("layer")
-    style.log2_colorbar(figure, axes, image, "load relative to an even share")
+    style.log2_colorbar(figure, axes, image, limit, "load relative to an even share")
     return figure
 
 

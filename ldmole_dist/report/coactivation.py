@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ldmole_dist.monitor.linears import Linears
-from ldmole_dist.report.style import DIVERGING, expert_ticks, heat_map, log2_colorbar, log2_norm, panels
+from ldmole_dist.report.style import DIVERGING, expert_ticks, heat_map, log2_colorbar, log2_limit, panels
 
 MIN_EXPECTED = 5.0  # expected joint tokens below which a lift is not shown, the usual minimum of a chi-squared test
 
@@ -50,13 +51,13 @@ def coactivation(linears: Linears, together: Mapping[str, Tensor], tokens: int) 
     counts = {name: together[name].numpy() for _, _, name in shown}
     with np.errstate(divide="ignore"):
         maps = {name: np.log2(lift(count, tokens)) for name, count in counts.items()}
-    norm = log2_norm(maps.values(), 0.5, 3)
+    limit = log2_limit(maps.values(), 0.5, 3)
     columns = len(linears.projections) if len(linears.projections) > 2 else len(shown)
     figure, axes = panels(len(shown), 2.15 if columns > 4 else 3.2, columns=columns)
     for (layer, projection, name), ax in zip(shown, axes, strict=True):
         # Clip, so that a pair that never occurs (-inf) takes the end of the scale and is not masked.
-        values = np.clip(maps[name], norm.vmin, norm.vmax)
-        image = heat_map(ax, values, norm=norm, cmap=DIVERGING)
+        values = np.clip(maps[name], -limit, limit)
+        image = heat_map(ax, values, norm=CenteredNorm(0, limit), cmap=DIVERGING)
         if experts <= 10:
             for expert, share in enumerate(100 * np.diag(counts[name]) / max(tokens, 1)):
                 size = 6 if columns > 4 else 9
@@ -64,7 +65,7 @@ def coactivation(linears: Linears, together: Mapping[str, Tensor], tokens: int) 
         ax.set_title(projection if layer is None else f"{projection}\nlayer {layer}", fontsize=10)
         for axis in (ax.xaxis, ax.yaxis):
             expert_ticks(axis, len(values), most=4 if experts > 10 else 10)
-    log2_colorbar(figure, axes, image, "lift")
+    log2_colorbar(figure, axes, image, limit, "lift")
     figure.supxlabel("expert", fontsize=11)
     figure.supylabel("expert", fontsize=11)
     return figure

@@ -46,7 +46,9 @@ def state_lines(linears: Linears, history: RoutingHistory) -> Figure:
     x = range(len(states))
     figure, axes = panels(len(quantities), 4.2, columns=len(quantities))
     for (title, value), ax in zip(quantities.items(), axes, strict=True):
-        lines = {p: [np.mean([value(i, name) for name in linears.of(p)]) for i in x] for p in linears.projections}
+        lines = {
+            p: [float(np.mean([value(i, name) for name in linears.of(p)])) for i in x] for p in linears.projections
+        }
         plot_lines(ax, title, x, lines)
         ax.set_xticks(x, [state.label for state in states], rotation=45 if len(states) > 6 else 0)
         ax.set_xlabel("optimizer step")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -114,21 +113,20 @@ def heat_map(ax: Axes, values: np.ndarray, **options: Any) -> AxesImage:
     return image
 
 
-def log2_norm(values: Iterable[np.ndarray], least: float, most: float) -> CenteredNorm:
-    """Return a color scale for binary logarithms, centered at 0.
+def log2_limit(values: Iterable[np.ndarray], least: float, most: float) -> float:
+    """Return half the range of a color scale for binary logarithms, centered at 0.
 
     Args:
         values: Arrays that share the scale; non-finite elements are ignored.
-        least: Minimum half range.
-        most: Maximum half range.
+        least: Minimum to return.
+        most: Maximum to return.
     """
     every = np.abs(np.concatenate([array.ravel() for array in values]))
-    return CenteredNorm(0, float(np.clip(max(every[np.isfinite(every)], default=least), least, most)))
+    return float(np.clip(max(every[np.isfinite(every)], default=least), least, most))
 
 
-def log2_colorbar(figure: Figure, axes: Sequence[Axes], image: AxesImage, label: str) -> None:
-    """Add the color bar of an image that was drawn with `log2_norm`; its labels are ratios."""
-    limit = image.norm.vmax
+def log2_colorbar(figure: Figure, axes: Sequence[Axes], image: AxesImage, limit: float, label: str) -> None:
+    """Add the color bar of an image of binary logarithms between `-limit` and `limit`; its labels are ratios."""
     ticks = np.linspace(-limit, limit, 5)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, aspect=30)
     bar.set_ticks(list(ticks), labels=[f"{2**t:.3g}" for t in ticks])

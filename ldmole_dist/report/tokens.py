@@ -137,7 +137,7 @@ def _label(ax: Axes, use: TokenUse, texts: Sequence[str], renderer: Any) -> None
             )
             box = label.get_window_extent(renderer)
             covers_point = ((points > box.min) & (points < box.max)).all(axis=1).any()
-            inside = (box.min >= frame.min).all() and (box.max <= frame.max).all()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not covers_point and not box.count_overlaps(placed):
                 placed.append(box)
                 break
