@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ldmole_dist.report.movement import last_step, read_curves
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +19,6 @@ from ldmole_dist.cli import main
 from ldmole_dist.config import load_config
 from ldmole_dist.generation.generate import load_generator
 from ldmole_dist.model.saved import find_saved_model
-from ldmole_dist.report.movement import last_step, read_curves
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import run_training
 
