@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from ldmole_dist.report.movement import last_step, read_curves
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +18,7 @@ from ldmole_dist.cli import main
 from ldmole_dist.config import load_config
 from ldmole_dist.generation.generate import load_generator
 from ldmole_dist.model.saved import find_saved_model
+from ldmole_dist.report.history import last_step, read_routing_log
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from tests.small_run import run_training
 
@@ -110,5 +110,5 @@ def test_resolved_config_loads() -> None:
 
 def test_report_reads_the_metrics() -> None:
     assert last_step(FROZEN / "run") == 4
-    curves = read_curves(FROZEN / "run")
+    curves = read_routing_log(FROZEN / "run")
     assert [line["step"] for line in curves] == [2, 4] and all(len(line["linears"]) == 7 for line in curves)
