@@ -1,6 +1,11 @@
-"""Checkpoints that fit any topology, resuming from them, and the portable adapter.
+"""Checkpoints that can be loaded under any topology, and export of the portable adapter.
 
-A checkpoint is a folder `checkpoints/step_N`: `rank_R.safetensors` with what rank R kept of the optimizer state, in stretches
-of the flattened whole parameters, and its random states; `adapter_config.json`; `manifest.json`, which names every file with
-its size and hash and is written last. Frozen weights are not in it.
+A checkpoint is a folder `checkpoints/step_N` with these files:
+
+- `rank_R.safetensors`: the shard of the optimizer state that rank R held, as flat ranges of the full parameters, and the
+  rank's random states.
+- `adapter_config.json`: the adapter's PEFT config.
+- `manifest.json`: written last; lists every other file with its size and SHA-256.
+
+Frozen weights are not saved.
 """

@@ -1,8 +1,8 @@
-"""Files of a checkpoint: tensors streamed to disk and hashed on the way, and read back in stretches.
+"""Tensor files of a checkpoint: written and hashed one tensor at a time, and read back by flat range.
 
-The format is safetensors, which any tool opens. The library writes only what is in memory all at once; here one tensor is at a
-time. A stretch is a flat tensor under the key "kind/parameter name"; where it begins in the flattened parameter is in the
-file's metadata.
+The files are ordinary safetensors files. The safetensors library can write a file only from tensors that are all in memory,
+so `write_tensors` implements the format itself. A shard is a flat tensor under the key "state/parameter name"; its offset in
+the flattened full parameter is in the file's metadata.
 """
 
 from __future__ import annotations
@@ -25,42 +25,50 @@ from torch import Tensor
 from ldmole_dist.errors import UserError
 from ldmole_dist.io import Digest
 
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.float64: "F64"}
+# Names of the dtypes in the safetensors format.
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.float64: "F64",
+}
 
 
-class Entry(NamedTuple):
-    """A tensor to be written: its shape and dtype are known before it is."""
+class TensorSpec(NamedTuple):
+    """Key, shape and dtype of a tensor to write; the header of the file needs them before the tensor is available."""
 
     key: str
     shape: Sequence[int]
     dtype: torch.dtype
 
 
-
-
-def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor], metadata: dict[str, str]) -> Digest:
-    """Write a safetensors file, one tensor at a time, and see it onto the disk.
+def write_tensors(
+    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: dict[str, str]
+) -> Digest:
+    """Write a safetensors file one tensor at a time, sync it to disk, and return its size and hash.
 
     Args:
-        path: of the file.
-        entries: what it will hold.
-        tensors: in the order of `entries`, on any device; each is let go of before the next is asked for.
+        path: file to write.
+        specs: of all tensors, in order.
+        tensors: in the order of `specs`, on any device. Each is released before the next is requested.
         metadata: of the file.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for key, shape, dtype in entries:
+    for key, shape, dtype in specs:
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # safetensors aligns the data to 8 bytes
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for data in [len(text).to_bytes(8, "little"), text]:
             digest.update(data)
             file.write(data)
-        for entry, tensor in zip(entries, tensors, strict=True):
-            assert tensor.dtype == entry.dtype and list(tensor.shape) == list(entry.shape), entry.key
+        for spec, tensor in zip(specs, tensors, strict=True):
+            assert tensor.dtype == spec.dtype and list(tensor.shape) == list(spec.shape), spec.key
+            # As bytes, because numpy has no bfloat16.
             values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
             digest.update(values)
             file.write(values)
@@ -70,41 +78,35 @@ def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
     return Digest(size, digest.hexdigest())
 
 
-
-
-
-
-
-
-
-
-class Stretches:
-    """The flattened whole of every tensor whose stretches are in some files; a context manager that holds them open.
+class ShardReader:
+    """Context manager that reads flattened tensors whose shards are spread over several files, which it keeps open.
 
     Args:
         paths: of the files.
 
     Raises:
-        UserError: where one cannot be opened.
+        UserError: if a file cannot be opened.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._stack = ExitStack()
-        # key -> (start, end, file), sorted by start
-        self._where: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
+        # key -> (start, end, file) of each shard, sorted by start
+        self._shards: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
         for path in paths:
             try:
                 file = self._stack.enter_context(safe_open(path, "pt"))
                 for key, start in json.loads((file.metadata() or {})["starts"]).items():
                     (length,) = file.get_slice(key).get_shape()
-                    self._where[key].append((start, start + length, file))
-            except Exception as error:  # safetensors raises its own of many kinds
+                    self._shards[key].append((start, start + length, file))
+            except (
+                Exception
+            ) as error:  # damaged files raise several types: SafetensorError, KeyError, ValueError, OSError
                 self._stack.close()
                 raise UserError(f"checkpoint file {path} cannot be read: {error}") from error
-        for where in self._where.values():
-            where.sort(key=lambda stretch: stretch[:2])
+        for shards in self._shards.values():
+            shards.sort(key=lambda shard: shard[:2])
 
-    def __enter__(self) -> Stretches:
+    def __enter__(self) -> ShardReader:
         return self
 
     def __exit__(
@@ -112,31 +114,27 @@ class Stretches:
     ) -> None:
         self._stack.close()
 
-    def keys(self) -> Iterable[str]:
-        """What there are stretches of."""
-        return self._where.keys()
-
-    def whole(self, key: str, shape: Sequence[int]) -> Tensor:
-        """A whole tensor, in float32; what is missing is no number."""
+    def read_tensor(self, key: str, shape: Sequence[int]) -> Tensor:
+        """Return a full tensor in float32; elements that no shard holds are NaN."""
         flat = torch.full((math.prod(shape),), torch.nan)
-        for position, value in self.read(key, 0, len(flat)):
+        for position, value in self.read_range(key, 0, len(flat)):
             flat[position : position + len(value)] = value
         return flat.view(*shape)
 
-    def gap(self, key: str, length: int) -> str | None:
-        """What is wrong with the stretches of a tensor of `length` elements: a hole, an overlap; None if nothing."""
-        reached = 0
-        for start, end, _ in self._where.get(key, []):
-            if start != reached:
-                return f"{key}: elements {min(start, reached)} to {max(start, reached)} are " + (
-                    "missing" if start > reached else "there twice"
-                )
-            reached = end
-        return None if reached == length else f"{key}: {reached} of {length} elements are there"
-
-    def read(self, key: str, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
-        """(position relative to `start`, what is there) until all of start .. end is given."""
-        for first, last, file in self._where[key]:
+    def read_range(self, key: str, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (position relative to `start`, values) for every shard that overlaps elements `start` to `end`."""
+        for first, last, file in self._shards[key]:
             low, high = max(first, start), min(last, end)
             if low < high:
                 yield low - start, file.get_slice(key)[low - first : high - first]
+
+    def find_gap(self, key: str, length: int) -> str | None:
+        """Return a description of the first missing or duplicate range of a tensor of `length` elements; None if complete."""
+        reached = 0
+        for start, end, _ in self._shards.get(key, []):
+            if start != reached:
+                return f"{key}: elements {min(start, reached)} to {max(start, reached)} are " + (
+                    "missing" if start > reached else "stored twice"
+                )
+            reached = end
+        return None if reached == length else f"{key}: {reached} of {length} elements are stored"

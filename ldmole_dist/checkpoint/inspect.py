@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for a reader."""
+"""Summary of a checkpoint for `ldmole checkpoint inspect`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 def print_table(checkpoint: Path) -> None:
-    """Print where a checkpoint comes from, its parameters by kind and its files."""
+    """Print the origin of a checkpoint, its parameters by kind, and its files.
+
+    Raises:
+        UserError: if its manifest cannot be read.
+    """
     manifest = read_manifest(checkpoint)
     t, adapter = manifest.topology, manifest.config["adapter"]
     print(f"{checkpoint}: after {manifest.step} optimizer steps, format {manifest.format_version}")
     print(f"written by {t['world_size']} rank(s), ZeRO {t['zero_stage']}, ep_size {t['ep_size']}")
     experts = adapter["num_experts"]
-    by_layer = f"{', '.join(map(str, experts))} (by layer)" if isinstance(experts, list) else experts
-    print(f"backbone {manifest.backbone['path']}; {by_layer} experts of rank {adapter['r']}")
+    expert_count = f"{', '.join(map(str, experts))} (by layer)" if isinstance(experts, list) else experts
+    print(f"backbone {manifest.backbone['path']}; {expert_count} experts with r {adapter['r']}")
     tensors, elements = Counter[str](), Counter[str]()
     for name, shape in manifest.shapes.items():
         kind = _kind(name)
         tensors[kind] += 1
         elements[kind] += math.prod(shape)
-    print(f"\n{'parameters':16} {'tensors':>8} {'elements':>14}   (with two Adam moments, {manifest.dtype})")
+    print(f"\n{'parameters':16} {'tensors':>8} {'elements':>14}   (each with two Adam moments, {manifest.dtype})")
     for kind in tensors:
         print(f"{kind:16} {tensors[kind]:8,} {elements[kind]:14,}")
     print(f"{'all':16} {tensors.total():8,} {elements.total():14,}")

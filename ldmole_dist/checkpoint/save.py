@@ -1,10 +1,13 @@
-"""Writing checkpoints while training goes on.
+"""Write checkpoints in the background while training continues.
 
-`Saver.save` takes note of the small things at once and starts a thread that copies this rank's pieces of the optimizer state to
-host memory and writes them from there. Training goes on with the next forward; only the next optimizer step waits until the
-copy is made (`before_update`). When every rank's file is on its disk, which the ranks learn at the end of some later step,
-`finish` writes the manifest, gives the folder its name and points `latest` to it. A crash at any moment leaves the checkpoints
-before untouched. Threads enter no collectives.
+1. `Saver.save` records the small state at once and starts a thread. The thread copies this rank's optimizer shards to host
+   memory and writes them from there.
+2. Training continues with the next forward. Only the next optimizer step waits for the copy (`wait_for_copy`).
+3. When the files of all ranks are on disk, which the training loop detects with an all-reduce at the end of a later step,
+   `finish` writes the manifest, renames the folder and updates `latest`.
+
+A crash at any moment leaves earlier checkpoints intact. The threads run no collectives: those would interleave with the
+collectives of training.
 """
 
 from __future__ import annotations
@@ -21,10 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldmole_dist.checkpoint import manifest as manifests
 from ldmole_dist.checkpoint.export import CONFIG_NAME, write_adapter_config
-from ldmole_dist.checkpoint.files import Entry, write_tensors
-from ldmole_dist.checkpoint.manifest import Manifest
+from ldmole_dist.checkpoint.files import TensorSpec, write_tensors
+from ldmole_dist.checkpoint.manifest import MANIFEST_NAME, Manifest, fingerprint
 from ldmole_dist.cluster.heartbeat import heartbeat
 from ldmole_dist.config import Config, plain_config
 from ldmole_dist.distributed import Process, raise_on_all_ranks
@@ -43,10 +45,12 @@ from ldmole_dist.io import (
 )
 from ldmole_dist.tuner.state_dict import adapter_keys
 
+HEARTBEAT_SECONDS = 10  # between heartbeats while waiting for a write, far below any stall time-out of the launcher
+
 
 @dataclass
-class _Writing:
-    """A checkpoint that is being written by this rank."""
+class _PendingCheckpoint:
+    """Checkpoint that this rank is writing."""
 
     step: int
     unfinished: Path
@@ -58,25 +62,27 @@ class _Writing:
 
 
 class Saver:
-    """Writes the checkpoints of a run; every rank has one and makes the same calls.
+    """Writer of a run's checkpoints; every rank has one and makes the same calls.
 
     Args:
-        folder: `checkpoints` of the run.
+        folder: `checkpoints` in the output folder of the run.
         config: of the run.
-        process: of this rank.
+        process: this rank.
         data: what the order of the examples depends on (`data.batches.describe_order`).
     """
 
     def __init__(self, folder: Path, config: Config, process: Process, data: dict[str, int | str]) -> None:
         self.folder, self.config, self.process, self.data = folder, config, process, data
-        self._writing: _Writing | None = None
-        self._host: dict[str, Tensor] = {}  # the copies, kept from one checkpoint to the next
+        self._pending: _PendingCheckpoint | None = None
+        self._host: dict[
+            str, Tensor
+        ] = {}  # host buffers, reused by every checkpoint: pinned memory is slow to allocate
 
     def save(self, engine: Engine, step: int) -> None:
-        """Begin a checkpoint of the state after `step` optimizer steps; one that is still being written is finished before.
+        """Start a checkpoint of the state after `step` optimizer steps; finish the previous one first.
 
         Raises:
-            UserError: where the folder cannot be made, or with run.save_async=false where it cannot be written.
+            UserError, PeerError: if the folder cannot be created or, with run.save_async=false, the checkpoint not be written.
         """
         self.finish()
         heartbeat(f"saving after step {step}")
@@ -85,97 +91,85 @@ class Saver:
         unfinished = unfinished_folder(final)
         with raise_on_all_ranks("preparing the checkpoint"), write_errors(f"the checkpoint {unfinished}"):
             if self.process.is_main:
-                # What a run that was cut off has left.
+                # Left by a run that was killed while it wrote or removed a checkpoint.
                 for left in [*self.folder.glob(".step_*"), *self.folder.glob(".removed_*")]:
                     shutil.rmtree(left, ignore_errors=True)
                 start_folder(final)
                 write_adapter_config(engine.module, unfinished)
-            held = [shard.without_copies() for shard in optimizer_shards(engine)]
-            writing = _Writing(step, unfinished, self._manifest(engine, step))
-        random = _random_states(self.process.device)
-        self._writing = writing
+            shards = [shard.without_copies() for shard in optimizer_shards(engine)]
+            pending = _PendingCheckpoint(step, unfinished, self._manifest(engine, step))
+        random_states = _random_states(self.process.device)
+        self._pending = pending
         if not self.config.run.save_async:
-            self._write(writing, held, random, None)
+            self._write(pending, shards, random_states, None)
             self.finish()
             return
+        # The copy runs on a stream of its own and must wait for the kernels that training has queued so far.
         ready = torch.cuda.Event() if self.process.device.type == "cuda" else None
         if ready is not None:
             ready.record()
-        writing.thread = threading.Thread(target=self._write, args=(writing, held, random, ready), daemon=True)
-        writing.thread.start()
+        pending.thread = threading.Thread(target=self._write, args=(pending, shards, random_states, ready), daemon=True)
+        pending.thread.start()
 
-    def before_update(self) -> None:
-        """Wait until the copy is made: an optimizer step would change what is being copied."""
-        if self._writing is not None:
-            self._writing.copied.wait()
+    def wait_for_copy(self) -> None:
+        """Wait until the shards are copied to host memory; call this before an optimizer step, which changes them."""
+        if self._pending is not None:
+            self._pending.copied.wait()
 
     @property
     def done(self) -> bool:
-        """Whether this rank's file is written, or failed to be."""
-        return self._writing is not None and (self._writing.thread is None or not self._writing.thread.is_alive())
+        """Whether this rank has written its file of the pending checkpoint, or failed to."""
+        return self._pending is not None and (self._pending.thread is None or not self._pending.thread.is_alive())
 
     def finish(self) -> None:
-        """Wait for every rank's file and make the checkpoint valid, if there is one under way.
+        """Wait for the files of all ranks and publish the pending checkpoint, if there is one; every rank calls this.
 
         Raises:
-            UserError: where it could not be written.
+            UserError, PeerError: if it could not be written.
         """
-        writing, self._writing = self._writing, None
-        if writing is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
-        while writing.thread is not None and writing.thread.is_alive():
-            heartbeat("writing a checkpoint")  # repeated, so that a long write does not count as a stall
-            writing.thread.join(10)
-        with raise_on_all_ranks("writing the checkpoint"), write_errors(f"the checkpoint {writing.unfinished}"):
-            if writing.error is not None:
-                raise writing.error
+        while pending.thread is not None and pending.thread.is_alive():
+            heartbeat("writing a checkpoint")  # repeatedly: a large checkpoint must not look like a stall
+            pending.thread.join(HEARTBEAT_SECONDS)
+        with raise_on_all_ranks("writing the checkpoint"), write_errors(f"the checkpoint {pending.unfinished}"):
+            if pending.error is not None:
+                raise pending.error
         digests: list[Any] = [None] * self.process.world_size
-        dist.all_gather_object(digests, writing.digest)
-        with raise_on_all_ranks("finishing the checkpoint"), write_errors(f"the checkpoint {writing.unfinished}"):
+        dist.all_gather_object(digests, pending.digest)
+        with raise_on_all_ranks("finishing the checkpoint"), write_errors(f"the checkpoint {pending.unfinished}"):
             if self.process.is_main:
-                self._make_valid(writing, digests)
-
-    def _make_valid(self, writing: _Writing, digests: list[Digest]) -> None:
-        unfinished, final = writing.unfinished, self.folder / f"step_{writing.step:08d}"
-        names = writing.manifest.rank_files()
-        files = dict(zip(names, digests, strict=True))
-        writing.manifest.files = files | {CONFIG_NAME: file_digest(unfinished / CONFIG_NAME)}
-        atomic_write(unfinished / manifests.NAME, writing.manifest.text())
-        if final.exists():  # the same step saved again
-            self._remove(final)
-        publish_folder(final)
-        point_to(final)
-        for old in sorted(self.folder.glob("step_*"))[: -self.config.run.keep_last]:
-            self._remove(old)
-
-    def _remove(self, checkpoint: Path) -> None:
-        # What is half removed must not look like a checkpoint; large files take time, and training would wait for it.
-        gone = checkpoint.rename(self.folder / f".removed_{checkpoint.name}_{time.time_ns()}")
-        threading.Thread(target=shutil.rmtree, args=(gone,), kwargs={"ignore_errors": True}).start()
+                self._publish(pending, digests)
 
     def _write(
-        self, writing: _Writing, held: list[OptimizerShard], random: dict[str, Tensor], ready: torch.cuda.Event | None
+        self,
+        pending: _PendingCheckpoint,
+        shards: list[OptimizerShard],
+        random_states: dict[str, Tensor],
+        ready: torch.cuda.Event | None,
     ) -> None:
+        """Write this rank's file, in a thread if run.save_async is set; an error is stored for `finish` to raise."""
         try:
-            states = {f"{kind}/{shard.name}": value for shard in held for kind, value in shard.states.items()}
-            starts = {f"{kind}/{shard.name}": shard.start for shard in held for kind in shard.states}
+            states = {f"{state}/{shard.name}": value for shard in shards for state, value in shard.states.items()}
+            starts = {f"{state}/{shard.name}": shard.start for shard in shards for state in shard.states}
             if self.config.run.save_async:
-                states = self._copied(states, ready)
-                writing.copied.set()
-            tensors = states | random
-            entries = [Entry(key, value.shape, value.dtype) for key, value in tensors.items()]
-            path = writing.unfinished / f"rank_{self.process.rank:05d}.safetensors"
-            writing.digest = write_tensors(path, entries, tensors.values(), {"starts": json.dumps(starts)})
-            sync(writing.unfinished)
-        except Exception as error:  # of any kind: `finish` raises it where it can be heard
-            writing.error = error
+                states = self._copy_to_host(states, ready)
+                pending.copied.set()
+            tensors = states | random_states
+            specs = [TensorSpec(key, value.shape, value.dtype) for key, value in tensors.items()]
+            path = pending.unfinished / f"rank_{self.process.rank:05d}.safetensors"
+            pending.digest = write_tensors(path, specs, tensors.values(), {"starts": json.dumps(starts)})
+            sync(pending.unfinished)
+        except Exception as error:
+            pending.error = error
         finally:
-            writing.copied.set()
+            pending.copied.set()  # also after an error: training must not wait forever
 
-    def _copied(self, states: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
+    def _copy_to_host(self, states: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
         stream = None
         if ready is not None:
-            torch.cuda.set_device(self.process.device)
+            torch.cuda.set_device(self.process.device)  # the current device is a property of the thread
             stream = torch.cuda.Stream()
             stream.wait_event(ready)
         with torch.cuda.stream(stream):
@@ -187,9 +181,27 @@ class Saver:
             stream.synchronize()
         return {key: self._host[key] for key in states}
 
+    def _publish(self, pending: _PendingCheckpoint, digests: list[Digest]) -> None:
+        """Write the manifest, give the folder its final name, and remove checkpoints beyond run.keep_last."""
+        final = self.folder / f"step_{pending.step:08d}"
+        files = dict(zip(pending.manifest.rank_files(), digests, strict=True))
+        pending.manifest.files = files | {CONFIG_NAME: file_digest(pending.unfinished / CONFIG_NAME)}
+        atomic_write(pending.unfinished / MANIFEST_NAME, pending.manifest.to_json())
+        if final.exists():  # the same step was saved before
+            self._remove(final)
+        publish_folder(final)
+        set_latest(final)
+        for old in sorted(self.folder.glob("step_*"))[: -self.config.run.keep_last]:
+            self._remove(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        # Renamed first, so that a partly removed folder never looks like a checkpoint. In a thread, because removing large
+        # files takes time; not a daemon, so that the process waits for it at its end.
+        removed = checkpoint.rename(self.folder / f".removed_{checkpoint.name}_{time.time_ns()}")
+        threading.Thread(target=shutil.rmtree, args=(removed,), kwargs={"ignore_errors": True}).start()
+
     def _manifest(self, engine: Engine, step: int) -> Manifest:
-        shapes = full_shapes(engine)
-        keys = adapter_keys(engine.module)
+        shapes, keys = full_shapes(engine), adapter_keys(engine.module)
         return Manifest(
             step=step,
             topology=topology(engine, self.process),
@@ -197,22 +209,19 @@ class Saver:
             adapter_keys={name: keys[name] for name in shapes},
             training=training_state(engine, step),
             data=self.data,
-            backbone={
-                "path": self.config.backbone.path,
-                "fingerprint": manifests.fingerprint(self.config.backbone.path),
-            },
+            backbone={"path": self.config.backbone.path, "fingerprint": fingerprint(self.config.backbone.path)},
             config=plain_config(self.config),
             files={},
         )
 
 
 def topology(engine: Engine, process: Process) -> dict[str, int]:
-    """How a run is spread."""
+    """Return the ZeRO stage, ep_size and world size of a run, as the manifest stores them."""
     return {"zero_stage": engine.stage, "ep_size": engine.parallel.size, "world_size": process.world_size}
 
 
-def point_to(checkpoint: Path) -> None:
-    """Let `latest` name a checkpoint."""
+def set_latest(checkpoint: Path) -> None:
+    """Write the name of a checkpoint to the file `latest` beside it."""
     atomic_write(checkpoint.parent / "latest", checkpoint.name)
 
 

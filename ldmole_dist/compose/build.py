@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ldmole_dist.checkpoint.export import METADATA
-from ldmole_dist.checkpoint.files import Entry, write_tensors
+from ldmole_dist.checkpoint.files import TensorSpec, write_tensors
 from ldmole_dist.errors import UserError
 from ldmole_dist.io import atomic_folder, write_errors
 from ldmole_dist.model.backbone import check_backbone, new_adapter
@@ -121,7 +121,7 @@ def compose(
             }
     _initialize_routers(model, linears, config)
     parameters = dict(model.named_parameters())
-    entries = [Entry(key, tuple(parameters[name].shape), torch.float32) for name, key in keys.items()]
+    entries = [TensorSpec(key, tuple(parameters[name].shape), torch.float32) for name, key in keys.items()]
     with write_errors(f"the adapter {folder}"), atomic_folder(folder) as unfinished:
         config.inference_mode = True
         config.save_pretrained(str(unfinished))

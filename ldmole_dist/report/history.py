@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldmole_dist.checkpoint.export import export_checkpoint
-from ldmole_dist.checkpoint.load import newest
+from ldmole_dist.checkpoint.load import list_checkpoints
 from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
@@ -98,7 +98,7 @@ def trace_history(
     Raises:
         UserError: If a checkpoint is damaged or does not fit the model.
     """
-    checkpoints = [] if saved.run is None else newest(saved.run)[::-1]
+    checkpoints = [] if saved.run is None else list_checkpoints(saved.run)[::-1]
     if saved.run is None or not checkpoints:
         return None
     chosen = _evenly_spaced(checkpoints, MAX_CHECKPOINTS)

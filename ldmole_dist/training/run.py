@@ -12,8 +12,8 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from ldmole_dist.checkpoint.export import export_adapter
-from ldmole_dist.checkpoint.load import choose_checkpoint, load_checkpoint, newest
-from ldmole_dist.checkpoint.save import Saver, point_to
+from ldmole_dist.checkpoint.load import choose_checkpoint, list_checkpoints, load_checkpoint
+from ldmole_dist.checkpoint.save import Saver, set_latest
 from ldmole_dist.config import Config, Optimisation, accumulation_steps, check_parallelism, dump_config
 from ldmole_dist.data.build import read_data
 from ldmole_dist.distributed import Process, raise_on_all_ranks
@@ -109,12 +109,12 @@ def _prepare_folder(folder: Path, config: Config, checkpoint: Path | None) -> No
     """
     # Resolved, because one of the paths may be relative or contain a link.
     if checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve():
-        for later in newest(folder):
+        for later in list_checkpoints(folder):
             if later.name > checkpoint.name:
                 unused = later.with_name(f"unused_{later.name}")
                 shutil.rmtree(unused, ignore_errors=True)
                 later.rename(unused)
-        point_to(checkpoint)
+        set_latest(checkpoint)
     elif (folder / "config.yaml").exists():
         number = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
         os.rename(folder, f"{folder}.{number}")

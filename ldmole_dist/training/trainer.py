@@ -142,7 +142,7 @@ class Trainer:
             self._raise_nonfinite_loss(step, metrics["loss"], batches, losses)
 
         metrics["lr"] = self.engine.learning_rate
-        self.saver.before_update()
+        self.saver.wait_for_copy()
         self.engine.step()
         metrics["grad_norm"] = self.engine.grad_norm
         # In fp16 an overflow is expected until the loss scale fits: DeepSpeed skips the step and lowers the scale.

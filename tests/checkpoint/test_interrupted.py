@@ -1,4 +1,4 @@
-"""Runs that are asked to end save and go on; runs that are killed at any moment go on from the last whole checkpoint."""
+"""Runs save on a stop signal and resume; runs killed at any moment resume from the latest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ldmole_dist.checkpoint.load import newest
+from ldmole_dist.checkpoint.load import list_checkpoints
 from ldmole_dist.checkpoint.manifest import verify
 from ldmole_dist.distributed import free_port
 from ldmole_dist.errors import EXIT_PREEMPTED
@@ -25,7 +25,7 @@ from tests.small_run import make_config, make_folder
 
 
 class Run:
-    """A config and the folder that its runs write to."""
+    """Config of a run and its output folder."""
 
     def __init__(self, folder: Path, steps: int, save_every: int) -> None:
         self.config = make_config(
@@ -37,20 +37,20 @@ class Run:
         self.folder = folder / "run"
 
     def steps(self) -> int:
-        """Done so far, by the last whole line of metrics.jsonl."""
+        """Return the number of steps done, according to the last complete line of metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")] if path.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
     def finish(self, *overrides: str) -> str:
-        """Start it and let it end."""
+        """Run it to the end and return its output."""
         with Launched(self.config, *overrides) as launched:
             codes, output = launched.wait(timeout=120)
         assert codes == [0, 0], output
         return output
 
-    def same_as(self, other: Run) -> bool:
-        """Whether both ended with the same parameters, bit for bit, and reported each step once."""
+    def equals(self, other: Run) -> bool:
+        """Return whether both runs ended with bitwise the same parameters and the same reported losses."""
         mine, theirs = (load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (self, other))
         losses = [
             [(json.loads(x)["step"], json.loads(x)["loss"]) for x in (run.folder / "metrics.jsonl").open()]
@@ -62,20 +62,20 @@ class Run:
 def wait_until(condition: Callable[[], bool], launched: Launched, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while launched.running and not condition():
-        assert time.monotonic() < deadline, "it did not get there"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An uninterrupted run."""
-    run = Run(make_folder(tmp_path_factory.mktemp("whole")), steps=60, save_every=4)
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a finished run that was not interrupted."""
+    run = Run(make_folder(tmp_path_factory.mktemp("uninterrupted")), steps=60, save_every=4)
     run.finish()
     return run
 
 
 def fresh(tmp_path: Path, like: Run) -> Run:
-    # The same files: another folder's would be equal, but not by name.
+    # It uses the same backbone and data files, whose paths are part of the config.
     run = Run(like.folder.parent, steps=60, save_every=4)
     text = run.config.read_text().replace(str(run.folder), str(tmp_path / "run"))
     run.config, run.folder = tmp_path / "config.yaml", tmp_path / "run"
@@ -85,25 +85,25 @@ def fresh(tmp_path: Path, like: Run) -> Run:
 
 @pytest.mark.full
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
-def test_a_run_that_is_asked_to_end_saves_and_goes_on(
-    tmp_path: Path, whole: Run, number: signal.Signals, rank: int
+def test_run_saves_on_a_stop_signal_and_resumes(
+    tmp_path: Path, uninterrupted: Run, number: signal.Signals, rank: int
 ) -> None:
-    run = fresh(tmp_path, whole)
+    run = fresh(tmp_path, uninterrupted)
     with Launched(run.config, "run.save_every=0") as launched:
         wait_until(lambda: run.steps() >= 3, launched)
         launched.ranks[rank].send_signal(number)
         codes, output = launched.wait(timeout=60)
     assert codes == [EXIT_PREEMPTED, EXIT_PREEMPTED] and "Traceback" not in output, output
-    (checkpoint,) = newest(run.folder)
+    (checkpoint,) = list_checkpoints(run.folder)
     assert f"saved after step {run.steps()} of 60" in output and verify(checkpoint) == []
     assert checkpoint.name == f"step_{run.steps():08d}"
     run.finish()
-    assert run.same_as(whole)
+    assert run.equals(uninterrupted)
 
 
 @pytest.mark.full
-def test_ctrl_c_under_deepspeeds_launcher_saves(tmp_path: Path, whole: Run) -> None:
-    run = fresh(tmp_path, whole)
+def test_ctrl_c_under_the_deepspeed_launcher_saves(tmp_path: Path, uninterrupted: Run) -> None:
+    run = fresh(tmp_path, uninterrupted)
     train = Path(__file__).parents[2] / "launch" / "train.py"
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -119,45 +119,47 @@ def test_ctrl_c_under_deepspeeds_launcher_saves(tmp_path: Path, whole: Run) -> N
         deadline = time.monotonic() + 90
         while run.steps() < 3 and launcher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(launcher.pid, signal.SIGINT)  # a terminal signals the whole process group
         output, _ = launcher.communicate(timeout=60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
     assert launcher.returncode != 0
-    (checkpoint,) = newest(run.folder)
+    (checkpoint,) = list_checkpoints(run.folder)
     assert verify(checkpoint) == [] and f"saved after step {run.steps()} of 60" in output, output
     assert checkpoint.name == f"step_{run.steps():08d}"
 
 
 @pytest.mark.full
-def test_after_the_death_of_a_peer_nobody_saves(tmp_path: Path, whole: Run) -> None:
-    run = fresh(tmp_path, whole)
+def test_no_rank_saves_after_a_peer_died(tmp_path: Path, uninterrupted: Run) -> None:
+    run = fresh(tmp_path, uninterrupted)
     with Launched(run.config, "run.save_every=0") as launched:
         wait_until(lambda: run.steps() >= 2, launched)
         launched.ranks[1].kill()
         launched.ranks[0].send_signal(signal.SIGTERM)
         codes, output = launched.wait(timeout=60)
     assert codes[0] not in (0, EXIT_PREEMPTED), output
-    assert newest(run.folder) == []
+    assert list_checkpoints(run.folder) == []
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "kills", [pytest.param(5, marks=pytest.mark.full), pytest.param(20, marks=pytest.mark.nightly)]
 )
-def test_run_killed_at_random_moments_equals_the_uninterrupted_one(tmp_path: Path, whole: Run, kills: int) -> None:
+def test_run_killed_at_random_moments_equals_the_uninterrupted_one(
+    tmp_path: Path, uninterrupted: Run, kills: int
+) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    run = fresh(tmp_path, whole)
+    run = fresh(tmp_path, uninterrupted)
     inside = 0
     same = ["run.save_every=1", "run.keep_last=3"]
     for kill in range(kills):
         before, started = run.steps(), time.time()
 
         def saving(since: float = started) -> bool:
-            # Not what an earlier kill has left, which is removed when the next save begins.
+            # Ignore what an earlier kill left; it is removed when the next save starts.
             with contextlib.suppress(FileNotFoundError):
                 return any(path.stat().st_mtime > since for path in run.folder.glob("checkpoints/.step_*"))
             return False
@@ -173,12 +175,12 @@ def test_run_killed_at_random_moments_equals_the_uninterrupted_one(tmp_path: Pat
             if draw.random() < 0.5:
                 alone = draw.randrange(2)
                 launched.ranks[alone].kill()
-                launched.ranks[1 - alone].wait(timeout=90)  # it ends by itself, its peer being gone
+                launched.ranks[1 - alone].wait(timeout=90)  # the surviving rank exits by itself
             launched.kill()
         inside += saving()
-        assert run.steps() < 60, f"seed {seed}: it ended before it was killed {kills} times"
-        if found := newest(run.folder):
+        assert run.steps() < 60, f"seed {seed}: the run ended before it was killed {kills} times"
+        if found := list_checkpoints(run.folder):
             assert verify(found[0]) == [], f"seed {seed}, kill {kill}"
     assert inside >= kills // 4, f"seed {seed}: only {inside} kills were inside a save"
     run.finish(*same)
-    assert run.same_as(whole), f"seed {seed}"
+    assert run.equals(uninterrupted), f"seed {seed}"

@@ -1,4 +1,4 @@
-"""Saving, loading and exporting hold little at a time, however many layers there are."""
+"""Memory of saving, loading and exporting does not grow with the number of layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYERS = 6
 
 
 def save_and_load(config: str, overrides: list[str]) -> dict[str, int]:
-    """On a rank: bytes that saving, exporting and loading took beyond what was there."""
+    """Return the peak bytes that saving, exporting and loading add; runs on a rank."""
     trainer = training.prepare(load_config(config, [*overrides, "run.resume=never"]))
     trainer.run()
     extra = {}
@@ -37,7 +37,7 @@ def save_and_load(config: str, overrides: list[str]) -> dict[str, int]:
     load = training.load_checkpoint
 
     def measured(engine: Engine, *args: Any) -> int:
-        create_moments(engine)  # the first step would
+        create_moments(engine)  # as the first optimizer step does; not part of loading
         with LiveBytes() as live:
             step = load(engine, *args)
         extra["load"] = live.peak
@@ -50,7 +50,7 @@ def save_and_load(config: str, overrides: list[str]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 3))])
-def test_at_most_two_layers_experts_at_a_time(tmp_path: Path, ranks2: LocalRanks, stage: int) -> None:
+def test_peak_memory_is_below_the_experts_of_two_layers(tmp_path: Path, ranks2: LocalRanks, stage: int) -> None:
     make_backbone(tmp_path / "backbone", layers=LAYERS)
     make_data(tmp_path / "train.jsonl", 20)
     config = make_config(

@@ -1,4 +1,4 @@
-"""A checkpoint of any topology goes on under any other: state bit for bit, and the same training from there."""
+"""A checkpoint resumes under any topology with bitwise the same state and equal training."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldmole_dist.checkpoint.export import export_adapter, export_checkpoint
-from ldmole_dist.checkpoint.files import Stretches
+from ldmole_dist.checkpoint.files import ShardReader
 from ldmole_dist.checkpoint.manifest import STATES, read_manifest, verify
 from ldmole_dist.config import load_config
 from ldmole_dist.selftest.local_ranks import LocalRanks
@@ -50,14 +50,14 @@ CASES = [
 
 
 class Runs:
-    """Trains under a topology, each once."""
+    """Training runs by topology, each trained once."""
 
     def __init__(self, folder: Path, ranks: dict[int, LocalRanks]) -> None:
         self.folder, self.ranks = make_folder(folder), ranks
         self.config = make_config(
             folder,
             adapter={"lora_dropout": 0.0},
-            # As in selftest.parity: the rounding of gradients near 0 must not grow.
+            # As in selftest.parity: a large eps keeps Adam from amplifying the rounding of gradients near 0.
             optimisation={"max_steps": 8, "learning_rate": 1e-3, "eps": 1e-4, "max_grad_norm": 0.3},
             data={"eval": None},
             run={"save_every": 3, "keep_last": 9},
@@ -65,15 +65,15 @@ class Runs:
 
     def overrides(self, topology: Topology, run: Path) -> list[str]:
         name = f"zero{topology.stage}"
-        if topology.stage == 3:  # with the default threshold tiny parameters are never partitioned
+        if topology.stage == 3:  # below the default threshold tiny parameters are not partitioned
             path = self.folder / "zero3.json"
             path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
             name = str(path)
         return [f"parallelism.deepspeed={name}", f"parallelism.ep_size={topology.ep_size}", f"run.output_dir={run}"]
 
-    def whole(self, topology: Topology) -> Path:
-        """The folder of an uninterrupted run of 8 steps, with a checkpoint after 3."""
-        run = self.folder / f"whole_{topology}"
+    def uninterrupted(self, topology: Topology) -> Path:
+        """Return the folder of an uninterrupted run of 8 steps with a checkpoint after step 3."""
+        run = self.folder / f"uninterrupted_{topology}"
         if not run.exists():
             self.ranks[topology.world].run(run_training, str(self.config), *self.overrides(topology, run))
         return run
@@ -84,8 +84,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ranks1: LocalRanks, ranks2: L
     return Runs(tmp_path_factory.mktemp("topologies"), {1: ranks1, 2: ranks2, 4: ranks4})
 
 
-def save_at_once_and_go_on(config: str, overrides: list[str]) -> list[float]:
-    """On a rank: load, save what was loaded, then train to the end."""
+def resave_and_train(config: str, overrides: list[str]) -> list[float]:
+    """Load a checkpoint, save it again at once, then train to the end; runs on a rank."""
     trainer = prepare(load_config(config, overrides))
     trainer.saver.save(trainer.engine, trainer.first_step)
     trainer.saver.finish()
@@ -95,11 +95,11 @@ def save_at_once_and_go_on(config: str, overrides: list[str]) -> list[float]:
 
 
 def states(checkpoint: Path) -> dict[str, Tensor]:
-    """Every master and moment, whole."""
+    """Return every full master weight and moment of a checkpoint."""
     manifest = read_manifest(checkpoint)
-    with Stretches(checkpoint / name for name in manifest.rank_files()) as stretches:
+    with ShardReader(checkpoint / name for name in manifest.rank_files()) as reader:
         return {
-            f"{state}/{name}": stretches.whole(f"{state}/{name}", shape)
+            f"{state}/{name}": reader.read_tensor(f"{state}/{name}", shape)
             for name, shape in manifest.shapes.items()
             for state in STATES
         }
@@ -110,14 +110,14 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("source", "target"), CASES)
-def test_state_is_equal_and_training_goes_on_alike(
+def test_loaded_state_is_bitwise_equal_and_training_agrees(
     runs: Runs, tmp_path: Path, source: Topology, target: Topology
 ) -> None:
-    whole = runs.whole(source)
-    checkpoint = whole / "checkpoints" / "step_00000003"
+    expected_run = runs.uninterrupted(source)
+    checkpoint = expected_run / "checkpoints" / "step_00000003"
     assert verify(checkpoint) == []
     overrides = [*runs.overrides(target, tmp_path / "run"), f"run.resume={checkpoint}"]
-    runs.ranks[target.world].run(save_at_once_and_go_on, str(runs.config), overrides)
+    runs.ranks[target.world].run(resave_and_train, str(runs.config), overrides)
 
     again = tmp_path / "run" / "checkpoints" / "step_00000003"
     assert verify(again) == []
@@ -134,12 +134,12 @@ def test_state_is_equal_and_training_goes_on_alike(
     export_checkpoint(checkpoint, tmp_path / "at_3")
     start, expected, found = (
         weights(tmp_path / "at_3"),
-        weights(whole / "adapter"),
+        weights(expected_run / "adapter"),
         weights(tmp_path / "run" / "adapter"),
     )
     for name, value in expected.items():
         moved = (value - start[name]).norm()
         assert (found[name] - value).norm() < 1e-4 * moved and moved > 0, name
     losses: list[Any] = [json.loads(x)["loss"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    uninterrupted = [json.loads(x)["loss"] for x in (whole / "metrics.jsonl").read_text().splitlines()][3:]
+    uninterrupted = [json.loads(x)["loss"] for x in (expected_run / "metrics.jsonl").read_text().splitlines()][3:]
     assert losses == pytest.approx(uninterrupted, rel=1e-5) and len(losses) == 5

@@ -12,12 +12,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from ldmole_dist.checkpoint.load import newest
+from ldmole_dist.checkpoint.load import list_checkpoints
 from ldmole_dist.checkpoint.manifest import read_manifest
 from ldmole_dist.engine.grad_norms import PARTS
 from ldmole_dist.io import read_lines
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from tests.checkpoint.test_damaged import write_no_more_than
+from tests.checkpoint.test_damaged import train_with_file_size_limit
 from tests.small_run import COLOURS, make_config, make_data, make_folder, run_training
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -177,12 +177,12 @@ def test_adapted_head_routes_answer_positions_only(tmp_path: Path, ranks2: Local
 
 def test_failed_report_stops_all_ranks_and_keeps_checkpoints(tmp_path: Path, ranks2: LocalRanks) -> None:
     config = config_of(make_folder(tmp_path), optimisation={"max_steps": 50}, run={"save_every": 2})
-    said = ranks2.run(write_no_more_than, 200_000, str(config), "data.eval=null", "run.detail_every=1")
+    said = ranks2.run(train_with_file_size_limit, 200_000, str(config), "data.eval=null", "run.detail_every=1")
     assert said[0].startswith("UserError: cannot write the reports of the run in ") and "File too large" in said[0]
     assert said[1].startswith("PeerError: rank 0 failed while writing the reports")
     reported = len(list(read_lines(tmp_path / "run" / "metrics.jsonl")))
     assert 2 < reported < 50
     # The latest checkpoint is from before the step whose report failed.
-    assert read_manifest(newest(tmp_path / "run")[0]).step == (reported - 1) // 2 * 2
+    assert read_manifest(list_checkpoints(tmp_path / "run")[0]).step == (reported - 1) // 2 * 2
     ranks2.run(run_training, str(config), f"optimisation.max_steps={reported + 2}", "run.resume=auto")
     assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, reported + 3))

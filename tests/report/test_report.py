@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ldmole_dist.checkpoint.export import export_checkpoint
-from ldmole_dist.checkpoint.load import newest
+from ldmole_dist.checkpoint.load import list_checkpoints
 from ldmole_dist.cli import main
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import EXIT_EXPLAINED
@@ -124,7 +124,7 @@ def test_history_equals_a_computation_by_hand(run: Path, monkeypatch: pytest.Mon
     assert isinstance(config, LdMoleConfig)
     fresh = LdMoleConfig(num_experts=EXPERTS, r=2, lambda_hidden=16, task_type="CAUSAL_LM", init_seed=config.init_seed)
     models.append(new_adapter(load_backbone(str(run.parent / "backbone"), "causal_lm", "fp32"), fresh).double().eval())
-    for checkpoint in newest(run)[::-1]:
+    for checkpoint in list_checkpoints(run)[::-1]:
         export_checkpoint(checkpoint, tmp_path / checkpoint.name)
         models.append(loaded(run, tmp_path / checkpoint.name))
     models.append(loaded(run, run / "adapter"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmole_dist.checkpoint.load import newest
+from ldmole_dist.checkpoint.load import list_checkpoints
 from ldmole_dist.checkpoint.manifest import verify
 from ldmole_dist.checkpoint.save import Saver
 from ldmole_dist.errors import NonFiniteLoss
@@ -88,7 +88,7 @@ def save_then_break(path: str, *overrides: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "save", save_and_arm)
         patch.setattr(Saver, "_write", write_slowly)
-        patch.setattr(Saver, "before_update", lambda self: None)  # do not wait for the slow write
+        patch.setattr(Saver, "wait_for_copy", lambda self: None)  # do not wait for the slow write
         try:
             return train_with_broken_gradients(path, *overrides, only_if=armed)
         finally:
@@ -101,5 +101,5 @@ def test_pending_checkpoint_is_finished_before_the_error(tmp_path: Path, ranks2:
     config = make_config(tmp_path, data={"eval": None}, run={"save_every": 1})
     for said in ranks2.run(save_then_break, str(config)):
         assert "gradient norm is" in said and "at step 2 " in said
-    (checkpoint,) = newest(tmp_path / "run")
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
     assert checkpoint.name == "step_00000001" and verify(checkpoint) == []

@@ -94,7 +94,7 @@ def _step(engine: Engine, saver: Saver) -> tuple[float, float]:
     ids = torch.randint(0, 256, (1, 64), device=next(engine.module.parameters()).device)
     engine.backward(engine(input_ids=ids, labels=ids).loss)
     before = time.perf_counter()
-    saver.before_update()
+    saver.wait_for_copy()
     waited = time.perf_counter() - before
     engine.step()
     return time.perf_counter() - begun, waited
