@@ -1,4 +1,4 @@
-"""LD-MoLE in a loop of one's own: `accelerate launch examples/accelerate_loop.py BACKBONE DATA.jsonl OUTPUT [--steps N]`."""
+"""LD-MoLE in your own training loop: `accelerate launch examples/accelerate_loop.py BACKBONE DATA.jsonl OUTPUT [--steps N]`."""
 
 import argparse
 import itertools
@@ -10,14 +10,12 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from ldmole_dist import LdMoleConfig
-from ldmole_dist.method.context import LossWeights
-from ldmole_dist.tuner.model import tuner_of
+from ldmole_dist import LdMoleConfig, LossWeights, tuner_of
 
 parser = argparse.ArgumentParser()
 parser.add_argument("backbone", help="folder or name of a causal language model")
 parser.add_argument("data", help='JSON lines of {"prompt": ..., "completion": ...}')
-parser.add_argument("output")
+parser.add_argument("output", help="folder for the adapter")
 parser.add_argument("--steps", type=int, default=30)
 args = parser.parse_args()
 
@@ -45,14 +43,14 @@ model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 model.train()
 batches = itertools.chain.from_iterable(itertools.repeat(loader))
-for turn, batch in enumerate(itertools.islice(batches, args.steps * accelerator.gradient_accumulation_steps)):
+for index, batch in enumerate(itertools.islice(batches, args.steps * accelerator.gradient_accumulation_steps)):
     with accelerator.accumulate(model):
-        # The mean over the answers of this micro-batch, and the auxiliary losses of the same forward.
+        # The auxiliary losses are those of the forward in the same expression.
         loss = model(**batch).loss + context.auxiliary_loss()
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            accelerator.print(f"step {(turn + 1) // 2}: loss {loss.item():.3f}")
+            accelerator.print(f"step {(index + 1) // 2}: loss {loss.item():.3f}")
         optimizer.step()
         optimizer.zero_grad()
 accelerator.unwrap_model(model).save_pretrained(args.output, is_main_process=accelerator.is_main_process)

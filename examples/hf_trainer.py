@@ -1,4 +1,4 @@
-"""LD-MoLE in Hugging Face's Trainer: `python examples/hf_trainer.py BACKBONE DATA.jsonl OUTPUT [--steps N]`."""
+"""LD-MoLE with Hugging Face's Trainer: `python examples/hf_trainer.py BACKBONE DATA.jsonl OUTPUT [--steps N]`."""
 
 import argparse
 
@@ -6,14 +6,12 @@ from datasets import load_dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
 
-from ldmole_dist import LdMoleConfig
-from ldmole_dist.hf_trainer import LdMoleTrainer
-from ldmole_dist.method.context import LossWeights
+from ldmole_dist import LdMoleConfig, LdMoleTrainer, LossWeights
 
 parser = argparse.ArgumentParser()
 parser.add_argument("backbone", help="folder or name of a causal language model")
 parser.add_argument("data", help='JSON lines of {"prompt": ..., "completion": ...}')
-parser.add_argument("output")
+parser.add_argument("output", help="folder for the adapter")
 parser.add_argument("--steps", type=int, default=30)
 args = parser.parse_args()
 

@@ -6,7 +6,11 @@ import argparse
 
 
 def positive(text: str) -> int:
-    """An argument that is a number of things, at least one."""
+    """Parse an integer that is at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
     if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)

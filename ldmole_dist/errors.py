@@ -1,22 +1,25 @@
-"""Errors that a user can act on: one line that names the value and the remedy, no traceback."""
+"""Errors of the package, and the exit codes of the command line."""
 
 
 class UserError(Exception):
-    """Something the user can put right: a config, a file, a combination of options."""
+    """Error that the user can resolve, in a config, a file or a combination of options.
+
+    The message names the value and the remedy, and is printed without a traceback.
+    """
 
 
 class PeerError(Exception):
-    """Another rank failed; its own message says why."""
+    """Error on another rank, whose own message gives the reason."""
 
 
 class Preempted(Exception):
-    """The run was asked to end, has saved a checkpoint and can go on."""
+    """A run has stopped after a stop request (SIGTERM or SIGINT) and saved a checkpoint to resume from."""
 
 
 class NonFiniteLoss(Exception):
-    """The loss stopped being a number; training cannot go on."""
+    """The loss or a gradient became NaN or infinite, so training cannot continue."""
 
 
-EXIT_EXPLAINED = 2  # a message says what the user can put right; starting again would only fail again
-EXIT_PEER = 3  # another rank failed, and says why
-EXIT_PREEMPTED = 75  # saved on request, goes on when started again: EX_TEMPFAIL of sysexits.h
+EXIT_EXPLAINED = 2  # a UserError or NonFiniteLoss; starting the same command again would fail again
+EXIT_PEER = 3  # another rank failed
+EXIT_PREEMPTED = 75  # saved after a stop request, resumes when started again; EX_TEMPFAIL of sysexits.h

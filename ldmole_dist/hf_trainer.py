@@ -1,8 +1,8 @@
-"""LD-MoLE inside Hugging Face's Trainer and what is built on it, such as TRL's SFTTrainer, with its auxiliary losses.
+"""LD-MoLE with Hugging Face's `Trainer` and its subclasses, such as TRL's `SFTTrainer`.
 
-The terms of the auxiliary losses are in the graph of every training forward; a Trainer does not know of them. `AuxiliaryLosses`
-adds them to what the Trainer computes, before it is scaled for accumulation, for mixed precision or by an engine: whatever
-happens to the task's loss happens to them. They are averaged over the micro-batches of an optimizer step and over processes.
+A `Trainer` does not know the auxiliary losses of LD-MoLE. `AuxiliaryLosses` adds them to the task loss in `compute_loss`,
+before the loss is scaled for gradient accumulation or mixed precision, so that both losses are scaled alike. They are averaged over
+the micro-batches of an optimizer step and over processes.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ else:
 
 
 class AuxiliaryLosses(_Base):
-    """To be mixed into a Trainer class, before it: `class MyTrainer(AuxiliaryLosses, SFTTrainer): pass`.
+    """Mixin for a `Trainer` subclass that adds the auxiliary losses; list it first.
+
+    For example: `class MyTrainer(AuxiliaryLosses, SFTTrainer): pass`.
 
     Args:
-        auxiliary: coefficients of the losses, that of the L1 loss a fixed one here; the paper's, a balance loss of 1, if none
-            are given.
+        auxiliary: coefficients of the losses; by default, as in the paper, a load-balancing loss with coefficient 1. The L1
+            coefficient stays constant, unlike in `ldmole train`.
 
     Raises:
-        ValueError: where the experts are spread over ranks: a Trainer averages every gradient over all of them, and those of
-            experts must not be.
+        ValueError: if the experts are spread over ranks, because a `Trainer` averages every gradient over all ranks.
     """
 
     def __init__(self, *args: Any, auxiliary: LossWeights | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        assert self.model is not None  # Trainer has made or checked it
+        assert self.model is not None  # Trainer's constructor has checked it
         tuner = tuner_of(self.accelerator.unwrap_model(self.model))
         if tuner.parallel.size > 1:
             raise ValueError(
-                f"the experts are spread over {tuner.parallel.size} ranks, whose gradients a Trainer would average as if they "
-                "were copies: leave spread_experts out, or train with `ldmole train`, which knows of them"
+                f"the experts are spread over {tuner.parallel.size} ranks, but a Trainer averages their gradients as if every "
+                "rank had the same experts; remove the call of spread_experts, or train with `ldmole train`"
             )
         self.context = tuner.context
         self.context.weights = auxiliary if auxiliary is not None else LossWeights(balance=1.0)
-        self._reported: dict[str, Tensor] = {}  # sums over micro-batches since the last log
+        self._reported: dict[str, Tensor] = {}  # sums over the micro-batches since the last log
         self._micro_batches = 0
 
     def compute_loss(
@@ -57,18 +58,20 @@ class AuxiliaryLosses(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's own, and in training the auxiliary losses of this micro-batch."""
-        with self._auxiliary_of_forwards() as collected:
+        """Return the loss of the base class, plus in training the auxiliary losses of this micro-batch."""
+        with self._auxiliary_losses() as collected:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return result
         loss, outputs = result if return_outputs else (result, None)
-        loss = loss + self._share(num_items_in_batch) * sum(collected)
+        loss = loss + self._micro_batch_weight(num_items_in_batch) * sum(collected)
         return (loss, outputs) if return_outputs else loss
 
-    def _share(self, num_items_in_batch: Tensor | int | None) -> float:
-        """What makes a sum over the micro-batches of a step a mean. A loss that is not yet scaled for accumulation is divided
-        by their number in `training_step`, and these with it."""
+    def _micro_batch_weight(self, num_items_in_batch: Tensor | int | None) -> float:
+        """Return the factor that makes the sum of the auxiliary losses over a step's micro-batches their mean.
+
+        It is 1 where `Trainer.training_step` divides the loss by the number of micro-batches itself.
+        """
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             normalised = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -76,14 +79,14 @@ class AuxiliaryLosses(_Base):
         return 1 / self.current_gradient_accumulation_steps if scaled else 1.0
 
     @contextmanager
-    def _auxiliary_of_forwards(self) -> Iterator[list[Tensor | float]]:
-        """Collects the auxiliary losses of forwards with gradients: Trainers also run others, for their metrics."""
+    def _auxiliary_losses(self) -> Iterator[list[Tensor | float]]:
+        """Collect the auxiliary loss of each forward with gradients; trainers also run forwards for metrics only."""
         collected: list[Tensor | float] = []
 
         def collect(*_: Any) -> None:
             if torch.is_grad_enabled():
                 collected.append(self.context.auxiliary_loss())
-                self._note()
+                self._accumulate_metrics()
 
         assert self.model is not None
         handle = self.accelerator.unwrap_model(self.model).register_forward_hook(collect)
@@ -93,7 +96,7 @@ class AuxiliaryLosses(_Base):
             handle.remove()
 
     @torch.no_grad()
-    def _note(self) -> None:
+    def _accumulate_metrics(self) -> None:
         active, lam, decisions = torch.stack(list(self.context.stats.values())).sum(0)
         values = {
             f"loss_{term}": torch.as_tensor(self.context.mean(term)) for term in TERMS if term in self.context.terms
@@ -104,15 +107,18 @@ class AuxiliaryLosses(_Base):
         self._micro_batches += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's own, and means since the last time of the auxiliary losses (before their coefficients), of active
-        experts per token and of lambda, over all processes."""
+        """Log the metrics of the base class, the auxiliary losses, active experts per token and the mean lambda.
+
+        They are means over micro-batches and processes since the last log; the losses are logged without their coefficients.
+        """
         if self._micro_batches:
             sums = torch.stack(list(self._reported.values())) / self._micro_batches
             means = self.accelerator.reduce(sums, "mean").tolist()
+            # A router without lambda reports NaN for it.
             logs |= {name: mean for name, mean in zip(self._reported, means, strict=True) if mean == mean}
             self._reported, self._micro_batches = {}, 0
         super().log(logs, *args, **kwargs)
 
 
 class LdMoleTrainer(AuxiliaryLosses, Trainer):
-    """Hugging Face's Trainer with the auxiliary losses; see `AuxiliaryLosses` for its arguments."""
+    """Hugging Face's `Trainer` with the auxiliary losses; see `AuxiliaryLosses` for its arguments."""

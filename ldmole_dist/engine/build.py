@@ -1,4 +1,4 @@
-"""From a model with adapters to a DeepSpeed engine that trains it, the same to the trainer at every ZeRO stage."""
+"""A DeepSpeed engine for a model with LD-MoLE adapters, with one interface for every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Engine:
     """A DeepSpeed engine around a PEFT model with LD-MoLE adapters.
 
     Args:
-        model: with its adapter injected; the same on all ranks but for the slices of experts.
-        ds_config: complete (`resolve_ds_config`).
+        model: with its adapter injected; equal on all ranks except for the experts, of which each rank holds its own.
+        ds_config: complete config from `resolve_ds_config`.
         optimisation: optimizer, learning-rate schedule and gradient clipping.
-        total_steps: optimizer steps of the run, which the schedule spans.
+        total_steps: optimizer steps of the run, for the learning-rate schedule.
 
     Attributes:
         module: the model.
-        grad_norm: over all parameters of all ranks, before clipping, of the last optimizer step.
+        grad_norm: gradient norm of the last optimizer step, over the parameters of all ranks, before clipping.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Engine:
         self.max_grad_norm = optimisation.max_grad_norm
         self.grad_norm = 0.0
         self._may_overflow = False
-        # Trainable parameters are float32 in every precision: DeepSpeed is to see a float32 run.
+        # Trainable parameters are float32 in every precision, so DeepSpeed must treat the run as float32.
         ds_config = dict(ds_config)
         fp16 = ds_config.pop("fp16", None)
         self._scales_losses = fp16 is not None
@@ -70,15 +70,15 @@ class Engine:
             tuner.gather_parameter = gathered_parameter
 
     def __call__(self, **batch: Tensor) -> Any:
-        """Forward of the model; every rank calls it equally often."""
+        """Run the forward of the model; every rank must make the same number of calls."""
         return self.deepspeed(**batch)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a micro-batch, to be averaged over ranks and micro-batches by DeepSpeed."""
+        """Compute the gradients of a micro-batch; DeepSpeed averages them over ranks and micro-batches."""
         self.deepspeed.backward(loss)
 
     def step(self) -> None:
-        """After every micro-batch; at an accumulation boundary it clips and updates, unless gradients are not finite."""
+        """Call after each micro-batch; the last one of a step clips and updates, unless gradients are non-finite."""
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         if boundary and self._clips_itself:
             self.grad_norm = clip_local_gradients(self.module, self.max_grad_norm, self.parallel)
@@ -88,33 +88,38 @@ class Engine:
         if boundary and not self._clips_itself:
             self.grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
             if getattr(self.deepspeed.optimizer, "overflow", False):
-                self.grad_norm = math.inf  # skipped by DeepSpeed, in any precision
+                self.grad_norm = math.inf  # DeepSpeed has skipped the step
 
     @property
     def overflowed(self) -> bool:
-        """Whether the last step was skipped because its fp16 gradients overflowed, as happens until the loss scale fits. In
-        another precision, or where no smaller scale is left, a gradient that is not finite is an error."""
+        """Whether the last step was skipped because fp16 gradients overflowed at the current loss scale.
+
+        False for non-finite gradients in another precision or at the minimum loss scale; those are errors.
+        """
         return self._may_overflow and not math.isfinite(self.grad_norm)
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps skipped since the run began, earlier parts of it included."""
+        """Number of optimizer steps skipped since the run began, before a resume as well."""
         return int(self.deepspeed.skipped_steps)
 
     @property
     def loss_scale(self) -> float:
-        """What the losses, and so the gradients until the step, are multiplied with; 1 but in fp16."""
+        """Factor that losses, and gradients until the step, are multiplied by; 1 except in fp16."""
         return float(self.deepspeed.optimizer.loss_scaler.cur_scale) if self._scales_losses else 1.0
 
     @property
     def learning_rate(self) -> float:
-        """Of the next optimizer step."""
+        """Learning rate of the next optimizer step."""
         return float(self.deepspeed.optimizer.param_groups[0]["lr"])
 
 
 def register_experts_of_linears(model: PeftModel) -> None:
-    """Under ZeRO-3 DeepSpeed fetches what a module's own forward uses: tell it that the first linear of an input group uses
-    the banks of all, which live in dictionaries whose forward nobody calls."""
+    """Register the experts of each input group with the group's first linear, under ZeRO-3.
+
+    ZeRO-3 gathers the parameters of the module whose forward runs. The first linear of a group computes the experts of all of
+    them, which are in parameter dictionaries that have no forward.
+    """
     for module in model.modules():
         if isinstance(module, LdMoleLinear):
             for adapter, group in module.groups.items():
@@ -125,7 +130,7 @@ def register_experts_of_linears(model: PeftModel) -> None:
 
 
 def gathered_parameter(parameter: Tensor) -> Tensor:
-    """The whole of a parameter that ZeRO-3 keeps in pieces (of a bank: the experts held here); all its ranks call it."""
+    """Return a full parameter that ZeRO-3 has partitioned (of a bank: the experts of this rank); all its ranks call it."""
     if not hasattr(parameter, "ds_status") or parameter.ds_status == ZeroParamStatus.AVAILABLE:
         return parameter.detach().clone()
     with deepspeed.zero.GatheredParameters([parameter]):

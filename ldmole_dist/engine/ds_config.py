@@ -1,31 +1,35 @@
-"""DeepSpeed's own JSON configs: found by name, "auto" values filled in, contradictions to the run refused."""
+"""DeepSpeed JSON configs: find them by name, check them, and complete them for a run.
+
+This module imports neither DeepSpeed nor torch, so that `ldmole validate` starts quickly.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from deepspeed.runtime.precision_config import DeepSpeedFP16Config
 from pydantic import ValidationError
 
 from ldmole_dist.config import Config, accumulation_steps
+from ldmole_dist.config.explain import did_you_mean
+from ldmole_dist.engine.ds_keys import DEEPSPEED_FILE, REFUSED, DeepSpeedFile
 from ldmole_dist.errors import UserError
 
-# In a checkout, or where a wheel puts them.
-_PLACES = (Path(__file__).parents[2] / "ds_configs", Path(sys.prefix) / "share" / "ldmole_dist" / "ds_configs")
-SHIPPED = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
+# The folder in a checkout, and the folder where a wheel installs it.
+_FOLDERS = (Path(__file__).parents[2] / "ds_configs", Path(sys.prefix) / "share" / "ldmole_dist" / "ds_configs")
+SHIPPED = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
 
 
 def load_ds_config(name_or_path: str) -> dict[str, Any]:
-    """Read a DeepSpeed config.
+    """Read a DeepSpeed config and check its keys, types and ranges.
 
     Args:
-        name_or_path: "zero2" for the shipped ds_configs/zero2.json, or the path of any JSON file.
+        name_or_path: "zero2" for ds_configs/zero2.json, or the path of a JSON file.
 
     Raises:
-        UserError: where there is none, or it is not JSON, or its stage is not 0 to 3.
+        UserError: if the file cannot be read, or a key is unknown, not supported or out of range.
     """
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -36,17 +40,19 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
         shipped = sorted(p.stem for p in SHIPPED.glob("*.json"))
         raise UserError(
             f"parallelism.deepspeed={name_or_path!r}: {error.strerror} ({path}); "
-            f"give one of {shipped} or the path of a JSON file"
+            f"use one of {shipped} or the path of a JSON file"
         ) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"parallelism.deepspeed: {path} is not JSON: {error}") from error
-    if stage_of(config) not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage={stage_of(config)} must be 0, 1, 2 or 3")
+    try:
+        _check_keys(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return config
 
 
 def stage_of(config: dict[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed config; 0 where it names none."""
+    """Return the ZeRO stage of a DeepSpeed config, by default 0."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -59,85 +65,57 @@ def resolve_ds_config(
     precision: str,
     ep_size: int,
 ) -> dict[str, Any]:
-    """A complete config for `Engine`: every "auto" replaced, and what it relies on set.
+    """Return a complete config for `Engine`: "auto" values replaced, and the keys set that the engine relies on.
 
     Args:
-        config: as read.
-        micro_batch_size: of one rank and forward.
-        accumulation: micro-batches of an optimizer step.
-        max_grad_norm: 0 for none.
-        precision: "fp32", "bf16" or "fp16" (trainable parameters are float32 in every one: docs/train.md).
-        ep_size: ranks that share one copy of the experts.
+        config: from `load_ds_config`; not changed.
+        micro_batch_size: sequences per forward on one rank.
+        accumulation: micro-batches per optimizer step.
+        max_grad_norm: norm that gradients are clipped to; 0 disables clipping.
+        precision: "fp32", "bf16" or "fp16" (trainable parameters are always float32: docs/train.md).
+        ep_size: ranks that hold all experts once.
 
     Raises:
-        UserError: where the file sets something that the run config sets otherwise, or that breaks experts.
+        UserError: if the file contradicts the run config, or sets something that breaks experts or checkpoints.
     """
-    filled = {
+    _check_keys(config)
+    given = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,
     }
-    config = json.loads(json.dumps(config))
-    for key, value in filled.items():
+    for key, value in given.items():
         if config.get(key, "auto") not in ("auto", value):
             raise UserError(
-                f'the DeepSpeed config sets {key}={config[key]} and the run config says {value}: write "auto" in the former'
+                f'the DeepSpeed config sets {key}={config[key]} but the run config {value}; set it to "auto" in the former'
             )
-        config[key] = value
+    config = _without_auto(config) | given
     zero = config.setdefault("zero_optimization", {})
     stage = stage_of(config)
     half = {section: config.pop(section, {}) for section in ("bf16", "fp16")}
     for section, settings in half.items():
-        if settings.get("enabled", "auto") not in ("auto", False, precision == section):
-            raise UserError(f"the DeepSpeed config enables {section}: set parallelism.precision instead")
-    for section in ("optimizer", "scheduler", "elasticity", "torch_autocast"):
-        if section in config:
-            raise UserError(f"the DeepSpeed config has a section {section!r}, which the run config decides: remove it")
-    if zero.get("zero_hpz_partition_size", 1) > 1 and ep_size > 1:
-        raise UserError("zero_hpz_partition_size does not work with ep_size > 1 in this DeepSpeed: remove one of them")
-    optimizer_offload = zero.get("offload_optimizer", {})
-    for section in (optimizer_offload, zero.get("offload_param", {})):
-        if section.get("device") == "nvme":
-            raise UserError("offload to nvme is not supported: checkpoints would miss what is there; offload to cpu")
-    if optimizer_offload.get("ratio", 1.0) < 1:
-        raise UserError(
-            "zero_optimization.offload_optimizer.ratio < 1 is not supported: checkpoints would miss moments"
-        )
-    if zero.get("mics_shard_size", -1) > 0:
-        raise UserError("zero_optimization.mics_shard_size is not supported with checkpoints of pieces: remove it")
-    if zero.get("compute_grad_norm", True) is False:
-        raise UserError(
-            "zero_optimization.compute_grad_norm=false would let gradients that are no numbers pass: remove it"
-        )
+        if settings.get("enabled", False) not in (False, precision == section):
+            raise UserError(
+                f"the DeepSpeed config enables {section}, but parallelism.precision={precision}; remove the section, or set "
+                f"parallelism.precision={section}"
+            )
+    _check_support(zero, ep_size)
     if precision == "fp16":
-        _check_fp16(half["fp16"])
         if stage == 0:
-            raise UserError("fp16 needs ZeRO stage 1, 2 or 3, which scale the loss: choose parallelism.deepspeed=zero1")
+            raise UserError("fp16 needs the loss scale of ZeRO stages 1 to 3; set parallelism.deepspeed=zero1")
         config["fp16"] = half["fp16"] | {"enabled": True}
     elif stage == 0:
-        # Done by `clip_local_gradients`: DeepSpeed's gets experts wrong at this stage.
+        # The engine clips itself at stage 0: DeepSpeed 0.19.8 computes the norm of experts incorrectly there.
         config["gradient_clipping"] = 0.0
-    # torch's AdamW is the default optimizer: DeepSpeed's own need a compiler on the machine.
+    # AdamW of torch is the default optimizer, because DeepSpeed's own need a compiler.
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
-    config["steps_per_print"] = 10**12
+    config["steps_per_print"] = 10**12  # this package prints its own progress
     return config
 
 
-def _check_fp16(section: dict[str, Any]) -> None:
-    try:
-        settings = DeepSpeedFP16Config(**section | {"enabled": True})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"the DeepSpeed config: fp16.{where}: {first['msg']}") from error
-    for key in ("auto_cast", "fp16_master_weights_and_grads"):
-        if getattr(settings, key):
-            raise UserError(f"the DeepSpeed config sets fp16.{key}, which this engine does not do: remove it")
-
-
 def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed config of a run on `world_size` ranks.
+    """Return the complete DeepSpeed config of a run on `world_size` ranks.
 
     Raises:
         UserError: see `load_ds_config`, `resolve_ds_config` and `accumulation_steps`.
@@ -150,3 +128,74 @@ def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
         precision=config.parallelism.precision,
         ep_size=config.parallelism.ep_size,
     )
+
+
+def _check_keys(config: Any) -> None:
+    """Raise UserError for a key that is unknown or not supported, and for a value of a wrong type or out of range."""
+    if not isinstance(config, dict):
+        raise UserError(f"the DeepSpeed config must be a JSON object, not {config!r:.80}")
+    if refused := next((key for key in REFUSED if _has(config, key)), None):
+        raise UserError(f"the DeepSpeed config sets {refused}, which is not supported: {REFUSED[refused]}")
+    try:
+        DEEPSPEED_FILE.validate_python(_without_auto(config))
+    except ValidationError as error:
+        raise UserError(f"the DeepSpeed config: {'; '.join(map(_explain, error.errors()))}") from error
+
+
+def _check_support(zero: dict[str, Any], ep_size: int) -> None:
+    """Raise UserError for values of section zero_optimization that would break experts or checkpoints."""
+    if zero.get("zero_hpz_partition_size", 1) > 1 and ep_size > 1:
+        raise UserError(
+            f"zero_optimization.zero_hpz_partition_size={zero['zero_hpz_partition_size']} does not work with "
+            f"parallelism.ep_size={ep_size} in DeepSpeed 0.19.8; set one of them to 1"
+        )
+    for section in ("offload_optimizer", "offload_param"):
+        if (zero.get(section) or {}).get("device") == "nvme":
+            raise UserError(
+                f"zero_optimization.{section}.device=nvme is not supported, because checkpoints would miss the offloaded "
+                "state; set it to cpu"
+            )
+    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
+    if ratio < 1:
+        raise UserError(
+            f"zero_optimization.offload_optimizer.ratio={ratio} is not supported, because checkpoints would miss moments; "
+            "set it to 1"
+        )
+    if zero.get("compute_grad_norm", True) is False:
+        raise UserError(
+            "zero_optimization.compute_grad_norm=false would not detect non-finite gradients; remove it, or set it to true"
+        )
+
+
+def _without_auto(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy without keys that are "auto", for which DeepSpeed takes its default."""
+    return {
+        key: _without_auto(item) if isinstance(item, dict) else item for key, item in value.items() if item != "auto"
+    }
+
+
+def _has(config: dict[str, Any], key: str) -> bool:
+    value: Any = config
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return False
+        value = value[name]
+    return True
+
+
+def _explain(details: Any) -> str:
+    path = [str(part) for part in details["loc"]]
+    key = ".".join(path)
+    if details["type"] == "extra_forbidden":
+        return f"unknown key {key}; {did_you_mean(path[-1], _known_keys(path[:-1]))}"
+    return f"{key}={details['input']!r}: {details['msg'][:1].lower()}{details['msg'][1:]}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """Return the accepted keys of a section."""
+    section: Any = DeepSpeedFile
+    for name in path:
+        hint = get_type_hints(section)[name]
+        # An optional section is a union with None.
+        section = next((part for part in getattr(hint, "__args__", ()) if part is not type(None)), hint)
+    return list(get_type_hints(section))

@@ -1,8 +1,8 @@
-"""Expert-parallel groups in DeepSpeed, and telling it which parameters are experts.
+"""Expert-parallel groups in DeepSpeed, and the declaration of expert parameters to it.
 
-DeepSpeed must reduce an expert's gradient over the ranks that hold the same expert (the expert-data-parallel group) and
-nothing else; which declaration makes it do so differs by ZeRO stage (docs/clusters.md holds the measured table):
-the attributes below always, a marker module at stages 0 to 2, split optimizer groups at stages 1 and 2.
+DeepSpeed must reduce an expert's gradient only over the ranks that hold the same expert (its expert-data-parallel group). How
+to declare that depends on the ZeRO stage (docs/clusters.md): parameter attributes at every stage, a marker module at stages 0
+to 2, and separate optimizer groups at stages 1 and 2.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 def expert_parallel(ep_size: int, mode: Mode = "auto", overlap: bool = True) -> ExpertParallel:
-    """Groups of `ep_size` consecutive ranks, which hold one copy of all experts between them; every rank calls it.
+    """Create expert-parallel groups of `ep_size` consecutive ranks, each of which holds all experts once; every rank calls it.
 
     Args:
-        ep_size: 1 leaves all experts on every rank.
-        mode: what may move between the ranks of a group (`ExpertParallel`).
-        overlap: whether it moves while the frozen linears compute.
+        ep_size: ranks per group; 1 keeps all experts on every rank.
+        mode: what the ranks of a group exchange (`ExpertParallel`).
+        overlap: exchange while the frozen linears compute.
 
     Raises:
-        UserError: if the ranks cannot be grouped so.
+        UserError: if `ep_size` does not divide the world size.
     """
     check_ep_size(ep_size, dist.get_world_size())
     if ep_size == 1:
@@ -44,7 +44,7 @@ def _group_name(ep_size: int) -> str:
 
 
 class _ExpertMarker(MoE):
-    """Tells DeepSpeed's stages 0 to 2 that the model has experts; holds nothing and computes nothing."""
+    """Empty MoE module by which DeepSpeed's stages 0 to 2 recognize that the model has experts."""
 
     def __init__(self, num_experts: int, ep_size: int) -> None:
         nn.Module.__init__(self)
@@ -52,11 +52,11 @@ class _ExpertMarker(MoE):
         self.expert_group_name = _group_name(ep_size)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups exist already."""
+        """Do nothing, because the groups exist already."""
 
 
 def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -> None:
-    """Declare the expert parameters of `model` to DeepSpeed; call before `deepspeed.initialize`."""
+    """Declare the expert parameters of `model` to DeepSpeed; call it before `deepspeed.initialize`."""
     if ep_size == 1:
         return
     name = _group_name(ep_size)
@@ -64,18 +64,18 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
     trained = False
     parameter: Any  # DeepSpeed reads these from the parameter itself
     for parameter_name, parameter in model.named_parameters():
-        if is_expert_tensor(parameter_name):  # frozen ones too: every rank has its own
+        if is_expert_tensor(parameter_name):  # frozen experts too: each rank has its own
             trained = trained or parameter.requires_grad
             parameter.allreduce, parameter.group_name = False, name
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = name
             parameter.ds_zero_partition_process_group = data_parallel
-    if stage < 3 and trained:  # stages 1 and 2 want experts in the optimizer of a model that has some
+    if stage < 3 and trained:  # stages 1 and 2 fail if a model has experts but its optimizer none
         model.add_module("expert_marker", _ExpertMarker(num_experts, ep_size))
 
 
 def optimizer_groups(model: nn.Module, ep_size: int, stage: int) -> list[dict[str, Any]]:
-    """Parameter groups for the optimizer: experts apart where DeepSpeed wants them so."""
+    """Return the parameter groups of the optimizer, with experts in groups of their own at ZeRO stages 1 and 2."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     everything: list[dict[str, Any]] = [{"params": trainable, "name": "adapter"}]
     if ep_size > 1 and stage in (1, 2):
@@ -84,10 +84,10 @@ def optimizer_groups(model: nn.Module, ep_size: int, stage: int) -> list[dict[st
 
 
 def check_partition_groups(model: nn.Module, ep_size: int) -> None:
-    """Under ZeRO-3: every expert must be partitioned over the ranks that hold the same expert, or it corrupts silently.
+    """Check under ZeRO-3 that each expert is partitioned over the ranks that hold it; otherwise it would be corrupted.
 
     Raises:
-        RuntimeError: naming the parameter, if DeepSpeed did not honour the attributes that `mark_experts` set.
+        RuntimeError: if DeepSpeed has ignored the attributes that `mark_experts` set.
     """
     if ep_size == 1:
         return
@@ -98,20 +98,20 @@ def check_partition_groups(model: nn.Module, ep_size: int) -> None:
             ranks = dist.get_process_group_ranks(parameter.ds_process_group)
             if ranks != expected:
                 raise RuntimeError(
-                    f"{name} is partitioned over ranks {ranks} instead of {expected}: unsupported deepspeed version?"
+                    f"{name} is partitioned over ranks {ranks} instead of {expected}; install deepspeed 0.19.8"
                 )
 
 
 @torch.no_grad()
 def clip_local_gradients(model: nn.Module, max_norm: float, parallel: ExpertParallel) -> float:
-    """Scale whole local gradients (stage 0) so that the norm over all ranks' parameters is at most `max_norm`.
+    """Clip the gradients at stage 0 to a norm over the parameters of all ranks.
 
-    DeepSpeed's own clipping at stage 0 averages the ranks' norms and gets experts wrong.
+    DeepSpeed 0.19.8 averages the norms of the ranks at stage 0, which is incorrect for experts.
 
     Args:
-        model: gradients already reduced.
-        max_norm: 0 only measures.
-        parallel: over which ranks the experts are spread.
+        model: whose gradients are already reduced.
+        max_norm: norm to clip to; 0 only computes the norm.
+        parallel: ranks that the experts are spread over.
 
     Returns:
         The norm before clipping.

@@ -1,7 +1,7 @@
-"""Gradient norms of the adapter's parts, just before the optimizer steps.
+"""Gradient norms of the parts of an adapter, just before the optimizer step.
 
-Every ZeRO stage keeps reduced gradients somewhere else; each rank squares what it holds, and one all-reduce of a few numbers
-gives the norms. The places are DeepSpeed 0.19.8's own; a test holds the parts to the norm that the engine reports.
+Each rank sums the squares of the reduced gradients that it holds, and one small all-reduce gives the norms. Where DeepSpeed
+0.19.8 keeps the gradients depends on the ZeRO stage; a test compares the parts with the norm that the engine reports.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ PARTS = (*MARKS.values(), "head")
 
 
 def gradient_norms(engine: Engine) -> dict[str, float]:
-    """Norms before clipping, by part; every rank calls it, at an accumulation boundary after the backward.
+    """Return the gradient norms by part, before clipping; every rank calls it, after the last backward of a step.
 
     Returns:
-        For each of `PARTS` the norm over the parameters of all ranks and linears; "head" is what is trained in full.
+        For each of `PARTS` the norm over the parameters of all ranks and linears; "head" are the modules trained in full.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     squares = dict.fromkeys(PARTS, torch.zeros((), dtype=torch.float64))
     for parameter, square in _squares(engine):
         name = names[id(parameter)]
-        # At stage 0 several ranks hold the same gradient.
+        # At stage 0, several ranks hold the same gradient.
         replicas = dist.get_world_size() if engine.stage == 0 else 1
         if is_expert_tensor(name):
             replicas = max(replicas // engine.parallel.size, 1)
@@ -44,7 +44,7 @@ def gradient_norms(engine: Engine) -> dict[str, float]:
 
 
 def part_of(name: str) -> str:
-    """Which of `PARTS` a trainable parameter belongs to, by its name."""
+    """Return the part of `PARTS` that a trainable parameter belongs to, by its name."""
     for mark, part in MARKS.items():
         if f".{mark}." in f".{name}.":
             return part
@@ -52,7 +52,7 @@ def part_of(name: str) -> str:
 
 
 def _squares(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
-    """(parameter, sum of squares of what this rank keeps of its gradient)."""
+    """Yield (parameter, sum of squares of what this rank holds of its gradient)."""
     if engine.stage == 0:
         for parameter in engine.module.parameters():
             if parameter.grad is not None:
@@ -63,18 +63,18 @@ def _squares(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
     offloaded = optimizer.offload_optimizer if engine.stage == 3 else optimizer.cpu_offload
     for index, parameters in enumerate(groups):
         if offloaded:
-            # The gradients are in host memory already; DeepSpeed noted the norm of each piece on their way, and none where
-            # this rank's piece of a parameter is empty.
+            # The gradients are in host memory already. DeepSpeed has stored the norm of each shard before the copy, and none
+            # for a parameter of which this rank holds no shard.
             norms = optimizer.norm_for_param_grads
             for parameter in parameters:
                 if (norm := norms.get(optimizer.get_param_id(parameter))) is not None:
                     yield parameter, torch.as_tensor(norm).double().square()
         else:
-            pieces = [g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
-            for parameter, piece in zip(parameters, pieces, strict=False):  # behind them may be one of padding
-                yield parameter, _square(piece)
+            shards = [g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
+            for parameter, shard in zip(parameters, shards, strict=False):  # a shard of padding may follow
+                yield parameter, _square(shard)
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Sum of squares in float64, without a copy of the gradient in it."""
+    """Return the sum of squares in float64, without a float64 copy of the gradient."""
     return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()

@@ -1,7 +1,7 @@
-"""A loss scale for runs in fp16, whose trainable parameters are float32 like those of every run.
+"""Loss scale of fp16 runs, whose trainable parameters are float32 as in every run.
 
-DeepSpeed 0.19.8 scales losses only where the trainable parameters themselves are fp16. Its optimizers use whatever scaler
-they hold, though: they scale the loss, unscale the gradients before clipping, and skip a step whose gradients overflowed.
+DeepSpeed 0.19.8 creates a loss scaler only if the trainable parameters are fp16. Its ZeRO optimizers work with any scaler that
+they are given: they scale the loss, unscale the gradients before clipping, and skip steps whose gradients overflow.
 """
 
 from __future__ import annotations
@@ -14,34 +14,36 @@ from torch import Tensor
 
 
 class GrowingLossScaler(DynamicLossScaler):
-    """A dynamic loss scale that grows between steps. DeepSpeed's grows before the gradients are unscaled, with the new scale:
-    once in `loss_scale_window` steps the update is half of what it should be."""
+    """Dynamic loss scaler that raises the scale between steps.
+
+    DeepSpeed's raises it before it unscales the gradients, and so halves the update once per `loss_scale_window` steps.
+    """
 
     cur_scale: float
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.grown = 0.0  # the scale from the next loss on, if it is another
+        self.grown = 0.0  # raised scale to use from the next loss on; 0 for none
 
     def update_scale(self, overflow: bool) -> None:
-        """After every optimizer step."""
+        """Update the scale after an optimizer step."""
         before = self.cur_scale
         super().update_scale(overflow)
         if self.cur_scale > before:
             self.grown, self.cur_scale = self.cur_scale, before
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Times the current scale."""
+        """Multiply the loss by the current scale."""
         self.cur_scale, self.grown = self.grown or self.cur_scale, 0.0
         return super().scale_loss(loss)
 
 
 def use_loss_scale(optimizer: Any, fp16: dict[str, Any]) -> None:
-    """Give a ZeRO optimizer (stage 1 to 3) a loss scale.
+    """Give a ZeRO optimizer (stages 1 to 3) a loss scaler.
 
     Args:
-        optimizer: of a fresh engine.
-        fp16: that section of a DeepSpeed config, with DeepSpeed's defaults: a `loss_scale` of 0 adapts itself.
+        optimizer: of an engine that has not stepped yet.
+        fp16: section fp16 of a DeepSpeed config; a `loss_scale` of 0 adapts during training.
     """
     settings = DeepSpeedFP16Config(**fp16)
     if settings.loss_scale:
@@ -53,6 +55,6 @@ def use_loss_scale(optimizer: Any, fp16: dict[str, Any]) -> None:
         min_scale=settings.min_loss_scale,
         delayed_shift=settings.hysteresis,
         consecutive_hysteresis=settings.consecutive_hysteresis,
-        raise_error_at_min_scale=False,  # the engine does, and says where (`Engine.overflowed`)
+        raise_error_at_min_scale=False,  # Engine.overflowed reports it instead
     )
     optimizer.dynamic_loss_scale = True

@@ -1,14 +1,14 @@
-"""DeepSpeed's compiled operators: whether a run needs one, and whether it is there."""
+"""Availability of the compiled operator that DeepSpeed's optimizers need."""
 
 from __future__ import annotations
 
 import shutil
 
-_OPS = {"fused_adam": "fused_adam", "cpu_adam": "cpu_adam"}  # by optimisation.optimizer; "adamw" is torch's
+_OPS = {"fused_adam": "fused_adam", "cpu_adam": "cpu_adam"}  # by optimisation.optimizer; "adamw" needs none
 
 
 def how_built(optimizer: str) -> str:
-    """ "not needed", "prebuilt", "built at the first start" or, where that will fail, "cannot be built: ..."."""
+    """Return "not needed", "prebuilt", "built at the first start" or, if tools are missing, "cannot be built: ..."."""
     if optimizer not in _OPS:
         return "not needed"
     from deepspeed.git_version_info import installed_ops

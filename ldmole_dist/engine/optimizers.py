@@ -13,10 +13,10 @@ from ldmole_dist.config import Optimisation
 
 
 def make_optimizer(o: Optimisation, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW over parameter groups, in the implementation that the config names."""
+    """Return AdamW over parameter groups, in the implementation that the config names."""
     settings: dict[str, Any] = dict(lr=o.learning_rate, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     if o.optimizer == "fused_adam":
-        from deepspeed.ops.adam import FusedAdam  # compiles its kernels when it is made
+        from deepspeed.ops.adam import FusedAdam  # compiles its kernels when it is created
 
         return FusedAdam(groups, adam_w_mode=True, **settings)
     if o.optimizer == "cpu_adam":
@@ -27,7 +27,7 @@ def make_optimizer(o: Optimisation, groups: list[dict[str, Any]]) -> torch.optim
 
 
 def make_scheduler(o: Optimisation, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then the schedule of the config."""
+    """Return a scheduler with linear warm-up, followed by the schedule of the config."""
 
     def factor(step: int) -> float:
         if step < o.warmup_steps:

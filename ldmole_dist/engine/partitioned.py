@@ -1,4 +1,4 @@
-"""Loading a backbone in pieces: under ZeRO-3 no rank ever holds it whole."""
+"""Partitioned loading of a backbone under ZeRO-3, where no rank ever holds all weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 @contextmanager
 def partitioned_loading(stage: int, precision: str) -> Iterator[None]:
-    """Within it `from_pretrained` splits every weight over all ranks as it is read, if `stage` is 3.
+    """Make `from_pretrained` partition each weight over all ranks as it is read, if `stage` is 3.
 
     Args:
-        stage: of ZeRO.
-        precision: "fp32", "bf16" or "fp16": what the frozen weights are kept in.
+        stage: ZeRO stage.
+        precision: dtype of the frozen weights, "fp32", "bf16" or "fp16".
     """
     if stage < 3:
         yield
         return
-    # transformers holds this object by a weak reference only.
+    # transformers keeps only a weak reference to this object.
     alive = HfDeepSpeedConfig(
         {
             "train_micro_batch_size_per_gpu": 1,

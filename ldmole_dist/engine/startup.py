@@ -1,4 +1,4 @@
-"""Bringing the processes of a run together, and making an error of one rank an error of all."""
+"""Joining the process group of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ldmole_dist.distributed import Process, free_port
 
-# DeepSpeed looks for a device when it is imported and says at length that there is none; say so first.
+# DeepSpeed detects the accelerator when it is imported, and without one logs several warnings unless it is told.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -21,14 +21,14 @@ from deepspeed.accelerator import get_accelerator
 
 
 def start(timeout_minutes: float = 30.0) -> Process:
-    """Join the process group that the launcher describes in the environment; without a launcher, be alone.
+    """Join the process group that the launcher describes in the environment; without a launcher, create one of one rank.
 
     Args:
-        timeout_minutes: after which a collective that a rank does not enter becomes an error.
+        timeout_minutes: time after which a collective that some rank has not entered raises an error.
     """
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 renamed; a user can do nothing about it, at every call.
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, and warns at each call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Nor about PEFT 0.21 asking transformers 5.23 for an attribute by its old name, at every injection.
+    # PEFT 0.21 reads an attribute that transformers 5.23 deprecates, and warns at each injection.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
     if "RANK" not in os.environ and not _inside_mpirun():
         os.environ.update(
@@ -37,18 +37,19 @@ def start(timeout_minutes: float = 30.0) -> Process:
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:
-        # DeepSpeed would compile a shared-memory operator here (most of a minute, and it needs a compiler); nothing of
-        # ours uses it.
+        # Otherwise DeepSpeed compiles its shared-memory collectives, which takes most of a minute and needs a compiler; this
+        # package does not use them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
-            # Ranks that each take every core of their machine slow each other down many times over.
-            # The number of ranks on this machine, as torchrun, DeepSpeed and Open MPI say it.
+            # By default each rank would use all cores of the host, and ranks would slow each other down many times over.
+            # These are the names of torchrun, DeepSpeed and Open MPI for the number of ranks on this host.
             names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
-            neighbours = next((int(os.environ[name]) for name in names if name in os.environ), 1)
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+            local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not on_cpu:
-        # Slurm can let each rank see its own device only; DeepSpeed takes the device's number from these variables.
+        # Slurm can restrict each rank to one visible device, numbered 0 in that rank. DeepSpeed reads the device index from
+        # these variables.
         local_rank %= accelerator.device_count()
         for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
             if name in os.environ:

@@ -1,7 +1,7 @@
 """The state of a DeepSpeed engine: what a checkpoint keeps beside the tensors, and the tensors that this rank holds.
 
 Everything outside engine/ that asks about the inside of an engine or about a partitioned parameter asks here. The tensors of
-the optimizer that a checkpoint keeps are in `masters`.
+the optimizer that a checkpoint keeps are in `optimizer_state`.
 """
 
 from __future__ import annotations

@@ -68,24 +68,47 @@ def test_values_equal_to_the_runs_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("addition", "run", "message"),
     [
-        ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu=4 and the run config says 3"),
-        ({"gradient_accumulation_steps": 1}, {}, "gradient_accumulation_steps=1 and the run config says 2"),
-        ({"gradient_clipping": 1.0}, {}, "gradient_clipping=1.0 and the run config says 0.5"),
-        ({"bf16": {"enabled": True}}, {}, "enables bf16: set parallelism.precision"),
-        ({"fp16": {"enabled": True}}, {"precision": "bf16"}, "enables fp16: set parallelism.precision"),
-        ({"optimizer": {"type": "Adam"}}, {}, "section 'optimizer'"),
-        ({"scheduler": {"type": "WarmupLR"}}, {}, "section 'scheduler'"),
-        ({"elasticity": {"enabled": True}}, {}, "section 'elasticity'"),
-        ({"torch_autocast": {"enabled": True}}, {}, "section 'torch_autocast'"),
+        ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu=4 but the run config 3"),
+        ({"gradient_accumulation_steps": 1}, {}, "gradient_accumulation_steps=1 but the run config 2"),
+        ({"gradient_clipping": 1.0}, {}, "gradient_clipping=1.0 but the run config 0.5"),
+        ({"bf16": {"enabled": True}}, {}, "enables bf16, but parallelism.precision=fp32; remove the section"),
+        (
+            {"fp16": {"enabled": True}},
+            {"precision": "bf16"},
+            "enables fp16, but parallelism.precision=bf16; remove the section",
+        ),
+        ({"optimizer": {"type": "Adam"}}, {}, "sets optimizer, which is not supported: the run config decides"),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "sets scheduler, which is not supported: the run config decides"),
+        ({"elasticity": {"enabled": True}}, {}, "sets elasticity, which is not supported: the run config decides"),
+        (
+            {"torch_autocast": {"enabled": True}},
+            {},
+            "sets torch_autocast, which is not supported: the run config decides",
+        ),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, {"ep_size": 2}, "zero_hpz_partition_size"),
         ({"zero_optimization": {"stage": 0}}, {"precision": "fp16"}, "deepspeed=zero1"),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, {}, "compute_grad_norm=false"),
-        (offload(offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}), {}, "nvme is not supported"),
-        (offload(offload_optimizer={"device": "cpu", "ratio": 0.5}), {}, "ratio < 1"),
+        (offload(offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}), {}, "device=nvme is not supported"),
+        (offload(offload_optimizer={"device": "cpu", "ratio": 0.5}), {}, "ratio=0.5 is not supported"),
         (offload(mics_shard_size=2), {}, "mics_shard_size"),
-        ({"fp16": {"loss_scale_windw": 5}}, {"precision": "fp16"}, "fp16.loss_scale_windw"),
+        (
+            {"fp16": {"loss_scale_windw": 5}},
+            {"precision": "fp16"},
+            "unknown key fp16.loss_scale_windw; did you mean loss_scale_window?",
+        ),
         ({"fp16": {"loss_scale": -1}}, {"precision": "fp16"}, "fp16.loss_scale"),
         ({"fp16": {"auto_cast": True}}, {"precision": "fp16"}, "fp16.auto_cast"),
+        ({"fp16": {"loss_scale": True}}, {"precision": "fp16"}, "fp16.loss_scale=True: input should be a valid number"),
+        ({"zero_optimisation": {"stage": 1}}, {}, "unknown key zero_optimisation; did you mean zero_optimization?"),
+        (
+            offload(reduce_bucket_sise=1),
+            {},
+            "unknown key zero_optimization.reduce_bucket_sise; did you mean reduce_buck",
+        ),
+        (offload(offload_param={"devise": "cpu"}), {}, "offload_param.devise; did you mean device?"),
+        (offload(reduce_bucket_size=0), {}, "zero_optimization.reduce_bucket_size=0: input should be greater than"),
+        (offload(zenflow={}), {}, "zero_optimization.zenflow, which is not supported"),
+        ({"activation_checkpointing": {}}, {}, "set parallelism.gradient_checkpointing"),
     ],
 )
 def test_refusals_name_the_value_and_the_remedy(addition: dict[str, Any], run: dict[str, Any], message: str) -> None:
@@ -100,7 +123,7 @@ def test_hpz_is_fine_without_expert_parallelism() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), (json.dumps({"zero_optimization": {"stage": 4}}), "stage=4 must be 0, 1, 2 or 3")],
+    [("{", "is not JSON"), (json.dumps({"zero_optimization": {"stage": 4}}), "stage=4: input should be 0, 1, 2 or 3")],
 )
 def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.json"

@@ -1,4 +1,4 @@
-"""Start-up: alone without a launcher, and an error of one rank is an error of all."""
+"""Joining a process group, with and without a launcher, and errors that reach all ranks."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from ldmole_dist.selftest.local_ranks import LocalRanks, RankFailed
 
 
 def fail_on(failing: list[int]) -> tuple[str, str]:
-    """(error class, message) that `raise_on_all_ranks` ends with here; the group must still work afterwards."""
+    """Return (error class, message) that `raise_on_all_ranks` raises on this rank, and check that the group still works."""
     rank = dist.get_rank()
     outcome = ("none", "")
     try:
@@ -41,69 +41,71 @@ def test_an_error_of_one_rank_reaches_all(ranks2: LocalRanks, failing: list[int]
     assert outcomes[1 - first] == ("PeerError", message)
 
 
-def test_where_several_fail_the_first_is_named(ranks2: LocalRanks) -> None:
+def test_lowest_failing_rank_is_named(ranks2: LocalRanks) -> None:
     outcomes = ranks2.run(fail_on, [0, 1])
     assert outcomes[0] == ("UserError", "rank 0 has no file")
     assert outcomes[1][0] == "PeerError" and "rank 0 failed" in outcomes[1][1]
 
 
-def test_where_none_fails_all_go_on(ranks2: LocalRanks) -> None:
+def test_without_failure_all_ranks_continue(ranks2: LocalRanks) -> None:
     assert ranks2.run(fail_on, []) == [("none", "")] * 2
 
 
-def whereabouts() -> tuple[int, int, bool]:
+def rank_and_world_size() -> tuple[int, int, bool]:
     process = start()
     return process.rank, process.world_size, process.is_main
 
 
-def test_ranks_know_where_they_are(ranks2: LocalRanks) -> None:
-    assert ranks2.run(whereabouts) == [(0, 2, True), (1, 2, False)]
+def test_start_returns_rank_and_world_size(ranks2: LocalRanks) -> None:
+    assert ranks2.run(rank_and_world_size) == [(0, 2, True), (1, 2, False)]
 
 
-def test_agreed_in_one_process_raises_the_error_itself() -> None:
+def test_single_process_raises_the_original_error() -> None:
     with pytest.raises(UserError, match="no file"), raise_on_all_ranks("reading the data"):
         raise UserError("no file")
 
 
-def test_without_a_launcher_a_process_is_alone() -> None:
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+def test_start_without_launcher_has_world_size_one() -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     code = "from ldmole_dist.engine.startup import start; p = start(); print('alone', p.rank, p.world_size, p.is_main)"
-    done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert "alone 0 1 True" in done.stdout, done.stderr
 
 
-def test_a_rank_that_sees_its_own_device_only_numbers_it_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without GPUs: the accelerator is played. DeepSpeed reads the number from the environment when it joins, and later."""
-    at_joining: list[str] = []
-    played = SimpleNamespace(
+def test_local_rank_is_renumbered_if_each_rank_sees_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed reads the device index from LOCAL_RANK when it joins the group, and later. The accelerator is a stub."""
+    calls: list[str] = []
+    accelerator = SimpleNamespace(
         device_name=lambda number=None: "cuda" if number is None else f"cuda:{number}",
         device_count=lambda: 1,
-        set_device=lambda number: at_joining.append(f"device {number}"),
+        set_device=lambda number: calls.append(f"device {number}"),
         communication_backend_name=lambda: "nccl",
     )
     for name, value in (("RANK", "3"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(startup, "get_accelerator", lambda: played)
+    monkeypatch.setattr(startup, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(
-        deepspeed, "init_distributed", lambda **settings: at_joining.append(f"LOCAL_RANK {os.environ['LOCAL_RANK']}")
+        deepspeed, "init_distributed", lambda **settings: calls.append(f"LOCAL_RANK {os.environ['LOCAL_RANK']}")
     )
     process = start()
-    assert at_joining == ["device 0", "LOCAL_RANK 0"]
+    assert calls == ["device 0", "LOCAL_RANK 0"]
     assert (process.rank, process.world_size, str(process.device)) == (3, 4, "cuda:0")
 
 
 def fail_in_one(failing: int) -> int:
     if dist.get_rank() == failing:
-        raise UserError("broken on purpose")
+        raise UserError("intended failure")
     return dist.get_rank()
 
 
 @pytest.mark.full
-def test_local_ranks_report_a_failure_and_start_again() -> None:
+def test_local_ranks_report_a_failure_and_stay_usable() -> None:
     with LocalRanks(2, timeout=100) as ranks:
-        with pytest.raises(RankFailed, match="fail_in_one failed on rank 1(.|\n)*UserError: broken on purpose"):
+        with pytest.raises(RankFailed, match="fail_in_one failed on rank 1(.|\n)*UserError: intended failure"):
             ranks.run(fail_in_one, 1)
         assert ranks.run(fail_in_one, 7) == [0, 1]

@@ -31,7 +31,7 @@ Gradients = dict[str, Tensor]
 
 
 class LdMoleSFTTrainer(AuxiliaryLosses, SFTTrainer):
-    """As docs/integrations.md says it."""
+    """The class that docs/integrations.md shows."""
 
 
 class InOrder(TrainerCallback):
