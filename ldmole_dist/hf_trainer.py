@@ -1,8 +1,8 @@
 """LD-MoLE with Hugging Face's `Trainer` and its subclasses, such as TRL's `SFTTrainer`.
 
-A `Trainer` does not know the auxiliary losses of LD-MoLE. `AuxiliaryLosses` adds them to the task loss in `compute_loss`,
-before the loss is scaled for gradient accumulation or mixed precision, so that both losses are scaled alike. They are averaged over
-the micro-batches of an optimizer step and over processes.
+A `Trainer` does not know the auxiliary losses of LD-MoLE. `AuxiliaryLosses` adds them to the task loss in `compute_loss`, where
+neither is scaled for gradient accumulation or mixed precision yet, so that both are scaled alike. They are averaged over the
+micro-batches of an optimizer step and over processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A config is checked as a whole; every error names the key and the remedy."""
+"""Run configs: loading, overrides, and errors that name the key and the remedy."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def refused(path: str, *overrides: str) -> str:
     return str(raised.value)
 
 
-def test_what_is_dumped_loads_as_the_same(path: str, tmp_path: Path) -> None:
+def test_dumped_config_loads_as_equal(path: str, tmp_path: Path) -> None:
     config = load_config(path, ["adapter.r=4", "data.labels=[a, b]", "optimisation.betas=[0.8, 0.9]"])
     assert config.adapter.r == 4 and config.data.labels == ["a", "b"] and config.optimisation.betas == (0.8, 0.9)
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(str(tmp_path / "again.yaml"), []) == config
 
 
-def test_a_key_without_its_section(path: str) -> None:
+def test_override_without_section(path: str) -> None:
     assert load_config(path, ["resume=never"]).run.resume == "never"
     assert load_config(path, ["run={output_dir: there}"]).run.output_dir == "there"
     assert "no section has it" in refused(path, "resumee=never")
@@ -95,7 +95,7 @@ def with_batches(path: str, micro: int, all_ranks: int) -> Config:
     return load_config(path, [f"optimisation.micro_batch_size={micro}", f"optimisation.global_batch_size={all_ranks}"])
 
 
-def test_batches_and_groups_must_divide_the_ranks(path: str) -> None:
+def test_batch_size_and_ep_size_must_fit_the_ranks(path: str) -> None:
     assert accumulation_steps(with_batches(path, 2, 16), 4) == 2
     with pytest.raises(UserError, match="use 12 or 18"):
         accumulation_steps(with_batches(path, 2, 16), 3)
@@ -106,7 +106,7 @@ def test_batches_and_groups_must_divide_the_ranks(path: str) -> None:
         check_parallelism(config, 6)
 
 
-def test_validate_says_so(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_command(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", path, "--ranks", "2"]) == 0
     assert "is valid for 2 ranks" in capsys.readouterr().out
     assert main(["validate", path, "deepspeed=zero9"]) == 2

@@ -1,4 +1,4 @@
-"""Which linears of a model read the same tensor (q, k, v; gate, up), found by running it and not from names."""
+"""Input groups: the linears of a model that read the same tensor (q, k, v; gate, up), found by tracing and not by name."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ logger = logging.getLogger(__name__)
 
 
 def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str]]:
-    """Groups of linears that are given the very same tensor.
+    """Return groups of linears that read the same tensor object.
 
-    A copy of the model without memory (on the meta device) is run on two tokens: nothing is computed, and a model whose
-    weights are partitioned is not touched.
+    The forward of a copy on the meta device is run on two tokens. This computes nothing, allocates no memory, and also works if
+    the weights of the model are partitioned.
 
     Args:
-        model: bare, before adapters are injected.
+        model: backbone, before adapters are injected.
         names: of the linears to group.
 
     Returns:
-        Each group in the order of its calls; a linear that was not called, or a model that cannot be copied so, gives groups
-        of one (correct, with more dispatches).
+        The names of each group, in the order of calls. A linear that is not called gets a group of its own, and so does every
+        linear of a model that cannot run on the meta device; results are then the same, with more dispatches.
     """
-    inputs: dict[str, Tensor] = {}  # kept alive: an address is unique only as long as its tensor lives
+    inputs: dict[str, Tensor] = {}  # keeps the tensors alive, because id() is only unique among living objects
 
-    def remember(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             inputs.setdefault(name, args[0])
 
@@ -38,17 +38,17 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str
 
     if isinstance(model, PreTrainedModel):
         config = copy.deepcopy(model.config)
-        config._attn_implementation = "eager"  # fused kernels have no meta implementation; who reads what is the same
+        config._attn_implementation = "eager"  # fused kernels have no meta implementation; the linears read the same tensors
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-                twin = type(model)(config).eval()
-                for name, module in twin.named_modules():
+                copied = type(model)(config).eval()
+                for name, module in copied.named_modules():
                     if name in names:
-                        module.register_forward_pre_hook(remember(name))
-                twin(input_ids=torch.zeros(1, 2, dtype=torch.long))
+                        module.register_forward_pre_hook(record(name))
+                copied(input_ids=torch.zeros(1, 2, dtype=torch.long))
         except Exception as error:
             logger.warning(
-                "every linear is dispatched on its own: this model does not run on the meta device (%s)", error
+                "each linear is dispatched separately, because this model does not run on the meta device (%s)", error
             )
             inputs.clear()
     groups: dict[int, list[str]] = {}

@@ -1,26 +1,28 @@
-"""What an adapter may be put on and read from, what is refused, and what it begins with."""
+"""LdMoleConfig: targets, ranges, defaults, and adapters that do not fit a backbone."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldmole_dist import LdMoleConfig
-from ldmole_dist.config.adapter import LINEARS
+from ldmole_dist.config import Adapter
+from ldmole_dist.config.adapter import LINEARS, AdapterFields
 from ldmole_dist.selftest.tiny import SIZES
 from ldmole_dist.tuner.layer import LdMoleLinear
 from tests.small_adapter import E, R, adapt, backbone, config, logits, move, trainable
 
 
-def test_unknown_targets_are_named() -> None:
+def test_unknown_targets_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\['query', 'value'\] match no module .*'q_proj'"):
         adapt(target_modules=["q_proj", "query", "value"])
 
@@ -37,10 +39,10 @@ def test_targets_by_expression_and_exclusion() -> None:
 
 
 class PackedLinear(nn.Linear):
-    """As quantisation libraries do: a linear that is one by inheritance only."""
+    """A subclass of nn.Linear, as quantization libraries use for packed weights."""
 
 
-def test_other_than_plain_linears_are_refused() -> None:
+def test_other_modules_than_plain_linears_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"embed_tokens is of type Embedding \(torch.float32\), but .* plain floating-point"
     ):
@@ -66,7 +68,7 @@ def test_other_than_plain_linears_are_refused() -> None:
     ],
     ids=str,
 )
-def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path, sizes: dict[str, int], named: str) -> None:
+def test_adapter_of_another_backbone_is_refused(tmp_path: Path, sizes: dict[str, int], named: str) -> None:
     adapt().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="this adapter was made for another backbone") as raised:
         PeftModel.from_pretrained(backbone(**sizes), str(tmp_path))
@@ -74,14 +76,14 @@ def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path, sizes: dict[s
 
 
 @pytest.mark.parametrize("name", ["weight", "layers"])
-def test_an_adapter_may_be_called_like_a_part_of_the_model(tmp_path: Path, name: str) -> None:
+def test_adapter_may_have_the_name_of_a_module(tmp_path: Path, name: str) -> None:
     saved = move(adapt())
     saved.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(backbone(), tmp_path, adapter_name=name)
     torch.testing.assert_close(logits(model), logits(saved))
 
 
-def test_a_damaged_adapter_file_is_refused(tmp_path: Path) -> None:
+def test_incomplete_adapter_file_is_refused(tmp_path: Path) -> None:
     adapt().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -91,7 +93,7 @@ def test_a_damaged_adapter_file_is_refused(tmp_path: Path) -> None:
         PeftModel.from_pretrained(backbone(), str(tmp_path))
 
 
-def test_a_newer_file_format_is_refused(tmp_path: Path) -> None:
+def test_newer_file_format_is_refused(tmp_path: Path) -> None:
     adapt().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
@@ -113,21 +115,45 @@ def test_a_newer_file_format_is_refused(tmp_path: Path) -> None:
         ("lambda_init", "dead"),
     ],
 )
-def test_config_ranges(field: str, value: Any) -> None:
+def test_values_out_of_range_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}")):
         LdMoleConfig(**{field: value})
 
 
-def test_config_defaults_are_the_papers() -> None:
+def test_run_config_and_peft_config_share_their_fields() -> None:
+    shared = {field.name: field.metadata["help"] for field in fields(AdapterFields)}
+    assert {field.name for field in fields(Adapter)} == shared.keys() | {"init_from"}
+    for name, help_text in shared.items():
+        assert getattr(Adapter(), name) == getattr(LdMoleConfig(), name)
+        assert next(field.metadata["help"] for field in fields(LdMoleConfig) if field.name == name) == help_text
+
+
+def test_adapter_config_of_version_0_1_loads(tmp_path: Path) -> None:
+    saved = {
+        "base_model_name_or_path": "backbone",
+        "format_version": 1,
+        "init_seed": 3,
+        "lambda_eps": 0.01,
+        "lambda_hidden": 16,
+        "lambda_init": "live",
+        "lora_alpha": 16,
+        "num_experts": [2, 4],
+        "peft_type": "LDMOLE",
+        "r": 4,
+        "router": "topk",
+        "target_modules": ["q_proj"],
+        "train_experts": False,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, LdMoleConfig)
+    assert {name: getattr(loaded, name) for name in saved} == saved
+
+
+def test_defaults_are_those_of_the_paper() -> None:
     c = LdMoleConfig()
-    assert (c.num_experts, c.r, c.lora_alpha, c.lora_dropout, c.lambda_hidden, c.lambda_eps) == (
-        8,
-        8,
-        16,
-        0.1,
-        256,
-        0.01,
-    )
+    found = (c.num_experts, c.r, c.lora_alpha, c.lora_dropout, c.lambda_hidden, c.lambda_eps)
+    assert found == (8, 8, 16, 0.1, 256, 0.01)
     assert c.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -1,4 +1,4 @@
-"""Adapters whose layers have different numbers of experts, as MoLA's: where they are, files, reports, and what is refused."""
+"""Adapters with a different number of experts per layer, as in MoLA: assignment, files, reports and refused values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.small_adapter import adapt, backbone, config, logits, move, trainable
 from tests.small_run import make_config, make_folder, run_training
 
 
-def test_equal_stretches_of_layers() -> None:
+def test_entries_are_assigned_to_equal_shares_of_layers() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(2, 2)}) for _ in range(8))})
 
     def counts(*given: int) -> list[int]:
@@ -38,7 +38,7 @@ def test_equal_stretches_of_layers() -> None:
         counts(*range(1, 10))
 
 
-def test_what_cannot_be_is_named() -> None:
+def test_invalid_counts_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"num_experts=\[2, 4\] is given by layer, but lm_head is in no numbered layer"
     ):
@@ -50,7 +50,7 @@ def test_what_cannot_be_is_named() -> None:
             config(num_experts=wrong)
 
 
-def test_files_have_what_each_layer_has(tmp_path: Path) -> None:
+def test_files_have_the_experts_of_each_layer(tmp_path: Path) -> None:
     model = move(adapt(num_experts=[2, 3]))
     model.save_pretrained(tmp_path)
     for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
@@ -59,7 +59,7 @@ def test_files_have_what_each_layer_has(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(PeftModel.from_pretrained(backbone(), str(tmp_path))), logits(model))
 
 
-def test_sums_of_linears_with_different_numbers_of_experts() -> None:
+def test_statistics_of_linears_with_different_numbers_of_experts_add_up() -> None:
     sums = [torch.arange(4.0 + 3 * E + 1) for E in (1, 2)]
     together = summarize(added(sums))
     assert together["tokens"] == 0 and together["lambda_mean"] == pytest.approx(2.0)
@@ -68,7 +68,7 @@ def test_sums_of_linears_with_different_numbers_of_experts() -> None:
 
 
 @pytest.mark.parametrize("num_experts", [4, [2, 4]])
-def test_a_lora_of_as_many_parameters(tmp_path: Path, num_experts: int | list[int]) -> None:
+def test_equal_rank_gives_the_nearest_number_of_parameters(tmp_path: Path, num_experts: int | list[int]) -> None:
     backbone().config.save_pretrained(tmp_path)
     for targets in (["q_proj", "down_proj"], r".*\.1\.mlp\.(up|down)_proj"):
         given = Adapter(num_experts=num_experts, r=4, lambda_hidden=8, target_modules=targets)
@@ -86,7 +86,7 @@ def test_a_lora_of_as_many_parameters(tmp_path: Path, num_experts: int | list[in
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, ranks2: LocalRanks) -> Path:
-    """Of a run on two ranks."""
+    """Folder of a finished run on two ranks."""
     folder = make_folder(tmp_path_factory.mktemp("by_layer"))
     path = make_config(
         folder,
@@ -99,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ranks2: LocalRanks) -> Path
     return folder
 
 
-def test_a_run(folder: Path, ranks2: LocalRanks, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs_of_a_run(folder: Path, ranks2: LocalRanks, capsys: pytest.CaptureFixture[str]) -> None:
     run = folder / "run"
     for name, tensor in load_file(run / "adapter" / "adapter_model.safetensors").items():
         assert len(tensor) == (2 if ".layers.0." in name else 4), name
@@ -113,26 +113,26 @@ def test_a_run(folder: Path, ranks2: LocalRanks, capsys: pytest.CaptureFixture[s
     assert events.Images("load/q_proj")[0].width == 4 * 16
     print_table(run / "checkpoints" / "step_00000002")
     assert "; 2, 4 (by layer) experts of rank 2" in capsys.readouterr().out
-    said = ranks2.run(refusal, str(folder / "config.yaml"), "adapter.router=relu", "optimisation.max_steps=3")
-    assert "adapter.router=topk, this run has relu" in said[0]
+    messages = ranks2.run(refusal, str(folder / "config.yaml"), "adapter.router=relu", "optimisation.max_steps=3")
+    assert "adapter.router=topk, this run has relu" in messages[0]
 
 
 def refusal(path: str, *overrides: str) -> str:
     try:
         run_training(path, *overrides)
-    except Exception as error:  # of any kind: it is what is looked at
+    except Exception as error:  # the test reads its message, whatever the type
         return str(error)
     return "none"
 
 
 @pytest.mark.full
-def test_a_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder / "run"), "--limit", "8", "--output", str(tmp_path / "report")]) == 0
     assert "1.00 of 2 to 4, mean over tokens and linears" in capsys.readouterr().out
 
 
 @pytest.mark.full
-def test_going_on_from_the_adapter_on_other_ranks(folder: Path, tmp_path: Path, ranks2: LocalRanks) -> None:
+def test_training_starts_from_the_saved_adapter_on_other_ranks(folder: Path, tmp_path: Path, ranks2: LocalRanks) -> None:
     adapter, out = folder / "run" / "adapter", tmp_path / "further"
     overrides = [f"adapter.init_from={adapter}", f"run.output_dir={out}", "learning_rate=1e-12", "max_steps=1"]
     ranks2.run(run_training, str(folder / "config.yaml"), *overrides)

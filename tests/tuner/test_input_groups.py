@@ -1,4 +1,4 @@
-"""Linears that read one tensor: found by running the model, dispatched together, equal to each on its own."""
+"""Input groups: found by tracing the model, computed in one dispatch, with the results of separate linears."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTS = (6, 3, 4)
 
 
 class CountingDispatch(LocalDispatch):
-    """Remembers how many linears came in each dispatch."""
+    """Local dispatch that records the number of linears of each call."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -34,7 +34,7 @@ class CountingDispatch(LocalDispatch):
 
 
 def make_linears(grouped: bool, dropout: float = 0.0) -> tuple[list[MoELinear], StepContext, CountingDispatch]:
-    """Three linears of one input in float64; the same ones at every call."""
+    """Return three float64 linears for one input, with the same values at every call."""
     draw = torch.Generator().manual_seed(0)
     context, dispatch = StepContext(), CountingDispatch()
     context.weights = LossWeights(0.7, 0.3, 0.05)
@@ -64,14 +64,14 @@ def hidden(seed: int = 1) -> Tensor:
 
 
 def read(linears: list[MoELinear], x: Tensor) -> Tensor:
-    # A view for each, as ZeRO-3's hooks hand out: the same memory, not the same object.
+    # A view for each linear, like those that ZeRO-3's hooks pass: the same memory, but not the same object.
     return torch.cat([linear.adapted(x.view_as(x), "default") for linear in linears], dim=-1)
 
 
 def results(
     grouped: bool, run: Callable[..., Tensor] = read, decide: Callable[[int], Any] | None = None
 ) -> tuple[Tensor, dict[str, Tensor], list[int]]:
-    """Outputs, all gradients (auxiliary losses included) and the sizes of the dispatches."""
+    """Return outputs, gradients (with auxiliary losses) and the number of linears of each dispatch."""
     linears, context, dispatch = make_linears(grouped)
     if decide is not None:
         for i, linear in enumerate(linears):
@@ -87,7 +87,7 @@ def results(
     return y, {"x": x.grad} | {n: g for n, g in gradients.items() if g is not None}, dispatch.sizes
 
 
-def never_the_same_twice(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+def random_support(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
     draw = torch.Generator().manual_seed(seed)
 
     def decide(logits_TE: Tensor, lam_T: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def never_the_same_twice(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
     return decide
 
 
-def test_a_group_gives_what_its_linears_give_alone_in_one_dispatch() -> None:
+def test_group_equals_separate_linears_in_one_dispatch() -> None:
     (y, gradients, sizes), (y_alone, gradients_alone, sizes_alone) = results(True), results(False)
     assert sizes == [3] and sizes_alone == [1, 1, 1]
     torch.testing.assert_close(y, y_alone, rtol=1e-12, atol=1e-12)
@@ -107,21 +107,21 @@ def test_a_group_gives_what_its_linears_give_alone_in_one_dispatch() -> None:
         torch.testing.assert_close(gradient, gradients_alone[name], rtol=1e-12, atol=1e-12)
 
 
-def test_a_checkpointed_group_replays() -> None:
+def test_checkpointed_group_replays_its_routing() -> None:
     linears, context, _ = make_linears(True)
 
     def checkpointed(linears: list[MoELinear], x: Tensor) -> Tensor:
         contexts = linears[0].context.checkpoint_contexts
         return checkpoint(read, linears, x, use_reentrant=False, context_fn=contexts)
 
-    y, expected, _ = results(True, decide=never_the_same_twice)
-    y_again, found, sizes = results(True, checkpointed, never_the_same_twice)
+    y, expected, _ = results(True, decide=random_support)
+    y_again, found, sizes = results(True, checkpointed, random_support)
     assert y.equal(y_again) and sizes == [3, 3]
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
 
 
-def test_dropout_has_one_mask_for_the_group() -> None:
+def test_group_shares_one_dropout_mask() -> None:
     linears, _, _ = make_linears(True, dropout=0.5)
     x = hidden()
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def test_dropout_has_one_mask_for_the_group() -> None:
     torch.testing.assert_close(y - base[0], expected - base[1])
 
 
-def test_a_follower_that_reads_another_tensor_goes_alone() -> None:
+def test_member_with_another_input_is_computed_separately() -> None:
     linears, _, dispatch = make_linears(True)
     alone, _, _ = make_linears(False)
     x, other = hidden(), hidden(seed=2)
@@ -142,21 +142,21 @@ def test_a_follower_that_reads_another_tensor_goes_alone() -> None:
     torch.testing.assert_close(linears[1].adapted(other, "default"), alone[1].adapted(other, "default"))
     torch.testing.assert_close(linears[2].adapted(x, "default"), alone[2].adapted(x, "default"))
     assert dispatch.sizes[:2] == [3, 1]
-    # Nor does what waited for it reach the next forward.
+    # The result that was prepared for it must not be used in the next forward.
     torch.testing.assert_close(read(linears, other), read(alone, other))
 
 
-def test_a_follower_that_reads_a_part_of_the_tensor_goes_alone() -> None:
+def test_member_with_a_slice_of_the_input_is_computed_separately() -> None:
     linears, _, _ = make_linears(True)
     alone, _, _ = make_linears(False)
     x = hidden()
     linears[0].adapted(x, "default")
-    first = x[:, :1]  # begins at the same address
+    first = x[:, :1]  # has the same data pointer
     torch.testing.assert_close(linears[1].adapted(first, "default"), alone[1].adapted(first, "default"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_groups_of_a_decoder_are_found_by_running_it(architecture: str) -> None:
+def test_groups_of_a_decoder(architecture: str) -> None:
     model = tiny_backbone(architecture, torch.float32, torch.device("cpu"))
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     torch.manual_seed(0)
@@ -172,6 +172,6 @@ def test_groups_of_a_decoder_are_found_by_running_it(architecture: str) -> None:
     assert find_input_groups(model, some) == [some]
 
 
-def test_a_model_that_cannot_be_copied_dispatches_each_alone() -> None:
+def test_model_without_meta_forward_gets_groups_of_one() -> None:
     names = ["0", "1"]
     assert find_input_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), names) == [["0"], ["1"]]

@@ -18,7 +18,7 @@ from tests.small_adapter import CPU, KINDS, LABELS, E, H, R, adapt, backbone, co
 
 
 def expected_file(kind: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in adapter_model.safetensors, as the docstring of tuner/state_dict.py promises."""
+    """Return names and shapes in adapter_model.safetensors, as in the docstring of tuner/state_dict.py."""
     D, F, KV = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_key_value_heads"] * SIZES["head_dim"]
     sizes = {"q": (D, D), "k": (D, KV), "v": (D, KV), "o": (D, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -38,12 +38,12 @@ def expected_file(kind: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_adapter_changes_nothing(kind: str) -> None:
+def test_new_adapter_does_not_change_logits(kind: str) -> None:
     torch.testing.assert_close(logits(adapt(kind)), logits(backbone(kind)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_file_names_and_shapes_and_reloading(kind: str, tmp_path: Path) -> None:
+def test_file_names_shapes_and_reload(kind: str, tmp_path: Path) -> None:
     model = move(adapt(kind))
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -60,7 +60,7 @@ def test_file_names_and_shapes_and_reloading(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(further), logits(model), rtol=0, atol=0)
 
 
-def test_auto_class_finds_backbone_and_method(tmp_path: Path) -> None:
+def test_auto_class_loads_backbone_and_adapter(tmp_path: Path) -> None:
     backbone().save_pretrained(tmp_path / "backbone")
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "backbone"), config())
     move(model).save_pretrained(tmp_path / "adapter")
@@ -95,7 +95,7 @@ def test_reloading_on_a_bf16_backbone_keeps_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
 
 
-def test_modules_to_save_are_trained_beside_the_frozen_original() -> None:
+def test_modules_to_save_are_trained_copies_of_frozen_modules() -> None:
     model = adapt("classifier")
     score = model.base_model.model.score
     assert all(p.requires_grad for p in score.modules_to_save["default"].parameters())
@@ -111,7 +111,7 @@ def test_modules_to_save_are_trained_beside_the_frozen_original() -> None:
 
 @pytest.fixture()
 def two_adapters() -> tuple[PeftModel, Tensor, Tensor]:
-    """A model with adapters "default" and "other" of different sizes, and the logits of each."""
+    """Return a model with adapters "default" and "other" of different sizes, and the logits of each."""
     model = move(adapt(), seed=1)
     first = logits(model)
     model.add_adapter("other", config(num_experts=6, r=3, lambda_hidden=5, target_modules=["q_proj", "down_proj"]))
@@ -120,7 +120,7 @@ def two_adapters() -> tuple[PeftModel, Tensor, Tensor]:
     return model, first, logits(model)
 
 
-def test_several_adapters_switch(two_adapters: tuple[PeftModel, Tensor, Tensor]) -> None:
+def test_adapters_can_be_switched(two_adapters: tuple[PeftModel, Tensor, Tensor]) -> None:
     model, first, second = two_adapters
     plain = logits(backbone())
     assert not torch.allclose(first, second, atol=1e-2) and not torch.allclose(second, plain, atol=1e-2)
@@ -140,7 +140,7 @@ def test_two_active_adapters_are_refused(two_adapters: tuple[PeftModel, Tensor, 
         model.base_model.set_adapter(["default", "other"])
 
 
-def test_deleting_one_adapter_leaves_the_other(two_adapters: tuple[PeftModel, Tensor, Tensor], tmp_path: Path) -> None:
+def test_deleting_an_adapter_keeps_the_other(two_adapters: tuple[PeftModel, Tensor, Tensor], tmp_path: Path) -> None:
     model, first, _ = two_adapters
     model.delete_adapter("other")
     assert not any(".other" in name for name, _ in model.named_parameters())
@@ -150,7 +150,7 @@ def test_deleting_one_adapter_leaves_the_other(two_adapters: tuple[PeftModel, Te
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == set(expected_file("llama"))
 
 
-def test_saving_one_of_several_and_loading_it_beside_another(
+def test_save_and_load_of_two_adapters(
     two_adapters: tuple[PeftModel, Tensor, Tensor], tmp_path: Path
 ) -> None:
     model, first, second = two_adapters
@@ -167,7 +167,7 @@ def test_saving_one_of_several_and_loading_it_beside_another(
     torch.testing.assert_close(logits(again), second, rtol=0, atol=0)
 
 
-def test_merging_is_refused_and_unloading_gives_the_backbone_back() -> None:
+def test_merging_is_refused_and_unload_returns_the_backbone() -> None:
     model = move(adapt())
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(ValueError, match="cannot be merged"):
@@ -189,7 +189,7 @@ def test_generation_with_and_without_a_cache() -> None:
     assert not texts[0].equal(backbone().generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 
-def test_the_attention_mask_reaches_the_auxiliary_losses() -> None:
+def test_attention_mask_is_applied_to_auxiliary_losses() -> None:
     model = adapt().train()
     batch = micro_batch(0, CPU)
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -205,7 +205,7 @@ def test_the_attention_mask_reaches_the_auxiliary_losses() -> None:
     assert len(context.stats) == 14
 
 
-def test_an_adapted_head_is_told_which_of_the_positions_that_it_reads_are_real() -> None:
+def test_adapted_head_gets_the_mask_of_logits_to_keep() -> None:
     model = adapt(target_modules=["q_proj", "lm_head"]).eval()
     seen: dict[str, Tensor | None] = {}
     context = tuner_of(model).context

@@ -1,4 +1,4 @@
-"""Routers that read the hidden states of a forward without the adapter, as X-LoRA's do."""
+"""Routing on the hidden states of a forward without the adapter (router_input="hidden"), as in X-LoRA."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def hidden_adapter(**changes: Any) -> PeftModel:
     return move(adapt(router_input="hidden", **changes))
 
 
-def test_all_linears_route_by_the_hidden_states_of_the_backbone() -> None:
+def test_all_linears_route_on_the_backbones_last_hidden_states() -> None:
     model = hidden_adapter().eval()
     seen: dict[str, torch.Tensor] = {}
 
@@ -45,7 +45,7 @@ def test_all_linears_route_by_the_hidden_states_of_the_backbone() -> None:
     assert not tuner_of(model).context.plain
 
 
-def test_what_a_token_is_routed_by_does_not_depend_on_the_adapter_and_later_tokens() -> None:
+def test_routing_of_a_token_does_not_depend_on_later_tokens() -> None:
     model = hidden_adapter().eval()
     with torch.no_grad():
         whole = model(input_ids=IDS, use_cache=False).logits
@@ -53,7 +53,7 @@ def test_what_a_token_is_routed_by_does_not_depend_on_the_adapter_and_later_toke
     assert torch.allclose(whole[:, :7], start, atol=1e-5)
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     model = hidden_adapter()
     model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(backbone(), str(tmp_path))
@@ -62,7 +62,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.allclose(logits(model), logits(backbone()), atol=1e-6)
 
 
-def test_a_cache_is_refused_and_generation_goes_without(tmp_path: Path) -> None:
+def test_cache_is_refused_and_generation_works_without(tmp_path: Path) -> None:
     model = hidden_adapter().eval()
     with pytest.raises(ValueError, match="pass use_cache=False"):
         model(input_ids=IDS, use_cache=True)
@@ -73,13 +73,13 @@ def test_a_cache_is_refused_and_generation_goes_without(tmp_path: Path) -> None:
     assert together == [generate_batch(small, tokenizer, [prompt], Sampling(6))[0] for prompt in prompts]
 
 
-def test_a_linear_with_other_rows_is_refused() -> None:
+def test_linear_with_another_number_of_rows_is_refused() -> None:
     model = move(adapt(router_input="hidden", target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match="lm_head has 2 rows where there are 24 tokens"):
         model(input_ids=IDS, use_cache=False, logits_to_keep=1)
 
 
-def test_unknown_inputs() -> None:
+def test_unknown_router_input_is_refused() -> None:
     with pytest.raises(ValueError, match="router_input='x': input should be 'layer' or 'hidden'"):
         config(router_input="x")
 
@@ -87,10 +87,10 @@ def test_unknown_inputs() -> None:
 @pytest.mark.parametrize(
     "case", ["zero2", *(pytest.param(stage, marks=pytest.mark.full) for stage in ("zero0", "zero1", "zero3"))]
 )
-def test_training_on_ranks_that_share_the_experts(
+def test_two_ranks_train_like_one(
     tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks, case: str
 ) -> None:
-    """With recomputation, as one process does."""
+    """Two ranks with expert parallelism and recomputation against one process without."""
     make_folder(tmp_path)
     changes: dict[str, Any] = {"adapter": {"router_input": "hidden", "lora_dropout": 0.0}}
     path = str(make_config(tmp_path, optimisation={"max_steps": 3}, **changes))
