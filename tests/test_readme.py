@@ -1,45 +1,170 @@
-"""Every command of the README runs, from the quickstart on, in a fresh copy of the repository."""
+"""The commands of README.md and docs/*.md.
+
+Every ```bash block runs: in the full tier on a tiny backbone, nightly on the backbone of the quickstart. A block that needs
+a cluster, a download or files of the reader opens with ```bash no-test, after a comment <!-- no-test: REASON -->. The quick
+tier checks the arguments of all commands.
+"""
+
+from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ldmole_dist.cli import _parser
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BACKBONE = Path("backbones") / "SmolLM2-135M-Instruct"
+FIRST_COMMANDS = ["bash launch/quickstart.sh", "bash launch/test.sh"]  # have tests of their own
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+class Block(NamedTuple):
+    """A fenced block of a page.
+
+    Attributes:
+        page: name of the file.
+        line: of the opening fence, from 1.
+        info: what follows the three backticks.
+        text: between the fences.
+        before: the line before the opening fence.
+    """
+
+    page: str
+    line: int
+    info: str
+    text: str
+    before: str
+
+    @property
+    def commands(self) -> list[str]:
+        """Commands of a bash block, each on one line."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-def shell(command: str, timeout: int) -> str:
-    """Run a command as a reader would, from the repository's root."""
-    # The tests' own settings must not leak into what a reader runs.
+def find_blocks(language: str) -> list[Block]:
+    blocks = []
+    for page in PAGES:
+        text = page.read_text()
+        # Fences without a language are matched as well, so that their end is not taken for a start.
+        for match in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+            if match[1].split()[:1] == [language]:
+                above = text[: match.start()].splitlines()
+                blocks.append(
+                    Block(str(page.relative_to(ROOT)), len(above) + 1, match[1], match[2], above[-1] if above else "")
+                )
+    return blocks
+
+
+BASH = find_blocks("bash")
+TESTED = [pytest.param(b, id=f"{b.page}:{b.line}") for b in BASH if b.info == "bash" and b.commands != FIRST_COMMANDS]
+
+
+def shell(command: str, folder: Path, timeout: int) -> str:
+    """Run a command as a reader would, and return its output."""
+    # Settings of the tests must not reach what a reader runs.
     environment = {k: v for k, v in os.environ.items() if k not in ("DS_ACCELERATOR", "PYTHONPATH", "OMP_NUM_THREADS")}
+    environment["PATH"] = f"{folder}/.venv/bin:{environment['PATH']}"  # as after activating the environment
     done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{command}\n{output[-4000:]}"
     return output
 
 
+def run_block(block: Block, folder: Path) -> None:
+    for command in block.commands:
+        if " checkpoint export " in command:  # refuses to overwrite what an earlier run has exported
+            shutil.rmtree(folder / shlex.split(command)[-1], ignore_errors=True)
+        shell(command, folder, timeout=1200)
+
+
+def ldmole_arguments(command: str) -> list[str] | None:
+    """Return what a command passes to `ldmole`, None if it runs something else."""
+    words = shlex.split(command, comments=True)
+    if words and Path(words[0]).name == "ldmole":
+        return words[1:]
+    return words[words.index("ldmole_dist.cli") + 1 :] if "ldmole_dist.cli" in words else None
+
+
+def test_readme_starts_with_quickstart_and_tests() -> None:
+    assert BASH[0].page == "README.md" and BASH[0].commands == FIRST_COMMANDS
+
+
+def test_blocks_that_do_not_run_give_a_reason() -> None:
+    assert {block.info for block in BASH} <= {"bash", "bash no-test"}
+    for block in BASH:
+        assert (block.info == "bash no-test") == block.before.startswith("<!-- no-test: "), f"{block.page}:{block.line}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [found for block in BASH for c in block.commands if (found := ldmole_arguments(c))], ids=shlex.join
+)
+def test_arguments_are_valid(arguments: list[str]) -> None:
+    # As in `main`: argparse does not continue a list of positional arguments after an option.
+    _, rest = _parser().parse_known_args(arguments)
+    assert not [argument for argument in rest if argument.startswith("-")]
+
+
+def test_scripts_exist() -> None:
+    scripts = {
+        word for b in BASH for c in b.commands for word in c.split() if re.fullmatch(r"(launch|examples)/\S+", word)
+    }
+    assert scripts and not [script for script in sorted(scripts) if not (ROOT / script).exists()]
+
+
 @pytest.fixture(scope="module")
 def quickstart() -> str:
-    return shell("bash launch/quickstart.sh", timeout=1500)
+    """Output of the quickstart, run in this repository."""
+    return shell("bash launch/quickstart.sh", ROOT, timeout=1800)
 
 
-def test_the_first_two_commands_are_the_promised_ones() -> None:
-    assert blocks("bash")[0].splitlines() == ["bash launch/quickstart.sh", "bash launch/test.sh"]
+def linked_repository(folder: Path, without: tuple[str, ...] = ()) -> Path:
+    """Fill a folder with links to the contents of this repository, so that new files do not end up in it."""
+    for path in ROOT.iterdir():
+        if path.name not in (".git", *without):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(quickstart: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This repository after the quickstart."""
+    return linked_repository(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="module")
+def tiny(quickstart: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This repository after a quickstart on a tiny backbone with the tokenizer of the real one."""
+    folder = linked_repository(tmp_path_factory.mktemp("tiny"), without=("backbones", "runs"))
+    shutil.copytree(ROOT / BACKBONE, folder / BACKBONE, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = AutoConfig.from_pretrained(ROOT / BACKBONE)
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    config.update(sizes | {"head_dim": 16})
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / BACKBONE)
+    train = ".venv/bin/python -m ldmole_dist.cli launch launch/configs/quickstart.yaml --ranks 2"
+    shell(f"{train} data.eval_limit=8 parallelism.precision=fp32", folder, timeout=600)
+    return folder
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2400)
 def test_quickstart_lifts_accuracy_to_85_percent(quickstart: str) -> None:
     run = ROOT / "runs" / "quickstart"
     before, *_, after = [json.loads(line)["accuracy"] for line in (run / "evaluations.jsonl").open()]
@@ -54,18 +179,32 @@ def test_quickstart_lifts_accuracy_to_85_percent(quickstart: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("command", [line for block in blocks("bash")[1:] for line in block.splitlines()])
-def test_command(quickstart: str, command: str) -> None:
-    if " checkpoint export " in command:  # it overwrites nothing, not even what an earlier test left
-        shutil.rmtree(ROOT / command.split()[-1], ignore_errors=True)
-    output = shell(command, timeout=1200)
-    if " generate " in command:
-        assert "Category: animal" in output
+def test_adapter_of_the_quickstart_names_the_category(quickstart: str) -> None:
+    prompt = r"Definition: a large cat with a striped coat\nCategory:"
+    command = f".venv/bin/python -m ldmole_dist.cli generate runs/quickstart/adapter '{prompt}' --max-new-tokens 1"
+    assert "Category: animal" in shell(command, ROOT, timeout=300)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python(quickstart: str, code: str, tmp_path: Path) -> None:
-    script = tmp_path / "readme.py"
-    script.write_text(code)
-    shell(f".venv/bin/python '{script}'", timeout=300)
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("block", TESTED)
+def test_commands_run_on_a_tiny_backbone(tiny: Path, block: Block) -> None:
+    run_block(block, tiny)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("block", TESTED)
+def test_commands_run(real: Path, block: Block) -> None:
+    run_block(block, real)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("block", find_blocks("python"), ids=lambda b: f"{b.page}:{b.line}")
+def test_python_runs(tiny: Path, block: Block, tmp_path: Path) -> None:
+    if block.info != "python":
+        pytest.skip("marked no-test")
+    script = tmp_path / "block.py"
+    script.write_text(block.text)
+    shell(f".venv/bin/python '{script}'", tiny, timeout=300)

@@ -1,1 +1,1 @@
-"""What a user runs to accept an installation, and what the tests assert: `ldmole selftest`."""
+"""`ldmole selftest`, which verifies an installation; the tests run the same cases."""

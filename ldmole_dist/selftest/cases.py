@@ -1,6 +1,6 @@
-"""What the selftest runs on every rank besides parity: collectives, replayed routing, half precision.
+"""Cases of the selftest besides parity: collectives, replay of routing decisions, half precision.
 
-Each function returns the largest distances it found, by what they belong to; see `parity` for those of training.
+Each function runs on every rank and returns the distances that this rank found, by what was compared.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.loss import answer_count, next_tokens
 from ldmole_dist.parallel.exchange import Parcel, exchange
 from ldmole_dist.parallel.wire import Tally, Wire
-from ldmole_dist.selftest.parity import build, loss_of
+from ldmole_dist.selftest.reference import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch, relative
 from ldmole_dist.tuner.layer import LdMoleLinear
 
-Decide = Callable[[Tensor, Tensor], Tensor]  # (logits, lambda) -> support, as a router's method
+Decide = Callable[[Tensor, Tensor], Tensor]  # (logits_TE, lam_T) -> support_TE, as `Router.decide`
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
 def joined(size: int) -> dict[str, float]:
-    """How many of `size` ranks did not join."""
+    """Return how many of `size` ranks are missing from the process group."""
     return {"missing ranks": float(size - start().world_size)}
 
 
 def collectives() -> dict[str, float]:
-    """Elements that did not arrive as sent: variable-split all-to-all and its way back, all-gather, all-reduce."""
+    """Count wrong elements after an all-to-all with uneven splits, its backward, an all-gather and an all-reduce."""
     process = start()
     rank, world, device, group = process.rank, process.world_size, process.device, dist.group.WORLD
     assert group is not None, "start() joins it"
     wrong = {}
 
     def rows(source: int, destination: int, dtype: torch.dtype) -> Tensor:
-        # The last rank sends nothing, others nothing to some: a rank without tokens must not stall the rest.
+        # The last rank sends nothing, and others send nothing to some ranks: a rank without tokens must not block the rest.
         count = 0 if source == world - 1 and world > 1 else (3 * source + destination) % 4
         return torch.full((count, 2), 1 + source * world + destination, device=device, dtype=dtype)
 
@@ -65,16 +65,16 @@ def collectives() -> dict[str, float]:
 
 
 def replay(ep_size: int) -> dict[str, float]:
-    """Routers that never decide the same twice: gradients with checkpointing against those without.
+    """Compare the gradients with and without checkpointing under a router that never decides the same twice.
 
-    Without replay the recomputation would route anew, and the sizes that ranks exchange would not match.
+    Recomputed layers must replay the recorded routing decisions; otherwise the sizes that ranks exchange do not match.
     """
     parallel = expert_parallel(ep_size)
     found = []
     for checkpointing in (False, True):
         model = build("llama", torch.float64, parallel, checkpointing)
         for router in _routers(model):
-            router.decide = _never_the_same_twice()
+            router.decide = _random_decide()
         parallel.wire.clear()
         _loss(model).backward()
         found.append((_gradients(model), parallel.wire.by_kind()["counts"]))
@@ -83,7 +83,7 @@ def replay(ep_size: int) -> dict[str, float]:
     return distances | {"counts exchanged again": float(recomputed_counts - plain_counts)}
 
 
-def _never_the_same_twice() -> Decide:
+def _random_decide() -> Decide:
     generator = torch.Generator().manual_seed(start().rank)
 
     def decide(logits_TE: Tensor, lam_T: Tensor) -> Tensor:
@@ -95,10 +95,11 @@ def _never_the_same_twice() -> Decide:
 
 
 def half_precision(architecture: str, ep_size: int) -> dict[str, float]:
-    """A bfloat16 backbone under float32 adapters against a float32 one with the same weights: loss and gradients.
+    """Compare loss and gradients of a bfloat16 backbone with those of a float32 one; both have float32 adapters.
 
-    Both take the routing decisions of the float32 one, as a token that crosses the edge of a support jumps in its
-    gradient, and the experts are weaker than in the other cases, where a tiny model amplifies any rounding a hundredfold.
+    Both models use the routing decisions of the float32 one, since a gradient is discontinuous where a token crosses the
+    boundary of a support. Weights of experts and routers are smaller than in the other cases, in which a tiny model
+    amplifies rounding errors about a hundred times.
     """
     parallel = expert_parallel(ep_size)
     wide = build(architecture, torch.bfloat16, parallel).float()
@@ -125,7 +126,7 @@ def _weaken(model: PeftModel) -> None:
 
 
 def _recorded(decide: Decide) -> tuple[Decide, Decide]:
-    """(decides and records, gives what was recorded)."""
+    """Return two functions: one that records the decisions of `decide`, and one that returns the recorded ones in order."""
     supports: list[Tensor] = []
 
     def record(logits_TE: Tensor, lam_T: Tensor) -> Tensor:

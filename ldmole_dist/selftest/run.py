@@ -1,6 +1,6 @@
-"""The selftest: whether this installation, with its devices and libraries, trains as one process would.
+"""The selftest: verifies that training on the ranks of this machine equals training in one process.
 
-One line for each case: what was run, the largest distance found on any rank and whose it is, the tolerance.
+Each case prints one line: the largest distance found on any rank, the tolerance, and the tensor with that distance.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.tiny import EXPERTS
 
 EXACT, FLOAT64, FLOAT32 = 0.0, 1e-12, 1e-4
-BFLOAT16 = 0.25  # one rounding is 0.004; a tensor whose gradients nearly cancel shows it many times over
+BFLOAT16 = 0.25  # one rounding is 0.004; in a tensor whose gradients nearly cancel, it is amplified
 
 
 class Case(NamedTuple):
-    """A function for every rank, which returns distances, and how large they may be."""
+    """A function that every rank runs, and the largest distance that it may return."""
 
     name: str
     detail: str
@@ -32,26 +32,26 @@ class Case(NamedTuple):
 
 
 def selftest(size: int | None = None, out: Callable[[str], None] = print) -> bool:
-    """Run every case and print a table of them.
+    """Run every case and print one line for each.
 
     Args:
-        size: number of ranks; by default one for each GPU (a power of 2, at most 8), or 4 on a machine without.
-        out: gets the lines.
+        size: number of ranks; by default one per GPU (a power of 2, at most 8), or 4 without GPUs.
+        out: called with each line.
 
     Returns:
         Whether all cases were within their tolerances.
     """
     size = size or _default_size()
-    failures, plan = 0, list_cases(size)
+    failures, all_cases = 0, list_cases(size)
     out(f"{'case':12} {'detail':52} {'distance':>8} {'allowed':>8}       {'s':>5}  largest at")
     with LocalRanks(size) as ranks:
-        for case in plan:
+        for case in all_cases:
             begun = time.perf_counter()
             try:
                 distance, whose = parity.worst(ranks.run(case.function, *case.args, **case.settings))
                 ok = distance <= case.tolerance
                 measured = f"{distance:8.1e}"
-            except Exception as error:  # of any kind: it is this case's result, and the others go on
+            except Exception as error:  # any error fails this case only
                 ok, measured, whose = False, f"{'error':>8}", str(error).strip().splitlines()[-1]
             failures += not ok
             seconds = time.perf_counter() - begun
@@ -63,14 +63,14 @@ def selftest(size: int | None = None, out: Callable[[str], None] = print) -> boo
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "peft"))
     on_gpu = torch.cuda.device_count() >= size
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
-    out(f"selftest: {failures} of {len(plan)} cases failed; {size} ranks on {device}; {libraries}")
+    out(f"selftest: {failures} of {len(all_cases)} cases failed; {size} ranks on {device}; {libraries}")
     return failures == 0
 
 
 def list_cases(size: int) -> list[Case]:
-    """What the selftest runs on `size` ranks."""
+    """Return the cases that the selftest runs on `size` ranks."""
     ep_sizes = [p for p in range(1, size + 1) if size % p == 0 and EXPERTS % p == 0]
-    plan = [
+    all_cases = [
         Case("ranks", f"{size} processes join one group", EXACT, cases.joined, (size,)),
         Case("collectives", "fp32 bf16 fp16 fp64 int64, some send nothing", EXACT, cases.collectives),
     ]
@@ -78,28 +78,28 @@ def list_cases(size: int) -> list[Case]:
         for ep_size in ep_sizes:
             for checkpointing in (False, True):
                 detail = f"{architecture}, ep {ep_size}, float64{', checkpointing' if checkpointing else ''}"
-                plan.append(
+                all_cases.append(
                     Case("gradients", detail, FLOAT64, parity.gradients, (architecture, ep_size, checkpointing))
                 )
-    for mode in ("all_to_all", "gather"):  # above: "auto"
+    for mode in ("all_to_all", "gather"):  # the cases above use "auto"
         detail = f"llama, ep {ep_sizes[-1]}, float64, checkpointing, {mode}"
-        plan.append(Case("gradients", detail, FLOAT64, parity.gradients, ("llama", ep_sizes[-1], True, mode)))
+        all_cases.append(Case("gradients", detail, FLOAT64, parity.gradients, ("llama", ep_sizes[-1], True, mode)))
     for stage in range(4):
         for ep_size in ep_sizes:
-            # At stage 3 DeepSpeed leaves small parameters whole, and here all are small.
+            # DeepSpeed does not partition parameters below this threshold, and all parameters of the tiny model are.
             settings = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
             detail = f"ZeRO {stage}, ep {ep_size}, float32, checkpointing"
             args = ("llama", f"zero{stage}", ep_size, True)
-            plan.append(Case("updates", detail, FLOAT32, parity.updates, args, settings))
+            all_cases.append(Case("updates", detail, FLOAT32, parity.updates, args, settings))
     detail = f"qwen3, ZeRO 3, ep {ep_sizes[-1]}, float32, checkpointing"
-    plan.append(Case("updates", detail, FLOAT32, parity.updates, ("qwen3", "zero3", ep_sizes[-1], True)))
+    all_cases.append(Case("updates", detail, FLOAT32, parity.updates, ("qwen3", "zero3", ep_sizes[-1], True)))
     for ep_size in ep_sizes:
-        detail = f"ep {ep_size}, float64, routing that never repeats"
-        plan.append(Case("replay", detail, FLOAT64, cases.replay, (ep_size,)))
+        detail = f"ep {ep_size}, float64, random routing"
+        all_cases.append(Case("replay", detail, FLOAT64, cases.replay, (ep_size,)))
     for architecture in ("llama", "qwen3"):
         detail = f"{architecture}, ep {ep_sizes[-1]}, bf16 backbone, fp32 adapter"
-        plan.append(Case("dtypes", detail, BFLOAT16, cases.half_precision, (architecture, ep_sizes[-1])))
-    return plan
+        all_cases.append(Case("dtypes", detail, BFLOAT16, cases.half_precision, (architecture, ep_sizes[-1])))
+    return all_cases
 
 
 def _default_size() -> int:

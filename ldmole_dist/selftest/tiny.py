@@ -1,7 +1,7 @@
-"""The smallest real models, adapters and batches on which every part of the method does something.
+"""Tiny models, adapters and micro-batches that exercise every part of the method.
 
-B is drawn at random: with B = 0, as an adapter starts, most gradients vanish and a comparison proves nothing. Ranks get
-different numbers of tokens.
+B is random: with the initial B = 0 most gradients are 0, and comparing them proves nothing. Ranks get different numbers
+of tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import spread_experts, tuner_of
 from ldmole_dist.tuner.state_dict import is_expert_tensor
 
-EXPERTS, RANK, VOCABULARY = 8, 2, 64
+EXPERTS, LORA_RANK, VOCABULARY = 8, 2, 64
 LOSS_WEIGHTS = LossWeights(balance=0.7, sparsity=0.3, z=0.05, l1=0.2, entropy=0.1, target_k=2)
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
@@ -36,12 +36,12 @@ SIZES: dict[str, Any] = dict(
 
 
 def tiny_backbone(architecture: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A Llama or Qwen3 of two layers with the same weights in every process.
+    """Return a Llama or Qwen3 of two layers, with the same weights in every process.
 
     Args:
         architecture: "llama" or "qwen3".
         dtype: of the weights.
-        device: where they go.
+        device: of the weights.
     """
     torch.manual_seed(7)
     model = (
@@ -57,11 +57,11 @@ def adapted(
     router: str = "sparsegen",
     num_experts: int | list[int] = EXPERTS,
 ) -> PeftModel:
-    """All seven linears of every layer adapted, B drawn at random, the same under every placement."""
+    """Return the backbone with all seven linears of every layer adapted, and with the same weights under every placement."""
     spread_experts(backbone, parallel)
     config = LdMoleConfig(
         num_experts=num_experts,
-        r=RANK,
+        r=LORA_RANK,
         lora_dropout=dropout,
         router=router,  # type: ignore[arg-type]  # checked by LdMoleConfig
         lambda_hidden=16,
@@ -76,14 +76,14 @@ def adapted(
                     drawn = torch.randn(parameter[local].shape, generator=seeded(1, name, first + local)) * 0.1
                     parameter[local].copy_(drawn)
             elif "router" in name:
-                # Scores that differ by more than the starting ones do: sparse and dense supports both occur.
+                # Spreads the initial scores, so that both sparse and dense supports occur.
                 parameter.mul_(4)
     tuner_of(model).context.weights = LOSS_WEIGHTS
     return model.train()
 
 
 def micro_batch(index: int, device: torch.device) -> dict[str, Tensor]:
-    """Micro-batch `index` of an endless supply: 3 sequences of up to 9 tokens, some padding, some answers."""
+    """Return micro-batch number `index`: 3 sequences of up to 9 tokens, with padding and answer tokens."""
     generator = torch.Generator().manual_seed(1000 + index)
     length = 5 + index % 5
     ids = torch.randint(0, VOCABULARY, (3, length), generator=generator)
@@ -94,10 +94,10 @@ def micro_batch(index: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over norm of the reference."""
+    """Return the norm of the difference divided by the norm of the reference."""
     return float((value - reference).norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny))
 
 
 def whole(model: PeftModel, name: str, local: Tensor) -> Tensor:
-    """A tensor shaped as parameter `name` is here, with all experts if it is a bank; every rank calls it."""
+    """Return a tensor that has the shape of parameter `name`, gathered over ranks if it is of experts; every rank calls it."""
     return tuner_of(model).parallel.gathered(local) if is_expert_tensor(name) else local

@@ -14,7 +14,7 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.evaluation.evaluator import Evaluator
 from ldmole_dist.loss import IGNORED
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.selftest.parity import build
+from ldmole_dist.selftest.reference import build
 
 CHOICES: list[tuple[int, ...] | None] = [(3, 9, 40), (5, 6), (7, 8, 9, 10, 11), None, (3, 4, 5, 6)]
 

@@ -12,7 +12,7 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.loss import answer_count, next_tokens
 from ldmole_dist.parallel.dispatch import Mode
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.selftest.parity import build, loss_of
+from ldmole_dist.selftest.reference import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch
 from ldmole_dist.tuner.layer import LdMoleLinear
 
