@@ -87,7 +87,8 @@ def resolve_ds_config(
     for key, value in given.items():
         if config.get(key, "auto") not in ("auto", value):
             raise UserError(
-                f'the DeepSpeed config sets {key}={config[key]} but the run config {value}; set it to "auto" in the former'
+                f'the DeepSpeed config sets {key}={config[key]}, but the run config needs {value}; set it to "auto" in the '
+                "DeepSpeed config"
             )
     config = _without_auto(config) | given
     zero = config.setdefault("zero_optimization", {})

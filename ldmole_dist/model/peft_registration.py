@@ -1,10 +1,10 @@
-"""Registration of LD-MoLE with PEFT, as soon as the process has both.
+"""Registration of LD-MoLE with PEFT, as soon as a process has imported both.
 
 PEFT must know the method before `AutoPeftModelForCausalLM.from_pretrained` reads an LD-MoLE adapter. Importing PEFT here would
 make `import ldmole_dist` and every `ldmole` command as slow as torch. So if PEFT is not imported yet, a finder in
 `sys.meta_path` waits for its import and registers the method right after PEFT's own code has run.
 
-This module imports neither torch nor PEFT. It is not in `tuner/`, because the import of that package imports PEFT.
+This module imports neither torch nor PEFT. It is not in `tuner/`, because importing that package imports PEFT.
 """
 
 from __future__ import annotations
@@ -28,14 +28,10 @@ def register_with_peft() -> None:
 
 
 def _register() -> None:
-    mapping = importlib.import_module("peft.mapping")
-    config = importlib.import_module("ldmole_dist.tuner.config")
-    model = importlib.import_module("ldmole_dist.tuner.model")
-    # PEFT's register_peft_method refuses names outside its own enumeration; its tables take any key.
-    peft_type = config.LdMolePeftType.LDMOLE
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config.LdMoleConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model.LdMoleModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model.LdMoleModel.prefix
+    # If the package is being imported already, it registers itself when it is complete. Importing it from here could then
+    # meet a partly initialized module or, if another thread imports it and waits for PEFT, a deadlock.
+    if "ldmole_dist.tuner" not in sys.modules:
+        importlib.import_module("ldmole_dist.tuner")
 
 
 class _PeftFinder:

@@ -38,7 +38,9 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str
 
     if isinstance(model, PreTrainedModel):
         config = copy.deepcopy(model.config)
-        config._attn_implementation = "eager"  # fused kernels have no meta implementation; the linears read the same tensors
+        config._attn_implementation = (
+            "eager"  # fused kernels have no meta implementation; the linears read the same tensors
+        )
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
                 copied = type(model)(config).eval()

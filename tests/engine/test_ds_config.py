@@ -1,4 +1,4 @@
-"""DeepSpeed configs: the shipped ones load, "auto" is filled in, contradictions are refused."""
+"""DeepSpeed configs: loading, completion for a run, and refused keys and values."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def test_all_shipped_files_are_known() -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_shipped_files_load_and_are_filled_in(name: str) -> None:
+def test_shipped_files_load_and_are_completed(name: str) -> None:
     read = load_ds_config(name)
     assert stage_of(read) == STAGES[name] and read == load_ds_config(str(SHIPPED / f"{name}.json"))
     untouched = copy.deepcopy(read)
@@ -41,25 +41,25 @@ def test_shipped_files_load_and_are_filled_in(name: str) -> None:
     assert read == untouched
     assert not contains_auto(config)
     assert config["train_micro_batch_size_per_gpu"] == 3 and config["gradient_accumulation_steps"] == 2
-    # At stage 0 the engine clips by itself, DeepSpeed must not.
+    # At stage 0 the engine clips gradients itself.
     assert config["gradient_clipping"] == (0.0 if STAGES[name] == 0 else 0.5)
     assert config["zero_allow_untested_optimizer"] is True and config["zero_force_ds_cpu_optimizer"] is False
     assert config["zero_optimization"] == read["zero_optimization"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_precision_is_the_run_configs(precision: str) -> None:
+def test_precision_comes_from_the_run_config(precision: str) -> None:
     config = load_ds_config("zero2") | {
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto", "loss_scale_window": 9},
     }
     resolved = resolve(config, precision=precision)
-    # bf16 keeps its trainable parameters in float32: a float32 run to DeepSpeed.
+    # Trainable parameters are float32 in a bf16 run too, so DeepSpeed gets no bf16 section.
     assert "bf16" not in resolved
     assert resolved.get("fp16") == ({"enabled": True, "loss_scale_window": 9} if precision == "fp16" else None)
 
 
-def test_values_equal_to_the_runs_are_accepted() -> None:
+def test_values_equal_to_those_of_the_run_are_accepted() -> None:
     config = {"train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.5, "fp16": {"enabled": False}}
     assert resolve(config | {"zero_optimization": {"stage": 1}})["gradient_clipping"] == 0.5
     assert stage_of(resolve({})) == 0
@@ -68,9 +68,9 @@ def test_values_equal_to_the_runs_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("addition", "run", "message"),
     [
-        ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu=4 but the run config 3"),
-        ({"gradient_accumulation_steps": 1}, {}, "gradient_accumulation_steps=1 but the run config 2"),
-        ({"gradient_clipping": 1.0}, {}, "gradient_clipping=1.0 but the run config 0.5"),
+        ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu=4, but the run config needs 3"),
+        ({"gradient_accumulation_steps": 1}, {}, "gradient_accumulation_steps=1, but the run config needs 2"),
+        ({"gradient_clipping": 1.0}, {}, "gradient_clipping=1.0, but the run config needs 0.5"),
         ({"bf16": {"enabled": True}}, {}, "enables bf16, but parallelism.precision=fp32; remove the section"),
         (
             {"fp16": {"enabled": True}},
@@ -111,13 +111,13 @@ def test_values_equal_to_the_runs_are_accepted() -> None:
         ({"activation_checkpointing": {}}, {}, "set parallelism.gradient_checkpointing"),
     ],
 )
-def test_refusals_name_the_value_and_the_remedy(addition: dict[str, Any], run: dict[str, Any], message: str) -> None:
+def test_refused_values_are_named(addition: dict[str, Any], run: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as raised:
         resolve(load_ds_config("zero1") | addition, **run)
     assert message in str(raised.value)
 
 
-def test_hpz_is_fine_without_expert_parallelism() -> None:
+def test_hpz_is_accepted_without_expert_parallelism() -> None:
     assert resolve({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}})
 
 
@@ -125,7 +125,7 @@ def test_hpz_is_fine_without_expert_parallelism() -> None:
     ("text", "message"),
     [("{", "is not JSON"), (json.dumps({"zero_optimization": {"stage": 4}}), "stage=4: input should be 0, 1, 2 or 3")],
 )
-def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.json"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as raised:
