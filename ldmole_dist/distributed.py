@@ -1,6 +1,6 @@
-"""The ranks of a run as plain torch.distributed sees them: who this process is, and errors that reach all ranks.
+"""Helpers on plain torch.distributed: this process's rank and device, broadcasts, and errors that reach all ranks.
 
-A process group need not exist: everything here also works in a single process.
+Everything here also works in a single process without a process group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of the run."""
+    """Rank and device of this process.
+
+    Attributes:
+        rank: rank in the default process group; 0 in a single process.
+        world_size: number of processes of the run.
+        device: device that this process computes on.
+    """
 
     rank: int
     world_size: int
@@ -30,18 +36,18 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def peak_memory(self) -> int:
-        """The most bytes in use at once since the start: of the device, on a CPU of the whole process."""
+        """Return the peak memory in bytes since the start: of the device, or on a CPU the resident memory of the process."""
         if self.device.type == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
         return int(torch.get_device_module(self.device).max_memory_allocated(self.device))
 
 
-def from_main(value: T) -> T:
-    """The value that rank 0 has, on every rank; every rank calls it."""
+def broadcast_from_main(value: T) -> T:
+    """Return rank 0's value on every rank. Every rank must call it; the value must be picklable."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
@@ -50,7 +56,7 @@ def from_main(value: T) -> T:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
+    """Return a TCP port that is currently free on this host."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -1,10 +1,10 @@
-"""The loss of a training step: answer tokens (or labels) of the whole optimizer step, plus the auxiliary losses.
+"""The task loss of a training step: cross entropy over the answer tokens, or over the labels of sequence classification.
 
-Normalisation (METHOD, Losses): the task loss is the sum over answers divided by the number of answers of the whole
-optimizer step, all ranks and micro-batches together; auxiliary losses are averaged over micro-batches and ranks. The engine
-averages gradients over both, so a rank's share of the task loss is scaled up by their number.
+Normalization: the task loss is the sum over the answers, divided by the number of answers of the whole optimizer step, over all
+ranks and micro-batches. Auxiliary losses are averaged over micro-batches and ranks. The engine averages gradients over
+both, so the trainer multiplies a micro-batch's share of the task loss by their number.
 
-Shapes: B sequences, S positions, V vocabulary or classes.
+Shapes: B sequences, S positions, S' positions that need logits, V vocabulary size or number of classes.
 """
 
 from __future__ import annotations
@@ -13,48 +13,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+IGNORED = -100  # the label that cross_entropy and the models of transformers ignore
 
 
 def next_tokens(labels: Tensor) -> Tensor:
-    """What each position should predict.
+    """Return the target of each position: the label of the next position.
 
     Args:
-        labels: (B, S) token ids where the answer is, -100 elsewhere.
+        labels: (B, S) token ids of the answers, -100 elsewhere.
 
     Returns:
-        (B, S): the label of the position after, -100 for the last.
+        (B, S) targets; -100 in the last position.
     """
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def answer_positions(targets: Tensor) -> Tensor:
-    """Positions at which any sequence has a target: the only logits that the loss needs.
+    """Return the positions at which any sequence has a target, which are the only ones that need logits.
 
     Args:
-        targets: (B, S), -100 where there is none.
+        targets: (B, S), -100 where there is no target.
 
     Returns:
-        (S',) ascending, at least one (a batch without an answer still runs the whole model, as on every other rank).
+        (S',) in ascending order, at least one.
     """
+    # A batch without an answer must still run the whole model: the other ranks wait in its collectives.
     needed = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
     return needed if len(needed) else needed.new_zeros(1)
 
 
 def answer_count(targets: Tensor) -> Tensor:
-    """Number of targets, a scalar integer tensor."""
+    """Return the number of targets that are not -100, as a scalar integer tensor."""
     return (targets != IGNORED).sum()
 
 
 def answer_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each answer, in at least float32.
+    """Return the cross entropy of each target, in at least float32.
 
     Args:
         logits: (..., V).
-        targets: (...) token ids or classes, -100 where there is none.
+        targets: (...) token ids or classes, -100 where there is no target.
 
     Returns:
-        (...), 0 where there is no answer.
+        (...), 0 where there is no target.
     """
     answers = targets != IGNORED
     losses = torch.zeros(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
@@ -63,15 +64,15 @@ def answer_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def answer_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Summed cross entropy of the answers, in at least float32.
+    """Return the summed cross entropy of all targets, in at least float32.
 
     Args:
         logits: (..., V).
-        targets: (...) token ids or classes, -100 where there is none.
-        label_smoothing: share of the target spread over all V.
+        targets: (...) token ids or classes, -100 where there is no target.
+        label_smoothing: probability mass spread uniformly over all V.
 
     Returns:
-        Scalar sum; 0 attached to the graph if there is no answer.
+        Scalar sum; 0 attached to the graph if there is no target.
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()
     answers = targets != IGNORED

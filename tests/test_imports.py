@@ -1,4 +1,4 @@
-"""Imports go one way: a module imports from its own room and from the rooms before it (docs/architecture.md)."""
+"""Imports point one way: a module imports from its own room and from the rooms below it (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ldmole_dist"
 
-# Every room, from the bottom up. Of ours, method and parallel import only each other: they stay readable beside the paper.
+# Every room, from the bottom up. Of our own rooms, method and parallel import only each other, so that they can be read beside
+# the paper without knowing the rest.
 ROOMS = [
     "errors",
     "cli_arguments",
@@ -43,14 +44,14 @@ FLOOR = {room: height for height, room in enumerate(ROOMS)}
 ISOLATED = ("method", "parallel")
 FOREIGN = {"torch.distributed", "deepspeed", "transformers", "peft"}
 FORBIDDEN = {"method": FOREIGN, "parallel": FOREIGN - {"torch.distributed"}}
-# The inside of an engine, and the marks that ZeRO leaves on parameters.
+# Internals of the DeepSpeed engine, and the attributes that ZeRO sets on parameters.
 ENGINE_STATE = re.compile(
     r"engine\.deepspeed\b|\bds_(?:tensor|numel|shape|status|id|process_group)\b|_z3_optimizer|_hp_mapping"
 )
 
 
 def imported(source: str) -> Iterator[str]:
-    """Every module, or name in a module, that the source imports anywhere, functions included."""
+    """Yield every module, or name in a module, that the source imports, at the top or in a function."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -65,12 +66,12 @@ def inside(name: str, package: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """ "method" for "method/layer.py"."""
+    """Return the room of a module: "method" for "method/layer.py"."""
     return module.removesuffix(".py").split("/")[0]
 
 
 def violations(module: str, source: str) -> list[str]:
-    """What a module, such as "method/layer.py", imports or names and must not."""
+    """Return the forbidden imports and names of a module such as "method/layer.py"."""
     room = room_of(module)
     if room == "__init__":
         return []
@@ -80,7 +81,7 @@ def violations(module: str, source: str) -> list[str]:
     found = [
         f"{module} imports {name}"
         for name in imported(source)
-        if name.startswith(".")  # does not say from where
+        if name.startswith(".")  # a relative import hides the room
         or any(inside(name, package) for package in forbidden)
         or (inside(name, "ldmole_dist") and not below(room, name))
     ]
@@ -90,8 +91,8 @@ def violations(module: str, source: str) -> list[str]:
 
 
 def below(room: str, name: str) -> bool:
-    """Whether a module of `room` may import `name`, such as "ldmole_dist.parallel.wire"; the public names are for users."""
-    if name == "ldmole_dist":  # the package itself, for its version and its folder
+    """Return whether a module of `room` may import `name`, such as "ldmole_dist.parallel.wire"."""
+    if name == "ldmole_dist":  # the package itself, for its version and its folder; its public names are for users
         return True
     other = name.split(".")[1]
     apart = room in ISOLATED and other not in ISOLATED
@@ -106,7 +107,14 @@ def test_no_import_points_up(module: str) -> None:
     assert violations(module, (PACKAGE / module).read_text()) == []
 
 
-def test_every_room_was_walked() -> None:
+@pytest.mark.parametrize("room", ROOMS)
+def test_architecture_page_names_the_room(room: str) -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    picture = page.split("```")[1]
+    assert re.search(rf"\b{room}\b", picture), f"docs/architecture.md: add {room} to the picture"
+
+
+def test_modules_are_found() -> None:
     assert {"method/layer.py", "parallel/dispatch.py", "engine/build.py", "tuner/model.py"} <= set(MODULES)
 
 
@@ -139,7 +147,7 @@ def test_every_room_was_walked() -> None:
         ("monitor/x.py", "from ldmole_dist.evaluation.evaluator import Evaluator"),
     ],
 )
-def test_the_walk_finds_what_is_forbidden(module: str, source: str) -> None:
+def test_forbidden_imports_are_found(module: str, source: str) -> None:
     assert len(violations(module, source)) == 1
 
 
@@ -156,5 +164,5 @@ def test_the_walk_finds_what_is_forbidden(module: str, source: str) -> None:
         ("cli.py", "def f():\n    from ldmole_dist.training.trainer import Trainer"),
     ],
 )
-def test_the_walk_lets_through_what_is_allowed(module: str, source: str) -> None:
+def test_allowed_imports_pass(module: str, source: str) -> None:
     assert violations(module, source) == []

@@ -25,7 +25,7 @@ from ldmole_dist.checkpoint.manifest import (
 )
 from ldmole_dist.checkpoint.save import topology
 from ldmole_dist.config import Adapter, Config
-from ldmole_dist.distributed import Process, from_main, raise_on_all_ranks
+from ldmole_dist.distributed import Process, broadcast_from_main, raise_on_all_ranks
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.optimizer_state import create_moments, full_shapes, optimizer_shards, refresh_parameters
 from ldmole_dist.engine.training_state import restore_training_state
@@ -51,7 +51,7 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
         candidates = own = list_checkpoints(Path(config.run.output_dir))
         if resume != "auto" and not (own and _resumed_from(own[0], resume)):
             candidates = _requested_checkpoint(Path(resume))
-    candidates = from_main(candidates)  # a network file system may show other ranks an outdated folder
+    candidates = broadcast_from_main(candidates)  # a network file system may show other ranks an outdated folder
     problems: list[str] = []
     for candidate in candidates:
         problems = _problems(candidate, process)
@@ -152,7 +152,7 @@ def _problems(checkpoint: Path, process: Process) -> list[str]:
             problems = content_problems(checkpoint, manifest)
         except UserError as error:
             problems = [str(error)]
-    return from_main(problems)
+    return broadcast_from_main(problems)
 
 
 def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict[str, int | str]) -> None:

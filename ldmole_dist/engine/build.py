@@ -123,8 +123,8 @@ def register_experts_of_linears(model: PeftModel) -> None:
     for module in model.modules():
         if isinstance(module, LdMoleLinear):
             for adapter, group in module.groups.items():
-                if group.members[0] is module:
-                    for member in group.members:
+                if group.linears[0] is module:
+                    for member in group.linears:
                         deepspeed.zero.register_external_parameter(module, member.lora_A[adapter])
                         deepspeed.zero.register_external_parameter(module, member.lora_B[adapter])
 

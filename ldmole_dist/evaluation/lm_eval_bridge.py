@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldmole_dist.data.encode import Encoded
-from ldmole_dist.distributed import from_main, raise_on_all_ranks
+from ldmole_dist.distributed import broadcast_from_main, raise_on_all_ranks
 from ldmole_dist.errors import UserError
 from ldmole_dist.evaluation.model import DistributedModel
 from ldmole_dist.generation.generate import Sampling, generate_batch
@@ -73,7 +73,7 @@ def run_lm_eval(
         bootstrap_iters=1000,
     )
     # The harness returns results on the first rank of each node only.
-    return from_main(results and {"lm_eval": results["results"], "versions": results["versions"]})
+    return broadcast_from_main(results and {"lm_eval": results["results"], "versions": results["versions"]})
 
 
 class LdMoleLM(TemplateLM):

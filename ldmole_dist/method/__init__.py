@@ -1,1 +1,1 @@
-"""The LD-MoLE method as in the paper (arXiv 2509.25684): pure torch, no processes, no engine, no model library."""
+"""The LD-MoLE method of the paper (arXiv 2509.25684) in plain PyTorch: no torch.distributed, DeepSpeed or transformers."""

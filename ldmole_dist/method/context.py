@@ -1,10 +1,11 @@
-"""What one forward of the model shares with its adapted linears: token mask, auxiliary losses, recorded decisions.
+"""State that one forward of the model shares with its adapted linears: token mask, auxiliary losses, recorded decisions.
 
-One `StepContext` per model, attached at injection. `begin` opens a micro-batch, `end` closes it; in between every adapted
-linear reports its routing. A checkpointed region records the decisions of its first forward on a tape and its
-recomputation replays them: which experts are active, and how many rows went where, is decided once per token and layer.
+There is one `StepContext` per model, attached at injection. `begin` opens a micro-batch and `end` closes it; in between every
+adapted linear records its routing. The first forward of a checkpointed region records its decisions on a tape, and the
+recomputation replays them: which experts are active, and how many rows go to which rank, is decided once per token and layer. A
+recomputation that decided again could round differently, and the split sizes of its all-to-all would not match.
 
-Shapes: T tokens, E experts.
+Shapes: T tokens, E experts, G linears of an input group.
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ from ldmole_dist.method.losses import entropy_loss, l1_loss, load_balance_loss, 
 from ldmole_dist.method.noise import RouterNoise
 from ldmole_dist.method.routers import Routing, lambda_or_nan
 
+# For each owner (the leader of an input group), its decisions in the order of its calls.
 Tape = dict[Any, list[Any]]
-# Is told, of every adapted linear in every forward: its name, its routing of T tokens, and which of them are real (None: all).
+# Called once per adapted linear and forward with its name, its routing of T tokens, and the mask of real tokens (None: all).
 Observer = Callable[[str, Routing, Tensor | None], None]
 
 
 @dataclass
 class LossWeights:
-    """Coefficients of the auxiliary losses (`losses`), and the number of experts that the sparsity loss and the L1 loss steer
-    to. A loss that is not defined for a router (`Router.losses`) is not computed, whatever its coefficient; that of the L1 loss
-    changes from step to step."""
+    """Coefficients of the auxiliary losses (see `losses`).
+
+    A loss that is not defined for the router (`Router.losses`) is not computed, whatever its coefficient.
+
+    Attributes:
+        balance: c_lb in the paper.
+        sparsity: c_sp in the paper.
+        z: coefficient of the router z-loss.
+        l1: coefficient of the ReLU router's L1 loss; changes from step to step (`losses.next_l1_coefficient`).
+        entropy: coefficient of the top-p router's entropy loss.
+        target_k: target number of active experts per token, for the sparsity loss and the L1 loss.
+    """
 
     balance: float = 0.0
     sparsity: float = 0.0
@@ -41,7 +52,7 @@ class LossWeights:
     target_k: int = 2
 
     def of(self, term: str) -> float:
-        """The coefficient of one of `TERMS`."""
+        """Return the coefficient of one of `TERMS`."""
         return float(getattr(self, term))
 
 
@@ -52,11 +63,13 @@ class StepContext:
     """State of the current micro-batch.
 
     Attributes:
-        weights: of the auxiliary losses.
-        noise: on the router scores of the next training forward; to be set for each micro-batch. None: none.
-        terms: auxiliary losses of each linear that has reported, by name.
-        stats: of each linear that has reported: sums of active experts and of lambda over its real tokens, and their number.
-        observer: is told what is routed, in training and evaluation, once (a recomputation is not a forward). None: nobody.
+        weights: coefficients of the auxiliary losses.
+        noise: noise on the router scores of the next training forward; set it for each micro-batch. None adds none.
+        observer: called with the routing of each linear, in training and evaluation, but not by a recomputation; or None.
+        terms: by name of the loss, its values for the linears recorded so far.
+        stats: by name of the linear, (3,): sums of active experts and of lambda over its real tokens, and their number.
+        adapter_disabled: whether adapted linears return only their base output.
+        hidden: (B, S, H) hidden states that all routers read instead of their linear's input (router_input='hidden'), or None.
     """
 
     def __init__(self) -> None:
@@ -65,8 +78,8 @@ class StepContext:
         self.observer: Observer | None = None
         self.terms: dict[str, list[Tensor]] = {}
         self.stats: dict[str, Tensor] = {}
-        self.plain = False  # while adapted linears are to do what they did without their adapter
-        self.hidden: Tensor | None = None  # (B, S, H), what all routers read, if not each linear's own input
+        self.adapter_disabled = False
+        self.hidden: Tensor | None = None
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
         self._open = False
@@ -74,11 +87,11 @@ class StepContext:
         self._region: _Region | None = None
 
     def begin(self, mask: Tensor | None, positions: Tensor | None = None) -> None:
-        """Start a micro-batch: forget what the last one reported.
+        """Start a micro-batch and clear the records of the previous one.
 
         Args:
             mask: (B, S) attention mask, nonzero for real tokens; None counts every token.
-            positions: (S') those of which the model computes logits, if not of all: what an adapted head reads.
+            positions: (S',) positions that the model computes logits for, which are the input of an adapted head; None if all.
         """
         self.terms = {}
         self.stats = {}
@@ -86,62 +99,62 @@ class StepContext:
         self._open, self._differentiable = True, torch.is_grad_enabled()
 
     def end(self) -> None:
-        """The forward is over; what runs now is a recomputation and reports nothing."""
+        """End the forward. Later calls of adapted linears are recomputations and record nothing."""
         self._open = False
 
-    def read(self, name: str, x_TD: Tensor) -> Tensor:
-        """What router and lambda-MLP of an adapted linear read.
+    def router_input(self, name: str, x_TD: Tensor) -> Tensor:
+        """Return the input of the router and the lambda-MLP of an adapted linear.
 
         Args:
-            name: of the linear.
-            x_TD: its input, T tokens.
+            name: name of the linear.
+            x_TD: input of the linear.
 
         Returns:
-            That, or (T, H) where all routers read the same hidden states.
+            x_TD, or the hidden states (T, H) that all routers read.
 
         Raises:
-            ValueError: where the linear has other rows than there are tokens.
+            ValueError: if the number of hidden states is not the number of rows of x_TD.
         """
         if self.hidden is None:
             return x_TD
         hidden_TH = self.hidden.flatten(0, -2)
         if len(hidden_TH) != len(x_TD):
             raise ValueError(
-                f"{name} has {len(x_TD)} rows where there are {len(hidden_TH)} tokens, so which hidden state is of which row "
-                "cannot be told: leave it out of target_modules, or let routers read their layer (router_input='layer')"
+                f"{name} reads {len(x_TD)} rows, but there are {len(hidden_TH)} hidden states, so they cannot be matched; "
+                "remove it from target_modules or set router_input='layer'"
             )
         return hidden_TH
 
     def auxiliary_loss(self) -> Tensor | float:
-        """c_lb L_lb + c_sp L_sparse + ... of this micro-batch, each averaged over the adapted linears (METHOD, Losses)."""
-        # One that does not count must not be part of the graph, only to be multiplied with 0.
+        """Return c_lb L_lb + c_sp L_sparse + ... of this micro-batch, each loss averaged over the adapted linears."""
+        # Skip terms with a zero coefficient, so that they never enter the graph and cannot turn the loss into NaN.
         weighted = [(term, self.weights.of(term)) for term in self.terms]
         return sum((weight * self.mean(term) for term, weight in weighted if weight), 0.0)
 
     def mean(self, term: str) -> Tensor | float:
-        """Mean over the adapted linears of one of `TERMS`; 0.0 if none reported."""
+        """Return the mean over the adapted linears of one of `TERMS`; 0.0 if no linear recorded it."""
         values = self.terms.get(term, [])
         return torch.stack(values).mean() if values else 0.0
 
-    def report(self, names: Sequence[str], routing: Routing, shape: torch.Size, losses: Sequence[str]) -> None:
-        """The linears of an input group tell what they routed: auxiliary losses and counts are taken from it.
+    def record_routing(self, names: Sequence[str], routing: Routing, shape: torch.Size, losses: Sequence[str]) -> None:
+        """Record the auxiliary losses and statistics of the linears of an input group.
 
-        The losses that count are computed in a recomputation too and thrown away there: of what a checkpointed region saved,
-        its recomputation must save everything again, or the tensors cannot be matched. The other losses save nothing.
+        Losses with a coefficient are also computed in a recomputation and dropped: torch's checkpoint requires that the
+        recomputation saves the same tensors as the first forward. Losses without a coefficient are computed without a graph.
 
         Args:
-            names: of the G linears, unique in the model.
-            routing: (G, T, E), of T tokens.
-            shape: the leading dimensions of the input, whose product is T.
-            losses: the auxiliary losses that are defined for their router (`Router.losses`).
+            names: names of the G linears, unique in the model.
+            routing: (G, T, E).
+            shape: leading dimensions of the input, whose product is T.
+            losses: names of the losses that are defined for the router (`Router.losses`).
         """
         mask_T, weights = self._token_mask(shape), self.weights
         terms = {}
         for term in losses:
-            counts = weights.of(term) > 0
-            if not (counts or self._open):
+            differentiable = weights.of(term) > 0
+            if not (differentiable or self._open):
                 continue
-            with torch.set_grad_enabled(torch.is_grad_enabled() and counts):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
                 terms[term] = _auxiliary(term, routing, weights.target_k, mask_T)
         if not self._open:
             return
@@ -156,12 +169,12 @@ class StepContext:
             self.stats.update(zip(names, stats_G3.unbind(), strict=True))
 
     def observe(self, name: str, routing: Routing, shape: torch.Size) -> None:
-        """An adapted linear shows what it routed to the observer, if there is one.
+        """Call the observer, if there is one, with the routing of a linear.
 
         Args:
-            name: of the linear, unique in the model.
-            routing: of T tokens.
-            shape: the leading dimensions of the input, whose product is T.
+            name: name of the linear, unique in the model.
+            routing: (T, E).
+            shape: leading dimensions of the input, whose product is T.
         """
         if self.observer is not None and self._open:
             with torch.no_grad():
@@ -172,44 +185,50 @@ class StepContext:
             return None
         if self._mask.dim() != 2:
             raise ValueError(
-                f"attention_mask has shape {tuple(self._mask.shape)}: the auxiliary losses need one value per token; "
-                "pass a (batch, sequence) mask, or none if every token is real"
+                f"attention_mask has shape {tuple(self._mask.shape)}, but the auxiliary losses need one value per token; "
+                "pass a (batch, sequence) mask, or None if every token is real"
             )
         if self._positions is not None and shape[-1] == len(self._positions):
             return self._mask[:, self._positions].reshape(-1) != 0
-        # With a key-value cache the mask also covers tokens of earlier calls; the rows of this one are its last columns.
+        # With a key-value cache the mask also covers tokens of earlier calls; this call's tokens are its last columns.
         return self._mask[:, -shape[-1] :].reshape(-1) != 0
 
     def check_not_reentrant(self) -> None:
-        """Raises RuntimeError where gradients are off inside a forward that began with them on."""
+        """Raise RuntimeError if this forward runs inside a reentrant checkpoint.
+
+        A reentrant checkpoint disables gradients inside a forward that was started with gradients enabled.
+        """
         if self._open and self._differentiable and not torch.is_grad_enabled():
             raise RuntimeError(
-                "this forward runs inside a reentrant checkpoint, which drops the gradient of the auxiliary losses in "
-                "silence; use non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "reentrant checkpointing silently drops the gradients of the auxiliary losses; use non-reentrant "
+                "checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For torch's `checkpoint(..., use_reentrant=False, context_fn=...)`: one tape for each checkpointed call."""
+        """Return the contexts of forward and recomputation for `checkpoint(..., use_reentrant=False, context_fn=...)`.
+
+        Each call creates a new tape, so that each checkpointed call replays its own decisions.
+        """
         tape: Tape = {}
         return _Region(self, tape, replaying=False), _Region(self, tape, replaying=True)
 
-    def replayed(self, owner: Any) -> Any | None:
-        """The decision that `owner` took at this point of the first forward, or None if it has to decide now."""
+    def replay_decision(self, owner: Any) -> Any | None:
+        """Return the decision of `owner` at this point of the first forward, or None if it has to decide now."""
         region = self._region
         return region.next_decision(owner) if region is not None and region.replaying else None
 
-    def remember(self, owner: Any, decision: Any) -> None:
-        """Put a decision on the tape of the checkpointed region that is running, if one is."""
+    def record_decision(self, owner: Any, decision: Any) -> None:
+        """Record a decision on the tape of the checkpointed region that is running, if any."""
         if self._region is not None:
             self._region.tape.setdefault(owner, []).append(decision)
 
 
 def _auxiliary(term: str, routing: Routing, target_k: int, mask_T: Tensor | None) -> Tensor:
-    """One auxiliary loss of one adapted linear."""
+    """Return one auxiliary loss, (G,), of the linears of an input group."""
     if term == "balance":
         return load_balance_loss(routing.p_TE, mask_T, routing.prob_TE)
     if term == "sparsity":
-        assert routing.lam_T is not None  # defined for routers with a lambda only
+        assert routing.lam_T is not None  # the sparsity loss is defined only for routers with lambda
         return sparsity_loss(routing.logits_TE, routing.lam_T, target_k, mask_T)
     if term == "z":
         return router_z_loss(routing.logits_TE, mask_T)
@@ -219,7 +238,7 @@ def _auxiliary(term: str, routing: Routing, target_k: int, mask_T: Tensor | None
 
 
 class _Region(AbstractContextManager[None]):
-    """A checkpointed region, either in its first forward or in its recomputation."""
+    """A checkpointed region, in its first forward or its recomputation. Regions may be nested."""
 
     def __init__(self, context: StepContext, tape: Tape, replaying: bool) -> None:
         self.context, self.tape, self.replaying = context, tape, replaying

@@ -1,10 +1,12 @@
-"""The bank of LoRA experts of one linear: y = s * sum_e p_e(x) B_e A_e x, in two formulations with the same result.
+"""The LoRA experts of one linear, y = s * sum_e p_e(x) B_e A_e x (paper, section 3), in two equivalent formulations.
 
-fused:  h = x A_cat^T over all experts at once, weighted by p, then one product with B_cat. No sync, wasted work where most
-        weights are 0. Keeps x, p and h (T, L R).
-sparse: the rows of each expert's support gathered, two small products, added back. Keeps x, p and h of the active pairs.
+fused:  h = x A_cat^T for all experts at once, h weighted by p, then one product with B_cat. Needs no device synchronization,
+        but computes inactive experts too. Saves x, p and h (T, L R) for the backward.
+sparse: gathers the active rows of each expert, two small products, index_add into the output. Saves x, p and the h of the
+        active pairs only.
 
-Neither ever builds a (T, L, O) tensor. Which one is faster depends on L R / k and the device (`ldmole bench layer`).
+Neither builds a (T, L, O) tensor, as the einsum of the authors' code does. Which one is faster depends on L R / k and on the
+device (docs/method.md; measure it with `ldmole bench layer`).
 
 Shapes: T tokens, D in-features, O out-features, L experts held here, R LoRA rank, N active (token, expert) pairs.
 """
@@ -21,57 +23,64 @@ from torch.autograd.function import once_differentiable
 
 from ldmole_dist.method.sparsegen import at_least_float32
 
-# Fused is ahead below L R / k = 64, sparse from 256 on; measured on CPU, float32 (docs/method.md).
-FUSED_UP_TO_ON_CPU = 115
+# On a CPU in float32, fused wins at L R / k = 64 and sparse at 256; the threshold is between the two (docs/method.md).
+FUSED_THRESHOLD_ON_CPU = 115
 
 
 class ExpertBank(NamedTuple):
-    """The experts of one linear that this process holds, and what their sum is multiplied with (alpha / r)."""
+    """The experts of one linear that this process holds.
+
+    Args:
+        A_LRD: down projections.
+        B_LOR: up projections.
+        scaling: s = alpha / r.
+    """
 
     A_LRD: Tensor
     B_LOR: Tensor
     scaling: float
 
 
-def fused_up_to(on_cpu: bool) -> int:
-    """The largest L R / k at which fused is the faster formulation."""
-    # Elsewhere sparse waits for the launches of each expert's small kernels: on an H200 0.6 ms an expert, forward and
-    # backward, where fused takes 1.2 ms for 8 experts and for 32 (docs/results/h200.md).
-    return FUSED_UP_TO_ON_CPU if on_cpu else sys.maxsize
+def fused_threshold(on_cpu: bool) -> int:
+    """Return the largest L R / k at which the fused formulation is the faster one."""
+    # On an accelerator sparse is bound by kernel launches: on an H200 0.6 ms per expert, forward and backward, where fused
+    # takes 1.2 ms for 8 as for 32 experts (docs/results/h200.md). So fused is always used there.
+    return FUSED_THRESHOLD_ON_CPU if on_cpu else sys.maxsize
 
 
-def fused_suffices(bank: ExpertBank) -> bool:
-    """Whether the fused formulation is the faster one even if every token had a single active expert."""
-    num_experts, rank, _ = bank.A_LRD.shape
-    return num_experts * rank <= fused_up_to(bank.A_LRD.device.type == "cpu")
+def fused_is_always_faster(bank: ExpertBank) -> bool:
+    """Return whether fused is the faster formulation even with one active expert per token, so that no counts are needed."""
+    num_experts, lora_rank, _ = bank.A_LRD.shape
+    return num_experts * lora_rank <= fused_threshold(bank.A_LRD.device.type == "cpu")
 
 
 def apply_experts(x_TD: Tensor, p_TL: Tensor, bank: ExpertBank, counts_L: list[int] | None) -> Tensor:
-    """Weighted sum of the experts for every token, by the formulation that is faster for these counts.
+    """Return the weighted sum of the experts for every token, by the formulation that is faster for these counts.
 
     Args:
         x_TD: (T, D) in the dtype to compute in; T may be 0.
-        p_TL: (T, L) weights, 0 for experts that are not active.
-        bank: parameters in any floating dtype; their gradients come back in it.
-        counts_L: number of active tokens of each expert, or None if unknown: then fused.
+        p_TL: (T, L) routing weights, 0 for inactive experts.
+        bank: parameters in any floating dtype; their gradients have the same.
+        counts_L: number of active tokens of each expert; None, if it is unknown, selects fused.
 
     Returns:
         (T, O) in the dtype of x.
     """
-    num_experts, rank, _ = bank.A_LRD.shape
-    up_to = fused_up_to(x_TD.device.type == "cpu")
-    if counts_L is None or num_experts * rank * x_TD.shape[0] <= up_to * sum(counts_L):
+    num_experts, lora_rank, _ = bank.A_LRD.shape
+    threshold = fused_threshold(x_TD.device.type == "cpu")
+    # L R / k <= threshold with k = sum(counts) / T, without the division: T and the counts may be 0.
+    if counts_L is None or num_experts * lora_rank * x_TD.shape[0] <= threshold * sum(counts_L):
         return fused_experts(x_TD, p_TL, bank)
     return sparse_experts(x_TD, p_TL, bank, counts_L)
 
 
 def fused_experts(x_TD: Tensor, p_TL: Tensor, bank: ExpertBank) -> Tensor:
-    """`apply_experts` as two products over all experts at once."""
+    """Compute `apply_experts` as two products over all experts at once."""
     return _Fused.apply(x_TD, p_TL, bank.A_LRD, bank.B_LOR, bank.scaling)
 
 
 def sparse_experts(x_TD: Tensor, p_TL: Tensor, bank: ExpertBank, counts_L: list[int]) -> Tensor:
-    """`apply_experts` over the active pairs only; `counts_L` must be the column counts of `p_TL != 0`."""
+    """Compute `apply_experts` over the active pairs only; `counts_L` must be the column sums of `p_TL != 0`."""
     return _Sparse.apply(x_TD, p_TL, bank.A_LRD, bank.B_LOR, bank.scaling, counts_L)
 
 
@@ -87,27 +96,28 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, None]:
         x, p, A, B, h = ctx.saved_tensors
-        num_experts, rank, _ = A.shape
+        num_experts, lora_rank, _ = A.shape
         grad_hp = grad @ _B_cat(B, grad.dtype).t()  # (T, L R)
         wide = p.dtype
-        grad_p = (grad_hp.to(wide) * h.to(wide)).unflatten(1, (num_experts, rank)).sum(-1) * ctx.scaling
+        grad_p = (grad_hp.to(wide) * h.to(wide)).unflatten(1, (num_experts, lora_rank)).sum(-1) * ctx.scaling
         grad_h = _weighted(grad_hp, p, ctx.scaling)
         grad_x = grad_h @ A.to(x.dtype).flatten(0, 1) if ctx.needs_input_grad[0] else None
         grad_A = grad_B = None
-        if ctx.needs_input_grad[2]:  # frozen experts need neither
+        if ctx.needs_input_grad[2]:  # A and B are trained or frozen together
             grad_A = (grad_h.t() @ x).view_as(A).to(A.dtype)
-            grad_LRO = (_weighted(h, p, ctx.scaling).t() @ grad).view(num_experts, rank, -1)
+            grad_LRO = (_weighted(h, p, ctx.scaling).t() @ grad).view(num_experts, lora_rank, -1)
             grad_B = grad_LRO.transpose(1, 2).to(B.dtype)
         return grad_x, grad_p, grad_A, grad_B, None
 
 
 def _B_cat(B: Tensor, dtype: torch.dtype) -> Tensor:
-    """(L, O, R) -> (L R, O)."""
+    """Concatenate the experts' up projections: (L, O, R) -> (L R, O)."""
     return B.to(dtype).transpose(1, 2).flatten(0, 1)
 
 
 def _weighted(h: Tensor, p: Tensor, scaling: float) -> Tensor:
-    """(T, L R) times its expert's weight, in the dtype of h; the weights stay wide until the last moment."""
+    """Multiply each expert's part of h (T, L R) by its routing weight and the scaling."""
+    # p is at least float32: it is scaled before it is rounded to the dtype of h.
     weights = (p * scaling).to(h.dtype)
     return (h.unflatten(1, (p.shape[1], -1)) * weights.unsqueeze(-1)).flatten(1)
 
@@ -115,7 +125,7 @@ def _weighted(h: Tensor, p: Tensor, scaling: float) -> Tensor:
 class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: Tensor, A: Tensor, B: Tensor, scaling: float, counts: list[int]) -> Tensor:
-        # Sums over experts are formed above half precision: a token may collect many of them.
+        # Sum over experts in at least float32: with many active experts, half precision would lose their contributions.
         y = x.new_zeros(x.shape[0], B.shape[1], dtype=at_least_float32(x.dtype))
         h = x.new_empty(sum(counts), A.shape[1])
         for expert, pairs, tokens in _segments(p, counts):
@@ -132,7 +142,7 @@ class _Sparse(torch.autograd.Function):
         x, p, A, B, h = ctx.saved_tensors
         grad_x = x.new_zeros(x.shape, dtype=at_least_float32(x.dtype))
         grad_p = torch.zeros_like(p)
-        trained = ctx.needs_input_grad[2]  # frozen experts need no gradient
+        trained = ctx.needs_input_grad[2]  # A and B are trained or frozen together
         grad_A, grad_B = (torch.zeros_like(bank) if trained else None for bank in (A, B))
         for expert, pairs, tokens in _segments(p, ctx.counts):
             grad_y, h_e = grad[tokens], h[pairs]
@@ -148,7 +158,7 @@ class _Sparse(torch.autograd.Function):
 
 
 def _segments(p: Tensor, counts: list[int]) -> Iterator[tuple[int, slice, Tensor]]:
-    """(expert, its range of the active pairs, its tokens) for each expert that has any, without asking the device."""
+    """Yield (expert, its slice of the active pairs, its tokens) for each expert with tokens, without a synchronization."""
     tokens_N = torch.nonzero_static(p.t() != 0, size=sum(counts))[:, 1]
     start = 0
     for expert, count in enumerate(counts):

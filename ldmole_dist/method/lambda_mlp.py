@@ -1,4 +1,4 @@
-"""The lambda-MLP: how sparse the routing of a token is to be; one for all linears with the same number of in-features.
+"""The lambda-MLP, which predicts the sparsity lambda of each token (paper, section 3).
 
 Shapes: T tokens, D in-features, H hidden units.
 """
@@ -11,36 +11,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmole_dist.method.linear import PromotingLinear, kaiming_uniform_
+from ldmole_dist.method.linear import InputDtypeLinear, kaiming_uniform_
 from ldmole_dist.method.sparsegen import at_least_float32
 
-AUTHORS_BIAS = -2.5  # every bias of the authors' lambda-MLP; logsigmoid(-2.5) + 0.99 = -1.59
+AUTHORS_BIAS = -2.5  # every bias of the authors' lambda-MLP; lambda starts at logsigmoid(-2.5) + 0.99 = -1.59
 
 
 class LambdaMLP(nn.Module):
-    """lambda = logsigmoid(W_2 relu(W_1 x + b_1) + b_2) + 1 - eps, so lambda < 1 - eps; one for all linears of one D.
+    """lambda = logsigmoid(W_2 relu(W_1 x + b_1) + b_2) + 1 - eps, so that lambda < 1 - eps.
+
+    All linears with the same number of in-features share one: in the paper's ablation that beats one for each layer.
+    Parameters are uninitialized until `reset`.
 
     Args:
         in_features: D.
         hidden: H; 256 in the paper, 512 in the authors' Qwen3-0.6B script.
-        eps: how far below 1 lambda stays.
-
-    Parameters are left uninitialised; `reset` fills them.
+        eps: distance of lambda's upper bound from 1.
     """
 
     def __init__(self, in_features: int, hidden: int, eps: float, device: torch.device | None = None) -> None:
         super().__init__()
         self.eps = eps
-        self.fc1 = PromotingLinear(in_features, hidden, device=device)
-        self.fc2 = PromotingLinear(hidden, 1, device=device)
+        self.fc1 = InputDtypeLinear(in_features, hidden, device=device)
+        self.fc2 = InputDtypeLinear(hidden, 1, device=device)
 
     def reset(self, generator: torch.Generator, init: str) -> None:
-        """Initialise in place.
+        """Initialize the parameters in place.
 
         Args:
-            init: "authors": every bias -2.5, which leaves nearly all hidden units dead for inputs of unit scale, so that
-                lambda starts as the constant -1.59; "live": biases of the hidden units 0 and output weights of mean 0, so
-                that about half of the units fire and lambda starts spread around that same mean.
+            generator: CPU generator.
+            init: "authors" sets every bias to -2.5. For inputs of unit scale nearly all hidden units are then dead, and
+                lambda starts as the constant -1.59. "live" sets hidden biases to 0 and centers the output weights, so that
+                about half of the units are active and lambda starts spread around the same mean.
         """
         kaiming_uniform_(self.fc1.weight, generator)
         with torch.no_grad():
@@ -55,7 +57,8 @@ class LambdaMLP(nn.Module):
             self.fc2.bias.fill_(AUTHORS_BIAS)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """lambda (T,) in at least float32. The wide first product runs in the dtype of x, all that follows above it."""
+        """Return lambda, (T,) in at least float32."""
+        # The first product is most of the cost and runs in the dtype of x; everything after it in at least float32.
         hidden_TH = F.relu(self.fc1(x_TD))
         score_T = self.fc2(hidden_TH.to(at_least_float32(x_TD.dtype))).squeeze(-1)
         return F.logsigmoid(score_T) + (1 - self.eps)

@@ -1,8 +1,8 @@
-"""MoELinear: a frozen linear plus its mixture of LoRA experts. A tensor goes in, a tensor comes out.
+"""MoELinear: a frozen linear plus its mixture of LoRA experts (paper, section 3). Tensor in, tensor out.
 
-The layer does not know how many processes there are: `dispatch` brings tokens and experts together (see `Dispatch`).
+The layer does not know how many processes there are: its `Dispatch` brings tokens and experts together.
 
-Shapes: T tokens, D in-features, O out-features, E experts in all, L experts held here, R LoRA rank, G linears of an input
+Shapes: T tokens, D in-features, O out-features, E experts in total, L experts held here, R LoRA rank, G linears of an input
 group.
 """
 
@@ -15,42 +15,58 @@ import torch
 from torch import Tensor, nn
 
 from ldmole_dist.method.context import StepContext
-from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_suffices
+from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_is_always_faster
 from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.routers import Router, Routing
 
+# Waits for a started dispatch and returns the experts' weighted sum (T, O) of each linear of the group.
 Finish = Callable[[], list[Tensor]]
 
 
 class Dispatch(Protocol):
     """Brings the tokens of an input group and their experts together.
 
-    `plan` decides what moves, once; `start` carries it out, again if the forward is recomputed.
+    `decide` runs once per token and layer; `start` carries the decision out, and does so again in a recomputed forward.
     """
 
-    def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> Any:
-        """From the supports (T, E), one of each linear of the group called `name`, what `start` must know beforehand."""
+    def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> Any:
+        """Return what `start` must know before it runs.
+
+        Args:
+            supports: (T, E) bool, one for each linear of the group.
+            banks: experts held here, one bank for each linear.
+            name: name of the group.
+        """
 
     def start(
         self,
         x_TD: Tensor,
         routings: Sequence[Routing],
         banks: Sequence[ExpertBank],
-        plan: Any,
+        decision: Any,
         repeated: bool = False,
     ) -> Finish:
-        """Set moving what has to move. The function returned waits for it and gives, for each linear of the group, the
-        experts' weighted sum (T, O) in the dtype of x; what is computed before it is called does not wait. `repeated`: in a
-        recomputed forward."""
+        """Start the communication and return the function that waits for it and computes the experts.
+
+        Work between `start` and the call of that function overlaps with the communication.
+
+        Args:
+            x_TD: input of the group, after dropout.
+            routings: of T tokens, one for each linear.
+            banks: experts held here, one bank for each linear.
+            decision: from `decide`.
+            repeated: whether the caller is a recomputed forward.
+        """
 
 
 class LocalDispatch:
-    """All experts are here: nothing moves."""
+    """Dispatch of a process that holds all experts: there is nothing to communicate."""
 
-    def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> list[list[int] | None]:
-        """Tokens per expert for each linear, where a formulation has to be chosen by them."""
+    def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> list[list[int] | None]:
+        """Return the active tokens of each expert for each linear; None where they are not needed to choose a formulation."""
+        # .tolist() synchronizes the device, so it is skipped where it cannot change the choice.
         return [
-            None if fused_suffices(bank) else support.sum(dim=0).tolist()
+            None if fused_is_always_faster(bank) else support.sum(dim=0).tolist()
             for support, bank in zip(supports, banks, strict=True)
         ]
 
@@ -59,95 +75,98 @@ class LocalDispatch:
         x_TD: Tensor,
         routings: Sequence[Routing],
         banks: Sequence[ExpertBank],
-        plan: list[list[int] | None],
+        decision: list[list[int] | None],
         repeated: bool = False,
     ) -> Finish:
         """See `Dispatch`."""
         return lambda: [
             apply_experts(x_TD, routing.p_TE, bank, counts)
-            for routing, bank, counts in zip(routings, banks, plan, strict=True)
+            for routing, bank, counts in zip(routings, banks, decision, strict=True)
         ]
 
 
-class Decision(NamedTuple):
-    """What a recomputed forward must not decide again: who is active, and what moves for it."""
+class RoutingDecision(NamedTuple):
+    """What a recomputed forward replays instead of deciding it again: the active experts and the dispatch's decision."""
 
     support_GTE: Tensor
-    plan: Any
+    dispatch: Any
 
 
 class InputGroup:
-    """Linears that read the same tensor, in the order in which the model calls them; a group of one is legal.
+    """Linears that read the same tensor, in the order in which the model calls them. A group of one is legal.
 
-    The first that is called computes for all: one dropout mask, one lambda for each token, one dispatch. The others pick
-    their part up when they are called with the same tensor.
+    The first linear, the leader, computes for all: one dropout mask, one lambda per token, one dispatch. The others return
+    their part when they are called with the same tensor.
 
     Args:
-        members: MoELinears that hold `adapter`.
+        linears: MoELinears that have the adapter.
         adapter: its name.
     """
 
-    def __init__(self, members: Sequence[MoELinear], adapter: str) -> None:
-        self.members, self.adapter = list(members), adapter
+    def __init__(self, linears: Sequence[MoELinear], adapter: str) -> None:
+        self.linears, self.adapter = list(linears), adapter
+        # Outputs of the other linears, with the address and shape of the input that they were computed from.
         self._waiting: dict[MoELinear, tuple[tuple[int, torch.Size], Tensor]] = {}
 
-    def start(self, member: MoELinear, x: Tensor) -> Callable[[], Tensor]:
-        """Begin the adapter's part of the output of `member`, (..., D) -> (..., O); the function returned finishes it."""
-        given, delta = self._waiting.pop(member, (None, None))
-        if delta is not None and given == (x.data_ptr(), x.shape):
+    def start(self, linear: MoELinear, x: Tensor) -> Callable[[], Tensor]:
+        """Start the adapter's part of the output of `linear` for x (..., D); the returned function returns it, (..., O)."""
+        key, delta = self._waiting.pop(linear, (None, None))
+        # Compare addresses, not identity: ZeRO-3's hooks pass each linear a different tensor object for the same input.
+        if delta is not None and key == (x.data_ptr(), x.shape):
             return lambda: delta
-        # Not a follower, or one that was given another tensor than its leader: then it goes alone.
-        members = self.members if member is self.members[0] else [member]
-        dispatched = self._route(members, x)
+        # The leader computes for the group. Any other linear gets here only with another input than its leader's, and
+        # computes for itself.
+        linears = self.linears if linear is self.linears[0] else [linear]
+        dispatched = self._route(linears, x)
 
         def finish() -> Tensor:
             deltas = [delta_TO.view(*x.shape[:-1], delta_TO.shape[1]) for delta_TO in dispatched()]
-            self._waiting = {m: ((x.data_ptr(), x.shape), d) for m, d in zip(members[1:], deltas[1:], strict=True)}
+            self._waiting = {m: ((x.data_ptr(), x.shape), d) for m, d in zip(linears[1:], deltas[1:], strict=True)}
             return deltas[0]
 
         return finish
 
-    def _route(self, members: list[MoELinear], x: Tensor) -> Finish:
-        leader, adapter = members[0], self.adapter
+    def _route(self, linears: list[MoELinear], x: Tensor) -> Finish:
+        leader, adapter = linears[0], self.adapter
         context, dispatch = leader.context, leader.dispatch
         context.check_not_reentrant()
         x_TD = leader.lora_dropout[adapter](x).reshape(-1, x.shape[-1])
-        read_TD = context.read(leader.name, x_TD)
+        read_TD = context.router_input(leader.name, x_TD)
         lambda_mlp = leader.lambda_mlps[adapter]
         lam_T = None if lambda_mlp is None else lambda_mlp(read_TD)
-        routers: list[Any] = [m.router[adapter] for m in members]
-        banks = [ExpertBank(m.lora_A[adapter], m.lora_B[adapter], m.scaling[adapter]) for m in members]
+        routers: list[Any] = [m.router[adapter] for m in linears]
+        banks = [ExpertBank(m.lora_A[adapter], m.lora_B[adapter], m.scaling[adapter]) for m in linears]
         logits = [router(read_TD) for router in routers]
         if leader.training and context.noise is not None:
-            logits = [context.noise.added(u_TE, m.name) for m, u_TE in zip(members, logits, strict=True)]
+            logits = [context.noise.add_to(u_TE, m.name) for m, u_TE in zip(linears, logits, strict=True)]
 
-        # The routers of a model are of one kind and differ in their scores only: one of them goes on for all.
-        router, logits_GTE, names = routers[0], torch.stack(logits), [m.name for m in members]
-        decision = context.replayed(leader)
+        # All routers of a model are of the same class and differ only in W_g, so one of them handles the stacked scores.
+        router, logits_GTE, names = routers[0], torch.stack(logits), [m.name for m in linears]
+        decision = context.replay_decision(leader)
         repeated = decision is not None
         if decision is None:
             support_GTE = router.decide(logits_GTE, lam_T)
-            decision = Decision(support_GTE, dispatch.plan(support_GTE.unbind(), banks, leader.name))
-            context.remember(leader, decision)
+            decision = RoutingDecision(support_GTE, dispatch.decide(support_GTE.unbind(), banks, leader.name))
+            context.record_decision(leader, decision)
         routing = router.weigh(logits_GTE, lam_T, decision.support_GTE)
         if leader.training:
-            context.report(names, routing, x.shape[:-1], router.losses)
+            context.record_routing(names, routing, x.shape[:-1], router.losses)
         routings = routing.by_linear()
         for name, of_linear in zip(names, routings, strict=True):
             context.observe(name, of_linear, x.shape[:-1])
-        return dispatch.start(x_TD, routings, banks, decision.plan, repeated)
+        return dispatch.start(x_TD, routings, banks, decision.dispatch, repeated)
 
 
 class MoELinear(nn.Module):
     """y = W0 x + s * sum_e p_e(x) B_e A_e x, with p from the router and lambda from the shared MLP.
 
-    Several adapters may be held by name; one is active at a time.
+    Holds any number of adapters by name; a forward applies one of them.
 
     Args:
         base_layer: the frozen linear, (..., D) -> (..., O).
-        name: of the linear, unique in the model.
-        context: of the model that the linear belongs to.
-        dispatch: how tokens and experts come together.
+        name: name of the linear, unique in the model.
+        context: shared by all adapted linears of the model.
+        dispatch: brings tokens and experts together.
     """
 
     def __init__(self, base_layer: nn.Module, name: str, context: StepContext, dispatch: Dispatch) -> None:
@@ -159,7 +178,8 @@ class MoELinear(nn.Module):
         self.router = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        self.lambda_mlps: dict[str, LambdaMLP | None] = {}  # shared by many linears; the owner registers them
+        # A plain dict, not a ModuleDict: many linears share an MLP, and the owner registers it once.
+        self.lambda_mlps: dict[str, LambdaMLP | None] = {}
         self.groups: dict[str, InputGroup] = {}
 
     def add_adapter(
@@ -170,9 +190,9 @@ class MoELinear(nn.Module):
         Args:
             adapter: its name.
             bank: parameters A (L, R, D) and B (L, O, R).
-            router: over all E experts, of D features or of what routers read instead (`StepContext.read`).
-            lambda_mlp: shared by the linears with this D; None where the router needs none.
-            dropout: probability, acts on x before router, lambda-MLP and experts alike.
+            router: over all E experts; reads D features, or the hidden size (`StepContext.router_input`).
+            lambda_mlp: shared by the linears with this D; None if the router does not need lambda.
+            dropout: probability; applied to x before router, lambda-MLP and experts alike.
         """
         self.lora_A[adapter], self.lora_B[adapter] = bank.A_LRD, bank.B_LOR
         self.scaling[adapter] = bank.scaling
@@ -181,8 +201,10 @@ class MoELinear(nn.Module):
         self.lambda_mlps[adapter] = lambda_mlp
         self.groups[adapter] = InputGroup([self], adapter)
 
-    def adapted(self, x: Tensor, adapter: str) -> Tensor:
-        """Base output plus the named adapter's, (..., D) -> (..., O) in the dtype of the base output."""
+    def forward_with_adapter(self, x: Tensor, adapter: str) -> Tensor:
+        """Return the base output plus the named adapter's, (..., D) -> (..., O) in the dtype of the base output."""
         finish = self.groups[adapter].start(self, x)
-        y = self.base_layer(x)  # while rows and experts travel; in the backward, while their gradients do
+        y = self.base_layer(
+            x
+        )  # overlaps with the all-to-all of the dispatch, in the backward with that of the gradients
         return y + finish().to(y.dtype)

@@ -1,4 +1,4 @@
-"""Linear maps whose weights are kept wider than what they compute in, and how weights are drawn.
+"""Linear maps with float32 weights that compute in another dtype, and their initialization.
 
 Shapes: T tokens, D in-features, O out-features.
 """
@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class PromotingLinear(nn.Linear):
-    """nn.Linear that computes in the dtype of its input, whatever the dtype its weights are kept in."""
+class InputDtypeLinear(nn.Linear):
+    """nn.Linear that computes in the dtype of its input, whatever the dtype of its weights."""
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | None = None) -> None:
         super().__init__(in_features, out_features, device=device)
 
     def reset_parameters(self) -> None:
-        """Nothing: the owner initialises from a generator of its own, the global one is not advanced."""
+        """Do nothing: the owner initializes from its own generator, and the global generator must not advance."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
+        """Apply the linear map, (T, D) -> (T, O) in the dtype of `input`."""
         return linear(input, self.weight, self.bias, input.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x W^T + b computed in `dtype`, keeping only x and W themselves for the backward and no casted copies.
+    """Return x W^T + b computed in `dtype`; saves x and W for the backward, but no cast copies of them.
 
     Args:
         x: (T, D), any floating dtype; its gradient has the same.
         weight: (O, D), any floating dtype; its gradient has the same.
         bias: (O,) or None.
-        dtype: of the product and of the result.
+        dtype: dtype of the product and of the result.
 
     Returns:
         (T, O) in `dtype`.
@@ -62,7 +62,9 @@ class _Linear(torch.autograd.Function):
 
 @torch.no_grad()
 def kaiming_uniform_(weight: Tensor, generator: torch.Generator) -> None:
-    """Fill (..., fan_in) with U(-1/sqrt fan_in, 1/sqrt fan_in): torch's Kaiming uniform with a = sqrt 5, drawn on the CPU
-    so that every device and every rank gets the same values from the same generator."""
+    """Fill `weight` (..., fan_in) with U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's Kaiming uniform with a = sqrt(5).
+
+    The values are drawn on the CPU, so that every device and rank gets the same values from the same generator state.
+    """
     bound = 1 / math.sqrt(weight.shape[-1])
     weight.copy_(torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))

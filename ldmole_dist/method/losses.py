@@ -1,8 +1,8 @@
 """The auxiliary losses of adapted linears: pure functions of their routing and the token mask.
 
-Each is a mean over the real tokens of this call; a call without a real token gives 0, attached to the graph (every rank
-must run the same backward). Averaging over linears, micro-batches and ranks is the caller's. Leading dimensions, usually the
-linears of an input group, are kept: one call for all of them starts no more kernels than a call for one.
+Each is a mean over the real tokens of the call. A call without real tokens returns 0 attached to the graph, so that every rank
+runs the same backward. The caller averages over linears, micro-batches and ranks. Leading dimensions, usually the linears of an
+input group, are kept: one call for all of them launches no more kernels than a call for one.
 
 Shapes: T tokens, E experts.
 """
@@ -15,19 +15,21 @@ from torch import Tensor
 
 
 def load_balance_loss(p: Tensor, mask: Tensor | None = None, prob: Tensor | None = None) -> Tensor:
-    """E * sum_e freq_e * prop_e: 1 when all experts are used alike, E when one does everything.
+    """Return L_lb = E * sum_e freq_e * prop_e: 1 if all experts are used equally, E if one expert is used alone.
 
-    freq_e is expert e's share of the active (token, expert) pairs and carries no gradient; prop_e its mean weight, or the mean
-    probability that it had before the choice, which tells the experts that were not chosen too.
+    freq_e is the share of expert e in the active (token, expert) pairs and carries no gradient. prop_e is its mean weight, or
+    its mean probability before the selection if `prob` is given, which gives inactive experts a gradient too.
+
+    Source: the paper's load-balancing loss; with `prob` that of the Switch Transformer, arXiv 2101.03961, which MoLA and Huang
+    et al. use.
 
     Args:
         p: (..., T, E) routing weights.
         mask: (T,) bool, True for real tokens; None counts every token.
-        prob: (..., T, E) probabilities before the choice, for top-k and top-p; None where p is all there is.
+        prob: (..., T, E) probabilities before the selection, for top-k and top-p.
 
     Returns:
-        (...). Source: the paper's load-balancing loss (METHOD, L_lb); with `prob` that of the Switch Transformer, arXiv
-        2101.03961, as MoLA and Huang et al. have it.
+        (...), one loss for each leading index.
     """
     mask_T1 = _mask(p, mask)
     active_E = ((p.detach() != 0) & mask_T1).sum(dim=-2).to(p.dtype)
@@ -37,18 +39,18 @@ def load_balance_loss(p: Tensor, mask: Tensor | None = None, prob: Tensor | None
 
 
 def sparsity_loss(logits: Tensor, lam: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
-    """Mean of relu(lambda_low(k) - lambda): pushes lambda up to where at most `target_k` experts are active.
+    """Return L_sparse, the mean of relu(lambda_low(k) - lambda): raises lambda until at most `target_k` experts are active.
 
-    lambda_low(k) = 1 - sum_{i<=k} (u_(i) - u_(k+1)) with u sorted descending and detached (Proposition 2).
+    lambda_low(k) = 1 - sum_{i<=k} (u_(i) - u_(k+1)), with u sorted in descending order and detached (Proposition 2).
 
     Args:
         logits: (..., T, E) router scores u.
         lam: (T,), or (..., T).
-        target_k: k*; with k* >= E nothing can be pushed and the loss is 0.
+        target_k: k*; if k* >= E, every token satisfies the target and the loss is 0.
         mask: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        (...).
+        (...), one loss for each leading index.
     """
     mask_T1 = _mask(logits, mask)
     if target_k >= logits.shape[-1]:
@@ -60,14 +62,16 @@ def sparsity_loss(logits: Tensor, lam: Tensor, target_k: int, mask: Tensor | Non
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean of logsumexp(u)^2: keeps router scores from growing without bound (ST-MoE, arXiv 2202.08906, equation 5).
+    """Return the mean of logsumexp(u)^2, which keeps router scores from growing without bound.
+
+    Source: ST-MoE, arXiv 2202.08906, equation 5. Not in the LD-MoLE paper.
 
     Args:
         logits: (..., T, E) router scores u.
         mask: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        (...).
+        (...), one loss for each leading index.
     """
     mask_T1 = _mask(logits, mask)
     z_T = torch.logsumexp(logits, dim=-1).square()
@@ -75,18 +79,19 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def l1_loss(p: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
-    """sum_e f_e * mean weight of e, with f_e = E / (target_k tokens) * (tokens that have e active), without gradient.
+    """Return sum_e f_e * (mean weight of e), where f_e = E / (target_k T) * (tokens with e active) carries no gradient.
 
-    An L1 norm of the weights that presses harder on experts with many tokens: it makes routing sparse and balanced at once. Its
-    coefficient adapts (`adapted_l1`).
+    An L1 norm of the weights with a larger factor for experts with many tokens, which makes routing sparse and balanced at
+    once. Its coefficient adapts (`next_l1_coefficient`). Source: ReMoE, arXiv 2412.14711, the L1 regularization refined for
+    load balancing.
 
     Args:
         p: (..., T, E) routing weights.
-        target_k: k, the number of active experts per token that is steered to.
+        target_k: k, the target number of active experts per token.
         mask: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        (...). Source: ReMoE, arXiv 2412.14711, the regularisation refined for load balancing.
+        (...), one loss for each leading index.
     """
     mask_T1 = _mask(p, mask)
     tokens = mask_T1.sum().clamp_min(1)
@@ -95,15 +100,16 @@ def l1_loss(p: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
     return (f_E * _masked(p, mask_T1).sum(dim=-2) / tokens).sum(dim=-1)
 
 
-def adapted_l1(coefficient: float, experts_per_token: float, target_k: int, rate: float) -> float:
-    """The coefficient of the L1 loss for the next optimizer step: times `rate` where more experts were active than wanted,
-    divided by it where fewer were.
+def next_l1_coefficient(coefficient: float, experts_per_token: float, target_k: int, rate: float) -> float:
+    """Return the coefficient of the L1 loss for the next optimizer step.
+
+    It is multiplied by `rate` if more experts than the target were active, and divided by it if fewer were.
 
     Args:
         coefficient: of this step.
-        experts_per_token: active ones, mean over linears and real tokens of all ranks.
-        target_k: that is steered to.
-        rate: above 1; ReMoE's alpha, 1.2 there.
+        experts_per_token: mean number of active experts over linears and real tokens of all ranks.
+        target_k: the target number of active experts per token.
+        rate: above 1; alpha in ReMoE, which uses 1.2.
     """
     if experts_per_token == target_k:
         return coefficient
@@ -111,14 +117,16 @@ def adapted_l1(coefficient: float, experts_per_token: float, target_k: int, rate
 
 
 def entropy_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean entropy of softmax(u), in nats: small where few experts have most of the mass, so that top-p needs few.
+    """Return the mean entropy of softmax(u) in nats; a low entropy lets top-p reach its threshold with few experts.
+
+    Source: Huang et al. 2024, arXiv 2403.07652, the dynamic loss.
 
     Args:
         logits: (..., T, E) router scores u.
         mask: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        (...). Source: Huang et al. 2024, arXiv 2403.07652, the dynamic loss.
+        (...), one loss for each leading index.
     """
     mask_T1 = _mask(logits, mask)
     log_p_TE = logits.log_softmax(-1)
@@ -133,5 +141,5 @@ def _mask(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    # Filled, not multiplied: what a padding row holds, NaN included, must not reach the sum.
+    # masked_fill instead of a product with the mask: 0 * NaN would let the NaN of a padding row reach the sum.
     return values.masked_fill(~mask, 0)

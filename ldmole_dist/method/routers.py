@@ -1,13 +1,14 @@
-"""Routers: from hidden rows to routing weights, in two steps.
+"""Routers: from hidden states to routing weights, in two steps.
 
-A router scores the experts, decides which are active, and weighs those. Deciding is apart from weighing because a recomputed
-forward must replay the decision and only weigh again (see `context.StepContext`), and because the decision alone says what has
-to move between ranks. Whatever the router, `p_TE != 0` gives the decided support back, on every rank and in every pass.
+A router scores the experts, `decide`s which are active and `weigh`s those. The two steps are separate because a recomputed
+forward must replay the decision and repeat only the weighing (see `context.StepContext`), and because the decision alone
+determines what ranks have to exchange. For every router, `p_TE != 0` recovers the decided support, on every rank and in every
+pass.
 
-docs/method.md has the table of all routers with their sources and where they deviate from them.
+docs/method.md lists all routers with their sources and the deviations from them.
 
-Shapes: T tokens, D in-features, E experts, G linears of an input group. What is (T, E) below may be (G, T, E): one router
-decides and weighs for all linears that read the same tensor, as one linear's many small kernels take as long as those of all.
+Shapes: T tokens, D in-features, E experts, G linears of an input group. (T, E) below may also be (G, T, E): one router decides
+and weighs for all linears of a group, as the small kernels take as long for one linear as for all.
 """
 
 from __future__ import annotations
@@ -23,8 +24,14 @@ from ldmole_dist.method.sparsegen import at_least_float32, sparsegen_on_support,
 
 
 class Routing(NamedTuple):
-    """What a router says of T tokens. `p_TE != 0` is the support: the active experts. `lam_T` is None where the router has
-    no lambda. `prob_TE`: the probabilities of all experts that it chose from; None where p is all there is."""
+    """Routing of T tokens.
+
+    Attributes:
+        p_TE: routing weights; `p_TE != 0` is the support, the active experts.
+        logits_TE: router scores u.
+        lam_T: sparsity lambda; None if the router has none.
+        prob_TE: probabilities of all experts before the selection, for the load-balancing loss; None if that uses p.
+    """
 
     p_TE: Tensor
     logits_TE: Tensor
@@ -32,29 +39,29 @@ class Routing(NamedTuple):
     prob_TE: Tensor | None = None
 
     def by_linear(self) -> list[Routing]:
-        """Of (G, T, E) the (T, E) of each linear."""
+        """Split the routing of a group, (G, T, E), into the routing of each linear, (T, E)."""
         probs = [None] * len(self.p_TE) if self.prob_TE is None else self.prob_TE.unbind()
         parts = zip(self.p_TE.unbind(), self.logits_TE.unbind(), probs, strict=True)
         return [Routing(p_TE, logits_TE, self.lam_T, prob_TE) for p_TE, logits_TE, prob_TE in parts]
 
 
 def lambda_or_nan(routing: Routing) -> Tensor:
-    """(T,) lambda for sums of a fixed size; no number where the router has none, so that nobody takes it for one."""
+    """Return lambda, (T,), or NaN for routers without one, which keeps the statistics at a fixed size."""
     return routing.p_TE.new_full(routing.p_TE.shape[-2:-1], torch.nan) if routing.lam_T is None else routing.lam_T
 
 
 class Router(nn.Module):
-    """Scores u = W_g x; subclasses decide and weigh.
+    """Base class: linear scores u = W_g x. Subclasses implement `decide` and `weigh`.
+
+    The weight is uninitialized until `reset`.
 
     Args:
         in_features: D.
         num_experts: E.
 
     Attributes:
-        needs_lambda: whether it reads the lambda of a token.
-        losses: the auxiliary losses that are defined for it (names of `context.LossWeights`).
-
-    The weight is left uninitialised; `reset` fills it.
+        needs_lambda: whether the router uses lambda.
+        losses: names of the auxiliary losses that are defined for the router (fields of `context.LossWeights`).
     """
 
     needs_lambda = False
@@ -65,24 +72,27 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device))
 
     def reset(self, generator: torch.Generator) -> None:
-        """Kaiming uniform with a = sqrt 5, as the authors' nn.Linear."""
+        """Initialize as the authors' nn.Linear: Kaiming uniform with a = sqrt(5)."""
         kaiming_uniform_(self.weight, generator)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Scores (T, E) in at least float32, whatever the dtype of x: a rounded score is another choice of experts."""
+        """Return the scores, (T, E) in at least float32.
+
+        Rounding the scores to half precision could change which experts are active.
+        """
         return linear(x_TD, self.weight, None, at_least_float32(x_TD.dtype))
 
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
-        """The support (T, E), bool; a score that is no number is in it, so that it is not hidden."""
+        """Return the support, (T, E) bool. NaN scores are in the support, so that they reach the output."""
         raise NotImplementedError
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
-        """The weights on a given support."""
+        """Return the routing with weights on the given support."""
         raise NotImplementedError
 
 
 class SparsegenRouter(Router):
-    """Sparsegen over the scores: the paper's router."""
+    """The paper's router: p = Sparsegen(u, lambda) (section 3)."""
 
     needs_lambda = True
     losses = ("balance", "sparsity", "z")
@@ -100,7 +110,7 @@ class SparsegenRouter(Router):
 
 
 class SoftmaxRouter(Router):
-    """Every expert is active: p = softmax(u) (the first mixtures of LoRA experts)."""
+    """Dense routing, p = softmax(u); every expert is active."""
 
     @torch.no_grad()
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
@@ -109,11 +119,11 @@ class SoftmaxRouter(Router):
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
         """See `Router`."""
-        return Routing(_kept(logits_TE.softmax(-1), support_TE), logits_TE, None)
+        return Routing(_on_support(logits_TE.softmax(-1), support_TE), logits_TE, None)
 
 
 class TopKRouter(Router):
-    """The k largest scores are active, of equal ones the first: p = softmax over them (MoLA, arXiv 2402.08562).
+    """The k largest scores are active, p = softmax over them (MoLA, arXiv 2402.08562). Ties go to the lower index.
 
     Args:
         in_features: D.
@@ -128,24 +138,26 @@ class TopKRouter(Router):
     @torch.no_grad()
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
         """See `Router`."""
-        # Not topk: which of equal scores it takes depends on the device.
+        # torch.topk breaks ties differently on different devices; a stable sort does not.
         chosen = logits_TE.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
-        return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, chosen, True)  # a NaN is the largest
+        return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, chosen, True)  # sort puts NaN first
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
         """See `Router`."""
         p_TE = logits_TE.masked_fill(~support_TE, -torch.inf).softmax(-1)
-        return Routing(_kept(p_TE, support_TE), logits_TE, None, logits_TE.softmax(-1))
+        return Routing(_on_support(p_TE, support_TE), logits_TE, None, logits_TE.softmax(-1))
 
 
 class TopPRouter(Router):
-    """The fewest experts whose softmax mass reaches a threshold are active: p = softmax(u) on them, not normalised again
-    (Huang et al. 2024, "Harder Tasks Need More Experts", arXiv 2403.07652). Its entropy loss keeps the softmax from going flat.
+    """The smallest set of experts whose softmax mass reaches `top_p` is active, p = softmax(u) on it, not renormalized.
+
+    Its entropy loss keeps the softmax from becoming flat, which would activate all experts. Source: Huang et al. 2024,
+    "Harder Tasks Need More Experts", arXiv 2403.07652.
 
     Args:
         in_features: D.
         num_experts: E.
-        top_p: the threshold, in (0, 1].
+        top_p: threshold on the cumulative probability, in (0, 1].
     """
 
     losses = ("balance", "z", "entropy")
@@ -159,34 +171,39 @@ class TopPRouter(Router):
         """See `Router`."""
         sorted_TE, order_TE = logits_TE.softmax(-1).sort(dim=-1, descending=True, stable=True)
         before_TE = F.pad(sorted_TE.cumsum(-1)[..., :-1], (1, 0))
-        # An expert belongs to it if those before it are not enough; ~(>=) and not <: a NaN makes the whole row active.
+        # An expert is active if the experts before it do not reach top_p. ~(>=) instead of <, so that NaN is active.
         return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, order_TE, ~(before_TE >= self.top_p))
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
         """See `Router`."""
         prob_TE = logits_TE.softmax(-1)
-        return Routing(_kept(prob_TE, support_TE), logits_TE, None, prob_TE)
+        return Routing(_on_support(prob_TE, support_TE), logits_TE, None, prob_TE)
 
 
 class ReluRouter(Router):
-    """Experts with a positive score are active, perhaps none: p = relu(u) (ReMoE, arXiv 2412.14711; ReMoLE in the paper). How
-    many there are is steered by an L1 loss whose coefficient adapts (`losses.l1_loss`)."""
+    """Experts with a positive score are active, p = relu(u); a token may have none.
+
+    An L1 loss with an adaptive coefficient steers the number of active experts (`losses.l1_loss`). Source: ReMoE, arXiv
+    2412.14711; ReMoLE in the LD-MoLE paper.
+    """
 
     losses = ("l1", "z")
 
     @torch.no_grad()
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
         """See `Router`."""
-        return ~(logits_TE <= 0)  # a NaN is active
+        return ~(logits_TE <= 0)  # not (> 0), so that NaN is active
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
         """See `Router`."""
-        return Routing(_kept(logits_TE, support_TE), logits_TE, None)
+        return Routing(_on_support(logits_TE, support_TE), logits_TE, None)
 
 
 class LoraRouter(Router):
-    """No routing: every expert is active with weight 1, so that E experts of rank r are one LoRA of rank E r, with the scaling
-    lora_alpha / r. It has no parameters."""
+    """No routing and no parameters: every expert is active with weight 1.
+
+    E experts of LoRA rank r then equal one LoRA of rank E r with the scaling lora_alpha / r: the baseline without a mixture.
+    """
 
     losses = ()
 
@@ -195,10 +212,10 @@ class LoraRouter(Router):
         self.num_experts = num_experts
 
     def reset(self, generator: torch.Generator) -> None:
-        """Nothing is drawn."""
+        """Do nothing: there are no parameters."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, E) ones."""
+        """Return scores of 1, (T, E)."""
         return x_TD.new_ones(len(x_TD), self.num_experts, dtype=at_least_float32(x_TD.dtype))
 
     @torch.no_grad()
@@ -222,14 +239,14 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def new_router(name: str, in_features: int, num_experts: int, *, top_k: int, top_p: float) -> Router:
-    """A router by its name in `ROUTERS`; of the options it takes its own.
+    """Create a router; options of other routers are ignored.
 
     Args:
-        name: of the router.
+        name: key of `ROUTERS`.
         in_features: D.
         num_experts: E.
-        top_k: of "topk".
-        top_p: of "top_p".
+        top_k: number of active experts, for "topk".
+        top_p: threshold on the cumulative probability, for "top_p".
     """
     if name == "topk":
         return TopKRouter(in_features, num_experts, top_k)
@@ -238,6 +255,9 @@ def new_router(name: str, in_features: int, num_experts: int, *, top_k: int, top
     return ROUTERS[name](in_features, num_experts)
 
 
-def _kept(p_TE: Tensor, support_TE: Tensor) -> Tensor:
-    """The weights of the support. One that rounds to 0 there becomes the smallest number: the weight says who is active."""
+def _on_support(p_TE: Tensor, support_TE: Tensor) -> Tensor:
+    """Set weights off the support to 0, and weights on it to at least the smallest normal number.
+
+    A softmax can underflow to 0 on the support, but `p != 0` must recover the support.
+    """
     return p_TE.clamp_min(torch.finfo(p_TE.dtype).tiny).masked_fill(~support_TE, 0)

@@ -1,9 +1,10 @@
-"""Sparsegen: a projection onto the simplex whose sparsity lambda each token chooses for itself.
+"""Sparsegen: a projection onto the simplex whose sparsity is set by lambda, which LD-MoLE predicts for each token.
 
     p = argmin over the simplex of ||p - u||^2 - lambda ||p||^2,   lambda < 1
 
-Dividing by 1 - lambda > 0 turns it into the Euclidean projection of u / (1 - lambda) (sparsemax), which has a closed form.
-Sources: LD-MoLE, arXiv 2509.25684, section 3; Laha et al. 2018, "On Controllable Sparse Alternatives to Softmax".
+Division by 1 - lambda > 0 turns it into the Euclidean projection of u / (1 - lambda) onto the simplex (sparsemax), which has
+a closed form. Sources: LD-MoLE, arXiv 2509.25684, section 3; Laha et al. 2018, "On Controllable Sparse Alternatives to
+Softmax". docs/method.md has the closed form.
 
 Shapes: E experts; leading dimensions (usually T tokens) are arbitrary.
 """
@@ -18,23 +19,23 @@ from torch.autograd.function import once_differentiable
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that routing computes in: half precisions become float32, float64 stays."""
+    """Return the dtype that routing computes in: float32 for half precision; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def sparsegen(logits: Tensor, lam: Tensor) -> Tensor:
-    """Routing weights of the active experts, exactly 0 for the others; differentiable in both arguments.
+    """Return routing weights on the simplex, exactly 0 for inactive experts. Differentiable in both arguments.
+
+    At least one expert is active (Lemma 1 of the paper).
 
     Args:
-        logits: (..., E) router scores u, any scale; half precisions are promoted to float32.
-        lam: (..., 1) or (...), sparsity below 1: towards 1 one expert, 0 sparsemax, towards -inf all experts alike.
-            A value of 1 or more is outside the method and not looked for (it would stall the device);
-            `LambdaMLP` cannot produce one.
+        logits: (..., E) router scores u, of any scale; half precision is promoted to float32.
+        lam: (..., 1) or (...), sparsity lambda < 1. lambda -> 1 activates one expert, 0 is sparsemax, and lambda -> -inf
+            weights all experts equally. Values of 1 or more are not checked, as a check would synchronize the device;
+            `LambdaMLP` cannot produce them.
 
     Returns:
-        (..., E) weights, non-negative, summing to 1 over the last dimension. NaN in a row makes that whole row NaN.
-
-    Source: METHOD equations for k, tau and p_i; Lemma 1 of the paper: at least one expert is active.
+        (..., E) non-negative weights that sum to 1 over the last dimension. A NaN in a row makes the whole row NaN.
     """
     logits, lam = _promoted(logits, lam)
     return sparsegen_on_support(logits, lam, sparsegen_support(logits, lam))
@@ -42,14 +43,14 @@ def sparsegen(logits: Tensor, lam: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sparsegen_support(logits: Tensor, lam: Tensor) -> Tensor:
-    """Which experts Sparsegen makes active: the decision alone, without the weights.
+    """Return which experts Sparsegen activates, without their weights.
 
     Args:
         logits: (..., E).
         lam: (..., 1) or (...).
 
     Returns:
-        (..., E) bool, at least one True in every row; all True where the row holds a NaN, so that it is not hidden.
+        (..., E) bool, with at least one True in each row. A row with a NaN is all True, so that the NaN reaches the output.
     """
     logits, lam = _promoted(logits, lam)
     z = _scaled(logits, lam)
@@ -57,12 +58,12 @@ def sparsegen_support(logits: Tensor, lam: Tensor) -> Tensor:
     prefix = z_sorted.cumsum(dim=-1)
     position = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
     k = (1 + position * z_sorted > prefix).sum(dim=-1, keepdim=True).clamp_min(1)
-    # Compared with the k-th largest and not with tau: the same rounding then decides the count and the members.
+    # Compare with the k-th largest score, not with tau: tau is rounded, and could give another number of experts than k.
     return ~(z < z_sorted.gather(-1, k - 1))
 
 
 def sparsegen_on_support(logits: Tensor, lam: Tensor, support: Tensor) -> Tensor:
-    """Sparsegen's weights when the active experts are already decided (a recomputation replays its first decision).
+    """Return Sparsegen's weights for given active experts, as when a recomputed forward replays its decision.
 
     Args:
         logits: (..., E).
@@ -70,7 +71,7 @@ def sparsegen_on_support(logits: Tensor, lam: Tensor, support: Tensor) -> Tensor
         support: (..., E) bool, the active experts.
 
     Returns:
-        (..., E) weights: positive exactly on the support, so `p != 0` gives the support back.
+        (..., E) weights, positive exactly on the support, so that `p != 0` recovers it.
     """
     logits, lam = _promoted(logits, lam)
     return _SparsegenOnSupport.apply(logits, lam, support)
@@ -84,13 +85,15 @@ def _promoted(logits: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(logits: Tensor, lam: Tensor) -> Tensor:
-    # The projection ignores a shift of the logits. With the largest at 0, those that can be active lie in [-1, 0],
-    # whatever the scale of the logits, and nothing is lost to cancellation.
+    # The projection is invariant to a shift of the logits. With the largest at 0, the scaled scores of active experts are in
+    # (-1, 0] for logits of any scale, which avoids cancellation in the prefix sums.
     return (logits - logits.amax(dim=-1, keepdim=True)) / (1 - lam)
 
 
 class _SparsegenOnSupport(torch.autograd.Function):
-    """With g the incoming gradient, S the support and k its size, all per row:
+    """Sparsegen weights on a given support, with a closed-form backward.
+
+    With g the incoming gradient, S the support and k its size, for each row:
 
     dL/du_i = (g_i - mean_S g) / (1 - lambda) on S and 0 off it;  dL/dlambda = sum_S (p_i - 1/k) g_i / (1 - lambda).
     """
@@ -100,7 +103,7 @@ class _SparsegenOnSupport(torch.autograd.Function):
         z = _scaled(logits, lam)
         k = support.sum(dim=-1, keepdim=True)
         tau = (z.masked_fill(~support, 0).sum(dim=-1, keepdim=True) - 1) / k
-        # An active expert never rounds to 0: the weight alone then says who is active, on every rank and in every pass.
+        # An active weight must not round to 0: the dispatch, the statistics and the backward read the support from p != 0.
         p = (z - tau).clamp_min(torch.finfo(z.dtype).tiny).masked_fill(~support, 0)
         ctx.save_for_backward(p, lam)
         return p
@@ -113,6 +116,6 @@ class _SparsegenOnSupport(torch.autograd.Function):
         grad = grad.masked_fill(~support, 0)
         mean = grad.sum(dim=-1, keepdim=True) / support.sum(dim=-1, keepdim=True)
         grad_z = (grad - mean).masked_fill(~support, 0)
-        # p sums to 1 over S, so sum_S p_i (g_i - mean_S g) is sum_S (p_i - 1/k) g_i.
+        # p sums to 1 over S, so sum_S p_i (g_i - mean_S g) = sum_S (p_i - 1/k) g_i.
         grad_lam = (p * grad_z).sum(dim=-1, keepdim=True) / (1 - lam)
         return grad_z / (1 - lam), grad_lam, None

@@ -1,1 +1,1 @@
-"""The model of a run: load the backbone, attach the adapter, run forward passes, find what a run has saved."""
+"""The model of a run: load the backbone, attach the adapter, run forward passes, find saved runs and adapters."""

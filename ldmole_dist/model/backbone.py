@@ -1,4 +1,4 @@
-"""The frozen Hugging Face model and the adapter on it: loading them, converting GGUF, recomputation."""
+"""Load the frozen Hugging Face backbone and its adapter, convert GGUF files, and enable gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -27,34 +27,41 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The backbone's tokenizer; where it has no padding token, its end-of-sequence token pads (masked everywhere).
+    """Load the backbone's tokenizer. Without a padding token it pads with its end-of-sequence token.
 
     Raises:
-        UserError: where there is none.
+        UserError: if the tokenizer cannot be loaded.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"backbone.path={path!r} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise UserError(
+            f"cannot load a tokenizer from backbone.path={path!r}: {_first_line(error)}; "
+            "copy the tokenizer's files into the folder of the backbone"
+        ) from error
+    # Any token would do: the attention mask and the labels leave padding out everywhere.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def check_backbone(path: str) -> PretrainedConfig:
-    """The config of a backbone that can be adapted; of its weights only the headers are read.
+    """Check that a backbone can be adapted, reading only its config and the headers of its weight files.
+
+    Returns:
+        The config of the backbone.
 
     Raises:
-        UserError: where there is none, its weights are quantised, or a file of them is cut off.
+        UserError: if the config cannot be loaded, the weights are quantized, or a weight file is truncated.
     """
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"backbone.path={path!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"cannot load backbone.path={path!r}: {_first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"backbone {path!r} is quantised: its linears hold packed integers, which ZeRO-3 cannot partition and the "
-            "experts' parity was never tested on; use the unquantised weights (bf16 halves them already)"
+            f"backbone.path={path!r} is quantized, which is not supported (ZeRO-3 cannot partition packed integers); "
+            "use the unquantized weights, in bf16 to halve their memory"
         )
     for weights in sorted(Path(path).glob("*.safetensors")):
         try:
@@ -74,37 +81,37 @@ def load_backbone(
     attention: str | None = None,
     pad_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """The model with its weights in the dtype of `precision`; under `partitioned_loading` in pieces.
+    """Load the backbone in the dtype of `precision`; inside `partitioned_loading`, partitioned over the ranks.
 
     Args:
-        path: folder or name on the hub.
+        path: folder, or name on the Hugging Face hub.
         task: "causal_lm" or "sequence_classification".
         precision: "fp32", "bf16" or "fp16".
-        labels: class names, for sequence_classification.
-        attention: implementation, as transformers names it.
+        labels: class names, for sequence classification.
+        attention: attention implementation, as transformers names it; None for its default.
         pad_token_id: a sequence classifier needs it to find the last token.
 
     Raises:
-        UserError: where the model cannot be loaded, or is quantised.
+        UserError: if the model cannot be loaded or is quantized.
     """
     options = {"dtype": DTYPES[precision], "attn_implementation": attention}
     config = check_backbone(path)
     try:
         if task == "causal_lm":
             return AutoModelForCausalLM.from_pretrained(path, **options)
-        assert labels is not None  # checked with the config
+        assert labels is not None  # the config requires them for this task
         config.num_labels, config.pad_token_id = len(labels), pad_token_id
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
         return AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"backbone.path={path!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"cannot load backbone.path={path!r}: {_first_line(error)}") from error
 
 
 def new_adapter(backbone: PreTrainedModel, config: LdMoleConfig) -> PeftModel:
-    """Inject a new adapter.
+    """Attach a new adapter to the backbone.
 
     Raises:
-        UserError: where it does not fit the backbone.
+        UserError: if the adapter does not fit the backbone, for example if target_modules match no module.
     """
     try:
         return get_peft_model(backbone, config)
@@ -113,27 +120,32 @@ def new_adapter(backbone: PreTrainedModel, config: LdMoleConfig) -> PeftModel:
 
 
 def load_adapter(backbone: PreTrainedModel, folder: str, trainable: bool) -> PeftModel:
-    """Put a saved adapter on its backbone.
+    """Attach a saved adapter to its backbone.
+
+    Args:
+        backbone: the model that the adapter was trained on.
+        folder: folder of the adapter.
+        trainable: whether the adapter's parameters get gradients.
 
     Raises:
-        UserError: where there is none, it is another method's, or it was made for another backbone.
+        UserError: if there is no adapter, it is of another method, or it was trained on another backbone.
     """
     _adapter_config(folder)
     try:
         return PeftModel.from_pretrained(backbone, folder, is_trainable=trainable)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"adapter {folder!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the adapter in {folder!r}: {_first_line(error)}") from error
 
 
 def backbone_of(folder: str) -> str:
-    """The path of the backbone that a saved adapter was made for.
+    """Return the path of the backbone that a saved adapter was trained on.
 
     Raises:
-        UserError: where there is no adapter, or it does not say.
+        UserError: if there is no adapter, or its config does not name a backbone.
     """
     path = _adapter_config(folder).base_model_name_or_path
     if not path:
-        raise UserError(f"the adapter in {folder!r} does not say what its backbone is: give --backbone")
+        raise UserError(f"the adapter in {folder!r} does not name its backbone; pass --backbone")
     return str(path)
 
 
@@ -141,29 +153,29 @@ def _adapter_config(folder: str) -> LdMoleConfig:
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"there is no adapter that can be read in {folder!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot read an adapter in {folder!r}: {_first_line(error)}") from error
     if not isinstance(config, LdMoleConfig):
-        raise UserError(f"the adapter in {folder!r} is {config.peft_type}, not an LD-MoLE adapter")
+        raise UserError(f"the adapter in {folder!r} has peft_type {config.peft_type}; pass an LD-MoLE adapter")
     return config
 
 
 def convert_gguf(gguf_path: str, folder: str) -> None:
-    """Write an ordinary model folder (safetensors, config, tokenizer) from a GGUF file, dequantised to bfloat16.
+    """Convert a GGUF file to a Hugging Face model folder (safetensors, config, tokenizer), dequantized to bfloat16.
 
-    The folder appears whole or not at all.
+    The folder is written under a temporary name and renamed when it is complete.
 
     Raises:
-        UserError: where the file cannot be read, or the folder exists.
+        UserError: if the GGUF file does not exist, or the folder does.
     """
     source, target = Path(gguf_path), Path(folder)
     if target.exists():
-        raise UserError(f"{target} exists already: remove it or choose another folder")
+        raise UserError(f"{target} already exists; remove it or choose another folder")
     if not source.is_file():
-        raise UserError(f"there is no GGUF file {source}")
+        raise UserError(f"GGUF file {source} does not exist")
     location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     loaded = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **location)
     config = loaded.config
-    # It would say that the saved weights are still packed.
+    # transformers keeps GGUF's quantization_config; a saved one would claim that the dequantized weights are packed.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -174,7 +186,7 @@ def convert_gguf(gguf_path: str, folder: str) -> None:
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:
-    """Recompute every decoder layer in the backward, replaying its routing."""
+    """Enable gradient checkpointing: the backward recomputes every decoder layer and replays its routing decisions."""
     tuner_of(model).activation_checkpointing_enable()
 
 

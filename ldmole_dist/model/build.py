@@ -1,4 +1,4 @@
-"""Build the model of a run: the frozen backbone with its adapter, on this rank."""
+"""Build the model of a run from its config: the frozen backbone with its adapter, on this rank."""
 
 from __future__ import annotations
 
@@ -27,18 +27,29 @@ from ldmole_dist.tuner.model import spread_experts, tuner_of
 def build_model(
     config: Config, parallel: ExpertParallel, process: Process, stage: int, pad_token_id: int | None
 ) -> PeftModel:
-    """The backbone with its adapter, ready for the engine; every rank calls it.
+    """Load the backbone, attach the adapter and set the loss weights. Every rank must call it.
+
+    Args:
+        config: of the run.
+        parallel: expert-parallel group that the experts are spread over.
+        process: this process.
+        stage: ZeRO stage; stage 3 partitions the backbone while it is loaded.
+        pad_token_id: of the tokenizer; a sequence classifier needs it to find the last token.
+
+    Returns:
+        The model in training mode, on the device unless stage 3 moves its partitions itself.
 
     Raises:
-        UserError: where backbone and adapter do not go together.
+        UserError: if the backbone cannot be loaded or the adapter does not fit it.
     """
     b, a = config.backbone, config.adapter
-    torch.manual_seed(config.run.seed)  # a new classification head is drawn when the backbone is loaded
+    torch.manual_seed(config.run.seed)  # loading a classifier initializes its new head from the global generator
     if process.is_main:
         tqdm.write(f"loading {b.path}")
-    with raise_on_all_ranks("looking at the backbone"):
+    with raise_on_all_ranks("checking the backbone"):
         check_backbone(b.path)
-    # Partitioned loading consists of collectives, which a rank that fails would leave the others in.
+    # Loading at stage 3 runs collectives, so it must not be inside raise_on_all_ranks: a rank that failed would go to its
+    # all_gather_object, while the others wait in a broadcast of a parameter.
     with (
         partitioned_loading(stage, config.parallelism.precision),
         raise_on_all_ranks("loading the backbone") if stage < 3 else nullcontext(),
@@ -52,6 +63,7 @@ def build_model(
             pad_token_id=pad_token_id,
         )
     if stage < 3:
+        # nn.Module.to: the wrapper that transformers puts around PreTrainedModel.to confuses mypy.
         torch.nn.Module.to(backbone, process.device)
     spread_experts(backbone, parallel)
     with raise_on_all_ranks("attaching the adapter"):
@@ -74,7 +86,7 @@ def build_model(
 
 
 def adapter_config(config: Config) -> LdMoleConfig:
-    """The PEFT config of a new adapter."""
+    """Return the PEFT config of a new adapter."""
     values = {name: value for name, value in vars(config.adapter).items() if name != "init_from"}
     task_type = "CAUSAL_LM" if config.backbone.task == "causal_lm" else "SEQ_CLS"
     return LdMoleConfig(task_type=task_type, init_seed=config.run.seed, **values)

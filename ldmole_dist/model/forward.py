@@ -1,4 +1,4 @@
-"""Forward passes that compute no more logits than their caller needs."""
+"""Forward passes that compute only the logits that the caller needs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ldmole_dist.tuner.model import tuner_of
 
 
 def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Targets and the logits for them; a causal model computes no others (its head is the widest product of a small model).
+    """Return the targets of a batch and their logits.
 
     Args:
-        model: callable as a Hugging Face model, an `Engine` included.
+        model: Hugging Face model, or an `Engine` around one.
         batch: from `collate` or `pack`.
 
     Returns:
-        (B, S') and (B, S', V), or (B,) and (B, V) for classes.
+        Targets (B, S') and logits (B, S', V) of a causal model, at the S' positions that have a target in any sequence;
+        labels (B,) and logits (B, V) of a classifier.
     """
     inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"} | {"use_cache": False}
     if batch["labels"].dim() == 1:
@@ -34,17 +35,18 @@ def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def route(model: PeftModel, batch: Mapping[str, Tensor], observer: Observer | None) -> None:
-    """One forward that shows the routing of every adapted linear to `observer`, and computes no more logits than it must.
+def observe_routing(model: PeftModel, batch: Mapping[str, Tensor], observer: Observer | None) -> None:
+    """Run one forward and pass the routing of every adapted linear to `observer`.
 
     Args:
-        model: in evaluation mode.
+        model: model in evaluation mode.
         batch: from `collate`.
-        observer: see `StepContext`.
+        observer: see `StepContext.observer`.
     """
     base: Any = model.get_base_model()
     inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask")} | {"use_cache": False}
-    # A causal model's head is the widest product of a small model: one position is enough, unless the head is adapted.
+    # The head of a causal model is its widest product, and the logits are not used: compute one position, unless the head is
+    # adapted and its routing is observed too.
     if batch["labels"].dim() == 2 and not isinstance(base.get_output_embeddings(), LdMoleLinear):
         inputs["logits_to_keep"] = 1
     context = tuner_of(model).context

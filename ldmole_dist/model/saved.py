@@ -1,4 +1,4 @@
-"""What was trained, as a user names it: a run's folder or that of a saved adapter."""
+"""A saved run or adapter, found from the folder that the user names."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ldmole_dist.model.backbone import backbone_of
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A run, or an adapter alone.
+    """A saved adapter with its backbone, and the run that trained it, if known.
 
     Attributes:
-        adapter: its folder.
+        adapter: folder of the adapter.
         backbone: path of the backbone.
-        run: the run's folder, if it is one.
-        config: of that run.
+        run: folder of the run; None for an adapter alone.
+        config: config of the run; None for an adapter alone.
     """
 
     adapter: Path
@@ -30,12 +30,12 @@ class SavedModel:
 
     @property
     def name(self) -> str:
-        """For titles and folders."""
+        """Name of the folder, for titles and output paths."""
         return (self.run or self.adapter).resolve().name
 
     @property
     def task(self) -> str:
-        """As `backbone.task` names it."""
+        """Task, "causal_lm" or "sequence_classification", as in `backbone.task`."""
         if self.config is not None:
             return self.config.backbone.task
         task_type = PeftConfig.from_pretrained(str(self.adapter)).task_type
@@ -43,27 +43,27 @@ class SavedModel:
 
 
 def find_saved_model(path: str, backbone: str | None) -> SavedModel:
-    """See what is in a folder.
+    """Find the adapter in the folder of a run or of an adapter.
 
     Args:
-        path: of a run or an adapter.
-        backbone: its path, if it is not where the run or the adapter says.
+        path: folder of a run or of an adapter.
+        backbone: path of the backbone; None uses the path that the run or the adapter names.
 
     Raises:
-        UserError: where there is neither, or a run without an adapter.
+        UserError: if the folder is neither, or the run has no adapter yet.
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
         return SavedModel(folder, backbone or backbone_of(str(folder)))
     if not (folder / "config.yaml").is_file():
         raise UserError(
-            f"{path} is neither a run (it has no config.yaml) nor an adapter (it has no adapter_config.json): give the "
-            "folder of one of them"
+            f"{path} is neither a run (it has no config.yaml) nor an adapter (it has no adapter_config.json); pass the "
+            "folder of a run or of an adapter"
         )
     config = load_config(str(folder / "config.yaml"), [])
     if not (folder / "adapter" / "adapter_config.json").is_file():
         raise UserError(
-            f"the run in {path} has no adapter yet: let it end, or export a checkpoint of it "
-            "(ldmole checkpoint export CHECKPOINT ADAPTER) and give that"
+            f"the run in {path} has no adapter yet; wait until it has finished, or export one of its checkpoints with "
+            "`ldmole checkpoint export CHECKPOINT ADAPTER` and pass the exported folder"
         )
     return SavedModel(folder / "adapter", backbone or config.backbone.path, folder, config)

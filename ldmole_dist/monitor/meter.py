@@ -17,7 +17,7 @@ from ldmole_dist.distributed import Process
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.grad_norms import gradient_norms
 from ldmole_dist.method.context import TERMS
-from ldmole_dist.method.statistics import RoutingSums, added, summarize
+from ldmole_dist.method.statistics import RoutingSums, merge_sums, summarize
 from ldmole_dist.parallel.wire import KINDS, TIMED
 from ldmole_dist.tuner.model import tuner_of
 
@@ -94,7 +94,7 @@ class StepMeter:
         routing = {name: summarize(linear_sums) for name, linear_sums in by_linear.items()}
         if "lambda_mean" in metrics:
             # Over all linears together: lambda has the same scale in each, whereas expert indices are unrelated.
-            metrics["lambda_std"] = summarize(added(by_linear.values()))["lambda_std"]
+            metrics["lambda_std"] = summarize(merge_sums(by_linear.values()))["lambda_std"]
         metrics["dead_experts"] = sum(summary["dead_experts"] for summary in routing.values())
         metrics |= self._extremes()  # before the gradient norms, whose own buffers would raise the peak
         metrics["grad_norm_by_part"] = gradient_norms(self.engine)

@@ -14,7 +14,7 @@ from ldmole_dist.data.encode import Encoded
 from ldmole_dist.distributed import Process
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.method.routers import Routing
-from ldmole_dist.model.forward import route
+from ldmole_dist.model.forward import observe_routing
 from ldmole_dist.monitor.supports import Supports
 
 # The memory stays small: 16 sequences of 1024 tokens with 8 experts in 224 linears take 4 MB, one bit per (token, expert).
@@ -70,6 +70,6 @@ class Probe:
             mask = batch["attention_mask"].bool()
             mask[max(self.counted - start, 0) :] = False
             counted_T = mask.flatten()
-            route(model, batch, observe)
+            observe_routing(model, batch, observe)
         model.train(was_training)
         return supports

@@ -1,1 +1,1 @@
-"""How experts are spread over ranks and how tokens reach them; torch.distributed, but no engine and no model library."""
+"""Expert parallelism: placement of experts on ranks, and exchange of tokens and experts. Plain torch.distributed."""

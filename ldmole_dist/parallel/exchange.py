@@ -1,10 +1,11 @@
-"""Variable-split all-to-all of several tensors at once, under way while something else is computed, differentiable.
+"""Differentiable all-to-all of several tensors with variable split sizes, in flight while other work is computed.
 
-`send` starts it and `Sent.arrived` waits. What a forward computes between the two, its backward computes between the
-sending of the gradients and their arrival: of the nodes that are ready, autograd's engine takes the one made last. (Only what
-overlaps depends on that. That gradients arrive after they were sent does not.)
+`start_exchange` starts the all-to-all and `PendingExchange.wait` waits for it. The operations between the two in the forward
+also overlap in the backward, between starting the all-to-all of the gradients and waiting for it: among the nodes that are
+ready, autograd runs the one created last. Only the overlap depends on that order; the dependency "gradients are received
+after they were sent" is part of the graph.
 
-Every rank of the group makes the same calls in the same order, with whatever sizes its data gives, 0 included.
+Every rank of the group makes the same calls in the same order, with the sizes of its own data, 0 included.
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ from torch.autograd.function import once_differentiable
 from ldmole_dist.parallel.wire import Tally
 
 
-class Parcel(NamedTuple):
-    """Rows for every rank of a group: the first `send[0]` go to rank 0, and so on; `recv[q]` rows come from rank q."""
+class Payload(NamedTuple):
+    """Rows of one tensor for every rank of a group, in order of destination.
+
+    Args:
+        kind: what the rows are counted as (`wire.KINDS`).
+        rows: (sum(send), width).
+        send: number of rows for each rank; the first `send[0]` rows go to rank 0.
+        recv: number of rows from each rank.
+    """
 
     kind: str
     rows: Tensor
@@ -30,159 +38,164 @@ class Parcel(NamedTuple):
     recv: list[int]
 
 
-class Sent(NamedTuple):
-    """Parcels under way."""
+class PendingExchange(NamedTuple):
+    """An all-to-all in flight."""
 
-    trip: _Trip
+    state: _ExchangeState
     token: Tensor
 
-    def arrived(self) -> list[Tensor]:
-        """Wait for the rows of each parcel, (sum(recv), width), in order of their source; to be called once."""
-        return list(_Arrive.apply(self.trip, self.token))
+    def wait(self) -> list[Tensor]:
+        """Wait for the rows of each payload, (sum(recv), width), in order of their source. Call it exactly once."""
+        return list(_Receive.apply(self.state, self.token))
 
 
-def send(parcels: Sequence[Parcel], group: dist.ProcessGroup, tally: Tally, overlap: bool = True) -> Sent:
-    """Start one all-to-all for all parcels; the backward is one all-to-all of their gradients.
+def start_exchange(
+    payloads: Sequence[Payload], group: dist.ProcessGroup, tally: Tally, overlap: bool = True
+) -> PendingExchange:
+    """Start one all-to-all of all payloads; the backward is one all-to-all of their gradients.
 
     Args:
-        parcels: each (sum(send), width), any dtype; the same kinds on every rank.
+        payloads: the same kinds in the same order on every rank, in any dtype.
         group: the ranks that exchange.
-        tally: where the elements are counted; gradients as "grad_" + kind.
-        overlap: if not, wait right here, and in the backward right where the gradients are sent.
+        tally: counter of the elements sent; gradients are counted as "grad_" + kind.
+        overlap: False waits for each all-to-all as soon as it is started, forward and backward.
     """
-    trip = _Trip([(p.kind, p.send, p.recv) for p in parcels], group, tally, overlap)
-    return Sent(trip, _Send.apply(trip, *(p.rows for p in parcels)))
+    state = _ExchangeState([(p.kind, p.send, p.recv) for p in payloads], group, tally, overlap)
+    return PendingExchange(state, _Send.apply(state, *(p.rows for p in payloads)))
 
 
-def exchange(parcels: Sequence[Parcel], group: dist.ProcessGroup, tally: Tally) -> list[Tensor]:
-    """`send` and wait."""
-    return send(parcels, group, tally, overlap=False).arrived()
+def exchange(payloads: Sequence[Payload], group: dist.ProcessGroup, tally: Tally) -> list[Tensor]:
+    """Exchange all payloads without overlap; see `start_exchange` and `PendingExchange.wait`."""
+    return start_exchange(payloads, group, tally, overlap=False).wait()
 
 
 def exchange_counts(counts_PC: Tensor, group: dist.ProcessGroup, tally: Tally) -> Tensor:
-    """Row q goes to rank q; row q of the result came from rank q. Integers, no gradient.
+    """Send row q to rank q. Not differentiable.
 
     Args:
         counts_PC: (P, C) integers.
         group: the P ranks that exchange.
-        tally: where the elements are counted, as "counts".
+        tally: counter of the elements sent, as "counts".
+
+    Returns:
+        (P, C) integers; row q was sent by rank q.
     """
     received = torch.empty_like(counts_PC)
     dist.all_to_all_single(received, counts_PC.contiguous(), group=group)
-    tally.add("counts", counts_PC.numel() - counts_PC.shape[1], counts_PC)
+    tally.add("counts", counts_PC.numel() - counts_PC.shape[1], counts_PC)  # a rank's own row stays on the rank
     return received
 
 
 @dataclass
-class _Trip:
-    """What the forward and the backward of one exchange share."""
+class _ExchangeState:
+    """State that the forward and the backward of one exchange share."""
 
-    header: list[tuple[str, list[int], list[int]]]  # kind, send, recv
+    header: list[tuple[str, list[int], list[int]]]  # kind, send, recv of each payload
     group: dist.ProcessGroup
     tally: Tally
     overlap: bool
-    # The parcels that need a gradient: it follows from the model, not from the data, and is the same on every rank.
+    # Indices of the payloads that need a gradient. They follow from the model, not from the data, so they are the same on
+    # every rank, and so are the splits of the backward.
     needed: list[int] = field(default_factory=list)
-    under_way: _UnderWay | None = None
+    in_flight: _AllToAll | None = None
 
     def take(self) -> list[Tensor]:
-        """Wait for what was last started, and let go of it."""
-        assert self.under_way is not None, "parcels arrive once"
-        under_way, self.under_way = self.under_way, None
-        return under_way.wait()
+        """Wait for the all-to-all in flight and drop it, so that its buffers are freed."""
+        assert self.in_flight is not None, "an exchange can be waited for only once"
+        in_flight, self.in_flight = self.in_flight, None
+        return in_flight.wait()
 
 
 class _Send(torch.autograd.Function):
-    """Parcels -> a token that stands for them, without elements."""
+    """Start the exchange and return a tensor without elements, which ties `_Receive` to this node in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, trip: _Trip, *tensors: Tensor) -> Tensor:
-        ctx.trip = trip
-        trip.needed = [i for i in range(len(tensors)) if ctx.needs_input_grad[1 + i]]
-        parcels = [Parcel(kind, t, *ways) for (kind, *ways), t in zip(trip.header, tensors, strict=True)]
-        trip.under_way = _UnderWay(parcels, trip.group, trip.tally, trip.overlap)
+    def forward(ctx: Any, state: _ExchangeState, *tensors: Tensor) -> Tensor:
+        ctx.state = state
+        state.needed = [i for i in range(len(tensors)) if ctx.needs_input_grad[1 + i]]
+        payloads = [Payload(kind, t, send, recv) for (kind, send, recv), t in zip(state.header, tensors, strict=True)]
+        state.in_flight = _AllToAll(payloads, state.group, state.tally, state.overlap)
         return tensors[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        trip = ctx.trip
-        gradients: list[Tensor | None] = [None] * len(trip.header)
-        for i, gradient in zip(trip.needed, trip.take(), strict=True):
+        state = ctx.state
+        gradients: list[Tensor | None] = [None] * len(state.header)
+        for i, gradient in zip(state.needed, state.take(), strict=True):
             gradients[i] = gradient
         return None, *gradients
 
 
-class _Arrive(torch.autograd.Function):
-    """The token -> what came."""
+class _Receive(torch.autograd.Function):
+    """Return the received rows; the backward starts the all-to-all of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, trip: _Trip, token: Tensor) -> tuple[Tensor, ...]:
-        ctx.trip, ctx.device = trip, token.device
-        received = trip.take()
-        ctx.mark_non_differentiable(*(r for i, r in enumerate(received) if i not in trip.needed))
+    def forward(ctx: Any, state: _ExchangeState, token: Tensor) -> tuple[Tensor, ...]:
+        ctx.state, ctx.device = state, token.device
+        received = state.take()
+        ctx.mark_non_differentiable(*(r for i, r in enumerate(received) if i not in state.needed))
         return tuple(received)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        trip = ctx.trip
-        parcels = []
-        for i in trip.needed:
-            kind, to, source = trip.header[i]
-            parcels.append(Parcel(f"grad_{kind}", grads[i], source, to))
-        trip.under_way = _UnderWay(parcels, trip.group, trip.tally._replace(repeated=False), trip.overlap)
+        state = ctx.state
+        payloads = []
+        for i in state.needed:
+            kind, send, recv = state.header[i]
+            payloads.append(Payload(f"grad_{kind}", grads[i], recv, send))  # the way back: send and recv swapped
+        state.in_flight = _AllToAll(payloads, state.group, state.tally._replace(repeated=False), state.overlap)
         return None, torch.empty(0, device=ctx.device)
 
 
-class _UnderWay:
-    """An all-to-all that has begun, and how to unpack what it brings."""
+class _AllToAll:
+    """One all-to-all in flight that carries all payloads, and how to split what it receives."""
 
-    def __init__(self, parcels: Sequence[Parcel], group: dist.ProcessGroup, tally: Tally, overlap: bool) -> None:
+    def __init__(self, payloads: Sequence[Payload], group: dist.ProcessGroup, tally: Tally, overlap: bool) -> None:
         own = dist.get_rank(group)
-        for kind, rows, to, _ in parcels:
-            tally.add(kind, (sum(to) - to[own]) * rows.shape[1], rows)
-        self._parcels = [(p.rows.dtype, p.rows.shape[1], p.recv) for p in parcels]
+        for kind, rows, send, _ in payloads:
+            tally.add(kind, (sum(send) - send[own]) * rows.shape[1], rows)
+        self._layout = [(p.rows.dtype, p.rows.shape[1], p.recv) for p in payloads]
         self._clock = tally.wire.clock
-        with self._clock.measured("exchanging", parcels[0].rows.device):
-            self._packed, sent, received = _packed(parcels)
-            self._arrived = self._packed.new_empty(sum(received), *self._packed.shape[1:])
+        with self._clock.measure("exchanging", payloads[0].rows.device):
+            # Kept alive until the wait: with async_op the collective still reads it.
+            self._packed, sent, received = _pack(payloads)
+            self._received = self._packed.new_empty(sum(received), *self._packed.shape[1:])
             self._work = dist.all_to_all_single(
-                self._arrived, self._packed, received, sent, group=group, async_op=overlap
+                self._received, self._packed, received, sent, group=group, async_op=overlap
             )
 
     def wait(self) -> list[Tensor]:
-        """What came of each parcel."""
-        with self._clock.measured("exchanging", self._arrived.device):
+        """Return the received rows of each payload."""
+        with self._clock.measure("exchanging", self._received.device):
             if self._work is not None:
                 self._work.wait()
-            return self._unpacked()
+            return self._unpack()
 
-    def _unpacked(self) -> list[Tensor]:
-        if len(self._parcels) == 1:
-            return [self._arrived]
-        ranks = range(len(self._parcels[0][2]))
-        widths = [width * dtype.itemsize for dtype, width, _ in self._parcels]
-        sizes = [
-            recv[rank] * width for rank in ranks for (_, _, recv), width in zip(self._parcels, widths, strict=True)
-        ]
-        pieces = self._arrived.split(sizes)
+    def _unpack(self) -> list[Tensor]:
+        if len(self._layout) == 1:
+            return [self._received]
+        ranks = range(len(self._layout[0][2]))
+        widths = [width * dtype.itemsize for dtype, width, _ in self._layout]
+        sizes = [recv[rank] * width for rank in ranks for (_, _, recv), width in zip(self._layout, widths, strict=True)]
+        chunks = self._received.split(sizes)
         return [
-            torch.cat(pieces[i :: len(self._parcels)]).view(dtype).view(-1, width)
-            for i, (dtype, width, _) in enumerate(self._parcels)
+            torch.cat(chunks[i :: len(self._layout)]).view(dtype).view(-1, width)
+            for i, (dtype, width, _) in enumerate(self._layout)
         ]
 
 
-def _packed(parcels: Sequence[Parcel]) -> tuple[Tensor, list[int], list[int]]:
-    """One tensor with everything in order of destination, and how much of it goes to and comes from each rank."""
-    if len(parcels) == 1:
-        ((_, rows, to, source),) = parcels
-        return rows.contiguous(), to, source
-    # Several tensors, of several dtypes, in one message to each rank: as bytes, rank by rank, parcel by parcel.
-    as_bytes = [p.rows.contiguous().view(torch.uint8) for p in parcels]
-    chunks = [b.split(p.send) for b, p in zip(as_bytes, parcels, strict=True)]
-    ranks = range(len(parcels[0].send))
-    packed = torch.cat([of_parcel[rank].flatten() for rank in ranks for of_parcel in chunks])
-    sent = [sum(of_parcel[rank].numel() for of_parcel in chunks) for rank in ranks]
-    received = [sum(p.recv[rank] * b.shape[1] for b, p in zip(as_bytes, parcels, strict=True)) for rank in ranks]
+def _pack(payloads: Sequence[Payload]) -> tuple[Tensor, list[int], list[int]]:
+    """Return one tensor with all payloads in order of destination, and its split sizes for sending and receiving."""
+    if len(payloads) == 1:
+        ((_, rows, send, recv),) = payloads
+        return rows.contiguous(), send, recv
+    # Payloads of different dtypes and widths share one message to each rank as bytes: one launch instead of one for each.
+    as_bytes = [p.rows.contiguous().view(torch.uint8) for p in payloads]
+    chunks = [b.split(p.send) for b, p in zip(as_bytes, payloads, strict=True)]
+    ranks = range(len(payloads[0].send))
+    packed = torch.cat([of_payload[rank].flatten() for rank in ranks for of_payload in chunks])
+    sent = [sum(of_payload[rank].numel() for of_payload in chunks) for rank in ranks]
+    received = [sum(p.recv[rank] * b.shape[1] for b, p in zip(as_bytes, payloads, strict=True)) for rank in ranks]
     return packed, sent, received

@@ -1,8 +1,8 @@
-"""Which rank holds which expert, as plain data, and drawing only the held slice of a bank.
+"""Placement of experts on ranks, and initialization of the local part of a bank.
 
-Ranks of an expert-parallel group hold consecutive experts: rank q of P holds experts q L .. (q + 1) L - 1, L = E / P.
+Ranks of an expert-parallel group hold consecutive experts: rank q of P holds experts q L to (q + 1) L - 1, with L = E / P.
 
-Shapes: D in-features, O out-features, E experts in all, L experts held here, R LoRA rank.
+Shapes: D in-features, O out-features, E experts in total, L experts held here, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldmole_dist.method.linear import kaiming_uniform_
-from ldmole_dist.method.noise import stream
+from ldmole_dist.method.noise import seed_from
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Placement:
 
     Args:
         num_experts: E.
-        size: P, ranks in the expert-parallel group; must divide E.
+        size: P, number of ranks in the expert-parallel group; must divide E.
         rank: of this process in the group.
 
     Raises:
-        ValueError: where E experts cannot be spread evenly over P ranks.
+        ValueError: if P does not divide E.
     """
 
     num_experts: int
@@ -35,44 +35,44 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.num_experts % self.size:
+            divisors = [p for p in range(1, self.num_experts + 1) if self.num_experts % p == 0]
             raise ValueError(
-                f"num_experts={self.num_experts} cannot be spread over ep_size={self.size} ranks: "
-                f"choose ep_size among {[p for p in range(1, self.num_experts + 1) if self.num_experts % p == 0]}"
+                f"ep_size={self.size} does not divide num_experts={self.num_experts}; use one of {divisors} as ep_size"
             )
 
     @property
     def local(self) -> slice:
-        """The experts held here."""
+        """Slice of the E experts that this rank holds."""
         held = self.num_experts // self.size
         return slice(self.rank * held, (self.rank + 1) * held)
 
 
 def seeded(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator whose stream depends only on `seed` and `names`: not on process, device or order of creation."""
-    return torch.Generator().manual_seed(stream(seed, *names))
+    """Return a CPU generator that depends only on `seed` and `names`, not on rank, device or creation order."""
+    return torch.Generator().manual_seed(seed_from(seed, *names))
 
 
 def draw_bank(
-    placement: Placement, rank: int, in_features: int, out_features: int, seed: int, name: str, like: Tensor
+    placement: Placement, lora_rank: int, in_features: int, out_features: int, seed: int, name: str, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The held experts at their start: A Kaiming uniform, B zero, so that the adapter starts as no change.
+    """Initialize the experts held here: A Kaiming uniform, B zero, so that the initial adapter does not change the model.
 
-    Expert e of module `name` has the same values under every placement.
+    Expert e of module `name` gets the same values under every placement: each expert has its own random stream.
 
     Args:
-        placement: what is held here; nothing else is allocated.
-        rank: R.
+        placement: the experts held here; only these are allocated.
+        lora_rank: R.
         in_features: D.
         out_features: O.
         seed: of the run.
         name: of the module.
-        like: gives dtype and device.
+        like: tensor whose dtype and device the bank gets.
 
     Returns:
         A (L, R, D) and B (L, O, R).
     """
     experts = range(placement.num_experts)[placement.local]
-    A = like.new_empty(len(experts), rank, in_features)
+    A = like.new_empty(len(experts), lora_rank, in_features)
     for local, expert in enumerate(experts):
         kaiming_uniform_(A[local], seeded(seed, name, "lora_A", expert))
-    return A, like.new_zeros(len(experts), out_features, rank)
+    return A, like.new_zeros(len(experts), out_features, lora_rank)

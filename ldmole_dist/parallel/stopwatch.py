@@ -1,6 +1,7 @@
-"""How long named parts of a step take on the device, without making the host wait for it.
+"""Time of named parts of a step on the device, measured without synchronizing the host.
 
-On a CPU the host's clock, elsewhere events on the device's stream, which are read when the step is over. Off, it costs nothing.
+On a CPU the parts are timed with the host's clock, on an accelerator with events on the current stream, which are read after
+the step.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of parts that may be measured many times.
+    """Accumulated time of named parts.
 
     Attributes:
-        on: whether it measures.
+        on: whether `measure` records anything; off by default, as recording an event costs host time.
     """
 
     def __init__(self) -> None:
@@ -26,31 +27,31 @@ class Stopwatch:
         self._events: list[tuple[str, torch.Event, torch.Event]] = []
 
     def clear(self) -> None:
-        """Begin again."""
+        """Drop all measurements."""
         self._host.clear()
         self._events.clear()
 
     @contextmanager
-    def measured(self, part: str, device: torch.device) -> Iterator[None]:
-        """What runs within counts for `part`."""
+    def measure(self, part: str, device: torch.device) -> Iterator[None]:
+        """Add the time of the body to `part`."""
         if not self.on:
             yield
         elif device.type == "cpu":
-            begun = time.perf_counter()
+            started = time.perf_counter()
             yield
-            self._host[part] += time.perf_counter() - begun
+            self._host[part] += time.perf_counter() - started
         else:
-            begin, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
-            begin.record()
+            start, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
+            start.record()
             yield
             end.record()
-            self._events.append((part, begin, end))
+            self._events.append((part, start, end))
 
     def seconds(self, part: str) -> float:
-        """Of all measurements of `part` since the last `clear`; waits for the device."""
+        """Return the seconds spent in `part` since the last `clear`. Waits for the device."""
         total = self._host[part]
-        for name, begin, end in self._events:
+        for name, start, end in self._events:
             if name == part:
                 end.synchronize()
-                total += begin.elapsed_time(end) / 1e3
+                total += start.elapsed_time(end) / 1e3
         return total

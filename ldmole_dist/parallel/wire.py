@@ -1,8 +1,8 @@
-"""Counting what a rank sends to others, exactly: elements and bytes, by input group and kind.
+"""Exact counters of what a rank sends to other ranks: elements and bytes, by input group and kind.
 
-Kinds: "counts" (the numbers of rows that ranks tell each other, an expert to be sent among them as -1), "rows" (hidden
-states), "gates" (their weights), "weights" (experts), "sums" (what comes back); "grad_" + kind in the backward, "again_" +
-kind where a recomputed forward repeats it.
+Kinds: "counts" (row counts that the ranks tell each other before a dispatch; -1 requests an expert), "rows" (hidden states),
+"gates" (the routing weights of those rows), "weights" (experts), "sums" (partial sums that return to the tokens). The backward
+counts the gradients as "grad_" + kind, a recomputed forward as "again_" + kind.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from ldmole_dist.parallel.stopwatch import Stopwatch
 FORWARD = ("rows", "gates", "weights", "sums")
 KINDS = ("counts", *FORWARD, *(f"grad_{kind}" for kind in FORWARD), *(f"again_{kind}" for kind in FORWARD))
 
-
-# What dispatching consists of, beside what the experts compute: deciding what moves (the exchange of counts included), and
-# packing, waiting for and unpacking it.
+# The timed parts of a dispatch besides the experts' computation: deciding what to send (including the exchange of counts), and
+# packing, waiting for and unpacking the payload.
 TIMED = ("deciding", "exchanging")
 
 
 class Wire:
-    """What this rank sent since the last `clear`, by (input group, kind), and how long `TIMED` took if its clock is on."""
+    """Elements and bytes that this rank sent since the last `clear`, by (input group, kind).
+
+    Attributes:
+        clock: time spent in the parts named by `TIMED`, if it is on.
+    """
 
     def __init__(self) -> None:
         self.clock = Stopwatch()
@@ -33,20 +36,24 @@ class Wire:
         self.bytes: Counter[tuple[str, str]] = Counter()
 
     def clear(self) -> None:
-        """Begin again."""
+        """Reset all counters and the clock."""
         self.elements.clear()
         self.bytes.clear()
         self.clock.clear()
 
     def table(self) -> tuple[list[str], Tensor]:
-        """The input groups, the same on ranks with the same model, and (2, input groups, KINDS): elements and bytes."""
+        """Return the counters as one tensor, which ranks with the same model can sum.
+
+        Returns:
+            Names of the input groups, sorted, and a (2, groups, len(KINDS)) int64 tensor: elements, then bytes.
+        """
         groups = sorted({group for group, _ in self.elements})
         counters = (self.elements, self.bytes)
         numbers = [c[group, kind] for c in counters for group in groups for kind in KINDS]
         return groups, torch.tensor(numbers, dtype=torch.int64).view(2, len(groups), len(KINDS))
 
     def by_kind(self) -> Counter[str]:
-        """Elements of all input groups."""
+        """Return the elements of each kind, summed over all input groups."""
         total: Counter[str] = Counter()
         for (_, kind), number in self.elements.items():
             total[kind] += number
@@ -54,12 +61,12 @@ class Wire:
 
 
 class Tally(NamedTuple):
-    """Counts for one input group.
+    """Counter for one input group.
 
     Args:
-        wire: that keeps the numbers.
+        wire: counters to add to.
         group: name of the input group.
-        repeated: whether a recomputed forward sends, or the backward of a round.
+        repeated: whether a recomputed forward sends: the backward of a checkpointed region or of a round.
     """
 
     wire: Wire
@@ -67,7 +74,7 @@ class Tally(NamedTuple):
     repeated: bool = False
 
     def add(self, kind: str, elements: int, like: Tensor) -> None:
-        """Count `elements` of the dtype of `like`."""
+        """Count `elements` elements of the dtype of `like`."""
         entry = self.group, f"again_{kind}" if self.repeated else kind
         self.wire.elements[entry] += elements
         self.wire.bytes[entry] += elements * like.element_size()

@@ -207,11 +207,11 @@ class _KeepsInput(torch.autograd.Function):
 class _NoExperts:
     """Dispatch (`method.layer.Dispatch`) that returns empty outputs."""
 
-    def plan(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> None:
+    def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> None:
         """Decide nothing."""
 
     def start(
-        self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank], plan: None, repeated: bool = False
+        self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank], decision: None, repeated: bool = False
     ) -> Finish:
         """Return a function that returns empty outputs."""
         return lambda: [_Empty.apply(x_TD, r.p_TE, b.A_LRD, b.B_LOR) for r, b in zip(routings, banks, strict=True)]

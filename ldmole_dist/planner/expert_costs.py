@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ldmole_dist.method.experts import fused_up_to
-from ldmole_dist.parallel.plan import GroupSizes, count_elements
+from ldmole_dist.method.experts import fused_threshold
+from ldmole_dist.parallel.decision import GroupSizes, count_message_elements
 from ldmole_dist.planner.shapes import Group
 from ldmole_dist.planner.workload import Strategy, Workload
 
@@ -44,7 +44,7 @@ class ExpertCall(NamedTuple):
 
     def fused(self, workload: Workload) -> bool:
         """Return whether `apply_experts` computes all experts for all rows."""
-        return self.experts * workload.lora_rank * self.rows <= fused_up_to(workload.on_cpu) * self.pairs
+        return self.experts * workload.lora_rank * self.rows <= fused_threshold(workload.on_cpu) * self.pairs
 
     def hidden(self, workload: Workload) -> float:
         """Return the elements between A and B: R for each computed (row, expert) pair."""
@@ -99,7 +99,7 @@ def payload(volume: Volume, sizes: GroupSizes) -> dict[str, float]:
 
 def count_payload(group: Group, workload: Workload, strategy: Strategy) -> int:
     """Return the elements of the counts that one rank sends before the dispatch."""
-    return count_elements(strategy.ep_size, group_sizes(group, workload, strategy))
+    return count_message_elements(strategy.ep_size, group_sizes(group, workload, strategy))
 
 
 def expert_calls(group: Group, workload: Workload, strategy: Strategy) -> Iterator[tuple[int, ExpertCall]]:

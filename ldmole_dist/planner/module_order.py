@@ -57,10 +57,10 @@ def module_order(workload: Workload, checkpointing: bool) -> Order:
     for module, name in names.items():
         if isinstance(module, LdMoleLinear):
             (group,) = module.groups.values()
-            if group.members[0] is module:  # engine.build registers the experts of a group with its first linear
+            if group.linears[0] is module:  # engine.build registers the experts of a group with its first linear
                 uses[name] += tuple(
                     f"{names[m]}.{bank}.{adapter}"
-                    for m in group.members
+                    for m in group.linears
                     for bank in ("lora_A", "lora_B")
                     for adapter in m.lora_A
                 )

@@ -149,6 +149,6 @@ def input_groups(model: PeftModel) -> Iterator[Group]:
     for module in model.modules():
         if isinstance(module, LdMoleLinear):
             (group,) = module.groups.values()
-            if group.members[0] is module:
-                widths = tuple(int(m.base_layer.out_features) for m in group.members)  # type: ignore[arg-type]
+            if group.linears[0] is module:
+                widths = tuple(int(m.base_layer.out_features) for m in group.linears)  # type: ignore[arg-type]
                 yield Group(module.name, int(module.base_layer.in_features), widths)  # type: ignore[arg-type]

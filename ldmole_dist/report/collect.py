@@ -20,8 +20,8 @@ from ldmole_dist.data.batches import collate
 from ldmole_dist.data.encode import Encoded
 from ldmole_dist.errors import UserError
 from ldmole_dist.method.routers import Routing
-from ldmole_dist.method.statistics import RoutingSums, added
-from ldmole_dist.model.forward import route
+from ldmole_dist.method.statistics import RoutingSums, merge_sums
+from ldmole_dist.model.forward import observe_routing
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Observed:
     def by_linear(self) -> dict[str, Tensor]:
         """Routing sums of each linear over all domains."""
         names = next(iter(self.by_domain.values()))
-        return {name: added(sums[name] for sums in self.by_domain.values()) for name in names}
+        return {name: merge_sums(sums[name] for sums in self.by_domain.values()) for name in names}
 
 
 class Counter:
@@ -111,7 +111,7 @@ def collect(model: PeftModel, examples: Mapping[str, Sequence[Encoded]], pad_id:
         for domain, sequences in examples.items():
             for batch in batches(sequences, pad_id, batch_size, device):
                 counter.begin(domain, batch)
-                route(model, batch, counter)
+                observe_routing(model, batch, counter)
                 progress.update(len(batch["input_ids"]))
     return counter.result()
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ldmole_dist.method.statistics import added, summarize
+from ldmole_dist.method.statistics import merge_sums, summarize
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.report.by_layer import has_lambda
 from ldmole_dist.report.html import Table
@@ -21,7 +21,7 @@ def domain_figure(linears: Linears, by_domain: ByDomain) -> Figure:
     """Plot experts per token and lambda by layer, one line per domain."""
     layers = [[name for p in linears.projections if (name := linears.name(p, layer))] for layer in linears.layers]
     summaries = {
-        domain: [summarize(added(sums[name] for name in names)) for names in layers]
+        domain: [summarize(merge_sums(sums[name] for name in names)) for names in layers]
         for domain, sums in by_domain.items()
     }
     quantities = {"experts_per_token": "active experts per token"}
@@ -47,11 +47,11 @@ def domain_table(linears: Linears, by_domain: ByDomain, rows: Mapping[str, int])
     """
     cells = []
     for domain, sums in by_domain.items():
-        total = summarize(added(sums.values()))
+        total = summarize(merge_sums(sums.values()))
         tokens = summarize(next(iter(sums.values())))["tokens"]
         lam = f"{total['lambda_mean']:.3f} ± {total['lambda_std']:.3f}" if has_lambda({domain: total}) else "–"
         groups = [list(sums.values()), *([sums[name] for name in linears.of(p)] for p in linears.projections)]
-        experts = [f"{summarize(added(group))['experts_per_token']:.2f}" for group in groups]
+        experts = [f"{summarize(merge_sums(group))['experts_per_token']:.2f}" for group in groups]
         cells.append([domain, f"{rows[domain]:,}", f"{tokens:,}", lam, *experts])
     header = ["domain", "rows", "tokens", "λ (± std)", "experts per token", *linears.projections]
     return Table(header, cells, "Mean λ and mean active experts per token: over all linears, and by projection.")

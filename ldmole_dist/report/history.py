@@ -21,7 +21,7 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.io import read_jsonl
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import RoutingSums
-from ldmole_dist.model.forward import route
+from ldmole_dist.model.forward import observe_routing
 from ldmole_dist.model.saved import SavedModel
 from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.report.collect import batches
@@ -108,7 +108,7 @@ def trace_history(
     def snapshot() -> _Snapshot:
         observer = _Snapshot()
         for batch in batches(probe, pad_id, batch_size, device):
-            route(model, batch, observer)
+            observe_routing(model, batch, observer)
         return observer
 
     def snapshot_with(add_adapter: Callable[[str], Any]) -> _Snapshot:

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
-from ldmole_dist.method.statistics import added, summarize
+from ldmole_dist.method.statistics import merge_sums, summarize
 from ldmole_dist.model.saved import SavedModel
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.report import by_layer, history_figures, html
@@ -56,7 +56,7 @@ def summary(report: ReportData) -> list[tuple[str, str]]:
     """Return names and values of the key numbers, for the page and the terminal."""
     config, data, sums = report.config, report.data, report.observed.by_linear
     linears, summaries = Linears(sums), {name: summarize(s) for name, s in sums.items()}
-    total, experts = summarize(added(sums.values())), experts_text(summaries)
+    total, experts = summarize(merge_sums(sums.values())), experts_text(summaries)
     loads = [(load * len(s["load"]), name, e) for name, s in summaries.items() for e, load in enumerate(s["load"])]
     by_experts = sorted(summaries, key=lambda name: summaries[name]["experts_per_token"])
     dead = sum(s["dead_experts"] for s in summaries.values())

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.loss import answer_count, next_tokens
-from ldmole_dist.parallel.exchange import Parcel, exchange
+from ldmole_dist.parallel.exchange import Payload, exchange
 from ldmole_dist.parallel.wire import Tally, Wire
 from ldmole_dist.selftest.reference import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch, relative
@@ -49,7 +49,7 @@ def collectives() -> dict[str, float]:
         expected = [rows(other, rank, dtype) for other in range(world)]
         send, recv = [len(part) for part in out], [len(part) for part in expected]
         x = torch.cat(out).requires_grad_(dtype.is_floating_point)
-        (y,) = exchange([Parcel("rows", x, send, recv)], group, Tally(Wire(), "selftest"))
+        (y,) = exchange([Payload("rows", x, send, recv)], group, Tally(Wire(), "selftest"))
         wrong[f"all-to-all {dtype}"] = float((y != torch.cat(expected)).sum())
         if dtype.is_floating_point:
             y.backward(y.detach().clone())

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ldmole_dist.config import Optimisation
-from ldmole_dist.distributed import from_main, raise_on_all_ranks
+from ldmole_dist.distributed import broadcast_from_main, raise_on_all_ranks
 from ldmole_dist.engine.startup import start
 from ldmole_dist.loss import answer_count, answer_loss, next_tokens
 from ldmole_dist.model.backbone import enable_gradient_checkpointing
@@ -94,7 +94,7 @@ def _on_rank_0(function: Callable[..., T], *args: Any) -> T:
         with raise_on_all_ranks("computing the reference"):
             if start().is_main:
                 value = function(*args)
-        _computed[key] = from_main(value)
+        _computed[key] = broadcast_from_main(value)
     return _computed[key]  # type: ignore[no-any-return]
 
 

@@ -100,4 +100,4 @@ def relative(value: Tensor, reference: Tensor) -> float:
 
 def whole(model: PeftModel, name: str, local: Tensor) -> Tensor:
     """Return a tensor that has the shape of parameter `name`, gathered over ranks if it is of experts; every rank calls it."""
-    return tuner_of(model).parallel.gathered(local) if is_expert_tensor(name) else local
+    return tuner_of(model).parallel.all_gather(local) if is_expert_tensor(name) else local

@@ -22,7 +22,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.errors import NonFiniteLoss, Preempted, UserError
 from ldmole_dist.evaluation.evaluator import Evaluator
 from ldmole_dist.loss import answer_count, answer_loss, next_tokens
-from ldmole_dist.method.losses import adapted_l1
+from ldmole_dist.method.losses import next_l1_coefficient
 from ldmole_dist.method.noise import RouterNoise, linear_decay
 from ldmole_dist.model.forward import batch_logits
 from ldmole_dist.monitor.meter import Report, StepMeter
@@ -240,7 +240,7 @@ class Trainer:
             weights = self.context.weights
             metrics["l1_coef"] = weights.l1
             rate = self.config.optimisation.l1_rate
-            weights.l1 = adapted_l1(weights.l1, metrics["experts_per_token"], weights.target_k, rate)
+            weights.l1 = next_l1_coefficient(weights.l1, metrics["experts_per_token"], weights.target_k, rate)
 
     def _report_evaluation(self, step: int) -> dict[str, float]:
         """Evaluate, measure how routing has changed, report both, and return the metrics of the evaluation."""

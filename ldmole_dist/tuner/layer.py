@@ -24,9 +24,9 @@ class LdMoleLinear(MoELinear, BaseTunerLayer):
             (..., O).
         """
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or not active or self.context.plain:
+        if self.disable_adapters or not active or self.context.adapter_disabled:
             return self.base_layer(x)
-        return self.adapted(x, active[0])
+        return self.forward_with_adapter(x, active[0])
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter.

@@ -85,11 +85,11 @@ class LdMoleModel(BaseTuner):
         names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
         inputs = {name: given[name] for name in names if name in given}
         decoder: Any = model.base_model
-        self.context.plain = True
+        self.context.adapter_disabled = True
         try:
             hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
         finally:
-            self.context.plain = False
+            self.context.adapter_disabled = False
         return hidden
 
     def _end(self, *_: Any) -> None:
@@ -139,7 +139,7 @@ class LdMoleModel(BaseTuner):
         linears = {m.name: m for m in model.modules() if isinstance(m, LdMoleLinear) and adapter_name in m.lora_A}
         for names in find_input_groups(model, linears):
             group = InputGroup([linears[name] for name in names], adapter_name)
-            for member in group.members:
+            for member in group.linears:
                 member.groups[adapter_name] = group
 
     def _create_and_replace(
@@ -248,7 +248,7 @@ class LdMoleModel(BaseTuner):
             parameter: what this rank holds of it.
         """
         value = parameter.detach() if self.gather_parameter is None else self.gather_parameter(parameter)
-        return self.parallel.gathered(value) if is_expert_tensor(name) else value
+        return self.parallel.all_gather(value) if is_expert_tensor(name) else value
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

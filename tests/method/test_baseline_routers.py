@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ldmole_dist.method.context import LossWeights, StepContext
-from ldmole_dist.method.losses import adapted_l1, entropy_loss, l1_loss
+from ldmole_dist.method.losses import entropy_loss, l1_loss, next_l1_coefficient
 from ldmole_dist.method.names import ROUTER_NAMES
 from ldmole_dist.method.routers import ROUTERS, Router, new_router
 
@@ -157,7 +157,7 @@ def test_the_balance_loss_is_of_the_choice_and_the_softmax_before_it(name: str) 
     (routing,), context = of_group.by_linear(), StepContext()
     context.weights = LossWeights(balance=1.0)
     context.begin(mask.view(1, T))
-    context.report(["linear"], of_group, torch.Size((1, T)), made.losses)
+    context.record_routing(["linear"], of_group, torch.Size((1, T)), made.losses)
     rows = u_TE[mask].tolist()
     active = [[weight > 0 for weight in REFERENCES[name](u)] for u in rows]
     freq = [sum(token[e] for token in active) / sum(map(sum, active)) for e in range(E)]
@@ -195,9 +195,9 @@ def test_l1_loss() -> None:
 
 
 def test_l1_coefficient_adapts() -> None:
-    assert adapted_l1(0.5, 3.0, 2, 1.2) == pytest.approx(0.6)
-    assert adapted_l1(0.6, 1.9, 2, 1.2) == pytest.approx(0.5)
-    assert adapted_l1(0.5, 2.0, 2, 1.2) == 0.5
+    assert next_l1_coefficient(0.5, 3.0, 2, 1.2) == pytest.approx(0.6)
+    assert next_l1_coefficient(0.6, 1.9, 2, 1.2) == pytest.approx(0.5)
+    assert next_l1_coefficient(0.5, 2.0, 2, 1.2) == 0.5
 
 
 def test_entropy_loss() -> None:

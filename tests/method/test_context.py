@@ -20,14 +20,14 @@ WEIGHTS = LossWeights(balance=0.7, sparsity=0.3, z=0.05, target_k=2)
 
 
 class Layer(MoELinear):
-    """With its one adapter active, as a tuner would have it."""
+    """MoELinear with its only adapter active, as in the PEFT tuner."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapted(x, "default")
+        return self.forward_with_adapter(x, "default")
 
 
 def make_layers(count: int = 2) -> tuple[list[Layer], StepContext]:
-    """Layers D -> D in float64 that share one context and one lambda-MLP; the same ones at every call."""
+    """Return layers D -> D in float64 that share one context and one lambda-MLP, with the same values at every call."""
     draw = torch.Generator().manual_seed(0)
     context = StepContext()
     context.weights = WEIGHTS
@@ -61,7 +61,7 @@ def gradients(layers: list[Layer], x: Tensor) -> dict[str, Tensor]:
 def forward_and_backward(
     run: Callable[[list[Layer], StepContext, Tensor], Tensor], prepare: Callable[[Layer, int], None] = lambda *_: None
 ) -> dict[str, Tensor]:
-    """All gradients of one micro-batch, auxiliary losses included."""
+    """Return all gradients of one micro-batch, including those of the auxiliary losses."""
     layers, context = make_layers()
     for i, layer in enumerate(layers):
         prepare(layer, i)
@@ -117,7 +117,7 @@ def decide_differently_each_time(layer: Layer, seed: int) -> None:
     layer.router["default"].decide = decide
 
 
-def test_padding_does_not_count_in_losses_and_counts() -> None:
+def test_padding_is_masked_in_losses_and_statistics() -> None:
     (layer, _), context = make_layers()
     x = hidden()
     real = MASK.flatten().bool()
@@ -154,26 +154,26 @@ def test_auxiliary_loss_is_the_weighted_mean_over_linears() -> None:
     torch.testing.assert_close(
         context.auxiliary_loss(), 0.7 * mean["balance"] + 0.3 * mean["sparsity"] + 0.05 * mean["z"]
     )
-    context.begin(MASK)  # forgets the last micro-batch
+    context.begin(MASK)  # clears the records of the previous micro-batch
     assert context.auxiliary_loss() == 0.0 and context.stats == {}
 
 
 @pytest.mark.parametrize("run", [one_region, two_regions, without_a_tape])
-def test_checkpointing_changes_no_gradient(run: Callable[..., Tensor]) -> None:
+def test_gradients_equal_with_and_without_checkpointing(run: Callable[..., Tensor]) -> None:
     expected, found = forward_and_backward(plain), forward_and_backward(run)
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("run", [one_region, two_regions])
-def test_a_recomputation_replays_the_first_decision(run: Callable[..., Tensor]) -> None:
+def test_recomputation_replays_decision(run: Callable[..., Tensor]) -> None:
     expected = forward_and_backward(plain, decide_differently_each_time)
     found = forward_and_backward(run, decide_differently_each_time)
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-12)
 
 
-def test_the_replay_is_what_makes_them_equal() -> None:
+def test_gradients_differ_without_replay() -> None:
     expected = forward_and_backward(plain, decide_differently_each_time)
     try:
         found = forward_and_backward(without_a_tape, decide_differently_each_time)
@@ -182,14 +182,14 @@ def test_the_replay_is_what_makes_them_equal() -> None:
     assert not torch.allclose(found["0.lora_A.default"], expected["0.lora_A.default"])
 
 
-def test_a_layer_called_twice_in_a_region_replays_both_decisions_in_order() -> None:
+def test_layer_called_twice_replays_decisions_in_order() -> None:
     expected = forward_and_backward(twice, decide_differently_each_time)
     found = forward_and_backward(twice_in_a_region, decide_differently_each_time)
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-12)
 
 
-def test_a_second_backward_replays_again() -> None:
+def test_second_backward_replays_again() -> None:
     layers, context = make_layers()
     for i, layer in enumerate(layers):
         decide_differently_each_time(layer, i)
@@ -204,7 +204,7 @@ def test_a_second_backward_replays_again() -> None:
         torch.testing.assert_close(grad, 2 * once[name], rtol=1e-12, atol=1e-12)
 
 
-def test_a_region_ends_with_its_block() -> None:
+def test_no_decision_is_replayed_after_the_region() -> None:
     layers, context = make_layers()
     context.begin(MASK)
     y = one_region(layers, context, hidden())
@@ -213,10 +213,10 @@ def test_a_region_ends_with_its_block() -> None:
     other = hidden().detach().flip(0, 1)
     again, _ = make_layers()
     torch.testing.assert_close(plain(layers, context, other), plain(again, context, other))
-    assert context.replayed(layers[0]) is None
+    assert context.replay_decision(layers[0]) is None
 
 
-def test_a_recomputation_reports_nothing() -> None:
+def test_recomputation_records_nothing() -> None:
     layers, context = make_layers()
     context.begin(MASK)
     y = two_regions(layers, context, hidden())
@@ -235,7 +235,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
         checkpoint(plain, layers, context, hidden(), use_reentrant=True)
 
 
-def test_without_gradients_anything_goes() -> None:
+def test_reentrant_check_is_off_without_gradients() -> None:
     layers, context = make_layers()
     with torch.no_grad():
         context.begin(MASK)
@@ -244,7 +244,7 @@ def test_without_gradients_anything_goes() -> None:
     assert y.isfinite().all() and not y.requires_grad
 
 
-def test_evaluation_reports_nothing() -> None:
+def test_evaluation_records_nothing() -> None:
     layers, context = make_layers()
     for layer in layers:
         layer.eval()
@@ -253,7 +253,7 @@ def test_evaluation_reports_nothing() -> None:
     assert context.stats == {} and context.auxiliary_loss() == 0.0
 
 
-def test_a_mask_of_another_shape_is_refused_where_it_would_count() -> None:
+def test_mask_of_wrong_shape_is_refused_only_in_training() -> None:
     (layer, _), context = make_layers()
     context.begin(torch.ones(B, 1, S, S))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 5, 5\)"):
@@ -262,7 +262,7 @@ def test_a_mask_of_another_shape_is_refused_where_it_would_count() -> None:
     assert layer(hidden()).shape == (B, S, D)
 
 
-def test_with_a_key_value_cache_the_last_columns_of_the_mask_count() -> None:
+def test_key_value_cache_uses_last_columns_of_mask() -> None:
     (layer, _), context = make_layers()
     x = hidden(B, 2)
     found = []
@@ -276,7 +276,7 @@ def test_with_a_key_value_cache_the_last_columns_of_the_mask_count() -> None:
     assert not found[0].equal(context.stats["linear0"])
 
 
-def test_any_leading_shape_and_no_token_at_all() -> None:
+def test_any_leading_shape_including_no_tokens() -> None:
     (layer, _), context = make_layers()
     context.begin(None)
     x = hidden()
@@ -286,7 +286,7 @@ def test_any_leading_shape_and_no_token_at_all() -> None:
     assert layer(x[:, :0]).shape == (B, 0, D)
 
 
-def test_dropout_acts_once_on_what_router_lambda_and_experts_see() -> None:
+def test_router_lambda_and_experts_share_one_dropout_mask() -> None:
     (layer, _), _ = make_layers()
     x = hidden()
     layer.lora_dropout["default"] = nn.Dropout(0.5)

@@ -1,10 +1,10 @@
-"""The two formulations of the expert bank: equal, exact gradients, and what they keep for the backward."""
+"""The two formulations of the experts: equal outputs and gradients, and the tensors saved for the backward."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_experts, fused_suffices, sparse_experts
+from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_experts, fused_is_always_faster, sparse_experts
 from ldmole_dist.method.sparsegen import sparsegen
 
 T, D, O, E, R = 21, 10, 12, 6, 3
@@ -12,8 +12,8 @@ T, D, O, E, R = 21, 10, 12, 6, 3
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, ExpertBank]:
     x, p = torch.randn(T, D, dtype=dtype), sparsegen(torch.randn(T, E, dtype=dtype), torch.zeros(T, dtype=dtype))
-    p[:, 4] = 0  # an expert without a token
-    p[3] = 0  # a token without an expert
+    p[:, 4] = 0  # an expert without tokens
+    p[3] = 0  # a token without experts
     bank = ExpertBank(
         torch.randn(E, R, D, dtype=dtype).requires_grad_(), torch.randn(E, O, R, dtype=dtype).requires_grad_(), 2.0
     )
@@ -29,7 +29,7 @@ def counts(p: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("formulation", ["fused", "sparse"])
-def test_equal_to_the_definition_with_all_gradients(formulation: str) -> None:
+def test_outputs_and_gradients_equal_definition(formulation: str) -> None:
     x, p, bank = inputs()
     dy = torch.randn(T, O, dtype=torch.float64)
     leaves = (x, p, bank.A_LRD, bank.B_LOR)
@@ -40,7 +40,7 @@ def test_equal_to_the_definition_with_all_gradients(formulation: str) -> None:
     torch.testing.assert_close(y, expected)
     for name, grad, reference in zip(("x", "p", "A", "B"), grads, expected_grads, strict=True):
         if name == "p" and formulation == "sparse":
-            reference = reference.masked_fill(p == 0, 0)  # no router lets a gradient through off the support
+            reference = reference.masked_fill(p == 0, 0)  # routers ignore gradients off the support
         torch.testing.assert_close(grad, reference)
 
 
@@ -52,7 +52,7 @@ def test_gradcheck_fused() -> None:
 
 
 @pytest.mark.parametrize("formulation", ["fused", "sparse"])
-def test_without_any_token_every_parameter_still_gets_a_gradient(formulation: str) -> None:
+def test_parameters_get_gradients_without_tokens(formulation: str) -> None:
     x, p, bank = inputs()
     x, p = x[:0], p[:0]
     y = fused_experts(x, p, bank) if formulation == "fused" else sparse_experts(x, p, bank, [0] * E)
@@ -72,7 +72,7 @@ def test_half_precision_input_with_float32_parameters(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize(("formulation", "hidden"), [("fused", T * E * R), ("sparse", None)])
-def test_keeps_only_x_p_and_h(formulation: str, hidden: int | None) -> None:
+def test_saves_only_x_p_and_h(formulation: str, hidden: int | None) -> None:
     x, p, bank = inputs()
     given = {t.data_ptr() for t in (x, p, bank.A_LRD, bank.B_LOR)}
     kept: dict[int, int] = {}
@@ -87,18 +87,18 @@ def test_keeps_only_x_p_and_h(formulation: str, hidden: int | None) -> None:
     assert list(own.values()) == [hidden if hidden is not None else sum(counts(p)) * R] and y.requires_grad
 
 
-def test_choice_follows_the_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formulation_follows_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     x, p, bank = inputs()
     expected = direct(x, p, bank)
     for threshold in (0, 10**6):
-        monkeypatch.setattr("ldmole_dist.method.experts.FUSED_UP_TO_ON_CPU", threshold)
+        monkeypatch.setattr("ldmole_dist.method.experts.FUSED_THRESHOLD_ON_CPU", threshold)
         y = apply_experts(x, p, bank, counts(p))
         torch.testing.assert_close(y, expected)
         assert ("Fused" if threshold else "Sparse") in type(y.grad_fn).__name__
 
 
-def test_off_the_cpu_all_experts_are_computed_at_once() -> None:
-    """Without a GPU: tensors on the meta device have no data, and autograd all the same."""
+def test_accelerators_use_fused() -> None:
+    """Uses the meta device, which has autograd but needs no GPU."""
     num_experts, tokens = 512, 8
     for device, name in (("cpu", "Sparse"), ("meta", "Fused")):
         x = torch.ones(tokens, D, device=device)
@@ -106,6 +106,6 @@ def test_off_the_cpu_all_experts_are_computed_at_once() -> None:
         bank = ExpertBank(
             torch.ones(num_experts, R, D, device=device), torch.ones(num_experts, O, R, device=device), 1.0
         )
-        assert fused_suffices(bank) == (name == "Fused")
+        assert fused_is_always_faster(bank) == (name == "Fused")
         y = apply_experts(x, p, bank, [1] * tokens + [0] * (num_experts - tokens))
         assert name in type(y.grad_fn).__name__

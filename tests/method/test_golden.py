@@ -52,7 +52,7 @@ def build(g: dict[str, Tensor], meta: dict[str, str]) -> tuple[MoELinear, StepCo
 
 
 class FixedFormulation(LocalDispatch):
-    """The local dispatch with the formulation imposed."""
+    """LocalDispatch with a fixed formulation."""
 
     def __init__(self, formulation: str) -> None:
         self.formulation = formulation
@@ -64,28 +64,33 @@ class FixedFormulation(LocalDispatch):
         return [sparse_experts(x_TD, routing.p_TE, bank, (routing.p_TE != 0).sum(0).tolist())]
 
 
-def test_golden_files_are_there() -> None:
+def test_golden_files_exist() -> None:
     assert len(FILES) == 3
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("formulation", ["fused", "sparse"])
-def test_golden(path: Path, formulation: str) -> None:
+def test_equal_to_golden(path: Path, formulation: str) -> None:
     g, meta = load(path)
     layer, context = build(g, meta)
     layer.dispatch = FixedFormulation(formulation)
     seen: list[Routing] = []
-    report = context.report
-    context.report = lambda names, routing, *rest: (seen.extend(routing.by_linear()), report(names, routing, *rest))[1]
+    report = context.record_routing
+    context.record_routing = lambda names, routing, *rest: (
+        seen.extend(routing.by_linear()),
+        report(names, routing, *rest),
+    )[1]
     mask = g["attention_mask"]
     x = g["x"].clone().requires_grad_()
 
     context.begin(mask)
-    y = layer.adapted(x, "default")
+    y = layer.forward_with_adapter(x, "default")
     (routing,) = seen
     E = g["A"].shape[0]
     balance = load_balance_loss(routing.p_TE, mask.flatten())
-    sparsity = sparsity_loss(routing.logits_TE, routing.lam_T, int(meta["k_target"]))  # padding in, as the files say
+    sparsity = sparsity_loss(
+        routing.logits_TE, routing.lam_T, int(meta["k_target"])
+    )  # no mask: the authors average padding in
     loss = (y * g["dy"]).sum() + float(meta["lb_coef"]) * balance + float(meta["sparsity_coef"]) * sparsity
     loss.backward()
 
@@ -112,14 +117,14 @@ def test_golden(path: Path, formulation: str) -> None:
         assert gradient is not None and distance(gradient, g[f"grad_{name}"]) < 1e-5, name
 
 
-def test_product_masks_padding_out_of_the_sparsity_loss() -> None:
+def test_sparsity_loss_masks_padding() -> None:
     g, meta = load(FILES[0])
     layer, context = build(g, meta)
     context.weights = LossWeights(target_k=int(meta["k_target"]))
     context.begin(g["attention_mask"])
-    layer.adapted(g["x"], "default")
+    layer.forward_with_adapter(g["x"], "default")
     (masked,) = context.terms["sparsity"]
     real = g["attention_mask"].flatten().bool()
     by_hand = sparsity_loss(g["gate_score"].flatten(0, 1)[real], g["lam"].flatten()[real], int(meta["k_target"]))
     torch.testing.assert_close(masked, by_hand)
-    assert not torch.isclose(masked, g["sparsity"])  # the files average padding in
+    assert not torch.isclose(masked, g["sparsity"])  # the authors average padding in

@@ -1,4 +1,4 @@
-"""Noise on router scores: off by default, the same from the same key, replayed by a recomputation."""
+"""Noise on router scores: off by default, determined by its key, repeated by a recomputation."""
 
 import pytest
 import torch
@@ -21,19 +21,19 @@ def noisy(run):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("run", [one_region, two_regions])
-def test_a_recomputation_draws_the_same_noise(run) -> None:  # type: ignore[no-untyped-def]
+def test_recomputation_draws_same_noise(run) -> None:  # type: ignore[no-untyped-def]
     kept, recomputed = forward_and_backward(noisy(plain)), forward_and_backward(noisy(run))
     quiet = forward_and_backward(plain)
     assert all(kept[name].equal(recomputed[name]) for name in kept)
     assert any(not torch.allclose(kept[name], quiet[name]) for name in kept)
 
 
-def test_the_key_and_the_name_decide_what_is_drawn() -> None:
+def test_noise_depends_only_on_key_and_name() -> None:
     u_TE = torch.zeros(1000, 4)
-    drawn = NOISE.added(u_TE, "q_proj")
-    assert drawn.equal(NOISE.added(u_TE, "q_proj"))
+    drawn = NOISE.add_to(u_TE, "q_proj")
+    assert drawn.equal(NOISE.add_to(u_TE, "q_proj"))
     assert abs(float(drawn.std()) - 2.0) < 0.1 and abs(float(drawn.mean())) < 0.2
-    others = [NOISE.added(u_TE, "k_proj"), *(NOISE._replace(key=key).added(u_TE, "q_proj") for key in KEYS)]
+    others = [NOISE.add_to(u_TE, "k_proj"), *(NOISE._replace(key=key).add_to(u_TE, "q_proj") for key in KEYS)]
     assert all(float((drawn - other).abs().mean()) > 1 for other in others)
 
 
@@ -53,12 +53,12 @@ def test_no_noise_in_evaluation() -> None:
     assert all(found[0][name].equal(found[1][name]) for name in found[0])
 
 
-def test_the_gradient_is_that_of_the_scores() -> None:
+def test_noise_carries_no_gradient() -> None:
     u_TE = torch.zeros(5, 4, requires_grad=True)
-    (NOISE.added(u_TE, "q_proj") * torch.arange(4)).sum().backward()
+    (NOISE.add_to(u_TE, "q_proj") * torch.arange(4)).sum().backward()
     assert u_TE.grad is not None and u_TE.grad.equal(torch.arange(4.0).expand(5, 4))
 
 
-def test_it_falls_linearly_to_nothing() -> None:
+def test_std_decays_linearly_to_zero() -> None:
     found = [linear_decay(0.8, 0.5, step, 8) for step in range(1, 9)]
     assert found == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""Routers and the lambda-MLP: initial values, bounds, dtypes, and what they keep for the backward."""
+"""Routers and the lambda-MLP: initialization, bounds, dtypes, and the tensors saved for the backward."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmole_dist.method.lambda_mlp import LambdaMLP
-from ldmole_dist.method.linear import PromotingLinear, linear
+from ldmole_dist.method.linear import InputDtypeLinear, linear
 from ldmole_dist.method.routers import SparsegenRouter
 from ldmole_dist.method.sparsegen import sparsegen
 
@@ -32,7 +32,7 @@ def rows(scale: float = 1.0) -> Tensor:
 def test_lambda_stays_below_one_minus_eps(eps: float) -> None:
     lam = mlp("live", eps=eps).double()(rows(scale=1e3).double()).detach()
     assert lam.shape == (T,) and float(lam.max()) <= 1 - eps and float(lam.max()) > 1 - eps - 0.01
-    # What Sparsegen then does is still defined.
+    # Sparsegen is still defined at these values.
     assert sparsegen(rows()[:, :E], lam).sum(-1).sub(1).abs().max() < 1e-5
 
 
@@ -58,7 +58,7 @@ def test_live_init_spreads_around_the_same_mean() -> None:
 
 
 @pytest.mark.parametrize("init", ["live", "authors"])
-def test_initial_values_come_from_the_generator_alone(init: str) -> None:
+def test_initialization_uses_only_the_given_generator(init: str) -> None:
     torch.manual_seed(1)
     first, global_state = mlp(init), torch.get_rng_state()
     torch.manual_seed(2)
@@ -67,7 +67,7 @@ def test_initial_values_come_from_the_generator_alone(init: str) -> None:
         assert a.equal(b)
     assert not first.fc1.weight.equal(other.fc1.weight)
     torch.manual_seed(1)
-    assert torch.get_rng_state().equal(global_state)  # building one does not advance the global generator
+    assert torch.get_rng_state().equal(global_state)  # construction does not advance the global generator
 
 
 def test_router_weight_is_kaiming_uniform() -> None:
@@ -80,13 +80,13 @@ def test_router_weight_is_kaiming_uniform() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rows_get_float32_scores(dtype: torch.dtype) -> None:
+def test_half_precision_input_gives_float32_scores(dtype: torch.dtype) -> None:
     router, module = SparsegenRouter(D, E), mlp("live")
     router.reset(generator())
     x = rows().to(dtype).requires_grad_()
     logits, lam = router(x), module(x)
     assert logits.dtype == lam.dtype == torch.float32
-    torch.testing.assert_close(logits, x.float() @ router.weight.t())  # nothing is rounded on the way
+    torch.testing.assert_close(logits, x.float() @ router.weight.t())  # not rounded to half precision
     torch.testing.assert_close(lam, module(x.float()), rtol=0.05, atol=0.05)
     routing = router.weigh(logits, lam, router.decide(logits, lam))
     (routing.p_TE * torch.randn(T, E)).sum().backward()
@@ -96,7 +96,7 @@ def test_half_precision_rows_get_float32_scores(dtype: torch.dtype) -> None:
     assert router(x.double()).dtype == torch.float64
 
 
-def test_the_two_steps_of_a_router_are_sparsegen() -> None:
+def test_decide_then_weigh_equals_sparsegen() -> None:
     router = SparsegenRouter(D, E)
     router.reset(generator())
     x, lam = rows(), torch.rand(T) * 2 - 1.5
@@ -125,8 +125,8 @@ def test_linear_without_a_gradient_for_its_input() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_linear_keeps_x_and_weight_and_no_copies(dtype: torch.dtype) -> None:
-    layer = PromotingLinear(D, H)
+def test_linear_saves_no_cast_copies(dtype: torch.dtype) -> None:
+    layer = InputDtypeLinear(D, H)
     x = rows().to(dtype).requires_grad_()
     kept: list[int] = []
 
@@ -136,6 +136,6 @@ def test_linear_keeps_x_and_weight_and_no_copies(dtype: torch.dtype) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = layer(x)
-        linear(x, layer.weight, None, torch.float64)  # a wider product keeps no wider x either
+        linear(x, layer.weight, None, torch.float64)  # a product in a wider dtype saves no cast copy of x
     assert kept == [x.data_ptr(), layer.weight.data_ptr()] * 2
     assert y.dtype == dtype

@@ -1,4 +1,4 @@
-"""Sparsegen against a generic solver, its gradient, Proposition 2 and its edges."""
+"""Sparsegen: against a generic solver, gradient, Proposition 2 and edge cases."""
 
 import math
 
@@ -20,7 +20,7 @@ def draw(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("lam", [-50.0, -1.6, 0.0, 0.5, 0.9])
 @pytest.mark.parametrize("E", [2, 5, 8])
-def test_against_a_generic_simplex_solver(lam: float, E: int) -> None:
+def test_equal_to_generic_simplex_solver(lam: float, E: int) -> None:
     for seed in range(5):
         u = draw(seed, E).numpy()
         solution = minimize(
@@ -32,7 +32,7 @@ def test_against_a_generic_simplex_solver(lam: float, E: int) -> None:
             method="SLSQP",
             options={"ftol": 1e-14, "maxiter": 500},
         )
-        # At this tolerance its line search may end (8) where rounding leaves it no way down, on some processors.
+        # At this tolerance SLSQP may stop with status 8 (positive slope) because of rounding, on some processors.
         assert solution.status in (0, 8), solution.message
         p = sparsegen(torch.from_numpy(u), torch.tensor(lam, dtype=torch.float64))
         np.testing.assert_allclose(p.numpy(), solution.x, atol=1e-6)
@@ -46,7 +46,7 @@ def test_gradcheck(lam: float, E: int) -> None:
     assert torch.autograd.gradcheck(sparsegen, (logits, lam_T1), eps=1e-7, atol=1e-5)
 
 
-def test_gradient_is_the_published_formula() -> None:
+def test_gradient_equals_closed_form() -> None:
     logits, lam, g = draw(0, 40, 8).requires_grad_(), (draw(1, 40) - 1).clamp(max=0.9).requires_grad_(), draw(2, 40, 8)
     p = sparsegen(logits, lam)
     (p * g).sum().backward()
@@ -65,7 +65,7 @@ def test_proposition_2_gives_the_number_of_active_experts(seed: int, E: int, sca
     for k in range(1, E + 1):
         high = 1 - float((top[:k] - top[k - 1]).sum())
         low = 1 - float((top[:k] - top[k]).sum()) if k < E else high - 10
-        # Well inside the interval: at its ends the count jumps and rounding may decide.
+        # Stay inside the interval: at its ends the count changes, and rounding decides.
         for share in (0.05, 0.5, 0.95):
             lam = torch.tensor(low + share * (high - low), dtype=torch.float64)
             if high - low > 1e-6 * scale and lam < 1:
@@ -74,7 +74,7 @@ def test_proposition_2_gives_the_number_of_active_experts(seed: int, E: int, sca
 
 @settings(max_examples=200, deadline=None)
 @given(seed=TORCH_SEED, E=st.integers(1, 12), lam=st.floats(-100, 0.99), scale=st.sampled_from([1e-3, 1.0, 1e4]))
-def test_always_a_distribution_with_an_active_expert(seed: int, E: int, lam: float, scale: float) -> None:
+def test_weights_sum_to_1_with_an_active_expert(seed: int, E: int, lam: float, scale: float) -> None:
     for dtype in (torch.float32, torch.float64):
         u = draw(seed, 4, E, scale=scale).to(dtype)
         p = sparsegen(u, torch.full((4, 1), lam, dtype=dtype))
@@ -89,7 +89,7 @@ def test_logits_of_1e4_keep_their_differences(dtype: torch.dtype) -> None:
     torch.testing.assert_close(p, torch.tensor([[0.75, 0.25, 0.0, 0.0]], dtype=dtype))
 
 
-def test_ties_share_and_extremes() -> None:
+def test_ties_and_extreme_lambda() -> None:
     u = torch.tensor([[2.0, 2.0, 2.0, -1.0]])
     torch.testing.assert_close(sparsegen(u, torch.tensor([0.98])), torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0.0]]))
     v = torch.tensor([[0.3, -0.2, 1.1, 0.9]])
@@ -99,7 +99,7 @@ def test_ties_share_and_extremes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precisions_are_promoted(dtype: torch.dtype) -> None:
+def test_half_precision_is_promoted(dtype: torch.dtype) -> None:
     u, lam = torch.randn(7, 8).to(dtype), torch.zeros(7, 1, dtype=dtype)
     p = sparsegen(u, lam)
     assert p.dtype == torch.float32
@@ -112,7 +112,7 @@ def test_lambda_with_and_without_the_last_dimension() -> None:
     assert sparsegen(u, lam).equal(sparsegen(u, lam.unsqueeze(-1)))
 
 
-def test_nan_is_not_hidden() -> None:
+def test_nan_reaches_the_output() -> None:
     u = torch.randn(3, 4)
     u[1, 2] = math.nan
     p = sparsegen(u, torch.zeros(3))
@@ -120,7 +120,7 @@ def test_nan_is_not_hidden() -> None:
     assert sparsegen(torch.randn(1, 4), torch.tensor([math.nan])).isnan().all()
 
 
-def test_weights_on_a_replayed_support_stay_on_it() -> None:
+def test_weights_on_given_support_are_nonzero_only_there() -> None:
     u, lam = torch.randn(50, 8), torch.rand(50) - 0.5
     support = sparsegen_support(u, lam)
     p = sparsegen_on_support(u + 0.3 * torch.randn(50, 8), lam, support)

@@ -1,4 +1,4 @@
-"""What routers did: sums over micro-batches, padding left out, and the observer that collects them."""
+"""Routing statistics: sums over micro-batches without padding, and the observer that accumulates them."""
 
 import math
 
@@ -19,7 +19,7 @@ def routing(p: list[list[float]], lam: list[float]) -> Routing:
 THREE = routing([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.5, 0.0]], [0.5, -1.0, -4.0])
 
 
-def test_a_summary_by_hand() -> None:
+def test_summary_by_hand() -> None:
     found = summarize(routing_sums(THREE))
     assert found["tokens"] == 3 and found["dead_experts"] == 1
     assert found["lambda_mean"] == pytest.approx(-1.5) and found["lambda_std"] == pytest.approx(math.sqrt(3.5))
@@ -30,19 +30,19 @@ def test_a_summary_by_hand() -> None:
     assert found["entropy"] == pytest.approx((0 + math.log(2) + 1.5 * math.log(2)) / 3 / math.log(4))
 
 
-def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
+def test_sums_add_over_micro_batches() -> None:
     parts = [Routing(*(t[part] for t in THREE[:3])) for part in (slice(0, 1), slice(1, 3))]
     torch.testing.assert_close(sum(routing_sums(part) for part in parts), routing_sums(THREE))
 
 
-def test_padding_counts_nowhere_even_if_it_is_no_number() -> None:
+def test_padding_is_masked_even_if_nan() -> None:
     broken = Routing(*(torch.cat([t, torch.full_like(t[:1], torch.nan)]) for t in THREE[:3]))
     mask_T = torch.tensor([True, True, True, False])
     assert routing_sums(broken, mask_T).equal(routing_sums(THREE))
     assert summarize(routing_sums(THREE, torch.zeros(3, dtype=torch.bool)))["dead_experts"] == 4
 
 
-def test_a_token_without_an_expert_has_a_bin() -> None:
+def test_tokens_without_experts_are_counted() -> None:
     found = summarize(routing_sums(routing([[0.0, 0.0], [0.0, 2.0]], [0.0, 0.0])))
     assert found["histogram"] == [0.5, 0.5, 0.0] and found["weight"] == [0.0, 1.0]
 
@@ -56,7 +56,7 @@ def observed(layers_and_context: tuple, x: Tensor) -> dict[str, Tensor]:
     return context.observer.by_linear
 
 
-def test_the_observer_sees_every_linear_in_training_and_evaluation() -> None:
+def test_observer_is_called_for_every_linear_in_training_and_evaluation() -> None:
     made = make_layers()
     in_training = observed(made, hidden())
     for layer in made[0]:
@@ -67,7 +67,7 @@ def test_the_observer_sees_every_linear_in_training_and_evaluation() -> None:
     assert summarize(in_training["linear0"])["tokens"] == int(MASK.sum()) < B * S
 
 
-def test_a_recomputation_is_not_observed_again() -> None:
+def test_recomputation_does_not_call_observer() -> None:
     sums = RoutingSums()
 
     def run(layers: list, context: object, x: Tensor) -> Tensor:

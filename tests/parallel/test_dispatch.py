@@ -1,4 +1,4 @@
-"""Dispatch over 4 ranks, in each mode, against one process that holds all experts; the elements counted on the wire."""
+"""Dispatch over 4 ranks in each mode: equal to one process that holds all experts, with exact counts of elements sent."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.layer import LocalDispatch
 from ldmole_dist.method.routers import Routing
+from ldmole_dist.parallel.decision import GroupSizes, count_message_elements, payload_elements
 from ldmole_dist.parallel.dispatch import Mode
-from ldmole_dist.parallel.exchange import Parcel, exchange
+from ldmole_dist.parallel.exchange import Payload, exchange
 from ldmole_dist.parallel.placement import Placement
-from ldmole_dist.parallel.plan import GroupSizes, count_elements, elements
 from ldmole_dist.parallel.wire import FORWARD, Tally, Wire
 from ldmole_dist.selftest.local_ranks import LocalRanks
 
@@ -27,7 +27,7 @@ D, R = 6, 3
 
 @dataclass(frozen=True)
 class Scenario:
-    """One input group on every rank: `tokens` of each rank, out-features of each linear, who may be active."""
+    """One input group: tokens of each rank, out-features of each linear, and which experts may be active."""
 
     ep_size: int
     tokens: tuple[int, int, int, int] = (7, 11, 4, 9)
@@ -41,15 +41,15 @@ class Scenario:
 SCENARIOS = {
     "ep 2": Scenario(2),
     "ep 4": Scenario(4),
-    "one expert a rank": Scenario(4, experts=4),
-    "many experts a rank, so that the sparse formulation runs": Scenario(2, experts=96, active="one"),
+    "one expert per rank": Scenario(4, experts=4),
+    "many experts per rank, so that the sparse formulation runs": Scenario(2, experts=96, active="one"),
     "a rank without tokens": Scenario(4, tokens=(7, 0, 4, 9)),
     "no tokens in a whole group": Scenario(2, tokens=(0, 0, 4, 9)),
     "no tokens anywhere": Scenario(4, tokens=(0, 0, 0, 0)),
     "experts without a token": Scenario(4, active="not 1, 4 and 5"),
     "all tokens on one expert": Scenario(4, active="only 6"),
-    "nobody needs a remote expert": Scenario(4, active="own"),
-    "everybody needs all": Scenario(4, active="all"),
+    "no remote expert is active": Scenario(4, active="own"),
+    "every expert is active for every token": Scenario(4, active="all"),
     "tokens without an expert": Scenario(4, active="some none"),
     "two linears of one input": Scenario(4, outs=(5, 7)),
     "three linears of one input, ep 2": Scenario(2, outs=(5, 7, 4)),
@@ -63,7 +63,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 
 def supports(scenario: Scenario, rank: int, draw: torch.Generator) -> list[Tensor]:
-    """(T, E) bool for each linear, of the tokens of `rank`."""
+    """Return the support (T, E) of the tokens of `rank` for each linear."""
     T, E = scenario.tokens[rank], scenario.experts
     found = []
     for _ in scenario.outs:
@@ -85,7 +85,7 @@ def supports(scenario: Scenario, rank: int, draw: torch.Generator) -> list[Tenso
 
 
 def make_inputs(scenario: Scenario, rank: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """x, p of each linear and the gradients of the outputs; every rank can make those of all."""
+    """Return x, p of each linear and the output gradients of `rank`; any rank can create those of all ranks."""
     draw = torch.Generator().manual_seed(100 + rank)
     T, wide = scenario.tokens[rank], torch.promote_types(scenario.dtype, torch.float32)
     x = (
@@ -110,22 +110,22 @@ def make_banks(scenario: Scenario, local: slice) -> list[ExpertBank]:
 
 def run_backward(
     dispatch: Any,
-    plan: Any,
+    decision: Any,
     x: Tensor,
     ps: list[Tensor],
     banks: list[ExpertBank],
     dy: list[Tensor],
     repeated: bool = False,
 ) -> list[Tensor]:
-    """Outputs; gradients gather in the leaves."""
+    """Run forward and backward and return the outputs."""
     routings = [Routing(p, p, p[:, 0]) for p in ps]
-    outputs = dispatch.start(x, routings, banks, plan, repeated)()
+    outputs = dispatch.start(x, routings, banks, decision, repeated)()
     torch.autograd.backward(outputs, dy)
     return outputs
 
 
-def implied(scenario: Scenario, rank: int, shipped: list[Tensor], rounds: int = 1) -> Counter[str]:
-    """Elements that `rank` must send, from the routing of its group and the experts (P, G, L) that travel to each rank."""
+def implied(scenario: Scenario, rank: int, fetched: list[Tensor], rounds: int = 1) -> Counter[str]:
+    """Return the elements that `rank` must send, from the routing of its group and the experts that each rank fetches."""
     P, held, G = scenario.ep_size, scenario.experts // scenario.ep_size, len(scenario.outs)
     here = rank % P
     group = range(rank - here, rank - here + P)
@@ -133,25 +133,27 @@ def implied(scenario: Scenario, rank: int, shipped: list[Tensor], rounds: int = 
     for source in range(P):
         _, ps, _ = make_inputs(scenario, group[source])
         need = torch.stack([(p != 0).unflatten(1, (P, held)) for p in ps])  # (G, T, P, L)
-        need = (need & ~shipped[group[source]].transpose(0, 1).unsqueeze(1)).any(-1)
+        need = (need & ~fetched[group[source]].transpose(0, 1).unsqueeze(1)).any(-1)
         need[:, :, source] = False
         rows[source] = need.any(0).sum(0)
-        back = need if rounds == 1 else need.any(0).expand_as(need)  # in rounds every row comes back for every linear
+        back = (
+            need if rounds == 1 else need.any(0).expand_as(need)
+        )  # with rounds, every row returns a sum for every linear
         sums[source] = (back.sum(1) * torch.tensor(scenario.outs).unsqueeze(1)).sum(0)
         size = R * (D + torch.tensor(scenario.outs))
-        weights[source] = (shipped[group[source]].sum(2) * size).sum(1)
+        weights[source] = (fetched[group[source]].sum(2) * size).sum(1)
     out, back = rows[here].sum(), rows[:, here].sum()
     wire = Counter(counts=(P - 1) * (G + G * held + P), rows=out * D, gates=out * G * held)
     wire |= Counter(sums=sums[:, here].sum(), weights=weights[:, here].sum())
     wire |= Counter(grad_rows=back * D * scenario.input_gradient, grad_gates=back * G * held)
     wire |= Counter(grad_sums=sums[here].sum(), grad_weights=weights[here].sum())
-    if rounds > 1:  # nothing of them was kept
+    if rounds > 1:  # rounds save nothing for the backward
         wire |= Counter(again_rows=wire["rows"], again_gates=wire["gates"])
     return Counter({kind: int(n) for kind, n in wire.items() if n})
 
 
 def compare(scenario: Scenario, mode: Mode, rounds: int = 1) -> dict[str, Any]:
-    """On every rank: distances of outputs and gradients from the reference, and the wire, counted and implied."""
+    """Return on each rank the distances of outputs and gradients from the reference, and the elements counted and implied."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldmole_dist.parallel.dispatch.number_of_rounds", lambda rows_PP: rounds)
         return _compare(scenario, mode, rounds)
@@ -163,14 +165,16 @@ def _compare(scenario: Scenario, mode: Mode, rounds: int) -> dict[str, Any]:
     dispatch = parallel.dispatch()
     x, ps, dy = make_inputs(scenario, rank)
     banks = make_banks(scenario, placement.local)
-    plan = dispatch.plan([p != 0 for p in ps], banks, "group")
-    outputs = run_backward(dispatch, plan, x, ps, banks, dy)
+    decision = dispatch.decide([p != 0 for p in ps], banks, "group")
+    outputs = run_backward(dispatch, decision, x, ps, banks, dy)
     counted, counted_bytes = parallel.wire.by_kind(), dict(parallel.wire.bytes)
     x_again, ps_again, _ = make_inputs(scenario, rank)
-    again = run_backward(dispatch, plan, x_again, ps_again, make_banks(scenario, placement.local), dy, repeated=True)
+    again = run_backward(
+        dispatch, decision, x_again, ps_again, make_banks(scenario, placement.local), dy, repeated=True
+    )
     doubled = parallel.wire.by_kind()
-    shipped: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shipped, plan.shipped_PGL)
+    fetched: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(fetched, decision.fetched_PGL)
 
     # The reference: every rank of the group in turn, in one process with all experts, in at least float32.
     wide = torch.promote_types(scenario.dtype, torch.float32)
@@ -181,8 +185,8 @@ def _compare(scenario: Scenario, mode: Mode, rounds: int) -> dict[str, Any]:
         x_ref, ps_ref, dy_ref = make_inputs(scenario, source)
         x_ref = x_ref.detach().to(wide).requires_grad_()
         local = LocalDispatch()
-        plan_ref = local.plan([p != 0 for p in ps_ref], all_banks, "group")
-        outputs_ref = run_backward(local, plan_ref, x_ref, ps_ref, all_banks, [g.to(wide) for g in dy_ref])
+        decision_ref = local.decide([p != 0 for p in ps_ref], all_banks, "group")
+        outputs_ref = run_backward(local, decision_ref, x_ref, ps_ref, all_banks, [g.to(wide) for g in dy_ref])
         if source == rank:
             values = {"x": (x.grad, x_ref.grad)} if scenario.input_gradient else {}
             for g, (y, y_ref) in enumerate(zip(outputs, outputs_ref, strict=True)):
@@ -192,17 +196,17 @@ def _compare(scenario: Scenario, mode: Mode, rounds: int) -> dict[str, Any]:
         values[f"B{g}"] = bank.B_LOR.grad, reference.B_LOR.grad[placement.local]
     support = {f"p{g}": p != 0 for g, p in enumerate(ps)}
     for name, (value, reference) in values.items():
-        if name in support:  # what a router lets through: off the support a rank that was not asked knows nothing
+        if name in support:  # the router ignores gradients off the support, and remote ranks do not return any
             value, reference = value * support[name], reference * support[name]
         assert value is not None and value.shape == reference.shape, name
         difference = (value.detach().to(wide) - reference.detach()).norm()
         distances[name] = float(difference / reference.detach().norm().clamp_min(1e-30))
     dtypes = {name: values[name][0].dtype for name in values}
-    expected = implied(scenario, rank, shipped, rounds)
+    expected = implied(scenario, rank, fetched, rounds)
     sizes = GroupSizes(D, scenario.outs, R, scenario.experts // scenario.ep_size)
     support = torch.stack([(p != 0).unflatten(1, (scenario.ep_size, -1)) for p in ps])
-    closed = elements(support, plan.shipped_PGL, placement.rank, sizes, rounds)
-    closed["counts"] = count_elements(scenario.ep_size, sizes)
+    closed = payload_elements(support, decision.fetched_PGL, placement.rank, sizes, rounds)
+    closed["counts"] = count_message_elements(scenario.ep_size, sizes)
     return dict(
         distances=distances,
         dtypes=dtypes,
@@ -211,12 +215,12 @@ def _compare(scenario: Scenario, mode: Mode, rounds: int) -> dict[str, Any]:
         doubled=doubled,
         implied=expected,
         closed=closed,
-        shipped=plan.shipped_PGL,
+        fetched=decision.fetched_PGL,
     )
 
 
 def check_closed_forms(results: list[dict[str, Any]], scenario: Scenario, rounds: int) -> None:
-    """What all ranks counted is what `plan` computes from their routing."""
+    """Check that the counts of all ranks equal what parallel/decision.py computes from their routing."""
     counted = sum((found["wire"] for found in results), Counter())
     closed = sum((Counter(found["closed"]) for found in results), Counter())
     back = {f"grad_{kind}": closed[kind] for kind in FORWARD if kind != "rows" or scenario.input_gradient}
@@ -226,7 +230,7 @@ def check_closed_forms(results: list[dict[str, Any]], scenario: Scenario, rounds
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_equal_to_one_process_and_counted_exactly(ranks4: LocalRanks, name: str, mode: Mode) -> None:
+def test_outputs_gradients_and_wire_counts(ranks4: LocalRanks, name: str, mode: Mode) -> None:
     scenario = SCENARIOS[name]
     narrow, wide = scenario.dtype, torch.promote_types(scenario.dtype, torch.float32)
     results = ranks4.run(compare, scenario, mode)
@@ -236,19 +240,19 @@ def test_equal_to_one_process_and_counted_exactly(ranks4: LocalRanks, name: str,
             assert distance < TOLERANCE[narrow], f"rank {rank}, {tensor}: {distance}"
             assert found["dtypes"][tensor] == (narrow if tensor[0] in "xya" else wide), tensor
         assert found["wire"] == found["implied"], f"rank {rank}"
-        # Carried out again, a plan moves the same and negotiates nothing; its forward is counted apart.
+        # A repeated forward sends the same payload, counted as "again_", and exchanges no counts.
         again = {f"again_{kind}": found["wire"][kind] for kind in FORWARD}
         back = {kind: 2 * n if kind.startswith("grad_") else n for kind, n in found["wire"].items()}
         assert +found["doubled"] == +Counter(back | again)
         remote = torch.arange(scenario.ep_size) != rank % scenario.ep_size
-        assert not found["shipped"][~remote].any()
+        assert not found["fetched"][~remote].any()
         if mode != "auto":
-            assert found["shipped"][remote].eq(mode == "gather").all()
+            assert found["fetched"][remote].eq(mode == "gather").all()
 
 
 @pytest.mark.parametrize("mode", ["all_to_all", "auto"])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_rounds_change_nothing_but_the_order_of_sums(ranks4: LocalRanks, name: str, mode: Mode) -> None:
+def test_rounds_keep_outputs_and_gradients(ranks4: LocalRanks, name: str, mode: Mode) -> None:
     scenario = SCENARIOS[name]
     results = ranks4.run(compare, scenario, mode, 3)
     check_closed_forms(results, scenario, 3)
@@ -259,7 +263,7 @@ def test_rounds_change_nothing_but_the_order_of_sums(ranks4: LocalRanks, name: s
 
 
 @pytest.mark.parametrize("name", ["ep 2", "ep 4", "all tokens on one expert", "many tokens", "float32"])
-def test_auto_sends_no_more_than_the_better_fixed_mode_and_sometimes_less(ranks4: LocalRanks, name: str) -> None:
+def test_auto_sends_at_most_the_better_fixed_mode(ranks4: LocalRanks, name: str) -> None:
     payload = {}
     for mode in MODES:
         results = ranks4.run(compare, SCENARIOS[name], mode)
@@ -269,14 +273,14 @@ def test_auto_sends_no_more_than_the_better_fixed_mode_and_sometimes_less(ranks4
         assert payload["auto"] < min(payload["all_to_all"], payload["gather"])
 
 
-def test_hidden_states_and_experts_travel_in_the_dtype_of_the_activations(ranks4: LocalRanks) -> None:
+def test_rows_and_experts_are_sent_in_dtype_of_activations(ranks4: LocalRanks) -> None:
     for mode, kinds in (("all_to_all", ("rows", "sums")), ("gather", ("weights",))):
         for found in ranks4.run(compare, SCENARIOS["bfloat16"], mode):
             for kind in (*kinds, *(f"grad_{kind}" for kind in kinds)):
                 assert found["bytes"]["group", kind] == 2 * found["wire"][kind] > 0
 
 
-def test_linears_of_one_input_share_its_rows(ranks4: LocalRanks) -> None:
+def test_linears_of_a_group_share_rows(ranks4: LocalRanks) -> None:
     both = Scenario(4, outs=(5, 7))
     together = ranks4.run(compare, both, "all_to_all")
     first = ranks4.run(compare, replace(both, outs=(5,)), "all_to_all")  # the same x and the same first linear
@@ -284,25 +288,27 @@ def test_linears_of_one_input_share_its_rows(ranks4: LocalRanks) -> None:
         assert alone["wire"]["rows"] <= shared["wire"]["rows"] < 2 * alone["wire"]["rows"]
 
 
-def test_where_nobody_needs_a_remote_expert_only_counts_travel(ranks4: LocalRanks) -> None:
+def test_only_counts_are_sent_if_no_remote_expert_is_active(ranks4: LocalRanks) -> None:
     for mode in ("all_to_all", "auto"):
-        for found in ranks4.run(compare, SCENARIOS["nobody needs a remote expert"], mode):
+        for found in ranks4.run(compare, SCENARIOS["no remote expert is active"], mode):
             assert found["wire"] == Counter(counts=3 * (1 + 2 + 4))
 
 
 def exchange_by_hand(dtypes: list[torch.dtype]) -> tuple[list[Tensor], list[Tensor], Counter[str]]:
-    """Parcel i carries s + q + i rows of i + 1 elements from rank s to rank q. Returns what came, what was wrong with the
-    gradient on its way back, and the wire."""
+    """Exchange payloads, of which number i has s + q + i rows of i + 1 elements from rank s to rank q.
+
+    Returns the received rows, the errors of the gradients, and the elements counted.
+    """
     rank, wire = dist.get_rank(), Wire()
-    parcels = []
+    payloads = []
     for i, dtype in enumerate(dtypes):
         send, recv = [rank + q + i for q in range(4)], [s + rank + i for s in range(4)]
         rows = torch.cat([torch.full((n, i + 1), 10 * rank + q) for q, n in enumerate(send)]).to(dtype)
-        parcels.append(Parcel(f"parcel {i}", rows.requires_grad_(dtype.is_floating_point), send, recv))
-    received = exchange(parcels, dist.group.WORLD, Tally(wire, "by hand"))
+        payloads.append(Payload(f"payload {i}", rows.requires_grad_(dtype.is_floating_point), send, recv))
+    received = exchange(payloads, dist.group.WORLD, Tally(wire, "by hand"))
     floating = [i for i, dtype in enumerate(dtypes) if dtype.is_floating_point]
     torch.autograd.backward([received[i] for i in floating], [received[i].detach() * 2 for i in floating])
-    wrong = [parcels[i].rows.grad - 2 * parcels[i].rows.detach() for i in floating]
+    wrong = [payloads[i].rows.grad - 2 * payloads[i].rows.detach() for i in floating]
     return [r.detach() for r in received], wrong, wire.by_kind()
 
 
@@ -318,7 +324,7 @@ def exchange_by_hand(dtypes: list[torch.dtype]) -> tuple[list[Tensor], list[Tens
     ],
     ids=lambda dtypes: " ".join(str(d).removeprefix("torch.") for d in dtypes),
 )
-def test_several_tensors_in_one_exchange_and_the_way_back(ranks4: LocalRanks, dtypes: list[torch.dtype]) -> None:
+def test_exchange_of_several_tensors_and_their_gradients(ranks4: LocalRanks, dtypes: list[torch.dtype]) -> None:
     for rank, (received, wrong, wire) in enumerate(ranks4.run(exchange_by_hand, dtypes)):
         expected_wire: Counter[str] = Counter()
         for i, dtype in enumerate(dtypes):
@@ -326,8 +332,8 @@ def test_several_tensors_in_one_exchange_and_the_way_back(ranks4: LocalRanks, dt
             assert received[i].dtype == dtype and received[i].shape == (len(expected), i + 1)
             assert all(column.tolist() == expected for column in received[i].t())
             others = (i + 1) * sum(rank + q + i for q in range(4) if q != rank)
-            expected_wire[f"parcel {i}"] = others
+            expected_wire[f"payload {i}"] = others
             if dtype.is_floating_point:
-                expected_wire[f"grad_parcel {i}"] = others
+                expected_wire[f"grad_payload {i}"] = others
         assert not any(difference.any() for difference in wrong)
         assert wire == expected_wire

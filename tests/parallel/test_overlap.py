@@ -1,4 +1,4 @@
-"""What travels is under way while the frozen linears compute, forward and backward; the numbers are the same."""
+"""The all-to-all is in flight while the frozen linears compute, forward and backward, with the same gradients."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ from ldmole_dist.tuner.layer import LdMoleLinear
 Result = tuple[dict[str, Tensor], dict[str, int]]
 
 
-class UnderWay:
-    """Stands in for the all-to-all of a dispatch and knows how many have begun that nobody has waited for."""
+class InFlight:
+    """Wrapper of torch's all-to-all that counts those in flight: started, but not waited for."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -31,46 +31,46 @@ class UnderWay:
         if not async_op:
             return work
         self.now += 1
-        return Waiting(self, work)
+        return PendingWork(self, work)
 
 
-class Waiting:
-    def __init__(self, under_way: UnderWay, work: Any) -> None:
-        self.under_way, self.work = under_way, work
+class PendingWork:
+    def __init__(self, in_flight: InFlight, work: Any) -> None:
+        self.in_flight, self.work = in_flight, work
 
     def wait(self) -> None:
         self.work.wait()
-        self.under_way.now -= 1
+        self.in_flight.now -= 1
 
 
 def run(overlap: bool, mode: Mode, checkpointing: bool) -> Result:
-    """Every gradient, and how many all-to-alls were under way when each frozen linear had computed."""
+    """Return all gradients, and the number of all-to-alls in flight after each frozen linear."""
     process = start()
     model = build("llama", torch.float64, expert_parallel(2, mode, overlap), checkpointing)
     found: dict[str, int] = {}
-    under_way = UnderWay()
-    leaders = [m for m in model.modules() if isinstance(m, LdMoleLinear) and m.groups["default"].members[0] is m]
+    in_flight = InFlight()
+    leaders = [m for m in model.modules() if isinstance(m, LdMoleLinear) and m.groups["default"].linears[0] is m]
     for module in leaders:
         name = module.name
         base: Any = module.base_layer
-        base.register_forward_hook(lambda *_, name=name: found.update({f"forward {name}": under_way.now}))
-        base.register_full_backward_hook(lambda *_, name=name: found.update({f"backward {name}": under_way.now}))
+        base.register_forward_hook(lambda *_, name=name: found.update({f"forward {name}": in_flight.now}))
+        base.register_full_backward_hook(lambda *_, name=name: found.update({f"backward {name}": in_flight.now}))
     batch = micro_batch(process.rank, process.device)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_to_all_single", under_way.all_to_all_single)
+        patch.setattr(dist, "all_to_all_single", in_flight.all_to_all_single)
         loss_of(model, model, batch, answer_count(next_tokens(batch["labels"])))[0].backward()
-    assert under_way.now == 0
+    assert in_flight.now == 0
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, found
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("mode", ["auto", "all_to_all", "gather"])
-def test_frozen_linears_compute_while_rows_travel(ranks2: LocalRanks, mode: Mode, checkpointing: bool) -> None:
+def test_frozen_linears_overlap_with_all_to_all(ranks2: LocalRanks, mode: Mode, checkpointing: bool) -> None:
     for (gradients, found), (gradients_waiting, found_waiting) in zip(
         ranks2.run(run, True, mode, checkpointing), ranks2.run(run, False, mode, checkpointing), strict=True
     ):
         forward = [n for name, n in found.items() if name.startswith("forward")]
-        # The embeddings need no gradient: nothing goes back through the first group's frozen linear.
+        # The embeddings need no gradient, so the first group's frozen linear has no backward.
         backward = [
             n for name, n in found.items() if name.startswith("backward") and "layers.0.self_attn.q" not in name
         ]

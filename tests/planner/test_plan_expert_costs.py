@@ -1,4 +1,4 @@
-"""Expected traffic of experts compared with random routing, counted by `parallel.plan`."""
+"""Expected traffic of experts compared with random routing, counted by `parallel.decision`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from ldmole_dist.parallel.plan import cheapest_ships, elements
+from ldmole_dist.parallel.decision import choose_fetched_experts, payload_elements
 from ldmole_dist.planner.expert_costs import dispatch_volume, group_sizes, payload
 from ldmole_dist.planner.shapes import Group
 from ldmole_dist.planner.traffic import collective_calls, collectives, elements_sent
@@ -36,7 +36,7 @@ def test_payload_equals_the_average_of_random_routing(active: float, ranks: int)
     w, s = workload(active), Strategy(ranks, 1, ranks, "all_to_all")
     sizes = group_sizes(GROUP, w, s)
     none = torch.zeros(ranks, 3, sizes.experts, dtype=torch.bool)
-    counted = elements(drawn(active, w.tokens, ranks), none, 0, sizes)
+    counted = payload_elements(drawn(active, w.tokens, ranks), none, 0, sizes)
     predicted = payload(dispatch_volume(GROUP, w, s), sizes)
     for kind, number in counted.items():
         tolerance = 0 if w.dense else 0.05  # sampling error of 2000 tokens
@@ -48,7 +48,7 @@ def test_auto_agrees_with_the_dispatch(tokens: int, lora_rank: int) -> None:
     w, s = workload(1.0, tokens, lora_rank), Strategy(4, 1, 4, "auto")
     sizes = group_sizes(GROUP, w, s)
     support = drawn(1.0, tokens, 4)
-    counted = elements(support, cheapest_ships(support, 0, sizes), 0, sizes)
+    counted = payload_elements(support, choose_fetched_experts(support, 0, sizes), 0, sizes)
     predicted = payload(dispatch_volume(GROUP, w, s), sizes)
     assert (predicted["weights"] > 0) == (tokens == 2000) == (counted["weights"] > 0)
     # The dispatch decides per expert, so it can only send less.

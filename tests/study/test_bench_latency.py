@@ -70,7 +70,7 @@ def test_parts_are_what_the_layers_compute() -> None:
         parts = Parts(given(model, call), tuner_of(model).context)
         for hook in hooks:
             hook.remove()
-        members = [m for g in parts.given for m in g.members]
+        members = [m for g in parts.given for m in g.linears]
         assert set(members) == set(linears) and len(parts.given) == 4 * SMALL.layers
         # Once for q, k, v and once for gate, up; a router and experts for each linear.
         assert len(parts.lambdas()) == 4 * SMALL.layers and sum(map(len, parts.routers())) == 7 * SMALL.layers

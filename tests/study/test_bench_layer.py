@@ -41,9 +41,9 @@ def test_the_einsum_baseline_is_the_authors(path: Path, formulation: str) -> Non
     layer, context = build(g, meta)
     layer.dispatch = Formulation(formulation)
     seen: list[Routing] = []
-    context.report = lambda names, routing, *rest: seen.extend(routing.by_linear())
+    context.record_routing = lambda names, routing, *rest: seen.extend(routing.by_linear())
     x = g["x"].clone().requires_grad_()
-    y = layer.adapted(x, "default")
+    y = layer.forward_with_adapter(x, "default")
     (routing,) = seen
     # The losses that are part of the stored gradient of x; theirs averages padding in.
     balance = load_balance_loss(routing.p_TE, g["attention_mask"].flatten())

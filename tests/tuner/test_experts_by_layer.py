@@ -15,7 +15,7 @@ from torch import nn
 from ldmole_dist.checkpoint.inspect import print_table
 from ldmole_dist.cli import main
 from ldmole_dist.config import Adapter
-from ldmole_dist.method.statistics import added, summarize
+from ldmole_dist.method.statistics import merge_sums, summarize
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.compare.methods import equal_rank, linears_of
 from ldmole_dist.tuner.targets import experts_of_linear
@@ -61,9 +61,9 @@ def test_files_have_the_experts_of_each_layer(tmp_path: Path) -> None:
 
 def test_statistics_of_linears_with_different_numbers_of_experts_add_up() -> None:
     sums = [torch.arange(4.0 + 3 * E + 1) for E in (1, 2)]
-    together = summarize(added(sums))
+    together = summarize(merge_sums(sums))
     assert together["tokens"] == 0 and together["lambda_mean"] == pytest.approx(2.0)
-    scalars, histogram, active = added(sums)[:4], added(sums)[4:7], added(sums)[7:9]
+    scalars, histogram, active = merge_sums(sums)[:4], merge_sums(sums)[4:7], merge_sums(sums)[7:9]
     assert scalars.tolist() == [0, 2, 4, 6] and histogram.tolist() == [8, 10, 6] and active.tolist() == [6 + 7, 8]
 
 

@@ -65,7 +65,7 @@ def hidden(seed: int = 1) -> Tensor:
 
 def read(linears: list[MoELinear], x: Tensor) -> Tensor:
     # A view for each linear, like those that ZeRO-3's hooks pass: the same memory, but not the same object.
-    return torch.cat([linear.adapted(x.view_as(x), "default") for linear in linears], dim=-1)
+    return torch.cat([linear.forward_with_adapter(x.view_as(x), "default") for linear in linears], dim=-1)
 
 
 def results(
@@ -138,9 +138,9 @@ def test_member_with_another_input_is_computed_separately() -> None:
     linears, _, dispatch = make_linears(True)
     alone, _, _ = make_linears(False)
     x, other = hidden(), hidden(seed=2)
-    torch.testing.assert_close(linears[0].adapted(x, "default"), alone[0].adapted(x, "default"))
-    torch.testing.assert_close(linears[1].adapted(other, "default"), alone[1].adapted(other, "default"))
-    torch.testing.assert_close(linears[2].adapted(x, "default"), alone[2].adapted(x, "default"))
+    torch.testing.assert_close(linears[0].forward_with_adapter(x, "default"), alone[0].forward_with_adapter(x, "default"))
+    torch.testing.assert_close(linears[1].forward_with_adapter(other, "default"), alone[1].forward_with_adapter(other, "default"))
+    torch.testing.assert_close(linears[2].forward_with_adapter(x, "default"), alone[2].forward_with_adapter(x, "default"))
     assert dispatch.sizes[:2] == [3, 1]
     # The result that was prepared for it must not be used in the next forward.
     torch.testing.assert_close(read(linears, other), read(alone, other))
@@ -150,9 +150,9 @@ def test_member_with_a_slice_of_the_input_is_computed_separately() -> None:
     linears, _, _ = make_linears(True)
     alone, _, _ = make_linears(False)
     x = hidden()
-    linears[0].adapted(x, "default")
+    linears[0].forward_with_adapter(x, "default")
     first = x[:, :1]  # has the same data pointer
-    torch.testing.assert_close(linears[1].adapted(first, "default"), alone[1].adapted(first, "default"))
+    torch.testing.assert_close(linears[1].forward_with_adapter(first, "default"), alone[1].forward_with_adapter(first, "default"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])

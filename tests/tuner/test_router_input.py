@@ -42,7 +42,7 @@ def test_all_linears_route_on_the_backbones_last_hidden_states() -> None:
     assert seen.keys() == linears.keys() and len(seen) > 7
     for name, linear in linears.items():
         assert torch.allclose(seen[name], linear.router["default"](hidden_TH), atol=1e-6), name
-    assert not tuner_of(model).context.plain
+    assert not tuner_of(model).context.adapter_disabled
 
 
 def test_routing_of_a_token_does_not_depend_on_later_tokens() -> None:
@@ -75,7 +75,7 @@ def test_cache_is_refused_and_generation_works_without(tmp_path: Path) -> None:
 
 def test_linear_with_another_number_of_rows_is_refused() -> None:
     model = move(adapt(router_input="hidden", target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="lm_head has 2 rows where there are 24 tokens"):
+    with pytest.raises(ValueError, match="lm_head reads 2 rows, but there are 24 hidden states"):
         model(input_ids=IDS, use_cache=False, logits_to_keep=1)
 
 

@@ -1,6 +1,6 @@
 """What the dispatch decides over many shapes, routings and group sizes, and what deciding costs: `ldmole bench decide`.
 
-No ranks are started: the decision is a function of one rank's routing (`parallel.plan`).
+No ranks are started: the decision is a function of one rank's routing (`parallel.decision`).
 
 Shapes: G linears of the input group, T tokens, P ranks, L experts of each rank.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldmole_dist.parallel.plan import GroupSizes, cheapest_ships, elements
+from ldmole_dist.parallel.decision import GroupSizes, choose_fetched_experts, payload_elements
 
 OUT_FEATURES = (256, 64, 64)  # of an input group of q, k, v; the first alone where a group has one linear
 IN_FEATURES = 256
@@ -70,17 +70,17 @@ def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: in
     return support.view(G, T, P, L)
 
 
-def payload(support_GTPL: Tensor, shipped_PGL: Tensor, sizes: GroupSizes) -> int:
+def payload(support_GTPL: Tensor, fetched_PGL: Tensor, sizes: GroupSizes) -> int:
     """Elements of one forward of rank 0, counts apart."""
-    return sum(elements(support_GTPL, shipped_PGL, 0, sizes).values())
+    return sum(payload_elements(support_GTPL, fetched_PGL, 0, sizes).values())
 
 
-def all_or_none(support_GTPL: Tensor, shipped: bool) -> Tensor:
+def all_or_none(support_GTPL: Tensor, fetched: bool) -> Tensor:
     """(P, G, L): every expert of another rank travels to rank 0, or none does."""
     G, _, P, L = support_GTPL.shape
-    shipped_PGL = torch.full((P, G, L), shipped)
-    shipped_PGL[0] = False
-    return shipped_PGL
+    fetched_PGL = torch.full((P, G, L), fetched)
+    fetched_PGL[0] = False
+    return fetched_PGL
 
 
 def decide(cell: Cell, repeats: int = 1) -> Decided:
@@ -89,7 +89,7 @@ def decide(cell: Cell, repeats: int = 1) -> Decided:
     seconds = []
     for _ in range(repeats):
         begun = time.perf_counter()
-        shipped = cheapest_ships(support, 0, sizes)
+        fetched = choose_fetched_experts(support, 0, sizes)
         seconds.append(time.perf_counter() - begun)
     pairs_G = support[:, :, 1:].sum((1, 2, 3)).tolist()
     return Decided(
@@ -97,7 +97,7 @@ def decide(cell: Cell, repeats: int = 1) -> Decided:
         row_per_pair=sum(n * (IN_FEATURES + out) for n, out in zip(pairs_G, sizes.out_features, strict=True)),
         all_to_all=payload(support, all_or_none(support, False), sizes),
         gather=payload(support, all_or_none(support, True), sizes),
-        auto=payload(support, shipped, sizes),
+        auto=payload(support, fetched, sizes),
         seconds=statistics.median(seconds),
     )
 

@@ -24,7 +24,7 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.method.experts import ExpertBank, apply_experts
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
-from ldmole_dist.parallel.exchange import Parcel, exchange, exchange_counts
+from ldmole_dist.parallel.exchange import Payload, exchange, exchange_counts
 from ldmole_dist.parallel.wire import Tally, Wire
 from ldmole_dist.selftest.local_ranks import LocalRanks
 
@@ -62,12 +62,12 @@ def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.P
     received_PL = exchange_counts(counts_PL, group, tally)
     send, recv = counts_PL.sum(1).tolist(), received_PL.sum(1).tolist()
     expert_N, token_N = torch.nonzero_static(support_ET, size=sum(send)).unbind(1)
-    (x_MD,) = exchange([Parcel("rows", x_TD.index_select(0, token_N), send, recv)], group, tally)
+    (x_MD,) = exchange([Payload("rows", x_TD.index_select(0, token_N), send, recv)], group, tally)
     # Rows come ordered by source, then expert.
     local_M = torch.arange(held, device=x_TD.device).repeat(size).repeat_interleave(received_PL.flatten())
     weight_ML = torch.nn.functional.one_hot(local_M, held).to(routing.p_TE.dtype)
     y_MO = apply_experts(x_MD, weight_ML, bank, received_PL.sum(0).tolist())
-    (y_NO,) = exchange([Parcel("sums", y_MO, recv, send)], group, tally)
+    (y_NO,) = exchange([Payload("sums", y_MO, recv, send)], group, tally)
     weighted_NO = y_NO * routing.p_TE[token_N, expert_N].unsqueeze(1)
     return x_TD.new_zeros(len(x_TD), y_NO.shape[1]).index_add(0, token_N, weighted_NO)
 
@@ -170,10 +170,10 @@ class _Strategy:
             tally = Tally(self.wire, "layer")
             return [row_per_pair(x_TD, r, b, self.group, tally) for r, b in zip(routings, banks, strict=True)]
         begun = time.perf_counter()
-        plan = self.dispatch.plan([routing.p_TE != 0 for routing in routings], banks, "layer")
+        decision = self.dispatch.decide([routing.p_TE != 0 for routing in routings], banks, "layer")
         synchronize(x_TD.device)
         self.deciding += time.perf_counter() - begun
-        return self.dispatch.start(x_TD, routings, banks, plan)()
+        return self.dispatch.start(x_TD, routings, banks, decision)()
 
 
 def synchronize(device: torch.device) -> None:

@@ -237,7 +237,7 @@ def _decoding_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
 class _Given(NamedTuple):
     """An input group of the model and what it got and decided in a forward; tensors are leaves."""
 
-    members: list[MoELinear]
+    linears: list[MoELinear]
     x: Tensor
     lam_T: Tensor
     routing: Routing  # (G, T, E)
@@ -251,7 +251,7 @@ class _Given(NamedTuple):
 def _given(model: PeftModel, call: Callable[[], Any]) -> list[_Given]:
     """Every input group's part in one `call`."""
     inputs: dict[MoELinear, Tensor] = {}
-    leaders = [m for m in model.modules() if isinstance(m, LdMoleLinear) and m.groups[ADAPTER].members[0] is m]
+    leaders = [m for m in model.modules() if isinstance(m, LdMoleLinear) and m.groups[ADAPTER].linears[0] is m]
     hooks = [m.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0])) for m in leaders]
     call()
     for hook in hooks:
@@ -263,10 +263,10 @@ def _given(model: PeftModel, call: Callable[[], Any]) -> list[_Given]:
         x_TD = x.detach().reshape(-1, x.shape[-1])
         with torch.no_grad():
             lam_T = _lambda_mlp(leader)(x_TD)
-            routing = _route(group.members, x_TD, lam_T)
-            y = [m.base_layer(x) for m in group.members]
+            routing = _route(group.linears, x_TD, lam_T)
+            y = [m.base_layer(x) for m in group.linears]
         routing = Routing(_leaf(routing.p_TE), _leaf(routing.logits_TE), _leaf(lam_T))
-        given.append(_Given(group.members, x, _leaf(lam_T), routing, list(map(_leaf, y))))
+        given.append(_Given(group.linears, x, _leaf(lam_T), routing, list(map(_leaf, y))))
     return given
 
 
@@ -280,8 +280,8 @@ def _lambda_mlp(leader: MoELinear) -> LambdaMLP:
     return found
 
 
-def _route(members: list[MoELinear], x_TD: Tensor, lam_T: Tensor) -> Routing:
-    routers: list[Any] = [member.router[ADAPTER] for member in members]
+def _route(linears: list[MoELinear], x_TD: Tensor, lam_T: Tensor) -> Routing:
+    routers: list[Any] = [linear.router[ADAPTER] for linear in linears]
     logits_GTE = torch.stack([router(x_TD) for router in routers])
     return routers[0].weigh(logits_GTE, lam_T, routers[0].decide(logits_GTE, lam_T))
 
@@ -298,18 +298,18 @@ class _Parts:
             yield from (tensor for tensor in g.routing if tensor is not None)
 
     def lambdas(self) -> list[Tensor]:
-        return [_lambda_mlp(g.members[0])(g.x_TD) for g in self.given]
+        return [_lambda_mlp(g.linears[0])(g.x_TD) for g in self.given]
 
     def routers(self) -> list[Tensor]:
-        return [_route(g.members, g.x_TD, g.lam_T).p_TE for g in self.given]
+        return [_route(g.linears, g.x_TD, g.lam_T).p_TE for g in self.given]
 
     def experts(self) -> list[Tensor]:
         outputs = []
         for g in self.given:
-            leader, x_TD = g.members[0], g.x_TD
-            banks = [ExpertBank(m.lora_A[ADAPTER], m.lora_B[ADAPTER], m.scaling[ADAPTER]) for m in g.members]
-            plan = leader.dispatch.plan((g.routing.p_TE != 0).unbind(), banks, leader.name)
-            outputs += leader.dispatch.start(x_TD, g.routing.by_linear(), banks, plan)()
+            leader, x_TD = g.linears[0], g.x_TD
+            banks = [ExpertBank(m.lora_A[ADAPTER], m.lora_B[ADAPTER], m.scaling[ADAPTER]) for m in g.linears]
+            decision = leader.dispatch.decide((g.routing.p_TE != 0).unbind(), banks, leader.name)
+            outputs += leader.dispatch.start(x_TD, g.routing.by_linear(), banks, decision)()
         return outputs
 
     def rest(self) -> list[Tensor]:
@@ -317,11 +317,11 @@ class _Parts:
         outputs = []
         self.context.begin(None)
         for g in self.given:
-            leader = g.members[0]
+            leader = g.linears[0]
             outputs.append(leader.lora_dropout[ADAPTER](g.x))
             if leader.training:
                 router: Any = leader.router[ADAPTER]
-                self.context.report([m.name for m in g.members], g.routing, g.x.shape[:-1], router.losses)
+                self.context.record_routing([m.name for m in g.linears], g.routing, g.x.shape[:-1], router.losses)
             outputs += [y + y.detach() for y in g.y]
         self.context.end()
         loss = self.context.auxiliary_loss()

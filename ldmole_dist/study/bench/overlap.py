@@ -57,8 +57,8 @@ def measure_overlap(sizes: Sizes, mode: Mode, turns: int, dtype: torch.dtype) ->
 
 def _forward_backward(inputs: LayerInputs, dispatch: Dispatch, frozen_DO: Tensor) -> None:
     x_TD, p = inputs.x_TD.requires_grad_(), [weights.requires_grad_() for weights in inputs.p]
-    plan = dispatch.plan([weights != 0 for weights in p], inputs.held, "layer")
-    finish = dispatch.start(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], inputs.held, plan)
+    decision = dispatch.decide([weights != 0 for weights in p], inputs.held, "layer")
+    finish = dispatch.start(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], inputs.held, decision)
     frozen = [x_TD @ frozen_DO]  # the group's first linear computes in between, the others follow (method.layer)
     deltas = finish()
     frozen += [x_TD @ frozen_DO for _ in p[1:]]

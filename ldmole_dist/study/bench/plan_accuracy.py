@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from ldmole_dist.parallel.plan import cheapest_ships, elements
+from ldmole_dist.parallel.decision import choose_fetched_experts, payload_elements
 from ldmole_dist.planner.expert_costs import group_sizes
 from ldmole_dist.planner.memory import memory
 from ldmole_dist.planner.shapes import shapes_of
@@ -164,7 +164,9 @@ def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
                 support_GTE = torch.stack([torch.from_numpy(next(supports)) for _ in group.out_features])
                 support_GTPL = support_GTE.unflatten(2, (strategy.ep_size, -1))
                 sizes = group_sizes(group, workload, strategy)
-                forwards.append(elements(support_GTPL, cheapest_ships(support_GTPL, own, sizes), own, sizes))
+                forwards.append(
+                    payload_elements(support_GTPL, choose_fetched_experts(support_GTPL, own, sizes), own, sizes)
+                )
             sent.update(micro_batch_elements(forwards, workload, strategy))  # type: ignore[arg-type]
     return sent
 

@@ -13,7 +13,7 @@ import torch
 
 from ldmole_dist.method.context import Observer
 from ldmole_dist.model.backbone import load_tokenizer
-from ldmole_dist.model.forward import route
+from ldmole_dist.model.forward import observe_routing
 from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.report.arguments import add_arguments
 from ldmole_dist.report.collect import Counter, batches
@@ -58,7 +58,7 @@ def _seconds(model: Any, batch: Any, observer: Observer | None, device: torch.de
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     _wait_for(device)
     started = clock()
-    route(model, batch, observer)
+    observe_routing(model, batch, observer)
     _wait_for(device)
     return clock() - started
 

@@ -1,0 +1,239 @@
+"""Decide what to send for each (source rank, remote expert): the token rows that the source routes there, or the expert.
+
+Sending an expert (A and B) costs as much as sending r token rows, so neither is always cheaper. A row that is saved for one
+expert may still be needed by another expert of the same rank, so the choices depend on each other: the exact optimum is a
+minimum-weight vertex cover. `choose_fetched_experts` sorts the experts by their number of rows, takes the cheapest prefix
+(which includes none and all), and improves it by single changes; `optimal_fetched_experts` searches exhaustively, for tests.
+
+Costs are the elements of one direction of the forward. The backward returns a gradient for each element, and a recomputation
+repeats the forward, so all of them scale alike. The exchange of counts is left out: it takes place whatever is decided.
+
+Shapes: G linears of the input group, T tokens, P ranks, L experts of each rank, X = G L experts of one rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Single changes tried after the best prefix. One reached the optimum in every case of tests/parallel/test_decision.py.
+IMPROVEMENTS = 2
+# Below this number of rows, rounds are not worth their launches: the rows take no more memory than a small micro-batch.
+ROWS_AT_ONCE = 1024
+
+
+class DispatchDecision(NamedTuple):
+    """What is sent and received for one input group; decided once and carried out again by a recomputation.
+
+    Sender and receiver both know it. The lists are on the host, as all-to-all and indexing need sizes without a device
+    synchronization.
+
+    Attributes:
+        group: name of the input group.
+        fetched_PGL: bool, remote experts that this rank fetches.
+        sent_PGL: bool, experts of this rank that each rank fetches.
+        send_rows: rows for each rank, each needed by at least one linear of the group.
+        recv_rows: rows from each rank.
+        send_linear_rows: rows for each rank that a linear needs, for each linear.
+        recv_linear_rows: rows from each rank that a linear needs, for each linear.
+        send_experts: number of experts for each rank, for each linear.
+        recv_experts: number of experts from each rank, for each linear.
+        here_counts: this rank's active tokens of each expert computed here, own and fetched, in order of their index, for
+            each linear.
+        recv_counts: received rows of each of this rank's experts, for each linear.
+        rounds: number of rounds in which the rows are exchanged; the same on every rank of the group.
+    """
+
+    group: str
+    fetched_PGL: Tensor
+    sent_PGL: Tensor
+    send_rows: list[int]
+    recv_rows: list[int]
+    send_linear_rows: list[list[int]]
+    recv_linear_rows: list[list[int]]
+    send_experts: list[list[int]]
+    recv_experts: list[list[int]]
+    here_counts: list[list[int]]
+    recv_counts: list[list[int]]
+    rounds: int
+
+
+@dataclass(frozen=True)
+class GroupSizes:
+    """Widths of one input group.
+
+    Args:
+        in_features: D.
+        out_features: O of each linear.
+        lora_rank: R.
+        experts: L, experts of each rank.
+    """
+
+    in_features: int
+    out_features: tuple[int, ...]
+    lora_rank: int
+    experts: int
+
+    @property
+    def row(self) -> int:
+        """Elements of one row sent to one rank: x and a routing weight for each of the rank's experts."""
+        return self.in_features + len(self.out_features) * self.experts
+
+    def weights(self) -> list[int]:
+        """Return the elements of one expert, A and B, for each linear."""
+        return [self.lora_rank * (self.in_features + out) for out in self.out_features]
+
+
+def choose_fetched_experts(support_GTPL: Tensor, own: int, sizes: GroupSizes) -> Tensor:
+    """Choose the experts that this rank fetches; never costlier than fetching none or all experts of each other rank.
+
+    Args:
+        support_GTPL: (G, T, P, L) bool, this rank's active (token, expert) pairs.
+        own: this rank; its own experts are never fetched.
+        sizes: of the group.
+
+    Returns:
+        (P, G, L) bool, computed on the device of `support_GTPL` without a synchronization.
+    """
+    G, T, P, L = support_GTPL.shape
+    support_GTPL = support_GTPL.clone()
+    support_GTPL[:, :, own] = False
+    device = support_GTPL.device
+    # torch.full instead of torch.tensor: copying from the host to the device would synchronize.
+    weight_X = torch.cat([torch.full((L,), weight, device=device) for weight in sizes.weights()])
+    support_TPX = support_GTPL.permute(1, 2, 0, 3).flatten(2)
+    fetched_PX = _best_prefix(support_TPX, weight_X, sizes)
+    for _ in range(IMPROVEMENTS):
+        gain_PX = _gains(support_TPX, fetched_PX, weight_X, sizes)
+        best_P1 = gain_PX.argmax(dim=1, keepdim=True)
+        change_PX = torch.zeros_like(fetched_PX).scatter_(1, best_P1, gain_PX.gather(1, best_P1) > 0)
+        fetched_PX = fetched_PX ^ change_PX
+    return fetched_PX.view(P, G, L)
+
+
+def _best_prefix(support_TPX: Tensor, weight_X: Tensor, sizes: GroupSizes) -> Tensor:
+    """Return the cheapest prefix, (P, X) bool, of each rank's experts in descending order of their rows."""
+    T, P, X = support_TPX.shape
+    L, G = sizes.experts, len(sizes.out_features)
+    order_PX = support_TPX.sum(0).argsort(dim=1, descending=True, stable=True)
+    place_PX = torch.empty_like(order_PX).scatter_(
+        1, order_PX, torch.arange(1, X + 1, device=order_PX.device).expand(P, X)
+    )
+    # A row is sent unless the prefix contains all of its experts, that is, reaches the last of them.
+    places_TPX = support_TPX * place_PX
+    weights_PX = torch.nn.functional.pad(weight_X[order_PX].cumsum(1), (1, 0))
+    cost = weights_PX + sizes.row * _rows_sent(places_TPX.amax(-1), X)
+    for g, out in enumerate(sizes.out_features):
+        cost = cost + out * _rows_sent(places_TPX[..., g * L : (g + 1) * L].amax(-1), X)
+    assert G * L == X
+    return place_PX <= cost.argmin(dim=1, keepdim=True)
+
+
+def _rows_sent(last_TP: Tensor, X: int) -> Tensor:
+    """Return (P, X + 1): the number of rows whose last place is beyond a prefix of 0, 1, ..., X experts."""
+    histogram = torch.zeros(last_TP.shape[1], X + 1, dtype=torch.long, device=last_TP.device)
+    histogram.scatter_add_(1, last_TP.t(), torch.ones_like(last_TP.t()))
+    return histogram.sum(1, keepdim=True) - histogram.cumsum(1)
+
+
+def _gains(support_TPX: Tensor, fetched_PX: Tensor, weight_X: Tensor, sizes: GroupSizes) -> Tensor:
+    """Return (P, X): elements saved by fetching one more expert, or by no longer fetching one."""
+    L = sizes.experts
+    unfetched_TPX = support_TPX & ~fetched_PX
+    # Rows that depend on this expert alone: it is the only expert of the row that is not fetched, or would be.
+    alone_TPX = support_TPX & _depends(unfetched_TPX.sum(-1, keepdim=True), fetched_PX)
+    saved_PX = sizes.row * alone_TPX.sum(0)
+    for g, out in enumerate(sizes.out_features):
+        part = slice(g * L, (g + 1) * L)
+        left = unfetched_TPX[..., part].sum(-1, keepdim=True)
+        saved_PX[:, part] += out * (support_TPX[..., part] & _depends(left, fetched_PX[:, part])).sum(0)
+    gain_PX = saved_PX - weight_X
+    return torch.where(fetched_PX, -gain_PX, gain_PX)
+
+
+def _depends(left_TP1: Tensor, fetched_PX: Tensor) -> Tensor:
+    """Return whether a row with `left` experts that are not fetched is sent because of expert X alone."""
+    return torch.where(fetched_PX, left_TP1 == 0, left_TP1 == 1)
+
+
+def number_of_rounds(rows_PP: list[list[int]]) -> int:
+    """Return the number of rounds in which to exchange the rows of a dispatch.
+
+    Rounds keep the memory of the busiest rank below twice that of balanced routing, however skewed the routing is.
+
+    Args:
+        rows_PP: rows that each rank sends to each rank.
+
+    Returns:
+        1, unless a rank receives more than twice the mean over ranks (or than 2 `ROWS_AT_ONCE`, if that is more).
+    """
+    received = [sum(to_rank) for to_rank in zip(*rows_PP, strict=True)]
+    share = max(math.ceil(sum(received) / len(received)), ROWS_AT_ONCE)
+    return math.ceil(max(received) / share) if max(received) > 2 * share else 1
+
+
+def count_message_elements(ranks: int, sizes: GroupSizes) -> int:
+    """Return the elements of the counts that one rank sends before a dispatch, once per micro-batch and input group.
+
+    Each other rank gets the rows for each linear, the tokens of each of its experts (or -1, which requests the expert), and
+    the rows that this rank sends to every rank.
+    """
+    linears = len(sizes.out_features)
+    return (ranks - 1) * (linears + linears * sizes.experts + ranks)
+
+
+def payload_elements(
+    support_GTPL: Tensor, fetched_PGL: Tensor, own: int, sizes: GroupSizes, rounds: int = 1
+) -> dict[str, int]:
+    """Return the elements by kind that the tokens of one rank put on the wire in one forward, in both directions.
+
+    The backward sends the same number in the opposite direction as gradients (none for rows whose input needs no gradient),
+    and with rounds it sends rows and gates again.
+
+    Args:
+        support_GTPL: (G, T, P, L) bool, the rank's active pairs.
+        fetched_PGL: (P, G, L) bool, the experts that the rank fetches.
+        own: the rank.
+        sizes: of the group.
+        rounds: number of rounds in which the rows are exchanged.
+
+    Returns:
+        "rows" and "gates" that the rank sends, "sums" and "weights" that it receives.
+    """
+    remote = support_GTPL & ~fetched_PGL.transpose(0, 1).unsqueeze(1)
+    remote[:, :, own] = False
+    need_GTP = remote.any(-1)
+    rows = int(need_GTP.any(0).sum())
+    # With rounds every row returns a sum for every linear: which rows a linear needs is not counted for each round.
+    per_linear = need_GTP.sum((1, 2)).tolist() if rounds == 1 else [rows] * len(need_GTP)
+    fetched = fetched_PGL.sum((0, 2)).tolist()
+    return {
+        "rows": rows * sizes.in_features,
+        "gates": rows * len(sizes.out_features) * sizes.experts,
+        "sums": sum(n * out for n, out in zip(per_linear, sizes.out_features, strict=True)),
+        "weights": sum(n * weight for n, weight in zip(fetched, sizes.weights(), strict=True)),
+    }
+
+
+def optimal_fetched_experts(support_GTPL: Tensor, own: int, sizes: GroupSizes) -> Tensor:
+    """Return the optimum of `choose_fetched_experts` by exhaustive search over 2^(G L) sets for each rank; for tests."""
+    G, T, P, L = support_GTPL.shape
+    best = torch.zeros(P, G, L, dtype=torch.bool)
+    for rank in range(P):
+        if rank == own:
+            continue
+        lowest = None
+        for bits in itertools.product((False, True), repeat=G * L):
+            fetched = torch.zeros(P, G, L, dtype=torch.bool)
+            fetched[rank] = torch.tensor(bits).view(G, L)
+            only = torch.zeros_like(support_GTPL)
+            only[:, :, rank] = support_GTPL[:, :, rank]
+            cost = sum(payload_elements(only, fetched, own, sizes).values())
+            if lowest is None or cost < lowest:
+                lowest, best[rank] = cost, fetched[rank]
+    return best
