@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.experts import ExpertBank, fused_experts, sparse_experts
 from ldmole_dist.method.lambda_mlp import LambdaMLP
-from ldmole_dist.method.layer import LocalDispatch, MoELinear
+from ldmole_dist.method.layer import Finish, LocalDispatch, MoELinear
 from ldmole_dist.method.losses import load_balance_loss, sparsity_loss
 from ldmole_dist.method.routers import Routing, SparsegenRouter
 
@@ -57,11 +57,11 @@ class FixedFormulation(LocalDispatch):
     def __init__(self, formulation: str) -> None:
         self.formulation = formulation
 
-    def __call__(self, x_TD: Tensor, routings, banks, plan) -> list[Tensor]:
+    def start(self, x_TD: Tensor, routings, banks, decision, repeated: bool = False) -> Finish:
         (routing,), (bank,) = routings, banks
         if self.formulation == "fused":
-            return [fused_experts(x_TD, routing.p_TE, bank)]
-        return [sparse_experts(x_TD, routing.p_TE, bank, (routing.p_TE != 0).sum(0).tolist())]
+            return lambda: [fused_experts(x_TD, routing.p_TE, bank)]
+        return lambda: [sparse_experts(x_TD, routing.p_TE, bank, (routing.p_TE != 0).sum(0).tolist())]
 
 
 def test_golden_files_exist() -> None:
@@ -75,10 +75,10 @@ def test_equal_to_golden(path: Path, formulation: str) -> None:
     layer, context = build(g, meta)
     layer.dispatch = FixedFormulation(formulation)
     seen: list[Routing] = []
-    report = context.record_routing
+    record_routing = context.record_routing
     context.record_routing = lambda names, routing, *rest: (
         seen.extend(routing.by_linear()),
-        report(names, routing, *rest),
+        record_routing(names, routing, *rest),
     )[1]
     mask = g["attention_mask"]
     x = g["x"].clone().requires_grad_()
