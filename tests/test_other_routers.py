@@ -1,4 +1,4 @@
-"""Adapters with other routers than Sparsegen: as PEFT's own LoRA, in files, and in whole runs."""
+"""Adapters with routers other than Sparsegen: against PEFT's LoRA, in adapter files, and in complete runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.small_adapter import E, R, adapt, backbone, config, logits, move
 from tests.small_run import make_config, make_folder, run_training
 
 
-def test_experts_without_a_router_are_one_lora() -> None:
+def test_lora_router_equals_peft_lora() -> None:
     ours = move(adapt(router="lora"))
     targets = list(config().target_modules or [])
     theirs = get_peft_model(
@@ -35,13 +35,13 @@ def test_experts_without_a_router_are_one_lora() -> None:
 
 
 @pytest.mark.parametrize("router", ["topk", "lora"])
-def test_only_what_a_router_needs_is_in_the_file(tmp_path: Path, router: str) -> None:
+def test_adapter_file_has_only_the_routers_parameters(tmp_path: Path, router: str) -> None:
     adapt(router=router).save_pretrained(tmp_path)
     kinds = {name.split("_proj.")[-1] for name in load_file(tmp_path / "adapter_model.safetensors")}
     assert kinds == {"lora_A", "lora_B"} | ({"router.weight"} if router == "topk" else set())
 
 
-def test_bad_options() -> None:
+def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match=f"top_k={E + 1} is greater than num_experts={E}"):
         config(router="topk", top_k=E + 1)
     with pytest.raises(ValueError, match="top_p=1.5: input should be less than or equal to 1"):
@@ -51,8 +51,8 @@ def test_bad_options() -> None:
 
 
 @pytest.mark.full
-def test_a_run_reports_what_its_router_has(tmp_path: Path, ranks1: LocalRanks) -> None:
-    """ReLU: no lambda anywhere, and an L1 coefficient that follows the number of active experts."""
+def test_relu_run_reports_l1_and_no_lambda(tmp_path: Path, ranks1: LocalRanks) -> None:
+    """The ReLU router has no lambda, and its L1 coefficient follows the number of active experts."""
     folder = make_folder(tmp_path)
     path = make_config(
         folder,
@@ -75,8 +75,8 @@ def test_a_run_reports_what_its_router_has(tmp_path: Path, ranks1: LocalRanks) -
 
 
 @pytest.mark.full
-def test_the_coefficient_goes_on_under_another_topology(tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks) -> None:
-    """Whether too many experts are active is decided from the sums of all ranks, so that it does not depend on how many."""
+def test_l1_coefficient_resumes_under_another_topology(tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks) -> None:
+    """The number of active experts is summed over all ranks, so the coefficient does not depend on their number."""
     path = make_config(
         make_folder(tmp_path),
         adapter={"router": "relu", "lora_dropout": 0.0},
@@ -90,7 +90,9 @@ def test_the_coefficient_goes_on_under_another_topology(tmp_path: Path, ranks1: 
         return [json.loads(line)["l1_coef"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
     whole = coefficients(tmp_path / "run")
-    assert whole == pytest.approx([0.01 * 1.2**step for step in range(6)])  # more than one is active, so it grows
+    assert whole == pytest.approx(
+        [0.01 * 1.2**step for step in range(6)]
+    )  # more than the target is active, so it grows
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000003"
     overrides = [f"run.resume={checkpoint}", f"run.output_dir={tmp_path / 'alone'}", "parallelism.ep_size=1"]
     ranks1.run(run_training, str(path), *overrides, "parallelism.deepspeed=zero1")

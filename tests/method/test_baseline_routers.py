@@ -1,4 +1,4 @@
-"""The routers beside Sparsegen: weights, supports and gradients against formulas written out token by token."""
+"""Baseline routers: weights, supports and gradients against formulas evaluated token by token."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_gradients(name: str) -> None:
     ],
     ids=["extreme", "equal", "one expert", "no token", "subnormal"],
 )
-def test_a_weight_says_who_is_active(name: str, u_TE: Tensor) -> None:
-    """What moves between ranks is decided from the support and carried out from the weights."""
+def test_nonzero_weights_are_the_support(name: str, u_TE: Tensor) -> None:
+    """The dispatch decides from the support and runs from the weights, so they must agree."""
     if u_TE.shape[1] < TOP_K and name == "topk":
         pytest.skip("more experts are asked for than there are: the config refuses it")
     made = router(name, u_TE.shape[1])
@@ -112,8 +112,8 @@ def test_a_weight_says_who_is_active(name: str, u_TE: Tensor) -> None:
     ),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_whatever_the_scores(name: str, rows: list[list[float]], dtype: torch.dtype) -> None:
-    """Ties, underflow and rows without a positive score: support and weights agree, and the support is the router's."""
+def test_support_and_weights_agree_for_extreme_scores(name: str, rows: list[list[float]], dtype: torch.dtype) -> None:
+    """Ties, underflow and rows without a positive score."""
     u_TE = torch.tensor(rows, dtype=dtype).view(-1, E).requires_grad_()
     made = router(name)
     support = made.decide(u_TE, None)
@@ -130,14 +130,14 @@ def test_whatever_the_scores(name: str, rows: list[list[float]], dtype: torch.dt
         mass = (prob_TE * support).sum(-1)
         least = prob_TE.masked_fill(~support, 2).amin(-1)
         assert bool((mass >= TOP_P - 1e-6).all()) and bool((mass - least < TOP_P + 1e-6).all())
-    if name in ("topk", "top_p"):  # nobody outside is ahead of somebody inside
+    if name in ("topk", "top_p"):  # no inactive expert has a higher score than an active one
         order_TE = u_TE.detach() if name == "topk" else prob_TE
         inside, outside = order_TE.masked_fill(~support, 300), order_TE.masked_fill(support, -300)
         assert bool((inside.amin(-1) >= outside.amax(-1)).all())
 
 
 @pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"lora"}))
-def test_a_score_that_is_no_number_is_not_hidden(name: str) -> None:
+def test_nan_scores_reach_the_output(name: str) -> None:
     u_TE = scores()
     u_TE[3, 1] = torch.nan
     assert bool(routed(name, u_TE)[3].isnan().any()) and bool(routed(name, u_TE)[:3].isfinite().all())
@@ -150,7 +150,7 @@ def test_scores_are_at_least_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["softmax", "topk", "top_p"])
-def test_the_balance_loss_is_of_the_choice_and_the_softmax_before_it(name: str) -> None:
+def test_balance_loss_uses_support_and_probabilities_before_selection(name: str) -> None:
     u_TE, mask = scores().requires_grad_(), torch.arange(T) % 3 != 0
     made = router(name)
     of_group = made.weigh(u_TE.unsqueeze(0), None, made.decide(u_TE.unsqueeze(0), None))
@@ -164,17 +164,17 @@ def test_the_balance_loss_is_of_the_choice_and_the_softmax_before_it(name: str) 
     prop = [sum(softmax(u)[e] for u in rows) / len(rows) for e in range(E)]
     loss = context.auxiliary_loss()
     assert float(loss.detach()) == pytest.approx(E * sum(f * p for f, p in zip(freq, prop, strict=True)))
-    if name == "softmax":  # all are active: there is nothing to balance
+    if name == "softmax":  # all experts are active, so the loss is constant
         assert float(loss.detach()) == pytest.approx(1)
     else:
         (gradient,) = torch.autograd.grad(loss, u_TE)
-        assert (gradient[mask][routing.p_TE[mask] == 0] != 0).all()  # an expert that was not chosen learns too
+        assert (gradient[mask][routing.p_TE[mask] == 0] != 0).all()  # inactive experts get a gradient too
         assert not gradient[~mask].any()
 
 
 @pytest.mark.parametrize("name", ["topk", "top_p"])
-def test_of_equal_scores_the_first(name: str) -> None:
-    """On every device, so that what is decided does not depend on it: torch.topk promises nothing of ties."""
+def test_ties_go_to_the_lower_index(name: str) -> None:
+    """torch.topk does not specify the order of ties, so the decision could depend on the device."""
     for experts in (3, 64, 3000):
         made = new_router(name, D, experts, top_k=2, top_p=1.5 / experts)
         assert made.decide(torch.zeros(5, experts), None)[:, :2].all()
