@@ -138,9 +138,15 @@ def test_member_with_another_input_is_computed_separately() -> None:
     linears, _, dispatch = make_linears(True)
     alone, _, _ = make_linears(False)
     x, other = hidden(), hidden(seed=2)
-    torch.testing.assert_close(linears[0].forward_with_adapter(x, "default"), alone[0].forward_with_adapter(x, "default"))
-    torch.testing.assert_close(linears[1].forward_with_adapter(other, "default"), alone[1].forward_with_adapter(other, "default"))
-    torch.testing.assert_close(linears[2].forward_with_adapter(x, "default"), alone[2].forward_with_adapter(x, "default"))
+    torch.testing.assert_close(
+        linears[0].forward_with_adapter(x, "default"), alone[0].forward_with_adapter(x, "default")
+    )
+    torch.testing.assert_close(
+        linears[1].forward_with_adapter(other, "default"), alone[1].forward_with_adapter(other, "default")
+    )
+    torch.testing.assert_close(
+        linears[2].forward_with_adapter(x, "default"), alone[2].forward_with_adapter(x, "default")
+    )
     assert dispatch.sizes[:2] == [3, 1]
     # The result that was prepared for it must not be used in the next forward.
     torch.testing.assert_close(read(linears, other), read(alone, other))
@@ -152,7 +158,9 @@ def test_member_with_a_slice_of_the_input_is_computed_separately() -> None:
     x = hidden()
     linears[0].forward_with_adapter(x, "default")
     first = x[:, :1]  # has the same data pointer
-    torch.testing.assert_close(linears[1].forward_with_adapter(first, "default"), alone[1].forward_with_adapter(first, "default"))
+    torch.testing.assert_close(
+        linears[1].forward_with_adapter(first, "default"), alone[1].forward_with_adapter(first, "default")
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
