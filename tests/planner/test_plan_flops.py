@@ -75,14 +75,14 @@ def test_step_flops_match_torch(checkpointing: bool) -> None:
 
 
 def test_forward_flops_match_torch_by_part() -> None:
-    """In a backward torch's counter does not tell modules apart."""
+    """Check the forward only: torch's counter does not attribute a backward to modules."""
     by_module = counted(False, backward=False).get_flop_counts()
     sums = dict.fromkeys(MODULES, 0)
     for name, counts in by_module.items():
         for part, pattern in MODULES.items():
             sums[part] += sum(counts.values()) if re.search(pattern, name) else 0
     attention = sum(n for op, n in by_module["Global"].items() if "attention" in str(op))
-    # Within an adapted linear: the frozen one, its router, the lambda-MLP of the leader, and the experts.
+    # An adapted linear consists of the frozen linear, its router, its group's lambda-MLP, and the experts.
     experts = sums["adapted"] - sums["base"] - sums["router"] - sums["lambda_mlp"]
     expected = {part: sums[part] for part in ("base", "head", "router", "lambda_mlp")}
     assert forward_flops(WORKLOAD, Strategy(1, 0, 1)) == expected | {"attention": attention, "experts": experts}
@@ -97,10 +97,10 @@ def test_flops_scale_with_the_workload() -> None:
     assert longer["attention"] == 4 * one["attention"] and longer["base"] == 2 * one["base"]
     answers = flops(replace(WORKLOAD, answer_tokens=16), Strategy(1, 0, 1, checkpointing=False))
     assert answers["head"] == one["head"] / 4 and answers["base"] == one["base"]
-    # When only active pairs are computed, expert parallelism moves the computation without changing its amount.
+    # Many experts on a CPU compute active pairs only, so expert parallelism does not change the total.
     many = replace(WORKLOAD, num_experts=64, lora_rank=16, active=2.0, on_cpu=True)
-    spread, whole = flops(many, Strategy(2, 0, 2, "all_to_all")), flops(many, Strategy(2, 0, 1))
-    assert spread["experts"] == pytest.approx(whole["experts"])
+    parallel, local = flops(many, Strategy(2, 0, 2, "all_to_all")), flops(many, Strategy(2, 0, 1))
+    assert parallel["experts"] == pytest.approx(local["experts"])
 
 
 def test_forward_runs_on_the_meta_device() -> None:

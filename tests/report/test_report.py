@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, ranks1: LocalRanks) -> Path:
 
 
 def loaded(run: Path, adapter: Path) -> PeftModel:
-    """Load a model in float64, which routes a sequence alike alone and in a batch."""
+    """Load a model in float64, so that a sequence is routed the same alone and in a batch."""
     backbone = load_backbone(str(run.parent / "backbone"), "causal_lm", "fp32")
     return load_adapter(backbone, str(adapter), trainable=False).double().eval()
 
@@ -106,9 +106,9 @@ def test_counts_equal_a_count_by_hand(run: Path) -> None:
         assert summary["tokens"] == len(counts) == {"long": 11, "short": 4}[domain]
         assert summary["experts_per_token"] == pytest.approx(sum(counts) / len(counts))
         assert summary["histogram"] == pytest.approx([counts.count(k) / len(counts) for k in range(EXPERTS + 1)])
-    whole = summarize(observed.by_linear["model.layers.1.mlp.up_proj"])
+    total = summarize(observed.by_linear["model.layers.1.mlp.up_proj"])
     pair = [numbers[domain, "model.layers.1.mlp.up_proj"] for domain in DOMAINS]
-    assert whole["experts_per_token"] == pytest.approx(sum(map(sum, pair)) / 15)
+    assert total["experts_per_token"] == pytest.approx(sum(map(sum, pair)) / 15)
 
 
 def test_history_equals_a_computation_by_hand(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
