@@ -76,10 +76,11 @@ class StepMeter:
         self.context.observer, self.wire.clock.on = None, False
         groups, table = self.wire.table()
         routed = self._routed.by_linear
-        everything = torch.cat([self._sums, table.flatten().to(self._sums), *routed.values()])
-        dist.all_reduce(everything)
-        sums, sent, rest = everything.cpu().split(
-            [len(SUMS), table.numel(), len(everything) - len(SUMS) - table.numel()]
+        # One all-reduce and one copy to the host for everything: each of them synchronizes the GPU.
+        reduced = torch.cat([self._sums, table.flatten().to(self._sums), *routed.values()])
+        dist.all_reduce(reduced)
+        sums, sent, routing_sums = reduced.cpu().split(
+            [len(SUMS), table.numel(), len(reduced) - len(SUMS) - table.numel()]
         )
         metrics = self._means(dict(zip(SUMS, sums.tolist(), strict=True)))
         elements, sizes = sent.long().view(table.shape)
@@ -90,7 +91,7 @@ class StepMeter:
             return Report(metrics, {})
         if groups:
             metrics["wire_by_group"] = _by_group(groups, elements)
-        by_linear = dict(zip(routed, rest.split([len(s) for s in routed.values()]), strict=True))
+        by_linear = dict(zip(routed, routing_sums.split([len(s) for s in routed.values()]), strict=True))
         routing = {name: summarize(linear_sums) for name, linear_sums in by_linear.items()}
         if "lambda_mean" in metrics:
             # Over all linears together: lambda has the same scale in each, whereas expert indices are unrelated.
@@ -101,21 +102,22 @@ class StepMeter:
         return Report(metrics, routing)
 
     def _means(self, total: dict[str, float]) -> dict[str, Any]:
+        """Return the metrics of every step from the sums over micro-batches and ranks."""
         decisions = max(total["decisions"], 1)
         # Losses that the router lacks are left out: a 0 would look like a measurement.
         losses = ["loss", "loss_task", *(f"loss_{term}" for term in TERMS if term in self.context.terms)]
         means = {name: total[name] / (self._micro_batches * self.process.world_size) for name in losses}
         means["experts_per_token"] = total["active"] / decisions
-        if not math.isnan(total["lambda"]):
+        if not math.isnan(total["lambda"]):  # NaN if the router has no lambda
             means["lambda_mean"] = total["lambda"] / decisions
         return means | {"tokens": total["tokens"]}
 
     def _extremes(self) -> dict[str, Any]:
         """Return the peak memory and dispatch times, each the maximum over ranks."""
         values = [self.process.peak_memory(), *(self.wire.clock.seconds(part) for part in TIMED)]
-        worst = torch.tensor(values, dtype=torch.float64, device=self.process.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        memory, *seconds = worst.tolist()
+        largest = torch.tensor(values, dtype=torch.float64, device=self.process.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        memory, *seconds = largest.tolist()
         return {"peak_memory_gb": memory / 1e9} | (
             {"dispatch_seconds": dict(zip(TIMED, seconds, strict=True))} if self.engine.parallel.size > 1 else {}
         )

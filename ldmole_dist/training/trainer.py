@@ -116,7 +116,7 @@ class Trainer:
                 result = self._report_evaluation(step)
 
             stop_requested, checkpoint_written, report_failed = self._reduce_flags()
-            if checkpoint_written or report_failed:
+            if checkpoint_written or report_failed:  # after a failed report, keep the checkpoint that is being written
                 self.saver.finish()
             if report_failed:
                 self._check_reports()
@@ -158,8 +158,8 @@ class Trainer:
     def _load_batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Return this rank's micro-batches of a step and the factor for their summed losses.
 
-        The engine averages over ranks and micro-batches. With the factor, that average becomes the mean loss per answer token
-        of the whole step, independent of how the batch is split.
+        `answer_loss` sums over tokens, and the engine averages over ranks and micro-batches. The factor turns that average
+        into the mean loss per answer token of the global batch, however it is split.
 
         Raises:
             UserError: on a rank that cannot read a row; PeerError on the others.
@@ -262,10 +262,9 @@ class Trainer:
         return result
 
     def _reduce_flags(self) -> tuple[bool, bool, bool]:
-        """Return whether any rank was asked to stop, every rank has written its checkpoint file, any report failed.
+        """Return whether any rank received a stop signal, every rank has written its checkpoint file, and any report failed.
 
-        Ranks must act on signals, finished checkpoint threads and failed writes in the same step, else they would wait in
-        different collectives.
+        Each flag is local to a rank, but what follows is collective: all ranks must act on it in the same step.
         """
         own = [self.stop.requested, self.saver.done, self.monitor.failed]
         flags = torch.tensor(own, dtype=torch.int64, device=self.process.device)

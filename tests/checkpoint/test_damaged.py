@@ -174,12 +174,8 @@ def test_resume_path_must_be_a_checkpoint_or_a_run(copy: Copy, tmp_path: Path) -
     assert "is neither a checkpoint" in copy.resume_error(f"run.resume={tmp_path}")
     # The path of a run selects its latest checkpoint.
     other = tmp_path / "other"
-    assert copy.resume(f"run.resume={copy.run}", f"run.output_dir={other}") == [
-        1,
-        2,
-        3,
-        4,
-    ]  # the first run is unchanged
+    steps_of_first_run = copy.resume(f"run.resume={copy.run}", f"run.output_dir={other}")
+    assert steps_of_first_run == [1, 2, 3, 4]
     assert [json.loads(x)["step"] for x in (other / "metrics.jsonl").read_text().splitlines()] == [5, 6]
 
 
@@ -196,8 +192,8 @@ def test_different_adapter_backbone_or_data_is_rejected(copy: Copy, trained: Pat
     weights = load_file(another / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, another / "model.safetensors", metadata={"format": "pt"})
-    said = copy.resume_error(f"backbone.path={another}")
-    assert "was trained on another backbone" in said and f"the weights of {another} differ" in said
+    message = copy.resume_error(f"backbone.path={another}")
+    assert "was trained on another backbone" in message and f"the weights of {another} differ" in message
     same = tmp_path / "same"
     shutil.copytree(trained / "backbone", same)
     assert copy.resume(f"backbone.path={same}") == [1, 2, 3, 4, 5, 6]
@@ -219,12 +215,12 @@ def train_with_file_size_limit(size: int, config: str, *overrides: str) -> str:
 @pytest.mark.parametrize("background", [True, False])
 def test_full_disk_stops_all_ranks_and_keeps_earlier_checkpoints(copy: Copy, background: bool) -> None:
     overrides = [f"run.output_dir={copy.run}", "optimisation.max_steps=8", f"run.save_async={str(background).lower()}"]
-    said = copy.ranks.run(train_with_file_size_limit, 40_000, str(copy.config), *overrides)
+    errors = copy.ranks.run(train_with_file_size_limit, 40_000, str(copy.config), *overrides)
     assert (
-        said[0].startswith("UserError: cannot write the checkpoint ")
-        and "File too large. Existing content is" in said[0]
+        errors[0].startswith("UserError: cannot write the checkpoint ")
+        and "File too large. Existing content is" in errors[0]
     )
-    assert said[1].startswith("PeerError: rank 0 failed while writing the checkpoint")
+    assert errors[1].startswith("PeerError: rank 0 failed while writing the checkpoint")
     assert [path.name for path in list_checkpoints(copy.run)] == ["step_00000004", "step_00000002"]
     assert all(verify(checkpoint) == [] for checkpoint in list_checkpoints(copy.run))
     copy.resume()

@@ -53,8 +53,8 @@ def test_nonfinite_gradient_stops_all_ranks(tmp_path: Path, ranks2: LocalRanks, 
     make_backbone(tmp_path / "backbone")
     make_data(tmp_path / "train.jsonl", 20)
     config = make_config(tmp_path, data={"eval": None})
-    for said in ranks2.run(train_with_broken_gradients, str(config), f"parallelism.deepspeed=zero{stage}"):
-        assert "gradient norm is" in said and "at step 1" in said
+    for message in ranks2.run(train_with_broken_gradients, str(config), f"parallelism.deepspeed=zero{stage}"):
+        assert "gradient norm is" in message and "at step 1" in message
 
 
 @pytest.mark.parametrize("fp16", [{"initial_scale_power": 2, "hysteresis": 1}, {"loss_scale": 4}])
@@ -68,8 +68,8 @@ def test_nonfinite_gradient_stops_fp16_at_the_minimum_loss_scale(
     ds_config.write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": fp16}))
     overrides = [f"parallelism.deepspeed={ds_config}", "parallelism.precision=fp16"]
     at = 1 if "loss_scale" in fp16 else 3  # the dynamic scale falls from 4 to 2 to 1 first
-    for said in ranks2.run(train_with_broken_gradients, str(config), *overrides):
-        assert "gradient norm is" in said and f"at step {at} " in said
+    for message in ranks2.run(train_with_broken_gradients, str(config), *overrides):
+        assert "gradient norm is" in message and f"at step {at} " in message
 
 
 def save_then_break(path: str, *overrides: str) -> str:
@@ -99,7 +99,7 @@ def test_pending_checkpoint_is_finished_before_the_error(tmp_path: Path, ranks2:
     make_backbone(tmp_path / "backbone")
     make_data(tmp_path / "train.jsonl", 20)
     config = make_config(tmp_path, data={"eval": None}, run={"save_every": 1})
-    for said in ranks2.run(save_then_break, str(config)):
-        assert "gradient norm is" in said and "at step 2 " in said
+    for message in ranks2.run(save_then_break, str(config)):
+        assert "gradient norm is" in message and "at step 2 " in message
     (checkpoint,) = list_checkpoints(tmp_path / "run")
     assert checkpoint.name == "step_00000001" and verify(checkpoint) == []

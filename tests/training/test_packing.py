@@ -59,12 +59,12 @@ def test_gradients_equal_those_of_padded_rows(tmp_path: Path, ranks1: LocalRanks
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["backbone.task=sequence_classification"], "needs backbone.task=causal_lm"),
         (["backbone.attention=flex_attention"], "is not tested with backbone.attention=flex_attention"),
     ],
 )
-def test_unsupported_packing_is_rejected(tmp_path: Path, overrides: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_unsupported_packing_is_rejected(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load_config(str(make_config(tmp_path)), ["data.packing=true", *overrides])
