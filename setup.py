@@ -15,6 +15,8 @@ setup(
         "ldmole_dist.data.wordnet": ["*.jsonl", "LICENSE", "README.md"],
         "ldmole_dist.planner": ["presets/*.json"],
         "ldmole_dist.report": ["figures.toml", "page.html"],
+        "ldmole_dist.study.compare": ["methods.yaml", "page.md"],
+        "ldmole_dist.study.scaling": ["grids.json", "page.html"],
     },
     entry_points={"console_scripts": ["ldmole = ldmole_dist.cli:main"]},
     install_requires=[

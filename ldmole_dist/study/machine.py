@@ -1,4 +1,4 @@
-"""What figures of a study depend on beside its settings."""
+"""Description of the machine and the library versions that a measurement depends on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 
 
 def machine() -> dict[str, str]:
-    """The machine and the versions of what runs on it."""
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    """Return the device, the processor, the memory and the library versions of this machine."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory().total / 2**30
     return {
         "device": f"{len(gpus)} x {gpus[0]}" if gpus else "CPU",
@@ -28,8 +28,15 @@ def machine() -> dict[str, str]:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def setup() -> str:
+    """Return the device, the clock and the torch version of a benchmark in one line, for the title of its table."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, wall-clock time, torch {torch.__version__}"
+    return f"CPU ({_processor()}), CPU time unless said otherwise, torch {torch.__version__}"
 
 
 def _processor() -> str:

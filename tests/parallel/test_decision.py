@@ -10,7 +10,7 @@ from ldmole_dist.study.bench.decide import CELLS, Cell, all_or_none, decide, dra
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
 def test_never_costlier_than_fixed_modes(cell: Cell) -> None:
     found = decide(cell)
-    assert found.auto <= min(found.all_to_all, found.gather)
+    assert found["auto"] <= min(found["all_to_all"], found["gather"])
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -334,5 +334,5 @@ def test_benchmark_prints_the_overhead_of_observing(
     monkeypatch.setattr("sys.argv", ["cost", str(run), "--batch-size", "4"])
     cost.main()
     assert re.search(
-        r"with \d+ tokens, .*: \d+ ms for 1,000 tokens; with the observer \d+\.\d\d times", capsys.readouterr().out
+        r"\d+ tokens; .*\n.*ms per 1,000 tokens.*\n(.*\n)+with the observer: \d+\.\d\d times", capsys.readouterr().out
     )

@@ -1,4 +1,4 @@
-"""No test of this folder needs the network; where there is none, the hub is tried for most of a minute before it is missed."""
+"""No test of this folder needs the network: without one, each request to the hub takes most of a minute to fail."""
 
 import huggingface_hub.constants
 import pytest

@@ -1,9 +1,10 @@
-"""The comparison of routers: what its page says, where its data comes from, and a small slice of it from end to end."""
+"""Tests of the comparison of routers: its page, its data, and a small comparison from end to end."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import statistics
 import subprocess
@@ -22,8 +23,8 @@ from ldmole_dist.config import Adapter
 from ldmole_dist.data import vader
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
 from ldmole_dist.study.compare.data import TEST, TRAIN, write_data
-from ldmole_dist.study.compare.methods import DEFAULT, METHODS, equal_rank, linears_of, overrides_of
-from ldmole_dist.study.compare.page import page, spread, verdict
+from ldmole_dist.study.compare.methods import DEFAULT, METHODS, equal_lora_rank, linears_of, overrides_of
+from ldmole_dist.study.compare.page import interval, page, spread
 from ldmole_dist.study.compare.store import Row, Store
 from ldmole_dist.tuner.config import LdMoleConfig
 from tests.small_run import make_backbone, make_config, make_folder
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def archive(path: Path, rows: dict[str, int], line: str = "{n}_1\t{rating}\tsentence {n} of {name}.\r\n") -> Path:
-    """As vaderSentiment's source distribution, with other sentences."""
+    """Write an archive like vaderSentiment's source distribution, with other sentences."""
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as tar:
         for domain, (name, _) in vader.DOMAINS.items():
@@ -65,11 +66,11 @@ def test_rated_sentences(tmp_path: Path) -> None:
     }
     assert 0.18 < statistics.mean(s.for_testing for s in sentences) < 0.22
     twice = [vader.Sentence("products", "7", 1.0, text).for_testing for text in ("a", "b")]
-    assert twice[0] == twice[1]  # sentences of one document stay together
+    assert twice[0] == twice[1]  # sentences of one document are in the same split
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("create", "message"),
     [
         (lambda p: archive(p, WHOLE | {"tweets": 3}), "tweets_GroundTruth.txt has 3 rows instead of 4200"),
         (lambda p: archive(p, WHOLE, line="{n} {rating}\n"), "is not three tab-separated fields"),
@@ -78,13 +79,13 @@ def test_rated_sentences(tmp_path: Path) -> None:
         (lambda p: None, "No such file"),
     ],
 )
-def test_another_archive_is_refused(tmp_path: Path, made: Any, said: str) -> None:
-    made(tmp_path / "v.tar.gz")
-    with pytest.raises(UserError, match=said):
+def test_other_archives_are_refused(tmp_path: Path, create: Any, message: str) -> None:
+    create(tmp_path / "v.tar.gz")
+    with pytest.raises(UserError, match=message):
         vader.read_vader(str(tmp_path / "v.tar.gz"))
 
 
-def test_the_mixture_is_the_same_every_time(tmp_path: Path) -> None:
+def test_mixture_is_deterministic(tmp_path: Path) -> None:
     source = str(archive(tmp_path / "v.tar.gz", WHOLE))
     first, again = [[p.read_bytes() for p in write_data(source, tmp_path / name)] for name in ("a", "b")]
     assert first == again
@@ -96,18 +97,18 @@ def test_the_mixture_is_the_same_every_time(tmp_path: Path) -> None:
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
 
 
-def test_lora_has_as_many_parameters(tmp_path: Path) -> None:
+def test_plain_lora_has_as_many_parameters_as_ld_mole(tmp_path: Path) -> None:
     adapter = Adapter(num_experts=4, r=2, lambda_hidden=8)
     backbone = str(make_backbone(tmp_path / "backbone"))
     linears = linears_of(backbone, adapter)
     assert len(linears) == 7 * 2
-    rank = equal_rank(linears, adapter)
+    lora_rank = equal_lora_rank(linears, adapter)
     per_rank = sum(D + O for D, O, _ in linears)
     settings = LdMoleConfig(num_experts=4, r=2, lambda_hidden=8, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(backbone), settings)
     whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert abs(rank * per_rank - whole) <= per_rank / 2
-    assert f"adapter.r={rank}" in overrides_of("lora", adapter, backbone)
+    assert abs(lora_rank * per_rank - whole) <= per_rank / 2
+    assert f"adapter.r={lora_rank}" in overrides_of("lora", adapter, backbone)
     assert set(DEFAULT) <= set(METHODS)
 
 
@@ -125,37 +126,31 @@ def rows() -> list[Row]:
     return made
 
 
-def test_the_page_has_what_was_measured(tmp_path: Path) -> None:
+def test_page_has_means_spreads_and_intervals(tmp_path: Path) -> None:
     store = Store(tmp_path, {"command": "launch/compare_routers.py x", "config": "x", "code": "abc", "cores": "2"})
     for row in rows():
         store.add(row)
-    text = page(Store(tmp_path, None))
+    text = re.sub(" +", " ", page(Store(tmp_path, None)))
     assert "| LD-MoLE (Sparsegen) | 3 | 75.0 ± 5.0 | 0.250 ± 0.050 | 2.50 ± 0.00 | 1.00 M | 40.0 ± 0.0 | – |" in text
-    assert "Before training: 50.0 %." in text and "| before training | 25.0 |" in text
-    assert "| plain LoRA | 40.0 ± 5.0 |" in text
-    assert "| top-2 (MoLA's router) | -1.3 ± 0.6 | +0.013 ± 0.006 |" in text
-    # Student's t of two degrees of freedom: 4.303 standard errors to both sides.
-    told = "not told apart (-1.3 points, 95 % interval -2.8 to +0.1)"
-    assert f"- top-2 (MoLA's router): accuracy {told}; loss not told apart (+0.013, 95 % interval" in text
-    assert "- plain LoRA: accuracy not told apart" in text
+    assert "| before training | 50.0 | 25.0 |" in text and "| plain LoRA | 80.0 ± 10.0 | 40.0 ± 5.0 |" in text
+    # Student's t with two degrees of freedom: 4.303 standard errors to both sides.
+    differences = "-1.3 ± 0.6 | -2.8 to +0.1 | +0.013 ± 0.006 | -0.001 to +0.028"
+    assert f"| top-2 (MoLA's router) | {differences} |" in text
 
 
-def test_verdicts() -> None:
-    assert "tells nothing" in verdict([1.0], 1, "")
-    assert verdict([1.0, 1.2, 1.1], 1, " points") == "above the baseline (+1.1 points, 95 % interval +0.9 to +1.3)"
-    assert verdict([-1.0, -1.2, -1.1], 2, "").startswith("below the baseline (-1.10, ")
-    for alike in ([1.0, -1.2, 0.4], [0.0, 0.0], [1.0, 1.0, 2.0]):
-        assert verdict(alike, 1, "").startswith("not told apart")
+def test_intervals_and_spreads() -> None:
+    assert interval([1.0, 1.2, 1.1]) == pytest.approx((1.1 - 0.2484, 1.1 + 0.2484), abs=1e-4)
+    assert interval([0.0, 0.0]) == (0.0, 0.0)
     assert spread([], 1) == "–" and spread([2.0], 1) == "2.0" and spread([1.0, 2.0], 1, sign=True) == "+1.5 ± 0.7"
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     about = {"command": "c", "config": "x", "code": "abc"}
     Store(tmp_path / "a", about)
     Store(tmp_path / "a", about)
-    with pytest.raises(UserError, match="code abc, here def"):
+    with pytest.raises(UserError, match="code abc, now def"):
         Store(tmp_path / "a", about | {"code": "def"})
-    with pytest.raises(UserError, match="holds no comparison"):
+    with pytest.raises(UserError, match="holds no study"):
         Store(tmp_path / "b", None)
     (tmp_path / "a" / "cells.jsonl").write_text('{"method": 1}\n')
     with pytest.raises(UserError, match="line 1 cannot be read"):
@@ -179,7 +174,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.full
-def test_a_small_slice_interrupted_and_gone_on_with(tmp_path: Path) -> None:
+def test_small_comparison_is_interrupted_and_resumed(tmp_path: Path) -> None:
     make_folder(tmp_path)
     make_config(tmp_path, optimisation={"max_steps": 40}, parallelism={"ep_size": 1}, run={"detail_every": 5})
     first = start(tmp_path)
@@ -189,24 +184,24 @@ def test_a_small_slice_interrupted_and_gone_on_with(tmp_path: Path) -> None:
             assert first.poll() is None, first.communicate()[0]
             time.sleep(0.1)
         first.send_signal(signal.SIGTERM)
-        said = first.communicate(timeout=120)[0]
+        message = first.communicate(timeout=120)[0]
     finally:
         first.kill()
-    assert first.returncode == EXIT_PREEMPTED and "the same command goes on" in said
-    assert list((run / "checkpoints").glob("step_*")), said
+    assert first.returncode == EXIT_PREEMPTED and "run the same command to resume" in message
+    assert list((run / "checkpoints").glob("step_*")), message
 
     again = start(tmp_path)
-    said = again.communicate(timeout=240)[0]
-    assert again.returncode == 0, said
+    message = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, message
     rows = Store(tmp_path / "out", None).rows()
     assert Counter(row.method for row in rows) == {"sparsegen": 2, "lora": 2}
     assert [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == list(
         range(1, 41)
     )
     text = (tmp_path / "out" / "routers.md").read_text()
-    assert "plain LoRA" in text and "Before training" in text
+    assert "plain LoRA" in text and "before training" in text
     third = start(tmp_path)  # nothing is left to do
     assert third.communicate(timeout=60)[0].count("Loading weights") == 0 and third.returncode == 0
 
     wrong = start(tmp_path, "--methods", "best")
-    assert "--methods best are not known" in wrong.communicate(timeout=60)[0] and wrong.returncode == EXIT_EXPLAINED
+    assert "--methods best is not supported" in wrong.communicate(timeout=60)[0] and wrong.returncode == EXIT_EXPLAINED

@@ -1,4 +1,4 @@
-"""The scaling study loses nothing that was measured, and mixes nothing that cannot be compared."""
+"""Tests of the scaling study's folder: no measured row is lost, and rows that are not comparable are refused."""
 
 import json
 import resource
@@ -12,16 +12,15 @@ from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 from ldmole_dist.selftest.local_ranks import RankFailed
 from ldmole_dist.study.bench import latency as bench_latency
 from ldmole_dist.study.bench.latency import PARTS, Latency, Settings
-from ldmole_dist.study.scaling import command, measure, sections
+from ldmole_dist.study.scaling import command, measure
 from ldmole_dist.study.scaling.cells import Cell
 from ldmole_dist.study.scaling.code import MEASURED_BY, PACKAGE, code, imported
 from ldmole_dist.study.scaling.measure import Measured
 from ldmole_dist.study.scaling.store import COLUMNS, Store, done, failed
-from ldmole_dist.study.scaling.study import Study
-from tests.study.scaling_rows import GRID, MACHINE, TINY, measured, said_by
+from tests.study.scaling_rows import GRID, MACHINE, TINY, measured
 
 
-def test_an_interrupted_study_runs_only_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_study_runs_only_the_missing_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells, ran = GRID.cells()[:6], []
 
     def interrupted(cell: Cell, *args: Any, **kwargs: Any) -> Measured:
@@ -47,7 +46,7 @@ def test_an_interrupted_study_runs_only_the_rest(tmp_path: Path, monkeypatch: py
     assert [row.measured.seconds for row in rows if row.measured] == [1.1, 2.1, 3.1, 1.5, 1.5, 1.5]
 
 
-def test_a_row_is_read_as_it_was_written_and_half_a_row_is_none(tmp_path: Path) -> None:
+def test_rows_round_trip_and_an_incomplete_row_is_dropped(tmp_path: Path) -> None:
     store = Store(tmp_path, MACHINE)
     rows = [
         done(TINY, measured(0.25, wire={"rows": 3.5})),
@@ -56,25 +55,26 @@ def test_a_row_is_read_as_it_was_written_and_half_a_row_is_none(tmp_path: Path) 
     for row in rows:
         store.add(row)
     store.add(done(replace(TINY, layers=3), measured(1.0)))
-    store.table.write_text(store.table.read_text()[:-10])  # killed while it wrote
+    store.table.write_text(store.table.read_text()[:-10])  # killed while it was written
     assert Store(tmp_path, None).rows() == rows
     assert Store(tmp_path, MACHINE).rows() == rows
     assert rows[1].status == 'Error: "a, b"'
     assert failed(TINY, OSError(12, "Cannot allocate memory")).status == "OSError: [Errno 12] Cannot allocate memory"
-    for cut in (5, 0):  # killed while it began
+    for cut in (5, 0):  # killed while the header was written
         store.table.write_text(store.table.read_text()[:cut])
         assert Store(tmp_path, None).rows() == Store(tmp_path, MACHINE).rows() == []
         assert store.table.read_text() == ",".join(COLUMNS) + "\n"
 
 
-def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
+def test_full_disk_is_reported_and_loses_no_row(tmp_path: Path) -> None:
     store = Store(tmp_path, MACHINE)
     store.add(done(TINY, measured(0.25)))
     whole, limits = store.table.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))  # as a full disk, takes a part of the row
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))  # like a full disk, takes a part of the row
     try:
         with pytest.raises(
-            UserError, match=r"cannot write .*cells\.csv: File too large\. Existing content is unchanged; .* the same command"
+            UserError,
+            match=r"cannot write .*cells\.csv: File too large\. Existing content is unchanged; .* the same command",
         ):
             store.add(done(replace(TINY, layers=2), measured(0.5)))
     finally:
@@ -89,7 +89,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
     assert store.latencies() is None
 
 
-def test_the_page_is_not_lost_where_latency_fails_and_it_is_tried_again(
+def test_latency_that_fails_is_recorded_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raised: list[Exception] = [RankFailed("measure_shape failed on rank 0:\nTraceback\nOutOfMemoryError: tried <all>")]
@@ -105,19 +105,18 @@ def test_the_page_is_not_lost_where_latency_fails_and_it_is_tried_again(
     monkeypatch.setattr(bench_latency, "bench_latency", bench)
     store = Store(tmp_path, MACHINE)
     store.add(done(TINY, measured(1.0)))
-    command._measure_latency(store, thorough=False)
+    command._measure_latency(store, is_full=False)
     assert "OutOfMemoryError" in capsys.readouterr().err
-    page = said_by(Study(Store(tmp_path, None)), *sections.ALL)
-    assert "This was not measured: OutOfMemoryError: tried &lt;all&gt;. The same command tries it again." in page
+    assert Store(tmp_path, None).latencies() == "OutOfMemoryError: tried <all>"
     raised.append(ValueError("odd"))
-    command._measure_latency(Store(tmp_path, MACHINE), thorough=False)
+    command._measure_latency(Store(tmp_path, MACHINE), is_full=False)
     assert Store(tmp_path, None).latencies() == "ValueError: odd"
     for _ in range(2):
-        command._measure_latency(Store(tmp_path, MACHINE), thorough=False)
+        command._measure_latency(Store(tmp_path, MACHINE), is_full=False)
         assert Store(tmp_path, None).latencies() == found and len(runs) == 3
 
 
-def test_a_cell_that_fails_is_recorded_and_the_others_go_on(
+def test_failed_cell_is_recorded_and_the_others_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells = GRID.cells()[:4]
@@ -135,54 +134,51 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(
     statuses = ["ok", "OutOfMemoryError: tried to allocate", "OSError: [Errno 12] Cannot allocate memory", "ok"]
     assert [row.status for row in store.rows()] == statuses
     assert "OutOfMemoryError" in capsys.readouterr().err
-    monkeypatch.setattr(measure, "measure", None)  # nothing is left to run, the failed one neither
+    monkeypatch.setattr(measure, "measure", None)  # nothing is left to run; a failed cell is not run again
     command._measure_missing(store, cells, steps=1, timeout=1)
 
 
-def test_a_cell_that_takes_too_long_is_a_failed_one(tmp_path: Path) -> None:
+def test_cell_that_times_out_is_recorded_as_failed(tmp_path: Path) -> None:
     store = Store(tmp_path, MACHINE)
     command._measure_missing(store, [TINY], steps=1, timeout=0.5)
     (row,) = store.rows()
     assert row.measured is None and "did not return within" in row.status
 
 
-def test_a_folder_is_of_one_machine_and_version(tmp_path: Path) -> None:
+def test_folder_of_another_machine_or_version_is_refused(tmp_path: Path) -> None:
     Store(tmp_path, MACHINE).add(done(TINY, measured(1.0)))
-    with pytest.raises(UserError, match=r"something else \(torch 1, here 2\): choose another --output"):
+    with pytest.raises(UserError, match=r"other settings \(torch 1, now 2\); choose another --output"):
         Store(tmp_path, MACHINE | {"torch": "2"})
-    assert len(Store(tmp_path, None).rows()) == 1  # its page can be made anywhere
-    said = r"something else \(timed_steps 7, here 5\): give --steps 7, choose another --output"
-    with pytest.raises(UserError, match=said):
+    assert len(Store(tmp_path, None).rows()) == 1  # to write its page on another machine
+    with pytest.raises(UserError, match=r"other settings \(timed_steps 7, now 5\)"):
         Store(tmp_path, MACHINE | {"timed_steps": "5"})
     table = tmp_path / "cells.csv"
     table.write_text(table.read_text().replace("dispatch", "transport", 1))
-    with pytest.raises(UserError, match="another version of this study: choose another --output"):
+    with pytest.raises(UserError, match="other columns, from another version; choose another --output"):
         Store(tmp_path, MACHINE)
-    for older in ({name: MACHINE[name] for name in MACHINE if name != "timed_steps"}, []):
-        (tmp_path / "machine.json").write_text(json.dumps(older))
-        with pytest.raises(UserError, match=r"machine\.json was written by another version of this study"):
-            Store(tmp_path, None)
+    (tmp_path / "machine.json").write_text("{")
+    with pytest.raises(UserError, match=r"machine\.json is damaged"):
+        Store(tmp_path, None)
 
 
-def test_steps_are_recorded_and_are_those_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_steps_is_recorded_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(measure, "measure", lambda cell, *steps: ran.append(steps) or measured(1.0))
     monkeypatch.setattr(command, "_measure_latency", lambda *_: None)
-    monkeypatch.setattr("ldmole_dist.study.scaling.page.write_page", lambda store: [])
+    monkeypatch.setattr("ldmole_dist.study.scaling.page.write_page", lambda store: "no model")
     from ldmole_dist.cli import main
 
     study = ["scaling", "--output", str(tmp_path), "--ranks", "1", "--layers", "1", "--timeout", "9"]
     assert main([*study, "--steps", "3"]) == 0 and set(ran) == {(3, measure.WARMUP, 9.0)}
     machine = json.loads((tmp_path / "machine.json").read_text())
     assert machine["timed_steps"] == "3" and machine["warmup_steps"] == str(measure.WARMUP)
-    assert "the median of 3 timed steps, after 4 that warm up" in said_by(Study(Store(tmp_path, None)), sections.method)
     assert main([*study, "--steps", "4"]) == EXIT_EXPLAINED
 
 
-def test_the_code_of_a_study_is_what_a_cell_runs(tmp_path: Path) -> None:
+def test_code_hash_covers_exactly_what_a_cell_imports(tmp_path: Path) -> None:
     ours = {str(path.relative_to(PACKAGE)) for path in imported(PACKAGE, MEASURED_BY)}
     assert ours >= {"method/layer.py", "parallel/dispatch.py", "engine/build.py", "study/scaling/cells.py"}
-    assert ours >= {"study/bench/latency.py", "study/bench/dispatch.py", "selftest/local_ranks.py", "__init__.py"}
+    assert ours >= {"study/bench/latency.py", "study/timing.py", "selftest/local_ranks.py", "__init__.py"}
     others = ("cli.py", "cluster/", "monitor/", "checkpoint/", "report/", "planner/", "study/scaling/page.py")
     assert not [name for name in ours if name.startswith(others)]
 
@@ -216,11 +212,11 @@ def test_the_code_of_a_study_is_what_a_cell_runs(tmp_path: Path) -> None:
     assert matters == {"measure.py", "__init__.py", "helper.py", "deep.py", "lazy.py", "zero2.json"}
 
 
-def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_unusable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output .*file.*choose a folder that can be written"):
         Store(tmp_path / "file", MACHINE)
     store = Store(tmp_path / "study", MACHINE)
     store.table.write_text(store.table.read_text() + "2,what\n")
-    with pytest.raises(UserError, match=r"cells.csv, line 2 cannot be read .*: delete that line"):
+    with pytest.raises(UserError, match=r"cells.csv, line 2 cannot be read .*; delete that line"):
         store.rows()

@@ -1,89 +1,61 @@
-"""`ldmole bench WHAT`: arguments, and what each calls. A benchmark is imported when it is called."""
+"""Arguments of `ldmole bench NAME`. A benchmark's module is imported when it runs: importing torch takes seconds."""
 
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
 from ldmole_dist.cli_arguments import positive
 
+# By name, which is also that of the module: help, and flag, default and help of the one option.
+BENCHMARKS: dict[str, tuple[str, tuple[str, int, str] | None]] = {
+    "layer": (
+        "time and memory of the experts of one linear, against the authors' einsum",
+        ("--repeats", 5, "timed turns of each formulation"),
+    ),
+    "dispatch": (
+        "time and data sent of every dispatch strategy, on 2 and 4 ranks",
+        ("--turns", 5, "timed turns of each strategy"),
+    ),
+    "decide": (
+        "what the dispatch decides to send over many shapes, and how long deciding takes",
+        ("--repeats", 5, "timed decisions of each shape"),
+    ),
+    "checkpoint": (
+        "how long training waits for an asynchronous checkpoint",
+        ("--layers", 11, "decoder layers of the model, with 9.3 million trainable parameters each"),
+    ),
+    "latency": (
+        "shares of the adapter's parts in the latency of training and of generation",
+        ("--turns", 5, "timed turns of each part"),
+    ),
+    "monitor": (
+        "how much reporting slows down an optimizer step",
+        ("--turns", 8, "timed steps of each level of reporting"),
+    ),
+    "plan": ("the planner's numbers against real engines", None),
+}
+
 
 def add_commands(bench: argparse.ArgumentParser) -> None:
-    """Give the parser of `ldmole bench` its subcommands."""
-    commands = bench.add_subparsers(required=True, metavar="WHAT")
-    layer = commands.add_parser("layer", help="the experts of one linear against the authors' formulation")
-    layer.add_argument("--repeats", type=positive, default=5, help="timed runs of each, interleaved")
-    layer.set_defaults(call=_layer)
-    dispatch = commands.add_parser(
-        "dispatch", help="strategies that bring tokens and experts together, on 2 and 4 ranks"
-    )
-    dispatch.add_argument("--turns", type=positive, default=5, help="timed runs of each, interleaved")
-    dispatch.set_defaults(call=_dispatch)
-    decide = commands.add_parser(
-        "decide", help="what a dispatch decides to move over many shapes, and what deciding costs"
-    )
-    decide.add_argument("--repeats", type=positive, default=5, help="timed runs of each")
-    decide.set_defaults(call=_decide)
-    checkpoint = commands.add_parser("checkpoint", help="what a checkpoint in the background costs training")
-    checkpoint.add_argument("--layers", type=positive, default=11, help="of the model: 9.3 million parameters each")
-    checkpoint.set_defaults(call=_checkpoint)
-    latency = commands.add_parser("latency", help="the adapter's parts in the latency of training and of generation")
-    latency.add_argument("--turns", type=positive, default=5, help="timed runs of each, interleaved")
-    latency.set_defaults(call=_latency)
-    monitor = commands.add_parser("monitor", help="what watching a run costs it")
-    monitor.add_argument("--turns", type=positive, default=8, help="timed steps of each kind, interleaved")
-    monitor.set_defaults(call=_monitor)
-    commands.add_parser("plan", help="the planner's numbers against real engines").set_defaults(call=_plan)
+    """Add the subcommands of `ldmole bench`."""
+    commands = bench.add_subparsers(required=True, metavar="NAME")
+    for name, (text, option) in BENCHMARKS.items():
+        parser = commands.add_parser(name, help=text)
+        if option:
+            flag, default, meaning = option
+            parser.add_argument(
+                flag,
+                dest="value",
+                metavar="N",
+                type=positive,
+                default=default,
+                help=f"{meaning} (default: %(default)s)",
+            )
+        parser.set_defaults(call=_run, benchmark=name)
 
 
-def _layer(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.layer import DEFAULT_CASES, bench_layer, print_table
-
-    print_table(bench_layer(DEFAULT_CASES, args.repeats))
-    return 0
-
-
-def _dispatch(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.dispatch import Sizes, bench_dispatch, print_table
-
-    print_table(bench_dispatch(turns=args.turns), Sizes())
-    from ldmole_dist.study.bench.overlap import bench_overlap, print_overlap
-
-    print_overlap(bench_overlap(turns=args.turns))
-    return 0
-
-
-def _decide(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.decide import CELLS, decide, print_table
-
-    print_table(decide(cell, args.repeats) for cell in CELLS)
-    return 0
-
-
-def _checkpoint(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.checkpoint import Sizes, bench_checkpoint, print_measured
-
-    print_measured(bench_checkpoint(Sizes(layers=args.layers)))
-    return 0
-
-
-def _latency(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.latency import Settings, bench_latency, print_table
-
-    print_table(bench_latency(Settings(turns=args.turns)))
-    return 0
-
-
-def _monitor(args: argparse.Namespace) -> int:
-    from ldmole_dist.config import Run
-    from ldmole_dist.study.bench.monitor import Sizes, bench_monitor, print_measured
-
-    ranks = 2
-    print_measured(bench_monitor(ranks, turns=args.turns), Sizes(), ranks, Run("").detail_every)
-    return 0
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from ldmole_dist.study.bench.plan_accuracy import bench_plan, print_table
-
-    print_table(bench_plan())
+def _run(args: argparse.Namespace) -> int:
+    main = import_module(f"ldmole_dist.study.bench.{args.benchmark}").main
+    main(*([args.value] if "value" in args else []))
     return 0

@@ -1,4 +1,4 @@
-"""What the dispatch decides over many shapes, routings and group sizes, and what deciding costs: `ldmole bench decide`.
+"""Measure what a dispatch decides to send over many shapes, and how long deciding takes: `ldmole bench decide`.
 
 No ranks are started: the decision is a function of one rank's routing (`parallel.decision`).
 
@@ -10,36 +10,37 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ldmole_dist.parallel.decision import GroupSizes, choose_fetched_experts, payload_elements
+from ldmole_dist.study.machine import setup
+from ldmole_dist.study.table import markdown_table
 
-OUT_FEATURES = (256, 64, 64)  # of an input group of q, k, v; the first alone where a group has one linear
 IN_FEATURES = 256
+OUT_FEATURES = (256, 64, 64)  # of q, k and v; a group of one linear has the first only
 
 
 class Cell(NamedTuple):
-    """One shape and routing: P ranks, E experts, R their rank, T tokens of this rank, k active experts a token, a power law
-    of exponent `skew` for their popularity, G linears that share the input."""
+    """One shape and routing: P ranks, all experts, LoRA rank, tokens of this rank, mean number of active experts of a token,
+    exponent of the power law of the experts' popularity, and G linears."""
 
     ranks: int
     experts: int
-    rank: int
+    lora_rank: int
     tokens: int
     active: float
     skew: float
     linears: int
 
     def sizes(self) -> GroupSizes:
-        """Widths of the input group."""
-        return GroupSizes(IN_FEATURES, OUT_FEATURES[: self.linears], self.rank, self.experts // self.ranks)
+        """Return the widths of the input group."""
+        return GroupSizes(IN_FEATURES, OUT_FEATURES[: self.linears], self.lora_rank, self.experts // self.ranks)
 
     def support(self) -> Tensor:
-        """(G, T, P, L) bool, drawn anew for each shape, always the same."""
+        """Return a random support, (G, T, P, L) bool, which depends on the cell only."""
         seed = self.ranks * self.experts + self.tokens
         held = self.experts // self.ranks
         return draw_support(self.linears, self.tokens, self.ranks, held, self.active, self.skew, seed)
@@ -48,20 +49,8 @@ class Cell(NamedTuple):
 CELLS = [Cell(*c) for c in itertools.product((2, 4, 8), (8, 64), (8, 32), (64, 512), (1.5, 4.0), (0.0, 1.0), (1, 3))]
 
 
-class Decided(NamedTuple):
-    """Elements of one forward that this rank's tokens put on the wire under each strategy, and seconds that "auto" took to
-    decide (without the exchange of counts, which every strategy needs)."""
-
-    cell: Cell
-    row_per_pair: int
-    all_to_all: int
-    gather: int
-    auto: int
-    seconds: float
-
-
 def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: int) -> Tensor:
-    """(G, T, P, L) bool: about k active experts a token, their popularity a power law of exponent `skew`."""
+    """Draw (G, T, P, L) bool with a mean of k active experts per token and a power law of popularity."""
     generator = torch.Generator().manual_seed(seed)
     popularity = torch.arange(1, P * L + 1).float().pow(-skew)[torch.randperm(P * L, generator=generator)]
     scores = torch.rand(G, T, P * L, generator=generator).pow(1 / popularity)
@@ -71,54 +60,43 @@ def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: in
 
 
 def payload(support_GTPL: Tensor, fetched_PGL: Tensor, sizes: GroupSizes) -> int:
-    """Elements of one forward of rank 0, counts apart."""
+    """Return the elements that rank 0 sends in one forward, counts excluded."""
     return sum(payload_elements(support_GTPL, fetched_PGL, 0, sizes).values())
 
 
 def all_or_none(support_GTPL: Tensor, fetched: bool) -> Tensor:
-    """(P, G, L): every expert of another rank travels to rank 0, or none does."""
+    """Return the decision, (P, G, L) bool, to send all experts of the other ranks to rank 0, or none of them."""
     G, _, P, L = support_GTPL.shape
     fetched_PGL = torch.full((P, G, L), fetched)
     fetched_PGL[0] = False
     return fetched_PGL
 
 
-def decide(cell: Cell, repeats: int = 1) -> Decided:
-    """Decide once, timed `repeats` times."""
+def decide(cell: Cell, repeats: int = 1) -> dict[str, float]:
+    """Return the elements that a rank's tokens send in one forward, by strategy, and the median milliseconds to decide.
+
+    Counts, which every strategy exchanges, are in neither.
+    """
     support, sizes = cell.support(), cell.sizes()
     seconds = []
     for _ in range(repeats):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         fetched = choose_fetched_experts(support, 0, sizes)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     pairs_G = support[:, :, 1:].sum((1, 2, 3)).tolist()
-    return Decided(
-        cell,
-        row_per_pair=sum(n * (IN_FEATURES + out) for n, out in zip(pairs_G, sizes.out_features, strict=True)),
-        all_to_all=payload(support, all_or_none(support, False), sizes),
-        gather=payload(support, all_or_none(support, True), sizes),
-        auto=payload(support, fetched, sizes),
-        seconds=statistics.median(seconds),
-    )
+    return {
+        "row per pair": sum(n * (IN_FEATURES + out) for n, out in zip(pairs_G, sizes.out_features, strict=True)),
+        "all_to_all": payload(support, all_or_none(support, False), sizes),
+        "gather": payload(support, all_or_none(support, True), sizes),
+        "auto": payload(support, fetched, sizes),
+        "deciding ms": 1e3 * statistics.median(seconds),
+    }
 
 
-def print_table(rows: Iterable[Decided]) -> None:
-    """Print every cell, and a summary."""
-    print(
-        f"elements of one forward of a rank's tokens; d={IN_FEATURES}, out-features {OUT_FEATURES} or the first of them; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    print(f"{'P':>2} {'E':>3} {'r':>3} {'T':>4} {'k':>4} {'skew':>4} {'G':>2} ", end="")
-    print(f"{'row per pair':>12} {'all_to_all':>10} {'gather':>10} {'auto':>10} {'saved':>6} {'deciding ms':>11}")
-    times = []
-    for d in rows:
-        c, better = d.cell, min(d.all_to_all, d.gather)
-        print(
-            f"{c.ranks:2} {c.experts:3} {c.rank:3} {c.tokens:4} {c.active:4} {c.skew:4} {c.linears:2} {d.row_per_pair:12,} "
-            f"{d.all_to_all:10,} {d.gather:10,} {d.auto:10,} {1 - d.auto / max(better, 1):6.1%} {1e3 * d.seconds:11.2f}"
-        )
-        times.append(1e3 * d.seconds)
-    print(
-        "saved: against the better of all_to_all and gather; deciding: median "
-        f"{statistics.median(times):.2f} ms, at most {max(times):.2f} ms an input group and micro-batch"
-    )
+def main(repeats: int) -> None:
+    """Measure and print all cells."""
+    rows = [cell._asdict() | decide(cell, repeats) for cell in CELLS]
+    times = [row["deciding ms"] for row in rows]
+    print(f"Elements sent in one forward of a rank's tokens; {torch.get_num_threads()} threads; {setup()}")
+    print(markdown_table(rows))
+    print(f"deciding: median {statistics.median(times):.2f} ms, longest {max(times):.2f} ms (wall-clock time)")

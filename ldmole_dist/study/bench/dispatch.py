@@ -1,19 +1,18 @@
-"""The dispatch benchmark behind `ldmole bench dispatch`: what goes over the wire, and how long the adapters of a layer take.
+"""Measure time and data sent of the adapters of one decoder layer, by dispatch strategy: `ldmole bench dispatch`.
 
-Every strategy runs the same decoder layer's input groups (q, k, v; o; gate, up; down; all widths d) on the same tokens and
-experts, in turns, in one run. "row per pair" is what a mixture-of-experts system without our dispatch does: one dispatch
-for each linear, one row for each (token, expert), no sums on the remote rank.
+Every strategy runs the same input groups (q, k, v; o; gate, up; down; all widths d) on the same tokens and experts, in turns.
+The baseline "row per pair" is the usual mixture-of-experts dispatch: one per linear, one row per (token, expert), no sums on
+the remote rank.
 
-Shapes: T tokens of a rank, d features, E experts, R rank, P ranks, N rows.
+Shapes: T tokens of a rank, D features, E experts, R LoRA rank, P ranks, L experts of a rank, N rows sent, M rows received.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,40 +21,73 @@ from torch import Tensor
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.method.experts import ExpertBank, apply_experts
+from ldmole_dist.method.layer import Dispatch
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.parallel.exchange import Payload, exchange, exchange_counts
 from ldmole_dist.parallel.wire import Tally, Wire
 from ldmole_dist.selftest.local_ranks import LocalRanks
+from ldmole_dist.selftest.tiny import relative
+from ldmole_dist.study.machine import setup
+from ldmole_dist.study.table import markdown_table
+from ldmole_dist.study.timing import median_ratio, synchronize, time_in_turns, timed
 
-GROUPS = (3, 1, 2, 1)  # linears of each input group of a decoder layer
-STRATEGIES = ("row per pair", "all_to_all", "gather", "auto", "replicate")
+GROUPS = (3, 1, 2, 1)  # linears of each input group of a decoder layer: q, k, v; o; gate, up; down
+MODES: dict[str, Mode] = {"all_to_all": "all_to_all", "gather": "gather", "auto": "auto"}
+OVERLAP_MODES: tuple[Mode, ...] = ("all_to_all", "auto")
+STRATEGIES = ("row per pair", *MODES, "replicate")
 
 
 class Sizes(NamedTuple):
-    """Of one benchmark: T tokens a rank, d features, E experts, R their rank, k active ones."""
+    """Sizes of the layer: T tokens of a rank, D features, E experts, R LoRA rank, active experts of a token."""
 
     tokens: int = 1024
     features: int = 512
     experts: int = 8
-    rank: int = 8
+    lora_rank: int = 8
     active: int = 2
 
 
-class Measured(NamedTuple):
-    """Of one strategy: median seconds of forward and backward of a decoder layer's adapters and, part of them, of deciding
-    (the exchange of counts included), elements sent by all ranks (counts apart), and the largest relative distance of an
-    output or gradient to "replicate"."""
+class LayerInputs(NamedTuple):
+    """Inputs of one input group: tokens, routing weights by linear, all experts, and the experts of this rank."""
 
-    seconds: float
-    deciding: float
-    elements: int
-    counts: int
-    distance: float
+    x_TD: Tensor
+    p: list[Tensor]
+    all_experts: list[ExpertBank]
+    held: list[ExpertBank]
+    dy_TO: Tensor
+
+
+def layer_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[LayerInputs]:
+    """Draw the inputs of all input groups: the same experts on every rank, other tokens on each."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    T, D, E, R, active = sizes
+    held = slice(rank * E // world, (rank + 1) * E // world)
+
+    def draw(*shape: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype).to(device)
+
+    layer = []
+    for group, linears in enumerate(GROUPS):
+        shared = torch.Generator().manual_seed(group)
+        own = torch.Generator().manual_seed(1000 * group + rank + 1)
+        p: list[Tensor] = []
+        all_experts: list[ExpertBank] = []
+        held_experts: list[ExpertBank] = []
+        for _ in range(linears):
+            scores = draw(T, E, generator=own)
+            kept = scores >= scores.topk(active, dim=1).values[:, -1:]
+            p.append(scores.masked_fill(~kept, -torch.inf).softmax(-1))
+            A_ERD, B_EDR = draw(E, R, D, generator=shared) / D**0.5, draw(E, D, R, generator=shared)
+            for banks, chosen in ((all_experts, slice(None)), (held_experts, held)):
+                A, B = (bank[chosen].clone().requires_grad_() for bank in (A_ERD, B_EDR))
+                banks.append(ExpertBank(A, B, 2.0))
+        layer.append(LayerInputs(draw(T, D, generator=own), p, all_experts, held_experts, draw(T, D, generator=own)))
+    return layer
 
 
 def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.ProcessGroup, tally: Tally) -> Tensor:
-    """One linear's experts, with a row out and a row back for every (token, expert)."""
+    """Return the output of one linear's experts, sending a row in each direction for every (token, expert)."""
     size, held = dist.get_world_size(group), len(bank.A_LRD)
     support_ET = (routing.p_TE != 0).t()
     counts_PL = support_ET.sum(1).view(size, held)
@@ -63,7 +95,7 @@ def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.P
     send, recv = counts_PL.sum(1).tolist(), received_PL.sum(1).tolist()
     expert_N, token_N = torch.nonzero_static(support_ET, size=sum(send)).unbind(1)
     (x_MD,) = exchange([Payload("rows", x_TD.index_select(0, token_N), send, recv)], group, tally)
-    # Rows come ordered by source, then expert.
+    # Received rows are ordered by source rank, then by expert.
     local_M = torch.arange(held, device=x_TD.device).repeat(size).repeat_interleave(received_PL.flatten())
     weight_ML = torch.nn.functional.one_hot(local_M, held).to(routing.p_TE.dtype)
     y_MO = apply_experts(x_MD, weight_ML, bank, received_PL.sum(0).tolist())
@@ -72,153 +104,129 @@ def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.P
     return x_TD.new_zeros(len(x_TD), y_NO.shape[1]).index_add(0, token_N, weighted_NO)
 
 
-def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> dict[str, Measured]:
-    """Run all strategies on this rank and its peers; every rank calls it."""
-    process = start()
-    parallel = expert_parallel(process.world_size)
-    assert parallel.group is not None, "a dispatch needs at least two ranks"
-    layer = [layer_inputs(sizes, group, linears, dtype, process.device) for group, linears in enumerate(GROUPS)]
-    times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
-    deciding: dict[str, list[float]] = {name: [] for name in STRATEGIES}
-    sent: dict[str, Counter[str]] = {}
-    results: dict[str, list[Tensor]] = {}
-    for turn in range(turns + 1):
-        for name in STRATEGIES:
-            strategy = _Strategy(name, parallel.group)
-            dist.barrier()
-            begun = time.perf_counter()
-            results[name] = [value for inputs in layer for value in inputs.run(strategy, name == "replicate")]
-            synchronize(process.device)
-            dist.barrier()
-            if turn:  # the first warms up
-                times[name].append(time.perf_counter() - begun)
-                deciding[name].append(strategy.deciding)
-            sent[name] = strategy.wire.by_kind()
-    measured = {}
-    for name in STRATEGIES:
-        counts = sent[name].pop("counts", 0)
-        totals = torch.tensor([sum(sent[name].values()), counts], device=process.device)
-        dist.all_reduce(totals)
-        pairs = zip(results[name], results["replicate"], strict=True)
-        distance = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
-        if name == "replicate":  # gradients of all experts, reduced once for each optimizer step: 2 N (P - 1) / P
-            banks = sum(GROUPS) * sizes.experts * sizes.rank * 2 * sizes.features
-            totals[0] = 2 * banks * (process.world_size - 1)
-        seconds = statistics.median(times[name]), statistics.median(deciding[name])
-        measured[name] = Measured(*seconds, int(totals[0]), int(totals[1]), distance)
-    return measured
-
-
-class LayerInputs(NamedTuple):
-    """One input group: tokens, logits, the whole banks and the held slices of them."""
-
-    x_TD: Tensor
-    p: list[Tensor]
-    whole: list[ExpertBank]
-    held: list[ExpertBank]
-    dy_TO: Tensor
-
-    def run(self, strategy: _Strategy, replicated: bool) -> list[Tensor]:
-        """Forward and backward: outputs, then gradients of x and p."""
-        x_TD, p = self.x_TD.requires_grad_(), [weights.requires_grad_() for weights in self.p]
-        banks = self.whole if replicated else self.held
-        outputs = strategy(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], banks)
-        loss = torch.stack([(y * self.dy_TO).sum() for y in outputs]).sum()
-        parameters = [tensor for bank in banks for tensor in (bank.A_LRD, bank.B_LOR)]
-        gradients = torch.autograd.grad(loss, [x_TD, *p, *parameters])
-        if replicated:  # what data parallelism does to replicated experts; once a step, here once a micro-batch
-            for gradient in gradients[1 + len(p) :]:
-                dist.all_reduce(gradient)
-        grad_p = [g.masked_fill(weights == 0, 0) for g, weights in zip(gradients[1 : 1 + len(p)], p, strict=True)]
-        return [y.detach() for y in outputs] + [gradients[0], *grad_p]
-
-
-def layer_inputs(sizes: Sizes, group: int, linears: int, dtype: torch.dtype, device: torch.device) -> LayerInputs:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    shared = torch.Generator().manual_seed(group)
-    own = torch.Generator().manual_seed(1000 * group + rank + 1)
-    T, d, E, R = sizes.tokens, sizes.features, sizes.experts, sizes.rank
-
-    def draw(*shape: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype).to(device)
-
-    p, whole, held = [], [], []
-    for _ in range(linears):
-        scores = draw(T, E, generator=own)
-        kept = scores >= scores.topk(sizes.active, dim=1).values[:, -1:]
-        p.append(scores.masked_fill(~kept, -torch.inf).softmax(-1))
-        A, B = draw(E, R, d, generator=shared) / d**0.5, draw(E, d, R, generator=shared)
-        mine = slice(rank * E // world, (rank + 1) * E // world)
-        whole.append(ExpertBank(A.requires_grad_(), B.requires_grad_(), 2.0))
-        held.append(
-            ExpertBank(A.detach()[mine].clone().requires_grad_(), B.detach()[mine].clone().requires_grad_(), 2.0)
-        )
-    return LayerInputs(draw(T, d, generator=own), p, whole, held, draw(T, d, generator=own))
-
-
 class _Strategy:
-    """A way to bring tokens and experts of an input group together; counts what it sends and how long it decides."""
+    """One way to dispatch an input group; counts what it sends and the seconds that it takes to decide."""
 
     def __init__(self, name: str, group: dist.ProcessGroup) -> None:
         self.name, self.group, self.wire, self.deciding = name, group, Wire(), 0.0
-        modes: dict[str, Mode] = {"all_to_all": "all_to_all", "gather": "gather", "auto": "auto"}
-        parallel = ExpertParallel(group, modes[name], wire=self.wire) if name in modes else ExpertParallel()
+        parallel = ExpertParallel(group, MODES[name], wire=self.wire) if name in MODES else ExpertParallel()
         self.dispatch = parallel.dispatch()
 
     def __call__(self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank]) -> list[Tensor]:
         if self.name == "row per pair":
             tally = Tally(self.wire, "layer")
             return [row_per_pair(x_TD, r, b, self.group, tally) for r, b in zip(routings, banks, strict=True)]
-        begun = time.perf_counter()
+        started = time.perf_counter()
         decision = self.dispatch.decide([routing.p_TE != 0 for routing in routings], banks, "layer")
         synchronize(x_TD.device)
-        self.deciding += time.perf_counter() - begun
+        self.deciding += time.perf_counter() - started
         return self.dispatch.start(x_TD, routings, banks, decision)()
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _forward_backward(inputs: LayerInputs, strategy: _Strategy) -> list[Tensor]:
+    """Return the outputs of an input group's adapters, then the gradients of x and p."""
+    x_TD, p = inputs.x_TD.requires_grad_(), [weights.requires_grad_() for weights in inputs.p]
+    replicated = strategy.name == "replicate"
+    banks = inputs.all_experts if replicated else inputs.held
+    outputs = strategy(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], banks)
+    loss = torch.stack([(y * inputs.dy_TO).sum() for y in outputs]).sum()
+    parameters = [tensor for bank in banks for tensor in (bank.A_LRD, bank.B_LOR)]
+    gradients = torch.autograd.grad(loss, [x_TD, *p, *parameters])
+    if replicated:  # the all-reduce of data parallelism, here once per micro-batch
+        for gradient in gradients[1 + len(p) :]:
+            dist.all_reduce(gradient)
+    grad_p = [g.masked_fill(weights == 0, 0) for g, weights in zip(gradients[1 : 1 + len(p)], p, strict=True)]
+    return [y.detach() for y in outputs] + [gradients[0], *grad_p]
 
 
-def bench_dispatch(
-    ranks: Sequence[int] = (2, 4), sizes: Sizes | None = None, turns: int = 5, dtype: torch.dtype = torch.float32
-) -> dict[int, dict[str, Measured]]:
-    """Measure on groups of ranks of this machine.
+def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Run all strategies on this rank and return a row for each, with ratios to "row per pair"; every rank calls it.
 
-    Args:
-        ranks: sizes of the expert-parallel groups.
-        sizes: of the layer.
-        turns: timed, after one that warms up.
-        dtype: of activations and experts.
-
-    Returns:
-        For each number of ranks, the strategies.
+    Elements and counts are sums over all ranks. "deciding ms" is the part of "ms" that decides what to send, with the exchange
+    of counts. "distance" is the largest relative distance of an output or gradient to those of "replicate".
     """
-    table = {}
-    for number in ranks:
-        with LocalRanks(number) as processes:
-            table[number] = processes.run(measure, sizes or Sizes(), turns, dtype)[0]
-    return table
+    process = start()
+    group = expert_parallel(process.world_size).group
+    assert group is not None, "a dispatch needs at least two ranks"
+    layer = layer_inputs(sizes, dtype, process.device)
+    runs: dict[str, list[_Strategy]] = {name: [] for name in STRATEGIES}
+    results: dict[str, list[Tensor]] = {}
+
+    def time_once(name: str) -> float:
+        runs[name].append(_Strategy(name, group))
+
+        def run() -> None:
+            results[name] = [value for inputs in layer for value in _forward_backward(inputs, runs[name][-1])]
+
+        return timed(run, process.device, wall=True, barrier=True)
+
+    seconds = time_in_turns(STRATEGIES, turns, time_once)
+    rows: list[dict[str, Any]] = []
+    for name in STRATEGIES:
+        sent = runs[name][-1].wire.by_kind()
+        counts = sent.pop("counts", 0)
+        totals = torch.tensor([sent.total(), counts], device=process.device)
+        dist.all_reduce(totals)
+        if name == "replicate":
+            # A ring all-reduce of all experts' gradients sends 2 (P - 1) / P of them from each rank.
+            parameters = sum(GROUPS) * sizes.experts * sizes.lora_rank * 2 * sizes.features
+            totals[0] = 2 * parameters * (process.world_size - 1)
+        ms = 1e3 * statistics.median(seconds[name])
+        row: dict[str, Any] = {
+            "strategy": name,
+            "ms": ms,
+            "deciding ms": 1e3 * statistics.median(r.deciding for r in runs[name][1:]),
+        }
+        row |= {"elements sent": int(totals[0]), "counts sent": int(totals[1])}
+        row["distance"] = max(relative(a, b) for a, b in zip(results[name], results["replicate"], strict=True))
+        rows.append(row)
+    for row in rows:
+        row["x faster"] = rows[0]["ms"] / row["ms"]
+        row["x fewer elements"] = rows[0]["elements sent"] / max(row["elements sent"], 1)
+    return rows
 
 
-def print_table(table: dict[int, dict[str, Measured]], sizes: Sizes) -> None:
-    """Print what `bench_dispatch` measured."""
-    print(
-        f"adapters of one decoder layer (input groups of {GROUPS} linears), forward + backward, T={sizes.tokens} a rank, "
-        f"d={sizes.features}, E={sizes.experts}, r={sizes.rank}, k={sizes.active}; torch {torch.__version__}"
-    )
-    print(
-        "deciding: what moves, part of ms; elements: sent by all ranks, counts apart; faster, fewer: than a row per pair; "
-        "distance: to replicate, worst"
-    )
-    for ranks, strategies in table.items():
-        base = strategies["row per pair"]
-        columns = f"{'ms':>8} {'deciding':>8} {'faster':>7} {'elements':>12} {'fewer':>7} {'counts':>8} {'distance':>9}"
-        print(f"\nP={ranks:<14} {columns}")
-        for name, m in strategies.items():
-            print(
-                f"  {name:14} {1e3 * m.seconds:8.1f} {1e3 * m.deciding:8.1f} {base.seconds / m.seconds:7.1f} {m.elements:12,} "
-                f"{base.elements / max(m.elements, 1):7.1f} {m.counts:8,} {m.distance:9.1e}"
-            )
+def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Run every mode with and without overlap on this rank and return their rows; every rank calls it."""
+    process = start()
+    group = expert_parallel(process.world_size).group
+    layer = layer_inputs(sizes, dtype, process.device)
+    frozen_DO = torch.randn(sizes.features, sizes.features, dtype=dtype, device=process.device) / sizes.features**0.5
+    rows = []
+    for mode in OVERLAP_MODES:
+
+        def time_once(name: str, mode: Mode = mode) -> float:
+            dispatch = ExpertParallel(group, mode, overlap=name == "overlapped").dispatch()
+
+            def run() -> None:
+                for inputs in layer:
+                    _forward_backward_with_frozen(inputs, dispatch, frozen_DO)
+
+            return timed(run, process.device, wall=True, barrier=True)
+
+        seconds = time_in_turns(("overlapped", "after"), turns, time_once)
+        medians = {f"{name} ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
+        rows.append({"mode": mode, **medians, "x faster": median_ratio(seconds["after"], seconds["overlapped"])})
+    return rows
+
+
+def _forward_backward_with_frozen(inputs: LayerInputs, dispatch: Dispatch, frozen_DO: Tensor) -> None:
+    x_TD, p = inputs.x_TD.requires_grad_(), [weights.requires_grad_() for weights in inputs.p]
+    decision = dispatch.decide([weights != 0 for weights in p], inputs.held, "layer")
+    finish = dispatch.start(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], inputs.held, decision)
+    # As in method.layer: the group's first frozen linear computes while the dispatch is in flight, the others after it.
+    frozen = [x_TD @ frozen_DO]
+    deltas = finish()
+    frozen += [x_TD @ frozen_DO for _ in p[1:]]
+    torch.stack([((y + delta) * inputs.dy_TO).sum() for y, delta in zip(frozen, deltas, strict=True)]).sum().backward()
+
+
+def main(turns: int) -> None:
+    """Measure and print the strategies, and the overlap of communication and computation."""
+    sizes = Sizes()
+    for number in (2, 4):
+        with LocalRanks(number) as ranks:
+            print(f"\nAdapters of one decoder layer, forward + backward, wall time, {number} ranks, {sizes}; {setup()}")
+            print(markdown_table(ranks.run(measure, sizes, turns, torch.float32)[0]))
+            print("\nThe same with the frozen linears, overlapped with the dispatch or after it:")
+            print(markdown_table(ranks.run(measure_overlap, sizes, turns, torch.float32)[0]))

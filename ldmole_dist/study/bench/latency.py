@@ -1,54 +1,51 @@
-"""What lambda-MLP, router and experts cost of the latency of training and of generation: `ldmole bench latency`.
+"""Measure the shares of lambda-MLP, router and experts in the latency of training and generation: `ldmole bench latency`.
 
-The whole is a model with an adapter on all seven linears; the frozen base is the same model with the adapter disabled. Each
-part is run on the model's own modules, over all its layers, with the inputs that they get in the whole, and is counted as
-the layer computes it (`InputGroup._route`): lambda once for q, k, v and once for gate, up. All run one after the other and
-equally often. Of the runs of a turn the fastest counts, as a machine that does other work too can make one many times
-slower, and of the turns the median. The clock of a CPU is the time that its one core computed: nobody else's work counts.
-What the parts leave of the whole is shown as the remainder: caches that a part finds warmer alone than in the whole,
-gradients of x that are added up, groups and hooks.
+"whole" is a model with an adapter on all seven linears, "frozen model" the same model with the adapter disabled. The calls
+of the adapter's modules in one forward are recorded and replayed with the same arguments, part by part. All candidates run in
+turns and equally often. The fastest run of a turn counts, since other programs can slow a run down many times, and then the
+median over the turns.
 
-Shapes: T tokens, E experts.
+The remainder is the difference between the whole and the sum of the parts: dropout, auxiliary losses, sums of outputs and of
+gradients, hooks, and the warmer caches that a part finds when it runs alone.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import torch
-from peft import PeftModel, get_peft_model
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from ldmole_dist.engine.startup import start
-from ldmole_dist.method.context import LossWeights, StepContext
-from ldmole_dist.method.experts import ExpertBank
-from ldmole_dist.method.lambda_mlp import LambdaMLP
-from ldmole_dist.method.layer import InputGroup, MoELinear
-from ldmole_dist.method.routers import Routing
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.dispatch import synchronize
-from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.study.machine import setup
+from ldmole_dist.study.random_model import llama_config, random_model
+from ldmole_dist.study.table import markdown_table
+from ldmole_dist.study.timing import time_in_turns, timed
 from ldmole_dist.tuner.layer import LdMoleLinear
 from ldmole_dist.tuner.model import tuner_of
 
 Phase = Literal["training", "generation"]
 
-
-PARTS = ("frozen model", "lambda-MLP", "router", "experts", "dropout, losses, sums")
+PARTS = ("frozen model", "lambda-MLP", "router", "experts")
 ADAPTER = "default"
-TURN_SECONDS, TURN_RUNS = 0.3, 5  # of the slowest in a turn; runs of each in a turn, at most
-SEQ = 64  # tokens of a training sequence, and of the context that a generated token follows
+# A turn runs every candidate as often as the slowest fits into TURN_SECONDS, at most TURN_RUNS times.
+TURN_SECONDS, TURN_RUNS = 0.3, 5
+SEQ = 64  # tokens of a training sequence, and in the cache before a generated token
 
 
 class Shape(NamedTuple):
-    """Of a Llama with `layers` of its layers and as large a part of its vocabulary, so that the head keeps its share."""
+    """Sizes of a Llama."""
 
     name: str
     hidden: int
@@ -59,7 +56,7 @@ class Shape(NamedTuple):
     vocabulary: int
 
     def cut(self, layers: int) -> Shape:
-        """With so many layers."""
+        """Return the shape with fewer layers, and a vocabulary cut in proportion so that the head keeps its share."""
         name = f"{self.name}, {layers} of {self.layers} layers"
         return self._replace(name=name, layers=layers, vocabulary=self.vocabulary * layers // self.layers)
 
@@ -69,14 +66,14 @@ LLAMA_1B = Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256)
 
 
 class Settings(NamedTuple):
-    """What is measured: shapes, batch sizes by phase, turns; E, r, width of the lambda-MLP."""
+    """Shapes, batch sizes by phase, timed turns, and E, r and the hidden width of the lambda-MLP."""
 
     shapes: tuple[Shape, ...] = (SMOLLM2, LLAMA_1B.cut(2))
     training: tuple[int, ...] = (1, 4, 16)
     generation: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     turns: int = 5
     experts: int = 8
-    rank: int = 8
+    lora_rank: int = 8
     hidden: int = 256
 
 
@@ -84,15 +81,15 @@ QUICK = Settings((SMOLLM2.cut(3), LLAMA_1B.cut(1)), training=(1, 8), generation=
 
 
 class Latency(NamedTuple):
-    """Median seconds of one forward and backward of `batch` sequences, or of one token for each of them.
+    """Median seconds of one forward and backward of `batch` sequences, or of one generated token of each.
 
-    Args:
+    Attributes:
         shape: name of the model.
         phase: "training" or "generation".
         batch: sequences.
-        whole: the model with its adapter.
-        parts: by PARTS.
-        dtype: of the activations.
+        whole: seconds of the model with its adapter.
+        parts: seconds by the names in PARTS.
+        dtype: dtype of the activations.
     """
 
     shape: str
@@ -104,17 +101,21 @@ class Latency(NamedTuple):
 
     @property
     def remainder(self) -> float:
-        """Seconds of the whole that no part explains; negative where the parts took longer alone."""
+        """Seconds of the whole that no part explains; negative if the parts took longer alone."""
         return self.whole - sum(self.parts.values())
 
     def shares(self) -> dict[str, float]:
-        """Of the whole, by part, the remainder included: they sum to 1."""
+        """Return the shares of the parts and of the remainder in the whole; they sum to 1."""
         return {name: s / self.whole for name, s in (*self.parts.items(), ("remainder", self.remainder))}
 
+    def row(self) -> dict[str, object]:
+        """Return a table row with the shares in percent."""
+        shares = {f"{name} %": f"{100 * share:.1f}" for name, share in self.shares().items()}
+        return {"model": self.shape, "phase": self.phase, "batch": self.batch, "whole ms": 1e3 * self.whole, **shares}
 
-def bench_latency(settings: Settings | None = None) -> list[Latency]:
-    """Measure in a process of its own: on a GPU in bfloat16, or without one on one core in float32, as a rank has it."""
-    settings = settings or Settings()
+
+def bench_latency(settings: Settings) -> list[Latency]:
+    """Measure in another process: in bfloat16 on a GPU, otherwise in float32 on one CPU core."""
     results = []
     with LocalRanks(1, timeout=3600) as ranks:
         for shape in tqdm(settings.shapes, desc="latency", unit="shape", leave=False):
@@ -123,7 +124,7 @@ def bench_latency(settings: Settings | None = None) -> list[Latency]:
 
 
 def measure_shape(shape: Shape, settings: Settings) -> list[Latency]:
-    """All batch sizes of both phases, in this process."""
+    """Measure all batch sizes of both phases in this process."""
     model = build(shape, settings, start().device)
     cases: list[tuple[Phase, int]] = [("training", batch) for batch in settings.training]
     cases += [("generation", batch) for batch in settings.generation]
@@ -131,86 +132,57 @@ def measure_shape(shape: Shape, settings: Settings) -> list[Latency]:
 
 
 def build(shape: Shape, settings: Settings, device: torch.device) -> PeftModel:
-    """A Llama with random weights and a new adapter on all its linears."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=True,
-    )
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    backbone = torch.nn.Module.to(LlamaForCausalLM(config), dtype=dtype, device=device)
-    adapter = LdMoleConfig(
-        num_experts=settings.experts, r=settings.rank, lambda_hidden=settings.hidden, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(backbone, adapter, adapter_name=ADAPTER)
-    tuner_of(model).context.weights = LossWeights(balance=1.0)
-    model.enable_input_require_grads()  # else the base alone would have no backward
+    """Return a Llama with random weights and a new adapter on all its linears."""
+    config = llama_config(*shape[1:], tie_word_embeddings=True)
+    precision = "fp32" if device.type == "cpu" else "bf16"
+    adapter = dict(num_experts=settings.experts, r=settings.lora_rank, lambda_hidden=settings.hidden)
+    model = random_model(config, adapter, device, precision)
+    model.enable_input_require_grads()  # otherwise the frozen model has no backward
     return model
 
 
 def measure(model: PeftModel, shape: Shape, phase: Phase, batch: int, turns: int) -> Latency:
-    """Whole, base and parts in turns.
+    """Measure the whole, the frozen model and the parts of the adapter.
 
     Args:
-        model: of `build`.
-        shape: that it was built in.
-        phase: what is timed.
+        model: a model from `build`.
+        shape: the shape that it was built with.
+        phase: what to time.
         batch: sequences.
-        turns: of which the median counts, after two runs of each that warm up.
+        turns: timed turns.
     """
     device = next(model.parameters()).device
     model.train(phase == "training")
     ids = torch.randint(0, shape.vocabulary, (batch, SEQ + 1), device=device)
     with torch.set_grad_enabled(phase == "training"):
-        call = _training_call(model, ids[:, :SEQ]) if phase == "training" else _decoding_call(model, ids)
-        parts = _Parts(_given(model, call), tuner_of(model).context)
-        runs: dict[str, Callable[[], Sequence[Tensor]]] = {
-            "whole": call,
-            "frozen model": call,
-            "lambda-MLP": parts.lambdas,
-            "router": parts.routers,
-            "experts": parts.experts,
-            "dropout, losses, sums": parts.rest,
-        }
-        leaves = [*parts.leaves(), *model.parameters()]
+        call = training_call(model, ids[:, :SEQ]) if phase == "training" else decoding_call(model, ids)
+        parts = RecordedCalls(model, call)
+        runs = {"whole": call, "frozen model": call} | {part: partial(parts.replay, part) for part in PARTS[1:]}
+        leaves = [*parts.leaves, *model.parameters()]
 
-        def once() -> dict[str, float]:
-            seconds = {}
-            for name, run in runs.items():
-                with model.disable_adapter() if name == "frozen model" else nullcontext():
-                    seconds[name] = _timed(run, leaves, device)
-            return seconds
+        def time_once(name: str) -> float:
+            for leaf in leaves:
+                leaf.grad = None
+            with model.disable_adapter() if name == "frozen model" else nullcontext():
+                return timed(lambda: _forward_backward(runs[name]), device)
 
-        once()
-        slowest = max(once().values())
-        number = min(TURN_RUNS, math.ceil(TURN_SECONDS / slowest))
-        of_turns = [[once() for _ in range(number)] for _ in range(turns)]
-    medians = {name: statistics.median(min(s[name] for s in turn) for turn in of_turns) for name in runs}
+        slowest = max(seconds[0] for seconds in time_in_turns(list(runs), 1, time_once).values())
+        rounds = min(TURN_RUNS, math.ceil(TURN_SECONDS / slowest))
+        seconds = time_in_turns(list(runs), turns, time_once, rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Latency(shape.name, phase, batch, medians.pop("whole"), medians, dtype)
 
 
-def _timed(run: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor], device: torch.device) -> float:
-    for leaf in leaves:
-        leaf.grad = None
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    synchronize(device)
-    begun = clock()
+def _forward_backward(run: Callable[[], Sequence[Tensor]]) -> None:
     outputs = run()
     if torch.is_grad_enabled():
-        wanting = [y for y in outputs if y.requires_grad]
-        torch.autograd.backward(wanting, [torch.ones_like(y) for y in wanting])
-    synchronize(device)
-    return clock() - begun
+        differentiable = [y for y in outputs if y.requires_grad]
+        torch.autograd.backward(differentiable, [torch.ones_like(y) for y in differentiable])
 
 
-def _training_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
-    """A forward with the loss on the last token of each sequence, as the quickstart has it."""
+def training_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
+    """Return a forward whose loss is on the last token of each sequence, as in the quickstart."""
     context = tuner_of(model).context
 
     def call() -> list[Tensor]:
@@ -221,8 +193,8 @@ def _training_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
     return call
 
 
-def _decoding_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
-    """One token after a context that is in the cache."""
+def decoding_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
+    """Return a forward of the last token, with the others in the key-value cache."""
     cache = DynamicCache(config=model.config)
     model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
 
@@ -234,113 +206,56 @@ def _decoding_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
     return call
 
 
-class _Given(NamedTuple):
-    """An input group of the model and what it got and decided in a forward; tensors are leaves."""
+class RecordedCalls:
+    """The calls of the adapter's parts in one forward of the model, with copies of their arguments, to be replayed.
 
-    linears: list[MoELinear]
-    x: Tensor
-    lam_T: Tensor
-    routing: Routing  # (G, T, E)
-    y: list[Tensor]
+    Args:
+        model: a model with an adapter.
+        call: the forward.
 
-    @property
-    def x_TD(self) -> Tensor:
-        return self.x.reshape(-1, self.x.shape[-1])
+    Attributes:
+        leaves: the copied tensors, for which a replay's backward computes gradients.
+    """
 
+    def __init__(self, model: PeftModel, call: Callable[[], object]) -> None:
+        self.leaves: list[Tensor] = []
+        self._calls: dict[str, list[Callable[[], Any]]] = {part: [] for part in PARTS[1:]}
+        linears = [m for m in model.modules() if isinstance(m, LdMoleLinear)]
+        methods: set[tuple[str, Any, str]] = {("lambda-MLP", m.lambda_mlps[ADAPTER], "forward") for m in linears}
+        methods |= {("router", m.router[ADAPTER], name) for m in linears for name in ("forward", "decide", "weigh")}
+        methods |= {("experts", m.dispatch, name) for m in linears for name in ("decide", "start")}
+        with ExitStack() as stack:
+            for part, owner, name in methods:
+                stack.enter_context(mock.patch.object(owner, name, self._recorder(part, getattr(owner, name))))
+            call()
 
-def _given(model: PeftModel, call: Callable[[], Any]) -> list[_Given]:
-    """Every input group's part in one `call`."""
-    inputs: dict[MoELinear, Tensor] = {}
-    leaders = [m for m in model.modules() if isinstance(m, LdMoleLinear) and m.groups[ADAPTER].linears[0] is m]
-    hooks = [m.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0])) for m in leaders]
-    call()
-    for hook in hooks:
-        hook.remove()
-    given = []
-    for leader, seen in inputs.items():
-        group: InputGroup = leader.groups[ADAPTER]
-        x = _leaf(seen)
-        x_TD = x.detach().reshape(-1, x.shape[-1])
-        with torch.no_grad():
-            lam_T = _lambda_mlp(leader)(x_TD)
-            routing = _route(group.linears, x_TD, lam_T)
-            y = [m.base_layer(x) for m in group.linears]
-        routing = Routing(_leaf(routing.p_TE), _leaf(routing.logits_TE), _leaf(lam_T))
-        given.append(_Given(group.linears, x, _leaf(lam_T), routing, list(map(_leaf, y))))
-    return given
+    def _recorder(self, part: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any) -> Any:
+            self._calls[part].append(partial(method, *tree_map_only(Tensor, self._leaf, args)))
+            return method(*args)
 
+        return recorded
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(torch.is_grad_enabled())
+    def _leaf(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+            return tensor
+        self.leaves.append(tensor.detach().clone().requires_grad_(torch.is_grad_enabled()))
+        return self.leaves[-1]
 
-
-def _lambda_mlp(leader: MoELinear) -> LambdaMLP:
-    found = leader.lambda_mlps[ADAPTER]
-    assert found is not None  # sparsegen is what is measured
-    return found
-
-
-def _route(linears: list[MoELinear], x_TD: Tensor, lam_T: Tensor) -> Routing:
-    routers: list[Any] = [linear.router[ADAPTER] for linear in linears]
-    logits_GTE = torch.stack([router(x_TD) for router in routers])
-    return routers[0].weigh(logits_GTE, lam_T, routers[0].decide(logits_GTE, lam_T))
-
-
-class _Parts:
-    """The adapter's parts, each over all input groups of the model; what they return goes into their backward."""
-
-    def __init__(self, given: list[_Given], context: StepContext) -> None:
-        self.given, self.context = given, context
-
-    def leaves(self) -> Iterator[Tensor]:
-        for g in self.given:
-            yield from (g.x, g.lam_T, *g.y)
-            yield from (tensor for tensor in g.routing if tensor is not None)
-
-    def lambdas(self) -> list[Tensor]:
-        return [_lambda_mlp(g.linears[0])(g.x_TD) for g in self.given]
-
-    def routers(self) -> list[Tensor]:
-        return [_route(g.linears, g.x_TD, g.lam_T).p_TE for g in self.given]
-
-    def experts(self) -> list[Tensor]:
+    def replay(self, part: str) -> list[Tensor]:
+        """Repeat all calls of a part; return their outputs."""
         outputs = []
-        for g in self.given:
-            leader, x_TD = g.linears[0], g.x_TD
-            banks = [ExpertBank(m.lora_A[ADAPTER], m.lora_B[ADAPTER], m.scaling[ADAPTER]) for m in g.linears]
-            decision = leader.dispatch.decide((g.routing.p_TE != 0).unbind(), banks, leader.name)
-            outputs += leader.dispatch.start(x_TD, g.routing.by_linear(), banks, decision)()
-        return outputs
-
-    def rest(self) -> list[Tensor]:
-        """Dropout, auxiliary losses and statistics of training, the sum with the frozen output."""
-        outputs = []
-        self.context.begin(None)
-        for g in self.given:
-            leader = g.linears[0]
-            outputs.append(leader.lora_dropout[ADAPTER](g.x))
-            if leader.training:
-                router: Any = leader.router[ADAPTER]
-                self.context.record_routing([m.name for m in g.linears], g.routing, g.x.shape[:-1], router.losses)
-            outputs += [y + y.detach() for y in g.y]
-        self.context.end()
-        loss = self.context.auxiliary_loss()
-        return [*outputs, loss] if isinstance(loss, Tensor) else outputs
+        for call in self._calls[part]:
+            value = call()
+            # A dispatch returns a function that waits for its result.
+            outputs += tree_leaves(value() if callable(value) else value)
+        return [value for value in outputs if isinstance(value, Tensor)]
 
 
-def print_table(results: Sequence[Latency], settings: Settings | None = None) -> None:
-    """Print what `bench_latency` returned."""
-    s = settings or Settings()
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "one core of the CPU (CPU time)"
-    print(f"E={s.experts}, r={s.rank}, lambda-MLP of {s.hidden}, all seven linears; {results[0].dtype} on {where},")
-    print(
-        f"torch {torch.__version__}; training: forward + backward of sequences of {SEQ} tokens; generation: one token"
-    )
-    print(f"after {SEQ} in the cache; shares of the whole; remainder: what the parts, measured alone, do not explain")
-    columns = (*PARTS, "remainder")
-    for shape, phase in dict.fromkeys((r.shape, r.phase) for r in results):
-        print(f"\n{shape}, {phase}")
-        print(f"{'batch':>7} {'whole ms':>9} " + " ".join(f"{name:>9}" for name in columns))
-        for result in (r for r in results if (r.shape, r.phase) == (shape, phase)):
-            shares = " ".join(f"{share:{max(9, len(name))}.1%}" for name, share in result.shares().items())
-            print(f"{result.batch:7} {1e3 * result.whole:9.2f} {shares}")
+def main(turns: int) -> None:
+    """Measure and print the default shapes and batch sizes."""
+    settings = Settings(turns=turns)
+    results = bench_latency(settings)
+    sizes = f"E={settings.experts}, r={settings.lora_rank}, lambda-MLP of {settings.hidden}, {SEQ} tokens a sequence"
+    print(f"Training (forward + backward) and generation (one token); {sizes}; {results[0].dtype}; {setup()}")
+    print(markdown_table([latency.row() for latency in results]))

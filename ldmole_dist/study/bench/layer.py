@@ -1,22 +1,19 @@
-"""Time and memory of the expert part of one adapted linear, by formulation: `ldmole bench layer`.
+"""Measure time and memory of the experts of one adapted linear, by formulation: `ldmole bench layer`.
 
-Timed is forward + backward of what LD-MoLE adds besides router and lambda-MLP: y = s * sum_e p_e B_e A_e x, given x, p,
-A and B. The frozen linear and the routing are timed beside it, so that nobody takes a ratio of the experts for one of
-the whole layer.
+The timed work is the forward and backward of the experts' sum y = s * sum_e p_e B_e A_e x, given x, p, A and B. The routing
+(router, lambda-MLP and Sparsegen) and the frozen linear are timed in the same turns, to put the ratios of the experts in
+proportion to a whole adapted linear.
 
-On a machine that does other work too, set OMP_NUM_THREADS=1: threads that wait for each other spin, and the small kernels
-of the sparse formulation then measure the neighbours.
+On a machine that runs other programs, set OMP_NUM_THREADS=1: OpenMP threads that wait for each other spin, which inflates
+the CPU time of the small kernels of the sparse formulation.
 
 Shapes: T tokens, D in- and out-features, O out-features, E experts, R LoRA rank, K active experts of a token.
 """
 
 from __future__ import annotations
 
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,11 +22,14 @@ from torch import Tensor, nn
 from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_experts, sparse_experts
 from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.routers import SparsegenRouter
+from ldmole_dist.study.machine import setup
+from ldmole_dist.study.table import markdown_table
+from ldmole_dist.study.timing import time_in_turns, timed
 
 LAMBDA_HIDDEN, LAMBDA_EPS, ALPHA = 256, 0.01, 16
-# What is fast runs this long, at most 10 times, in one turn, and its fastest run counts: on a machine that does other
-# work too, a single run of small kernels can take ten times as long.
-TURN_MS = 1000
+# A turn runs a fast function for up to this many seconds, at most 10 times, and the fastest run counts: on a busy machine a
+# single run of small kernels can take ten times as long.
+TURN_SECONDS = 1.0
 
 
 class Case(NamedTuple):
@@ -38,44 +38,21 @@ class Case(NamedTuple):
     tokens: int
     features: int
     experts: int
-    rank: int
+    lora_rank: int
     active: int
 
 
-DEFAULT_CASES = (Case(4096, 2048, 8, 8, 2), Case(4096, 2048, 32, 8, 2))
-LARGE_CASE = Case(4096, 2048, 64, 16, 2)  # only when asked for: einsum takes many seconds and 10 GB here
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one part of the layer cost.
-
-    Attributes:
-        case: the sizes.
-        part: a formulation of the experts, "routing" (router, lambda-MLP and Sparsegen) or "base" (the frozen linear).
-        milliseconds: the fastest run of each turn, forward + backward; CPU time of all threads, wall clock on a GPU.
-        saved_bytes: kept from forward to backward, beyond x, p, A and B; 0 where it was not measured.
-    """
-
-    case: Case
-    part: str
-    milliseconds: tuple[float, ...]
-    saved_bytes: int = 0
-
-    @property
-    def median(self) -> float:
-        """Milliseconds."""
-        return statistics.median(self.milliseconds)
+CASES = (Case(4096, 2048, 8, 8, 2), Case(4096, 2048, 32, 8, 2))
 
 
 def einsum_experts(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
-    """The experts' sum as the authors' code forms it, in plain autograd: every expert's output for every token exists.
+    """Return the sum of the experts as the authors' code computes it, in plain autograd.
 
-    So does a gradient (T, E, D), as the rows are expanded over the experts first.
+    It materializes the output of every expert for every token, and a gradient of shape (T, E, D).
 
     Args:
-        x_TD: (T, D).
-        p_TE: (T, E).
+        x_TD: (T, D), input.
+        p_TE: (T, E), routing weights.
         bank: all E experts.
 
     Returns:
@@ -88,19 +65,13 @@ def einsum_experts(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
 
 
 def reordered_einsum(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
-    """`einsum_experts` without the expansion and with the last operands swapped, which is kinder to the kernels on CPU:
-    what of the gain a few characters would have given. It keeps as much."""
+    """Return `einsum_experts` without the expansion of x and with the last operands swapped.
+
+    It shows how much of the gain comes from einsum's choice of kernels alone; it keeps as much memory.
+    """
     h_TER = torch.einsum("td,erd->ter", x_TD, bank.A_LRD)
     delta_TEO = torch.einsum("ter,eor->teo", h_TER, bank.B_LOR)
     return torch.einsum("te,teo->to", p_TE, delta_TEO) * bank.scaling
-
-
-def _sparse(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
-    return sparse_experts(x_TD, p_TE, bank, _counts(p_TE))
-
-
-def _chosen(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
-    return apply_experts(x_TD, p_TE, bank, _counts(p_TE))
 
 
 def _counts(p_TE: Tensor) -> list[int]:
@@ -111,40 +82,28 @@ FORMULATIONS: dict[str, Callable[[Tensor, Tensor, ExpertBank], Tensor]] = {
     "einsum": einsum_experts,
     "reordered": reordered_einsum,
     "fused": fused_experts,
-    "sparse": _sparse,
-    "chosen": _chosen,
+    "sparse": lambda x_TD, p_TE, bank: sparse_experts(x_TD, p_TE, bank, _counts(p_TE)),
+    "chosen": lambda x_TD, p_TE, bank: apply_experts(x_TD, p_TE, bank, _counts(p_TE)),
 }
 
 
-def bench_layer(cases: Sequence[Case] = DEFAULT_CASES, repeats: int = 3) -> list[Result]:
-    """Time every part of every case on this machine, in float32, on the GPU if there is one.
-
-    Args:
-        cases: sizes.
-        repeats: turns of each part after one that does not count; the parts alternate.
-
-    Returns:
-        One result for each case and part, formulations first.
-    """
-    return [result for case in cases for result in _bench_case(case, repeats, _device())]
-
-
-def saved_bytes(forward: Callable[[], Tensor], given: Sequence[Tensor]) -> int:
-    """Bytes that `forward` keeps for its backward.
+def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
+    """Return the bytes that `forward` keeps for its backward.
 
     Args:
         forward: builds a graph.
-        given: tensors that are there anyway and do not count.
+        inputs: tensors that exist anyway and do not count.
 
     Returns:
         Sum over distinct storages, so that two views of one tensor count once.
     """
-    there = {tensor.untyped_storage().data_ptr() for tensor in given}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding them: a freed one could hand its address to the next
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    # Holds the storages: a freed one could pass its address on to the next.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
+        if storage.data_ptr() not in excluded:
             kept[storage.data_ptr()] = storage
         return tensor
 
@@ -154,7 +113,7 @@ def saved_bytes(forward: Callable[[], Tensor], given: Sequence[Tensor]) -> int:
 
 
 def random_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, ExpertBank]:
-    """x (T, D), p (T, E) with K weights above 0 in each row, and a bank with B drawn too; all want gradients."""
+    """Return x (T, D), p (T, E) with K positive weights in each row, and random experts; all require gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -167,7 +126,8 @@ def random_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Exp
     return x, p, ExpertBank(A, B, ALPHA / R)
 
 
-def _bench_case(case: Case, repeats: int, device: torch.device) -> list[Result]:
+def measure(case: Case, turns: int, device: torch.device) -> list[dict[str, object]]:
+    """Time all formulations, the routing, the frozen linear and their sums, in float32; return one row for each."""
     T, D, E, _, _ = case
     x, p, bank = random_inputs(case, device)
     base = nn.Linear(D, D, bias=False, device=device).requires_grad_(False)
@@ -184,66 +144,39 @@ def _bench_case(case: Case, repeats: int, device: torch.device) -> list[Result]:
         for name, formulation in FORMULATIONS.items()
     }
     saved = {name: saved_bytes(forward, (x, p, bank.A_LRD, bank.B_LOR)) for name, forward in parts.items()}
-    parts |= {"routing": routing, "base": lambda: base(x)}
+    parts |= {"routing": routing, "frozen linear": lambda: base(x)}
     leaves = [x, p, bank.A_LRD, bank.B_LOR, *router.parameters(), *lambda_mlp.parameters()]
     gradients = {D: torch.randn(T, D, device=device), E: torch.randn(T, E, device=device)}
 
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(repeats + 1):
-        for name, forward in parts.items():
-            turn: list[float] = []
-            while sum(turn) < TURN_MS and len(turn) < 10:
-                for leaf in leaves:
-                    leaf.grad = None
-                turn.append(_timed(forward, gradients, device))
-            times[name].append(min(turn))
-    return [Result(case, name, tuple(times[name][1:]), saved.get(name, 0)) for name in parts]
+    def forward_backward(name: str) -> None:
+        y = parts[name]()
+        y.backward(gradients[y.shape[1]])
+
+    def fastest(name: str) -> float:
+        runs: list[float] = []
+        while sum(runs) < TURN_SECONDS and len(runs) < 10:
+            for leaf in leaves:
+                leaf.grad = None
+            runs.append(timed(lambda: forward_backward(name), device))
+        return min(runs)
+
+    seconds = time_in_turns(list(parts), turns, fastest)
+    ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    for name in ("einsum", "chosen"):
+        ms[f"linear with {name}"] = ms["frozen linear"] + ms["routing"] + ms[name]
+    rows: list[dict[str, object]] = []
+    for name, milliseconds in ms.items():
+        row = {"part": name, **case._asdict(), "ms": milliseconds, "x faster": "", "saved MB": "", "x fewer": ""}
+        if name in FORMULATIONS:
+            row |= {"saved MB": saved[name] / 1e6, "x fewer": saved["einsum"] / saved[name]}
+            row["x faster"] = ms["einsum"] / milliseconds
+        rows.append(row)
+    rows[-1]["x faster"] = ms["linear with einsum"] / ms["linear with chosen"]
+    return rows
 
 
-def _timed(forward: Callable[[], Tensor], gradients: dict[int, Tensor], device: torch.device) -> float:
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    _wait_for(device)
-    start = clock()
-    y = forward()
-    y.backward(gradients[y.shape[1]])
-    _wait_for(device)
-    return (clock() - start) * 1e3
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def print_table(results: Sequence[Result]) -> None:
-    """Print what `bench_layer` returned: one block for each case, ratios to `einsum`."""
-    device = _device()
-    if device.type == "cuda":
-        machine, clock = torch.cuda.get_device_name(device), "wall clock"
-    else:
-        machine, clock = f"cpu ({platform.machine()}), threads: {torch.get_num_threads()}", "CPU time of all threads"
-    print(f"experts of one adapted linear, forward + backward, float32, on {machine}, torch {torch.__version__}")
-    print(f"ms: {clock}, median of {len(results[0].milliseconds)} turns; saved: for the backward, beyond x, p, A, B")
-    for case in dict.fromkeys(result.case for result in results):
-        parts = {result.part: result for result in results if result.case == case}
-        einsum = parts["einsum"]
-        T, D, E, R, K = case
-        print(f"\nT={T} d={D} E={E} r={R} k={K}, d_out/r={D / R:g}")
-        print(f"  {'':9}{'ms':>10}{'x faster':>10}{'saved MB':>11}{'x fewer':>9}")
-        for name in FORMULATIONS:
-            part = parts[name]
-            print(
-                f"  {name:9}{part.median:10.1f}{einsum.median / part.median:10.1f}"
-                f"{part.saved_bytes / 1e6:11.2f}{einsum.saved_bytes / part.saved_bytes:9.0f}"
-            )
-        base, routing, chosen = (parts[name].median for name in ("base", "routing", "chosen"))
-        whole, with_einsum = base + routing + chosen, base + routing + einsum.median
-        print(f"  whole linear: base {base:.1f} + routing {routing:.1f} + chosen {chosen:.1f} = {whole:.1f} ms,")
-        print(
-            f"  {(routing + chosen) / whole:.0%} of it the adapter; with einsum experts {with_einsum:.1f} ms, "
-            f"{with_einsum / whole:.1f} times as much"
-        )
+def main(turns: int) -> None:
+    """Measure and print the default cases, on the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"One adapted linear, forward + backward, float32; {torch.get_num_threads()} threads; {setup()}")
+    print(markdown_table([row for case in CASES for row in measure(case, turns, device)]))

@@ -1,7 +1,7 @@
-"""What a real engine holds and sends in a training step, counted without the planner: `ldmole bench plan`.
+"""Measure what a real engine holds and sends in one optimizer step, for `ldmole bench plan`.
 
-Bytes are those of distinct storages, found by walking what module, engine and optimizer hold. Elements are the payloads of
-the collectives that torch.distributed is asked for, whoever asks.
+It is independent of the planner. Bytes are those of distinct storages that module, engine and optimizer hold; elements are the
+payloads of all collectives of torch.distributed, whether from DeepSpeed or from this package.
 
 Shapes: B sequences, S positions.
 """
@@ -17,44 +17,49 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
-from ldmole_dist.config import Optimisation
 from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel
-from ldmole_dist.engine.partitioned import partitioned_loading
 from ldmole_dist.engine.startup import start
 from ldmole_dist.engine.training_state import held_gradients, held_optimizer_state, held_parameters, tensors_in
 from ldmole_dist.loss import answer_loss, next_tokens
-from ldmole_dist.method.context import LossWeights, Tape
-from ldmole_dist.model.backbone import DTYPES, enable_gradient_checkpointing
+from ldmole_dist.method.context import Tape
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.planner.workload import Strategy, Workload
-from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import spread_experts, tuner_of
+from ldmole_dist.study.random_model import engine_for, random_model
+from ldmole_dist.tuner.model import tuner_of
 
-WARM_UP = 3  # optimizer steps: ZeRO-3 records what it gathers in the second micro-batch
+WARM_UP = 3  # optimizer steps; ZeRO-3 records the order of its all-gathers in the second micro-batch
 
 
 @dataclass
 class Measured:
-    """Of one rank: bytes by part, elements of an optimizer step by kind, and the calls that carried those of DeepSpeed."""
+    """What one rank holds, and what it sends in one optimizer step.
+
+    Attributes:
+        bytes: by part.
+        wire: elements that the dispatch sends, by kind.
+        wire_bytes: bytes that the dispatch sends, by kind.
+        supports: (T, E) bool of every linear and micro-batch, in the order of the forwards.
+        collectives: elements, by operation and number of ranks.
+        calls: calls, by operation and number of ranks.
+        active: mean number of active experts of a token.
+    """
 
     bytes: dict[str, int] = field(default_factory=dict)
     wire: Counter[str] = field(default_factory=Counter)
     wire_bytes: Counter[str] = field(default_factory=Counter)
-    # (T, E) bool of every linear and micro-batch, in the order of the forwards
     supports: list[np.ndarray] = field(default_factory=list)
-    collectives: Counter[tuple[str, int]] = field(default_factory=Counter)  # by (operation, ranks)
+    collectives: Counter[tuple[str, int]] = field(default_factory=Counter)
     calls: Counter[tuple[str, int]] = field(default_factory=Counter)
     active: float = 0.0
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the elements of every collective: of the tensor reduced, of the tensor gathered, of the tensor scattered."""
+    """Counts the calls of every collective, and their elements: those of the largest tensor of a call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,105 +78,74 @@ class Collectives(TorchDispatchMode):
 
 
 def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
-    """One optimizer step of a real engine on this rank, after a warm-up; every rank calls it.
+    """Measure one optimizer step of a real engine on this rank, after a warm-up; every rank calls it.
 
     Args:
-        workload: of a small backbone.
-        strategy: whose number of ranks is that of the process group.
-        dense: whether every token is made to use all experts.
+        workload: a workload with a small backbone.
+        strategy: a strategy for as many ranks as the process group has.
+        dense: whether to make every token use all experts.
     """
-    process = start()
-    model = _model(workload, strategy, dense, process.device)
-    kept = Kept(model)
-    if strategy.checkpointing:
-        enable_gradient_checkpointing(model)
-    engine = _engine(model, workload, strategy)
-    context = tuner_of(engine.module).context
-    for step in range(WARM_UP):
-        for turn in range(workload.accumulation):
-            engine.backward(_loss(engine, workload, _batch(workload, process.device, step, turn)))
-            engine.step()
-    measured = Measured()
-    measured.bytes["parameters"] = size_of(held_parameters(engine))
-    engine.parallel.wire.clear()
-    counted = Collectives()
-    context.observer = lambda name, routing, mask_T: measured.supports.append((routing.p_TE != 0).cpu().numpy())
-    with counted:
-        for turn in range(workload.accumulation):
-            batch = _batch(workload, process.device, WARM_UP, turn)
-            with kept.watching():
-                loss = _loss(engine, workload, batch)
-            measured.bytes["activations"] = kept.size()
-            engine.backward(loss)
-            measured.bytes["gradients"] = max(measured.bytes.get("gradients", 0), size_of(held_gradients(engine)))
-            engine.step()
-    measured.bytes["optimizer"] = size_of(held_optimizer_state(engine))
-    wire = engine.parallel.wire
-    measured.wire = wire.by_kind()
-    for (_, kind), number in wire.bytes.items():
-        measured.wire_bytes[kind] += number
-    measured.collectives, measured.calls = counted.elements, counted.calls
-    stats = torch.stack(list(context.stats.values()))
-    measured.active = float(stats[:, 0].sum() / (len(stats) * workload.tokens))
-    return measured
-
-
-def _model(workload: Workload, strategy: Strategy, dense: bool, device: torch.device) -> PeftModel:
-    w, s = workload, strategy
-    torch.manual_seed(3)
-    with partitioned_loading(s.stage, w.precision):
-        backbone = AutoModelForCausalLM.from_config(w.backbone, dtype=DTYPES[w.precision])
-    if s.stage < 3:
-        torch.nn.Module.to(backbone, device)
+    w, s, process = workload, strategy, start()
     parallel = expert_parallel(s.ep_size, s.dispatch)
-    spread_experts(backbone, parallel)
-    adapter = LdMoleConfig(
+    adapter = dict(
         num_experts=w.num_experts,
         r=w.lora_rank,
         lambda_hidden=w.lambda_hidden,
         lora_dropout=w.dropout,
         target_modules=list(w.target_modules),
-        task_type="CAUSAL_LM",
     )
-    model = get_peft_model(backbone, adapter)
+    model = random_model(w.backbone, adapter, process.device, w.precision, parallel, s.stage)
     tuner = tuner_of(model)
-    tuner.context.weights = LossWeights(balance=1.0)
     if dense:
         with torch.no_grad():
             for name, parameter in tuner.lambda_mlp.named_parameters():
                 if name.endswith("fc2.bias"):
-                    parameter.fill_(-1e4)  # lambda goes to -inf: every expert is active
-    return model.train()
+                    parameter.fill_(-1e4)  # lambda near minus infinity activates every expert
+    kept = KeptForBackward(model)
+    if s.checkpointing:
+        enable_gradient_checkpointing(model)
+    engine = engine_for(model, s.deepspeed, w.micro_batch, w.accumulation, w.precision, s.ep_size, s.zero)
+    for step in range(WARM_UP):
+        for index in range(w.accumulation):
+            engine.backward(_loss(engine, w, _batch(w, process.device, step, index)))
+            engine.step()
+    measured = Measured()
+    measured.bytes["parameters"] = size_of(held_parameters(engine))
+    wire, collectives, context = engine.parallel.wire, Collectives(), tuner_of(engine.module).context
+    wire.clear()
+    context.observer = lambda name, routing, mask_T: measured.supports.append((routing.p_TE != 0).cpu().numpy())
+    with collectives:
+        for index in range(w.accumulation):
+            batch = _batch(w, process.device, WARM_UP, index)
+            with kept.recording():
+                loss = _loss(engine, w, batch)
+            measured.bytes["activations"] = kept.size()
+            engine.backward(loss)
+            measured.bytes["gradients"] = max(measured.bytes.get("gradients", 0), size_of(held_gradients(engine)))
+            engine.step()
+    measured.bytes["optimizer"] = size_of(held_optimizer_state(engine))
+    measured.wire = wire.by_kind()
+    for (_, kind), number in wire.bytes.items():
+        measured.wire_bytes[kind] += number
+    measured.collectives, measured.calls = collectives.elements, collectives.calls
+    stats = torch.stack(list(context.stats.values()))
+    measured.active = float(stats[:, 0].sum() / (len(stats) * w.tokens))
+    return measured
 
 
-def _engine(model: PeftModel, workload: Workload, strategy: Strategy) -> Engine:
-    w, s = workload, strategy
-    settings = load_ds_config(s.deepspeed)
-    settings["zero_optimization"].update(dict(s.zero))
-    ds_config = resolve_ds_config(
-        settings,
-        micro_batch_size=w.micro_batch,
-        accumulation=w.accumulation,
-        max_grad_norm=1.0,
-        precision=w.precision,
-        ep_size=s.ep_size,
-    )
-    return Engine(model, ds_config, Optimisation(schedule="constant"))
-
-
-def _batch(workload: Workload, device: torch.device, step: int, turn: int) -> dict[str, Tensor]:
-    """Full sequences, but for one padding token where there is to be padding; answers at the end of each."""
-    w = workload
-    generator = torch.Generator().manual_seed(1000 * step + 100 * turn + dist.get_rank())
-    ids = torch.randint(0, w.backbone.vocab_size, (w.micro_batch, w.seq), generator=generator)
+def _batch(workload: Workload, device: torch.device, step: int, index: int) -> dict[str, Tensor]:
+    """Draw full sequences; a workload with padding has one padding token, so that attention needs its mask."""
+    generator = torch.Generator().manual_seed(1000 * step + 100 * index + dist.get_rank())
+    shape = workload.micro_batch, workload.seq
+    ids = torch.randint(0, workload.backbone.vocab_size, shape, generator=generator)
     mask = torch.ones_like(ids)
-    if w.padded:
+    if workload.padded:
         mask[0, 0] = 0
     return dict(input_ids=ids.to(device), attention_mask=mask.to(device))
 
 
 def _loss(engine: Engine, workload: Workload, batch: dict[str, Tensor]) -> Tensor:
-    """As the trainer's, over the last positions of every sequence."""
+    """Return the trainer's loss over the last positions of every sequence."""
     answers = workload.answer_tokens or workload.seq
     positions = torch.arange(workload.seq - answers, workload.seq, device=batch["input_ids"].device)
     inputs: dict[str, Any] = batch | {"use_cache": False, "logits_to_keep": positions}
@@ -180,11 +154,11 @@ def _loss(engine: Engine, workload: Workload, batch: dict[str, Tensor]) -> Tenso
     return answer_loss(logits, targets) / targets.numel() + tuner_of(engine.module).context.auxiliary_loss()
 
 
-class Kept:
-    """What a forward keeps for its backward: saved tensors without parameters, and the tapes of checkpointed regions.
+class KeptForBackward:
+    """Memory that a forward keeps for its backward: saved tensors except parameters, and tapes of recomputed layers.
 
     Args:
-        module: to watch; before checkpointing is enabled on it.
+        module: the model, before gradient checkpointing is enabled on it.
     """
 
     def __init__(self, module: PeftModel) -> None:
@@ -192,18 +166,18 @@ class Kept:
         self._saved: dict[int, Any] = {}
         self._tapes: list[Tape] = []
         context: Any = tuner_of(module).context
-        contexts = context.checkpoint_contexts
+        checkpoint_contexts = context.checkpoint_contexts
 
-        def watched() -> Any:
-            first, again = contexts()
-            self._tapes.append(first.tape)
-            return first, again
+        def recorded() -> Any:
+            forward, recomputation = checkpoint_contexts()
+            self._tapes.append(forward.tape)
+            return forward, recomputation
 
-        context.checkpoint_contexts = watched
+        context.checkpoint_contexts = recorded
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around a forward; forgets the one before."""
+    def recording(self) -> Iterator[None]:
+        """Record the forward inside the block, and forget the previous one."""
         self._saved.clear()
         self._tapes.clear()
         with torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor):
@@ -211,20 +185,17 @@ class Kept:
 
     def _save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Looked up anew each time: under ZeRO-3 a parameter is another storage each time it is gathered.
+        # Compared anew each time: ZeRO-3 gathers a parameter into another storage each time.
         if all(storage._cdata != p.untyped_storage()._cdata for p in self._module.parameters()):
             self._saved[storage._cdata] = storage
         return tensor
 
     def size(self) -> int:
-        """Bytes of distinct storages."""
+        """Return the bytes that the last forward kept."""
         return size_of([*self._saved.values(), *tensors_in(self._tapes)])
 
 
-def size_of(things: Iterable[Any]) -> int:
-    """Bytes of distinct storages."""
-    storages = {}
-    for thing in things:
-        storage = thing.untyped_storage() if isinstance(thing, Tensor) else thing
-        storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+def size_of(tensors: Iterable[Any]) -> int:
+    """Return the bytes of the distinct storages of tensors and storages."""
+    storages = (t.untyped_storage() if isinstance(t, Tensor) else t for t in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

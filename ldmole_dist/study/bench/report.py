@@ -1,29 +1,31 @@
-"""Measure what observing the routers adds to a forward: `python -m ldmole_dist.study.bench.report RUN_OR_ADAPTER`."""
+"""Measure what observing the routers adds to a forward: `python -m ldmole_dist.study.bench.report RUN_OR_ADAPTER`.
+
+It takes the arguments of `ldmole report` and forwards one batch with and without the observer, in turns.
+"""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ldmole_dist.method.context import Observer
 from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.model.forward import observe_routing
 from ldmole_dist.model.saved import find_saved_model
 from ldmole_dist.report.arguments import add_arguments
 from ldmole_dist.report.collect import Counter, batches
 from ldmole_dist.report.inputs import load_model, read_data
+from ldmole_dist.study.machine import setup
+from ldmole_dist.study.table import markdown_table
+from ldmole_dist.study.timing import median_ratio, time_in_turns, timed
 
-PAIRS = 8
+TURNS = 8
 
 
 def main() -> None:
-    """Forward the same batches with and without the observer in turn, after a pair that does not count, and print medians."""
+    """Measure and print the milliseconds per 1,000 tokens with and without the observer."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     args = parser.parse_args()
@@ -36,36 +38,25 @@ def main() -> None:
     device = next(base.parameters()).device
     examples = [example for of_domain in data.examples.values() for example in of_domain]
     size = args.batch_size or 16
-    middle = batches(examples, int(tokenizer.pad_token_id), size, device)  # the batch of middling lengths
-    batch = next(islice(middle, len(examples) // size // 2, None))
+    by_length = batches(examples, int(tokenizer.pad_token_id), size, device)
+    batch = next(islice(by_length, len(examples) // size // 2, None))  # the batch of median lengths
     counter = Counter(base.get_input_embeddings().num_embeddings, device)
     counter.begin("", batch)
-    tokens = int(batch["attention_mask"].sum())
-    with_observer, without = [], []
-    for _ in range(PAIRS + 1):
-        without.append(_seconds(model, batch, None, device))
-        with_observer.append(_seconds(model, batch, counter, device))
-    ratios = [a / b for a, b in zip(with_observer[1:], without[1:], strict=True)]
-    clock = "wall clock" if device.type == "cuda" else f"CPU time, {torch.get_num_threads()} threads"
-    print(
-        f"{Path(args.run_or_adapter).name}, {precision} on {device.type}, a batch of {tuple(batch['input_ids'].shape)} "
-        f"with {tokens} tokens, {clock}: {1e6 * statistics.median(without[1:]) / tokens:.0f} ms for 1,000 tokens; with "
-        f"the observer {statistics.median(ratios):.2f} times as much ({min(ratios):.2f} to {max(ratios):.2f} in {PAIRS} pairs)"
+    observers = {"without": None, "with": counter}
+    seconds = time_in_turns(
+        list(observers), TURNS, lambda name: timed(lambda: observe_routing(model, batch, observers[name]), device)
     )
-
-
-def _seconds(model: Any, batch: Any, observer: Observer | None, device: torch.device) -> float:
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    _wait_for(device)
-    started = clock()
-    observe_routing(model, batch, observer)
-    _wait_for(device)
-    return clock() - started
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    tokens = int(batch["attention_mask"].sum())
+    print(
+        f"{Path(args.run_or_adapter).name}, {precision}, batch {tuple(batch['input_ids'].shape)}, {tokens} tokens; {setup()}"
+    )
+    ratio = median_ratio(seconds["with"], seconds["without"])
+    rows = [
+        {"observer": name, "ms per 1,000 tokens": 1e6 * statistics.median(values) / tokens}
+        for name, values in seconds.items()
+    ]
+    print(markdown_table(rows))
+    print(f"with the observer: {ratio:.2f} times as long")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Routers and plain LoRA on the same data with the same budget and the same seeds: `launch/compare_routers.py`."""
+"""The comparison of routers and plain LoRA with the same data, budget and seeds: `ldmole compare`."""

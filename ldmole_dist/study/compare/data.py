@@ -1,4 +1,4 @@
-"""The data of the comparison: WordNet definitions and VADER's rated sentences, as one mixture of five domains."""
+"""The data of the comparison: WordNet definitions and VADER's rated sentences, mixed as five domains."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ TRAIN, TEST = {"wordnet": 480, "vader": 200}, 80  # rows of a domain
 
 
 def write_data(archive: str, folder: Path) -> tuple[Path, Path]:
-    """Write train.jsonl and test.jsonl: the same rows every time, drawn from all that there are.
+    """Write train.jsonl and test.jsonl, always with the same randomly drawn rows, and return their paths.
 
     Args:
-        archive: vaderSentiment-3.3.2.tar.gz (`data.vader`).
-        folder: made if need be.
-
-    Returns:
-        Their paths.
+        archive: path of vaderSentiment-3.3.2.tar.gz (`data.vader`).
+        folder: output folder; created if it does not exist.
 
     Raises:
-        UserError: where the archive is another one, or the folder cannot be written.
+        UserError: if the archive is another one, or the folder cannot be written.
     """
     draw = random.Random(0)
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
@@ -37,8 +34,8 @@ def write_data(archive: str, folder: Path) -> tuple[Path, Path]:
     sentences = read_vader(archive)
     for domain in DOMAINS:
         for split, number in (("train", TRAIN["vader"]), ("test", TEST)):
-            there = [s for s in sentences if s.domain == domain and s.for_testing == (split == "test")]
-            rows[split] += [sentence.row() for sentence in draw.sample(there, number)]
+            candidates = [s for s in sentences if s.domain == domain and s.for_testing == (split == "test")]
+            rows[split] += [sentence.row() for sentence in draw.sample(candidates, number)]
     with write_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         for split, chosen in rows.items():

@@ -1,10 +1,12 @@
-"""What is compared: each method is the same run with a few keys of its config changed."""
+"""The compared methods of methods.yaml; each changes a few keys of the same run config."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from importlib.resources import files
+from typing import NamedTuple
 
 import torch
+import yaml
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,58 +16,41 @@ from ldmole_dist.method.names import ROUTER_NAMES
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.targets import experts_of_linear
 
-BASELINE = "sparsegen"  # that the others are held against, seed by seed
+BASELINE = "sparsegen"  # the other methods are compared with it, seed by seed
 
 
-@dataclass(frozen=True)
-class Method:
-    """One row of the table.
-
-    Args:
-        title: in a few words.
-        overrides: of the run's config, "a.b=c".
-    """
+class Method(NamedTuple):
+    """A row of the table: its title, and overrides of the run config such as "a.b=c"."""
 
     title: str
-    overrides: tuple[str, ...]
+    overrides: list[str]
 
 
 METHODS = {
-    "sparsegen": Method("LD-MoLE (Sparsegen)", ("adapter.router=sparsegen",)),
-    "sparsegen_k2": Method(
-        "LD-MoLE, sparsity loss to 2", ("adapter.router=sparsegen", "optimisation.sparsity_coef=1.0")
-    ),
-    "sparsegen_noise": Method(
-        "LD-MoLE, router noise 0.5", ("adapter.router=sparsegen", "optimisation.router_noise=0.5")
-    ),
-    "topk": Method("top-2 (MoLA's router)", ("adapter.router=topk", "adapter.top_k=2")),
-    # ReMoE's start of 1e-8 would need a hundred steps to be felt: more than a short budget has.
-    "relu": Method("ReLU, adaptive L1 to 2 (ReMoLE)", ("adapter.router=relu", "optimisation.l1_coef=0.001")),
-    "softmax": Method("softmax, all experts", ("adapter.router=softmax",)),
-    "top_p": Method("top-p 0.4", ("adapter.router=top_p", "optimisation.entropy_coef=0.0001")),
-    "lora": Method("plain LoRA", ("adapter.router=lora",)),
+    name: Method(**fields)
+    for name, fields in yaml.safe_load(files(__package__).joinpath("methods.yaml").read_text()).items()
 }
 DEFAULT = ROUTER_NAMES
 
 
 def overrides_of(name: str, adapter: Adapter, backbone: str) -> list[str]:
-    """The overrides of a method; of plain LoRA also the rank with which it has as many parameters as LD-MoLE.
+    """Return the overrides of a method; those of plain LoRA set r so that it has as many parameters as LD-MoLE.
 
     Args:
-        name: of the method.
-        adapter: that all methods start from.
+        name: name of the method.
+        adapter: config that all methods start from.
         backbone: path of the frozen model.
     """
     overrides = list(METHODS[name].overrides)
     if name == "lora":
-        rank = equal_rank(linears_of(backbone, adapter), adapter)
-        alpha = adapter.lora_alpha / adapter.r * rank  # the same scaling
-        overrides += ["adapter.num_experts=1", f"adapter.r={rank}", f"adapter.lora_alpha={alpha}"]
+        lora_rank = equal_lora_rank(linears_of(backbone, adapter), adapter)
+        alpha = adapter.lora_alpha / adapter.r * lora_rank  # keeps the scaling alpha / r
+        overrides += ["adapter.num_experts=1", f"adapter.r={lora_rank}", f"adapter.lora_alpha={alpha}"]
     return overrides
 
 
 def linears_of(backbone: str, adapter: Adapter) -> list[tuple[int, int, int]]:
-    """(in-features, out-features, experts) of every linear that is adapted; nothing is loaded but the backbone's config."""
+    """Return (in-features, out-features, experts) of every adapted linear, without loading the weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(backbone))
     config = LdMoleConfig(num_experts=adapter.num_experts, target_modules=adapter.target_modules)
@@ -76,12 +61,12 @@ def linears_of(backbone: str, adapter: Adapter) -> list[tuple[int, int, int]]:
     ]
 
 
-def equal_rank(linears: list[tuple[int, int, int]], adapter: Adapter) -> int:
-    """The rank of a LoRA whose number of parameters is nearest to that of an LD-MoLE adapter on the same linears.
+def equal_lora_rank(linears: list[tuple[int, int, int]], adapter: Adapter) -> int:
+    """Return the r of a plain LoRA whose number of parameters is closest to that of an LD-MoLE adapter.
 
     Args:
-        linears: (D, O, E) of each.
-        adapter: r and hidden units of the lambda-MLP.
+        linears: (D, O, E) of each adapted linear.
+        adapter: config of the LD-MoLE adapter.
     """
     experts = adapter.r * sum(E * (D + O) for D, O, E in linears)
     routers = sum(E * D for D, _, E in linears)

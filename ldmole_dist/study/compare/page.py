@@ -1,144 +1,105 @@
-"""The comparison as a Markdown page, every number and sentence of it computed from the rows."""
+"""The page of a comparison: page.md has the text; its tables are computed from the rows."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from importlib.resources import files
+from string import Template
 
 from scipy import stats  # type: ignore[import-untyped]
 
 from ldmole_dist.study.compare.methods import BASELINE, METHODS
 from ldmole_dist.study.compare.store import Row, Store
-
-Value = Callable[[Row], float]
+from ldmole_dist.study.table import Rows, markdown_table
 
 
 def page(store: Store) -> str:
-    """The whole page."""
+    """Return the page in Markdown."""
     rows, about = store.rows(), store.about
-    methods = [name for name in METHODS if any(row.method == name for row in rows)]
-    domains = sorted(key.removesuffix("/accuracy") for key in rows[0].after if key.endswith("/accuracy"))
-    before = next((row.before for row in rows if row.before is not None), None)
-    settings = ", ".join(f"{key} {about[key]}" for key in about if key not in ("command", "config", "code"))
-    parts = [
-        "# Routers compared",
-        f"Measured by `{about['command']}`, settings in `{about['config']}`. {settings}; code {about['code']}.",
-        "Mean ± standard deviation over seeds. A seed decides initial values and the order of the data, so runs of one seed "
-        "see the same batches whatever the method.",
-        _table(
-            [
-                "method",
-                "runs",
-                "accuracy, %",
-                "evaluation loss",
-                "experts per token",
-                "parameters",
-                "tokens/s",
-                "peak, GB",
-            ],
-            [
-                [
-                    METHODS[name].title,
-                    str(len(_of(rows, name))),
-                    spread([percent(row, "accuracy") for row in _of(rows, name)], 1),
-                    spread([row.after["eval_loss"] for row in _of(rows, name)], 3),
-                    spread([row.experts_per_token for row in _of(rows, name)], 2),
-                    f"{_of(rows, name)[0].parameters / 1e6:.2f} M",
-                    spread([row.tokens_per_second for row in _of(rows, name)], 1),
-                    spread([row.peak_memory_gb for row in _of(rows, name) if row.peak_memory_gb is not None], 2),
-                ]
-                for name in methods
-            ],
-        ),
-        *([f"Before training: {percent_of(before, 'accuracy'):.1f} %."] if before else []),
-        *_by_domain(rows, methods, domains, before),
-        *_against_baseline(rows, methods),
-    ]
-    return "\n\n".join(parts) + "\n"
+    by_method = {name: [row for row in rows if row.method == name] for name in METHODS}
+    by_method = {name: runs for name, runs in by_method.items() if runs}
+    tables = {
+        "results": result_rows(by_method),
+        "domains": domain_rows(by_method),
+        "differences": difference_rows(by_method),
+    }
+    settings = ", ".join(f"{key} {about[key]}" for key in about if key not in ("command", "config"))
+    template = Template(files(__package__).joinpath("page.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        {name: markdown_table(table) if table else "Not measured." for name, table in tables.items()},
+        command=about["command"],
+        config=about["config"],
+        settings=settings,
+        baseline=METHODS[BASELINE].title,
+    )
 
 
-def _by_domain(
-    rows: Sequence[Row], methods: Sequence[str], domains: Sequence[str], before: dict[str, float] | None
-) -> list[str]:
-    if not domains:
-        return []
-    body = [
-        [METHODS[name].title, *(spread([percent(row, f"{d}/accuracy") for row in _of(rows, name)], 1) for d in domains)]
-        for name in methods
-    ]
-    if before:
-        body.insert(0, ["before training", *(f"{percent_of(before, f'{d}/accuracy'):.1f}" for d in domains)])
-    return ["## By domain", _table(["accuracy, %", *domains], body)]
-
-
-def _against_baseline(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
-    """Differences to the baseline within a seed: what the order of the data does to both cancels out."""
-    others = [name for name in methods if name != BASELINE]
-    paired = {name: _paired(rows, name, lambda row: percent(row, "accuracy")) for name in others}
-    losses = {name: _paired(rows, name, lambda row: row.after["eval_loss"]) for name in others}
-    if not any(paired.values()):
-        return []
-    body, said = [], []
-    for name in others:
-        if paired[name]:
-            body.append([METHODS[name].title, spread(paired[name], 1, sign=True), spread(losses[name], 3, sign=True)])
-            accuracy, loss = verdict(paired[name], 1, " points"), verdict(losses[name], 3, "")
-            said.append(f"- {METHODS[name].title}: accuracy {accuracy}; loss {loss}.")
+def result_rows(by_method: dict[str, list[Row]]) -> Rows:
+    """Return a row for each method: its number of runs, and mean and standard deviation of its results."""
     return [
-        f"## Against {METHODS[BASELINE].title}",
-        "The other minus the baseline, within a seed; mean ± standard deviation over seeds. The intervals know of seeds only: "
-        "another test set would move the numbers too.",
-        _table(["method", "accuracy, points", "evaluation loss"], body),
-        "\n".join(said),
+        {
+            "method": METHODS[name].title,
+            "runs": len(runs),
+            "accuracy %": spread([100 * row.after["accuracy"] for row in runs], 1),
+            "evaluation loss": spread([row.after["eval_loss"] for row in runs], 3),
+            "experts per token": spread([row.experts_per_token for row in runs], 2),
+            "parameters": f"{runs[0].parameters / 1e6:.2f} M",
+            "tokens/s": spread([row.tokens_per_second for row in runs], 1),
+            "peak GB": spread([row.peak_memory_gb for row in runs if row.peak_memory_gb is not None], 2),
+        }
+        for name, runs in by_method.items()
     ]
 
 
-def verdict(differences: Sequence[float], digits: int, unit: str) -> str:
-    """What differences within seeds say of their mean: its 95 % interval by Student's t, and whether 0 is outside of it.
+def domain_rows(by_method: dict[str, list[Row]]) -> Rows:
+    """Return a row for each method with its accuracy in every domain and in all of them, and one before training."""
+    rows = [row for runs in by_method.values() for row in runs]
+    keys = sorted(key for key in rows[0].after if key.endswith("accuracy"))
+    evaluations = {"before training": [row.before for row in rows if row.before is not None][:1]}
+    evaluations |= {METHODS[name].title: [row.after for row in runs] for name, runs in by_method.items()}
+    return [
+        {
+            "accuracy %": title,
+            **{key.rpartition("/")[0] or "all": spread([100 * e[key] for e in each], 1) for key in keys},
+        }
+        for title, each in evaluations.items()
+    ]
 
-    Args:
-        differences: to the baseline, one a seed.
-        digits: after the point.
-        unit: of the differences, with a space before; empty for none.
-    """
-    if len(differences) < 2:
-        return "one seed, which tells nothing of the spread"
+
+def difference_rows(by_method: dict[str, list[Row]]) -> Rows:
+    """Return a row for each method with its differences to the baseline, for the seeds that both have."""
+    quantities: dict[str, tuple[Callable[[Row], float], int]] = {
+        "accuracy, points": (lambda row: 100 * row.after["accuracy"], 1),
+        "evaluation loss": (lambda row: row.after["eval_loss"], 3),
+    }
+    baseline = {row.seed: row for row in by_method.get(BASELINE, [])}
+    rows = []
+    for name, runs in by_method.items():
+        pairs = [(run, baseline[run.seed]) for run in runs if run.seed in baseline]
+        if name != BASELINE and pairs:
+            row: dict[str, object] = {"method": METHODS[name].title}
+            for quantity, (value, digits) in quantities.items():
+                differences = [value(run) - value(base) for run, base in pairs]
+                row |= {quantity: spread(differences, digits, sign=True), f"{quantity}: 95 % interval": "–"}
+                if len(differences) > 1:
+                    low, high = interval(differences)
+                    row[f"{quantity}: 95 % interval"] = f"{low:+.{digits}f} to {high:+.{digits}f}"
+            rows.append(row)
+    return rows
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean of at least two differences, by Student's t."""
+    error = float(stats.sem(differences))
+    half = error * float(stats.t.ppf(0.975, len(differences) - 1))
     mean = statistics.mean(differences)
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / len(differences) ** 0.5
-    interval = f"{mean:+.{digits}f}{unit}, 95 % interval {mean - half:+.{digits}f} to {mean + half:+.{digits}f}"
-    if abs(mean) <= half or mean == 0:
-        return f"not told apart ({interval})"
-    return f"{'above' if mean > 0 else 'below'} the baseline ({interval})"
+    return mean - half, mean + half
 
 
 def spread(values: Sequence[float], digits: int, sign: bool = False) -> str:
-    """ "71.3 ± 0.8"; without a spread where there is one value, "–" where there is none."""
+    """Return "mean ± standard deviation"; the mean alone for one value, "–" for none."""
     if not values:
         return "–"
-    plus = "+" if sign else ""
-    mean = f"{statistics.mean(values):{plus}.{digits}f}"
+    mean = f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def percent(row: Row, key: str) -> float:
-    """Of the evaluation after training."""
-    return percent_of(row.after, key)
-
-
-def percent_of(values: dict[str, float], key: str) -> float:
-    """A share as percent."""
-    return 100 * values[key]
-
-
-def _paired(rows: Sequence[Row], name: str, value: Value) -> list[float]:
-    baseline = {row.seed: value(row) for row in _of(rows, BASELINE)}
-    return [value(row) - baseline[row.seed] for row in _of(rows, name) if row.seed in baseline]
-
-
-def _of(rows: Sequence[Row], name: str) -> list[Row]:
-    return [row for row in rows if row.method == name]
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

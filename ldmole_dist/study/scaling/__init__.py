@@ -1,1 +1,1 @@
-"""How training scales on this machine: a cell of settings at a time, a model fitted to them, and one page that says it."""
+"""The scaling study: measured configurations, a model fitted to them, and a page with both: `ldmole scaling`."""

@@ -1,4 +1,4 @@
-"""What is measured: a cell is one configuration, a grid varies one axis of a base cell at a time."""
+"""Cells of the scaling study: one cell is one configuration to measure."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LAMBDA_HIDDEN = 256
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration.
+    """One configuration; the fields are columns of cells.csv.
 
     Args:
-        ranks: processes, one for each GPU or sharing the CPU's cores.
-        ep_size: consecutive ranks that hold one copy of all experts between them.
-        stage: of ZeRO.
-        dispatch: "auto", "all_to_all" or "gather"; without meaning where ep_size is 1.
-        experts: of every linear.
-        lora_rank: of an expert.
-        hidden: width of the Llama; a multiple of 64, the width of a head.
-        layers: its depth.
+        ranks: processes, one per GPU, or sharing the CPU's cores.
+        ep_size: number of consecutive ranks that share one copy of the experts.
+        stage: ZeRO stage.
+        dispatch: "auto", "all_to_all" or "gather"; has no effect if ep_size is 1.
+        experts: experts of every linear.
+        lora_rank: LoRA rank of an expert.
+        hidden: width of the Llama, a multiple of 64, which is the width of an attention head.
+        layers: decoder layers.
         micro_batch: sequences of a rank and forward.
         accumulation: micro-batches of an optimizer step.
         seq: tokens of a sequence.
@@ -48,49 +48,37 @@ class Cell:
     precision: str = "fp32"
 
     @property
-    def tokens_per_rank(self) -> int:
-        """Of an optimizer step."""
-        return self.micro_batch * self.accumulation * self.seq
-
-    @property
     def tokens(self) -> int:
-        """Of an optimizer step, all ranks together."""
-        return self.ranks * self.tokens_per_rank
+        """Tokens of an optimizer step on all ranks."""
+        return self.ranks * self.micro_batch * self.accumulation * self.seq
 
     def backbone(self) -> LlamaConfig:
-        """The Llama of this cell, in the proportions of the small Llamas."""
-        from transformers import LlamaConfig  # slow to import: only where a model is made
+        """Return the config of the Llama."""
+        from ldmole_dist.study.random_model import llama_config  # imports torch, which the argument parser must not
 
         heads = self.hidden // 64
-        return LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=self.hidden,
-            intermediate_size=self.hidden * 8 // 3,
-            num_hidden_layers=self.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-            head_dim=64,
-            max_position_embeddings=max(2048, self.seq),
-        )
+        kv_heads = heads // 2 if heads % 2 == 0 else heads
+        positions = max(2048, self.seq)
+        sizes = self.hidden, self.hidden * 8 // 3, self.layers, heads, kv_heads, VOCABULARY
+        return llama_config(*sizes, head_dim=64, max_position_embeddings=positions)
 
     def checked(self) -> Cell:
-        """This cell.
+        """Return this cell.
 
         Raises:
-            UserError: where it cannot run, naming the value.
+            UserError: if it cannot run.
         """
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name}={getattr(self, name)} is not known: choose from {', '.join(map(str, allowed))}"
-                )
         for name, value in asdict(self).items():
+            if name in CHOICES and value not in CHOICES[name]:
+                raise UserError(f"{name}={value} is not supported; use one of {', '.join(map(str, CHOICES[name]))}")
             if name not in CHOICES and value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
+                raise UserError(f"{name}={value} is not positive; use at least 1")
         if self.ranks % self.ep_size or self.experts % self.ep_size:
-            raise UserError(f"ep_size={self.ep_size} must divide ranks={self.ranks} and experts={self.experts}")
+            raise UserError(
+                f"ep_size={self.ep_size} does not divide ranks={self.ranks} and experts={self.experts}; use a common divisor"
+            )
         if self.hidden % 64:
-            raise UserError(f"hidden={self.hidden} must be a multiple of 64, the width of an attention head")
+            raise UserError(f"hidden={self.hidden} is not a multiple of 64, the width of an attention head; use one")
         return self
 
 

@@ -1,4 +1,4 @@
-"""Which files decide what is measured: rows of two states of them must not be compared as if they were of one."""
+"""A hash of the code that a cell runs, so that rows measured with different code are not compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEASURED_BY = (PACKAGE / "study/scaling/measure.py", PACKAGE / "study/bench/late
 
 
 def code(package: Path = PACKAGE, roots: tuple[Path, ...] = MEASURED_BY, ds_configs: Path = SHIPPED) -> str:
-    """A hash of what a cell runs: the modules that measure, all of ours that they import, and the DeepSpeed configs."""
+    """Return a hash of the measuring modules, of all modules of `package` that they import, and of the DeepSpeed configs."""
     digest = hashlib.sha256()
     for path in [*sorted(imported(package, roots)), *sorted(ds_configs.glob("*.json"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -21,29 +21,29 @@ def code(package: Path = PACKAGE, roots: tuple[Path, ...] = MEASURED_BY, ds_conf
 
 
 def imported(package: Path, roots: tuple[Path, ...]) -> set[Path]:
-    """The files of `package` that these import anywhere, functions included, and those that they import in turn."""
+    """Return the files of `package` that the roots import, directly or not, inside functions included, and the roots."""
     found, waiting = set(), list(roots)
     while waiting:
         if (path := waiting.pop()) not in found:
             found.add(path)
-            waiting += [file for name in _names(path) for file in _files(package, name)]
+            waiting += [file for name in _imported_names(path) for file in _files(package, name)]
     return found
 
 
-def _names(path: Path) -> list[str]:
+def _imported_names(path: Path) -> list[str]:
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):  # what is imported from a package may be a module of it
+        elif isinstance(node, ast.ImportFrom):  # a name imported from a package may be one of its modules
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
 
 
 def _files(package: Path, name: str) -> list[Path]:
-    """Of a.b.c those of a, a.b and a.b.c: importing one runs them all."""
+    """Return the files of a, a.b and a.b.c for the name a.b.c, since importing it runs all of them."""
     parts = name.split(".")
     if parts[0] != package.name:
         return []
-    places = [package.parent.joinpath(*parts[:number]) for number in range(1, len(parts) + 1)]
-    return [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    prefixes = [package.parent.joinpath(*parts[:number]) for number in range(1, len(parts) + 1)]
+    return [file for path in prefixes for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]

@@ -1,42 +1,42 @@
-"""`ldmole scaling`: run the cells that are missing, then fit, draw and write the page."""
+"""`ldmole scaling`: measure the missing cells, fit the model and write the page."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldmole_dist.cli_arguments import positive
 from ldmole_dist.errors import EXIT_PREEMPTED, UserError
 from ldmole_dist.study.scaling.cells import AXES, Cell
-from ldmole_dist.study.scaling.grids import full, overridden, quick
+from ldmole_dist.study.scaling.grids import grid_named, overridden
 
 if TYPE_CHECKING:
     from ldmole_dist.study.scaling.store import Store
 
-SCALING = """Measures optimizer steps on this machine, each configuration in processes of its own, fits a model to them and
-writes one page, OUTPUT/scaling.html. Interrupted, the same command goes on where it stopped."""
+SCALING = """Measures optimizer steps of many configurations on this machine, fits a model to them, and writes both to
+OUTPUT/scaling.html. The same command resumes an interrupted study."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `ldmole scaling`."""
+    """Add the arguments of `ldmole scaling`."""
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="some minutes on two cores (default)")
-    size.add_argument("--full", action="store_true", help="more ranks, wider and deeper models")
+    size.add_argument("--quick", action="store_true", help="measure a grid that takes minutes on two cores (default)")
+    size.add_argument("--full", action="store_true", help="measure more ranks, and wider and deeper models")
     parser.add_argument("--output", default="runs/scaling", help="folder of the study (default: %(default)s)")
-    parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page of what is there")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing; write the page of a measured study")
     parser.add_argument(
-        "--steps", type=_positive, default=7, help="timed optimizer steps of a cell (default: %(default)s)"
+        "--steps", type=positive, default=7, help="timed optimizer steps of a cell (default: %(default)s)"
     )
     parser.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds after which a cell has failed (default: %(default)s)"
+        "--timeout", type=float, default=300.0, help="seconds after which a cell fails (default: %(default)s)"
     )
-    parser.add_argument("--ranks", help="numbers of ranks, as in 1,2,4")
+    parser.add_argument("--ranks", help="numbers of ranks, such as 1,2,4")
     for axis in AXES[1:]:
-        what = f"values of {axis} around the base cell, as in A,B; one value holds in every cell"
-        parser.add_argument(f"--{axis.replace('_', '-')}", help=what)
+        text = f"values of {axis}, such as A,B, around the base cell; a single value applies to every cell"
+        parser.add_argument(f"--{axis.replace('_', '-')}", help=text)
     parser.set_defaults(call=run)
 
 
@@ -44,37 +44,51 @@ def run(args: argparse.Namespace) -> int:
     """Run a study.
 
     Returns:
-        0, or EXIT_PREEMPTED where it was interrupted and goes on when it is started again.
+        0, or EXIT_PREEMPTED if it was interrupted and the same command resumes it.
 
     Raises:
-        UserError: for a value that cannot be had, or a folder that cannot be used.
+        UserError: for a value that is not supported, or a folder that cannot be used.
     """
-    folder = Path(args.output)
     chosen = {axis: _values(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None}
+    from ldmole_dist.study.scaling.page import write_page
     from ldmole_dist.study.scaling.store import Store, environment
+    from ldmole_dist.study.table import markdown_table
 
+    folder = Path(args.output)
     if args.page_only:
         store = Store(folder, None)
     else:
-        import torch
-
-        grid = (full if args.full else quick)("bf16" if torch.cuda.is_available() else "fp32")
-        ranks = _on_one_kind_of_device(chosen.pop("ranks", None), grid.ranks)
-        cells = overridden(grid, ranks, chosen).cells()
+        cells = _cells(args.full, chosen)
         store = Store(folder, environment(args.steps))
         try:
             _measure_missing(store, cells, args.steps, args.timeout)
             _measure_latency(store, args.full)
         except KeyboardInterrupt:
-            print(f"interrupted: {folder} holds what was measured, and the same command goes on", file=sys.stderr)
+            print(f"interrupted: {folder} holds the measured cells; run the same command to resume", file=sys.stderr)
             return EXIT_PREEMPTED
-    from ldmole_dist.study.scaling.page import write_page
-
-    # Nobody can do anything about PEFT asking transformers for an attribute by its old name, at every injection.
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
-    for line in write_page(store):
-        print(line)
+    model = write_page(store)
+    print(f"no model was fitted: {model}" if isinstance(model, str) else markdown_table(model.error_rows()))
+    print(f"page: {folder / 'scaling.html'}")
     return 0
+
+
+def _cells(is_full: bool, chosen: dict[str, list[Any]]) -> list[Cell]:
+    """Return the cells to measure, all on GPUs or all on the CPU.
+
+    Raises:
+        UserError: for a value that is not supported, or more ranks than GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    grid = grid_named("full" if is_full else "quick", "bf16" if gpus else "fp32")
+    ranks = chosen.pop("ranks", None)
+    if ranks and gpus and max(ranks) > gpus:
+        raise UserError(
+            f"--ranks {max(ranks)} exceeds the {gpus} GPUs of this machine; use at most {gpus}, "
+            "or set CUDA_VISIBLE_DEVICES= to measure on the CPU"
+        )
+    return overridden(grid, ranks or [n for n in grid.ranks if not gpus or n <= gpus], chosen).cells()
 
 
 def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: float) -> None:
@@ -85,44 +99,30 @@ def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: f
     from ldmole_dist.study.scaling.store import done, failed
 
     known = {row.cell for row in store.rows()}
-    progress = tqdm(cells, unit="cell")
-    for cell in progress:
-        progress.set_description(f"ranks {cell.ranks}")
+    for cell in tqdm(cells, unit="cell"):
         if cell in known:
             continue
         try:
             row = done(cell, measure(cell, steps, WARMUP, timeout))
-        except (RankFailed, OSError) as error:  # the latter where no process can be started
+        except (RankFailed, OSError) as error:  # OSError: a process cannot be started
             row = failed(cell, error)
             tqdm.write(f"failed: {cell}: {row.status}", file=sys.stderr)
         store.add(row)
 
 
-def _measure_latency(store: Store, thorough: bool) -> None:
-    from ldmole_dist.study.bench import latency as bench_latency
+def _measure_latency(store: Store, is_full: bool) -> None:
+    from ldmole_dist.study.bench import latency
     from ldmole_dist.study.scaling.store import reason
 
     if isinstance(store.latencies(), list):
         return
-    latencies: list[bench_latency.Latency] | str
+    results: list[latency.Latency] | str
     try:
-        latencies = bench_latency.bench_latency(bench_latency.Settings() if thorough else bench_latency.QUICK)
-    except Exception as error:  # whatever it is, the page of the cells is not lost for it, and says it
-        latencies = reason(error)
-        print(f"failed: latency of the adapter's parts: {latencies}", file=sys.stderr)
-    store.add_latencies(latencies)
-
-
-def _on_one_kind_of_device(asked: list[int] | None, usual: Sequence[int]) -> list[int]:
-    """Ranks go to the CPU where GPUs are too few: a study must not mix the two."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if asked and gpus and max(asked) > gpus:
-        raise UserError(
-            f"--ranks {max(asked)} needs as many GPUs, here are {gpus}: leave it out, or hide them to use the CPU"
-        )
-    return asked or [n for n in usual if not gpus or n <= gpus]
+        results = latency.bench_latency(latency.Settings() if is_full else latency.QUICK)
+    except Exception as error:  # any failure is reported on the page, which has the cells anyway
+        results = reason(error)
+        print(f"failed: latency of the adapter's parts: {results}", file=sys.stderr)
+    store.add_latencies(results)
 
 
 def _values(axis: str, text: str) -> list[Any]:
@@ -130,11 +130,5 @@ def _values(axis: str, text: str) -> list[Any]:
     try:
         return [type(default)(value) for value in text.split(",")]
     except ValueError as error:
-        name = f"--{axis.replace('_', '-')}"
-        raise UserError(f"{name} {text!r} must be numbers with commas between them, as in {name} 1,2") from error
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
+        flag = f"--{axis.replace('_', '-')}"
+        raise UserError(f"{flag} {text!r} is not a list of integers; write it as in {flag} 1,2") from error

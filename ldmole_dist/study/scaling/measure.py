@@ -1,7 +1,8 @@
-"""One cell on a fresh group of ranks: a Llama with an adapter in the DeepSpeed engine, its optimizer steps timed."""
+"""Measure one cell: train a Llama with an adapter on new processes and time the optimizer steps."""
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections import Counter
@@ -12,44 +13,38 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from peft import get_peft_model
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
-from ldmole_dist.config import Optimisation
-from ldmole_dist.engine.build import Engine
-from ldmole_dist.engine.ds_config import load_ds_config, resolve_ds_config
 from ldmole_dist.engine.experts import expert_parallel
 from ldmole_dist.engine.startup import start
 from ldmole_dist.loss import IGNORED, answer_loss
-from ldmole_dist.method.context import LossWeights
-from ldmole_dist.model.backbone import DTYPES, enable_gradient_checkpointing
+from ldmole_dist.model.backbone import enable_gradient_checkpointing
 from ldmole_dist.model.forward import batch_logits
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench.dispatch import synchronize
+from ldmole_dist.study.random_model import engine_for, random_model
 from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, VOCABULARY, Cell
-from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.model import spread_experts, tuner_of
+from ldmole_dist.study.timing import synchronize
+from ldmole_dist.tuner.model import tuner_of
 
-WARMUP = 4  # optimizer steps that do not count: over two ranks the first four took up to half as long again
-_RESET_PEAK = "5"  # proc(5), clear_refs: the peak of the resident set begins again
+WARMUP = 4  # optimizer steps before the timed ones; on two ranks the first four took up to 1.5 times as long
+_RESET_PEAK = "5"  # value for /proc/self/clear_refs that resets the peak resident set size, see proc(5)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a cell came to, per optimizer step.
+    """Results of a cell; the fields are columns of cells.csv.
 
     Args:
-        seconds: median over steps; of each step the slowest rank's.
-        steps: seconds of each, in order.
-        cpu_seconds: of all ranks, median over steps.
-        cores_elsewhere: that other programs kept busy meanwhile, mean over steps.
-        peak_bytes: of the rank that needs most: allocated on its GPU; without one resident in memory, beyond the process
-            before it had a model.
-        experts_per_token: active ones, mean over ranks and linears of the last forward.
-        wire: elements that a rank sends for its experts in the last step, by kind; mean over ranks.
-        wire_bytes: of all kinds together.
-        tokens_per_second: all ranks together.
+        seconds: time of an optimizer step: of the slowest rank, median over the steps.
+        steps: seconds of each step on the slowest rank, in order.
+        cpu_seconds: CPU time of an optimizer step on all ranks, median over the steps.
+        cores_elsewhere: mean number of cores that other programs kept busy.
+        peak_bytes: peak memory of the rank that needs most: allocated on its GPU, or on a CPU the resident memory beyond
+            that of the process before it built the model.
+        experts_per_token: active experts of a token, mean over ranks and linears in the last forward.
+        wire: elements that a rank sends for its experts in one step, by kind, mean over ranks.
+        wire_bytes: bytes that a rank sends for its experts in one step, mean over ranks.
+        tokens_per_second: tokens of all ranks per second.
     """
 
     seconds: float
@@ -64,23 +59,17 @@ class Measured:
 
 
 def measure(cell: Cell, steps: int, warmup: int, timeout: float) -> Measured:
-    """Run a cell in processes of its own.
-
-    Args:
-        cell: to run.
-        steps: optimizer steps that count.
-        warmup: optimizer steps before them.
-        timeout: seconds for all of it, start-up included.
+    """Measure `steps` optimizer steps of a cell after `warmup` others, in new processes.
 
     Raises:
-        RankFailed: where it fails or takes longer.
+        RankFailed: if the cell fails, or takes longer than `timeout` seconds with its start-up.
     """
     with LocalRanks(cell.ranks, timeout) as ranks:
         return summary(cell, ranks.run(run_cell, cell, steps, warmup))
 
 
 def summary(cell: Cell, of_ranks: list[dict[str, Any]]) -> Measured:
-    """All ranks' `run_cell` as one."""
+    """Combine the results of `run_cell` on all ranks."""
     seconds = [max(step) for step in zip(*(r["seconds"] for r in of_ranks), strict=True)]
     cpu = [sum(step) for step in zip(*(r["cpu_seconds"] for r in of_ranks), strict=True)]
     wire: Counter[str] = sum((Counter(r["wire"]) for r in of_ranks), Counter())
@@ -99,68 +88,58 @@ def summary(cell: Cell, of_ranks: list[dict[str, Any]]) -> Measured:
 
 
 def run_cell(cell: Cell, steps: int, warmup: int) -> dict[str, Any]:
-    """This rank's part of a cell; every rank calls it."""
+    """Train this rank's part of a cell and return its measurements; every rank calls it."""
     process = start()
-    before = _resident() if process.device.type == "cpu" else 0
-    engine = build_engine(cell, process.device)
-    times, cpu, busy = [], [], 0.0
+    on_cpu = process.device.type == "cpu"
+    before = psutil.Process().memory_info().rss if on_cpu else 0
+    parallel = expert_parallel(cell.ep_size, cell.dispatch)  # type: ignore[arg-type]  # validated by Cell.checked
+    adapter = dict(num_experts=cell.experts, r=cell.lora_rank, lambda_hidden=LAMBDA_HIDDEN, lora_dropout=0.0)
+    model = random_model(cell.backbone(), adapter, process.device, cell.precision, parallel)
+    enable_gradient_checkpointing(model)
+    engine = engine_for(model, f"zero{cell.stage}", cell.micro_batch, cell.accumulation, cell.precision, cell.ep_size)
+    context = tuner_of(engine.module).context
+    seconds, cpu_seconds, busy = [], [], 0.0
     for step in range(warmup + steps):
         if step == warmup:
-            _reset_peak(process.device)
+            if on_cpu:
+                Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+            else:
+                torch.cuda.reset_peak_memory_stats(process.device)
         batches = [micro_batch(cell, step * 1000 + i, process.rank, process.device) for i in range(cell.accumulation)]
         engine.parallel.wire.clear()
         synchronize(process.device)
         dist.barrier()
-        begun, cpu_begun, busy_begun = time.perf_counter(), time.process_time(), _busy()
+        started = time.perf_counter(), time.process_time(), _busy_core_seconds()
         for batch in batches:
-            _train(engine, batch, cell)
+            targets, logits = batch_logits(engine, batch)
+            task = answer_loss(logits, targets) / (cell.micro_batch * ANSWERS)
+            engine.backward(task + context.auxiliary_loss())
+            engine.step()
         synchronize(process.device)
         if step >= warmup:
-            times.append(time.perf_counter() - begun)
-            cpu.append(time.process_time() - cpu_begun)
-            busy += _busy() - busy_begun
-    stats = tuner_of(engine.module).context.stats.values()
+            seconds.append(time.perf_counter() - started[0])
+            cpu_seconds.append(time.process_time() - started[1])
+            busy += _busy_core_seconds() - started[2]
     tokens = cell.micro_batch * cell.seq
+    if on_cpu:
+        peak_kb = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        assert peak_kb is not None
+        peak = 1024 * int(peak_kb[1])
+    else:
+        peak = torch.cuda.max_memory_allocated(process.device)
     return {
-        "seconds": times,
-        "cpu_seconds": cpu,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "busy": busy,
-        "peak_bytes": _peak(process.device) - before,
-        "experts_per_token": statistics.mean(float(stat[0]) / tokens for stat in stats),
+        "peak_bytes": peak - before,
+        "experts_per_token": statistics.mean(float(stat[0]) / tokens for stat in context.stats.values()),
         "wire": dict(engine.parallel.wire.by_kind()),
-        "wire_bytes": sum(engine.parallel.wire.bytes.values()),
+        "wire_bytes": engine.parallel.wire.bytes.total(),
     }
 
 
-def build_engine(cell: Cell, device: torch.device) -> Engine:
-    """The cell's model with random weights in an engine; every rank calls it."""
-    parallel = expert_parallel(cell.ep_size, cell.dispatch)  # type: ignore[arg-type]  # checked with the cell
-    torch.manual_seed(0)
-    backbone = torch.nn.Module.to(LlamaForCausalLM(cell.backbone()), dtype=DTYPES[cell.precision], device=device)
-    spread_experts(backbone, parallel)
-    adapter = LdMoleConfig(
-        num_experts=cell.experts,
-        r=cell.lora_rank,
-        lambda_hidden=LAMBDA_HIDDEN,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(backbone, adapter)
-    tuner_of(model).context.weights = LossWeights(balance=0.01)
-    enable_gradient_checkpointing(model)
-    ds_config = resolve_ds_config(
-        load_ds_config(f"zero{cell.stage}"),
-        micro_batch_size=cell.micro_batch,
-        accumulation=cell.accumulation,
-        max_grad_norm=1.0,
-        precision=cell.precision,
-        ep_size=cell.ep_size,
-    )
-    return Engine(model.train(), ds_config, Optimisation(schedule="constant"))
-
-
 def micro_batch(cell: Cell, index: int, rank: int, device: torch.device) -> dict[str, Tensor]:
-    """Random tokens, the last few of every sequence to be predicted."""
+    """Draw sequences of random tokens whose last few tokens are labels."""
     generator = torch.Generator().manual_seed(index * 10_007 + rank)
     ids = torch.randint(0, VOCABULARY, (cell.micro_batch, cell.seq), generator=generator)
     labels = ids.clone()
@@ -169,32 +148,7 @@ def micro_batch(cell: Cell, index: int, rank: int, device: torch.device) -> dict
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def _train(engine: Engine, batch: dict[str, Tensor], cell: Cell) -> None:
-    targets, logits = batch_logits(engine, batch)
-    task = answer_loss(logits, targets) / (cell.micro_batch * ANSWERS)
-    engine.backward(task + tuner_of(engine.module).context.auxiliary_loss())
-    engine.step()
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cpu":
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    else:
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device: torch.device) -> int:
-    if device.type != "cpu":
-        return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-
-def _busy() -> float:
-    """Seconds that the machine's cores have been busy since it started."""
+def _busy_core_seconds() -> float:
+    """Return the seconds that the machine's cores have computed since boot, summed over cores and programs."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
-
-
-def _resident() -> int:
-    return psutil.Process().memory_info().rss

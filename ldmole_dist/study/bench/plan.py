@@ -1,14 +1,19 @@
-"""Predictions against real engines on small models: `ldmole bench plan`."""
+"""Compare the planner's predictions with real engines on small models: `ldmole bench plan`.
+
+A quantity that is measured but not predicted, or predicted but not measured, is compared with 0.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from tqdm import tqdm
+from transformers import LlamaConfig, Qwen3Config
 
 from ldmole_dist.parallel.decision import choose_fetched_experts, payload_elements
 from ldmole_dist.planner.expert_costs import group_sizes
@@ -24,20 +29,27 @@ from ldmole_dist.planner.traffic import (
 from ldmole_dist.planner.workload import Strategy, Workload
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench.plan_measure import Measured, measure
+from ldmole_dist.study.machine import setup
+from ldmole_dist.study.table import markdown_table
 
-# Small models have small weights: at the usual thresholds ZeRO-3 would cut none and gather all at once.
+# The default thresholds would leave the weights of such small models unpartitioned, and gather them all at once.
 SMALL_ZERO3 = (
     ("stage3_param_persistence_threshold", 500),
     ("stage3_max_reuse_distance", 100_000),
     ("stage3_prefetch_bucket_size", 30_000),
 )
 PARAMETERS = ("backbone", "experts", "adapter")
-OPERATIONS = {"allreduce": "all_reduce", "allgather_base": "all_gather", "reduce_scatter_base": "reduce_scatter"}
-ALL_TO_ALL = "alltoall_base"  # whose elements are counted by `parallel.wire`
+ALL_TO_ALL = "alltoall_base"  # its elements are compared by kind, as counted in `parallel.wire`
+OPERATIONS = {  # by the name of torch's operator
+    "allreduce": "all_reduce",
+    "allgather_base": "all_gather",
+    "reduce_scatter_base": "reduce_scatter",
+    ALL_TO_ALL: "all_to_all",
+}
 
 
 class Case(NamedTuple):
-    """A configuration, and whether every token is made to use all experts (else it is the measured mean that counts)."""
+    """A configuration to measure; `dense` makes every token use all experts."""
 
     workload: Workload
     strategy: Strategy
@@ -45,20 +57,20 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in "ZeRO 2, ep 4 all_to_all, bf16, 4 ranks"."""
+        """The configuration in words, such as "ZeRO 2, ep 4 all_to_all, bf16, 4 ranks"."""
         w, s = self.workload, self.strategy
         parts = [f"ZeRO {s.stage}", f"ep {s.ep_size}" + (f" {s.dispatch}" if s.ep_size > 1 else "")]
         parts += [w.precision, *(["recompute"] if s.checkpointing else []), f"{s.ranks} ranks"]
         return ", ".join(parts + ([f"{w.accumulation} micro-batches"] if w.accumulation > 1 else []))
 
     @property
-    def drawn(self) -> bool:
-        """Whether what the dispatch moves hangs on which token has which expert, and the planner only has an expectation."""
+    def routing_dependent(self) -> bool:
+        """Whether the elements sent depend on the routing of each token, of which the planner has an expectation only."""
         return self.strategy.ep_size > 1 and self.strategy.dispatch != "gather" and not self.dense
 
 
 class Compared(NamedTuple):
-    """One number, of the rank where it is most; elements that hang on drawn routing, of all ranks."""
+    """A predicted and a measured number, of the rank with the largest; routing-dependent elements are summed over ranks."""
 
     case: str
     quantity: str
@@ -67,27 +79,23 @@ class Compared(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Relative to what was measured."""
+        """Error relative to the measured number."""
         return self.predicted / self.measured - 1 if self.measured else float(self.predicted != 0)
 
 
-def _backbone(kind: Callable[..., PretrainedConfig], layers: int) -> PretrainedConfig:
-    return kind(
+def cases() -> list[Case]:
+    """Return cases with ZeRO 0 to 3, replicated and spread experts, with and without recomputation, few and many experts."""
+    sizes: Any = dict(
         vocab_size=1000,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=256,
-        tie_word_embeddings=kind is Qwen3Config,
     )
-
-
-def cases() -> list[Case]:
-    """ZeRO 0 to 3, experts whole and spread, with and without recomputation, both formulations of the experts."""
-    llama, qwen = _backbone(LlamaConfig, 4), _backbone(Qwen3Config, 3)
+    llama = LlamaConfig(**sizes, num_hidden_layers=4)
+    qwen = Qwen3Config(**sizes, num_hidden_layers=3, tie_word_embeddings=True)
     few = Workload(
         llama, num_experts=8, lora_rank=4, lambda_hidden=32, micro_batch=2, seq=64, answer_tokens=16, on_cpu=True
     )
@@ -107,14 +115,7 @@ def cases() -> list[Case]:
 
 
 def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
-    """Predicted and measured: bytes, elements by kind of the dispatch, payload and calls of every collective.
-
-    What was measured and not predicted, or predicted and not measured, is compared with 0.
-
-    Args:
-        case: that was measured.
-        measured: of all ranks.
-    """
+    """Yield every predicted quantity of a case beside what all ranks measured, bytes of the parts first."""
     workload = case.workload if case.dense else replace(case.workload, active=measured[0].active)
     predicted = memory(workload, case.strategy)
     sizes = {"parameters": sum(predicted[part] for part in PARAMETERS)} | predicted
@@ -127,32 +128,29 @@ def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
         payload[c.operation, c.ranks] += c.elements
         calls[c.operation, c.ranks] += c.calls
     calls["all_to_all", case.strategy.ep_size] += int(collective_calls(workload, case.strategy).get("dispatch", 0))
-    names = {**OPERATIONS, ALL_TO_ALL: "all_to_all"}
-    carried = {
-        (names.get(name, name), n): of for (name, n), of in measured[0].collectives.items() if name != ALL_TO_ALL
-    }
-    called = {(names.get(name, name), n): of for (name, n), of in measured[0].calls.items()}
-    for what, mine, theirs in (("elements", payload, carried), ("calls", calls, called)):
-        for operation, ranks in sorted(mine.keys() | theirs.keys()):
-            key = operation, ranks
-            yield Compared(case.name, f"{operation} over {ranks}, {what}", mine[key], theirs.get(key, 0))
+    sent = {key: number for key, number in measured[0].collectives.items() if key[0] != ALL_TO_ALL}
+    for what, expected, counted in (("elements", payload, sent), ("calls", calls, measured[0].calls)):
+        found = {(OPERATIONS.get(name, name), ranks): number for (name, ranks), number in counted.items()}
+        for key in sorted(expected.keys() | found.keys()):
+            yield Compared(case.name, f"{key[0]} over {key[1]}, {what}", expected[key], found.get(key, 0))
 
 
 def _compare_dispatch(case: Case, workload: Workload, measured: Sequence[Measured]) -> Iterator[Compared]:
-    """Elements and bytes by the kinds of `parallel.wire`: of the first rank, or of all where routing is drawn."""
-    of = measured if case.drawn else measured[:1]
-    sent: Mapping[str, float] = (
-        _from_supports(case, measured) if case.drawn else dispatch_elements(workload, case.strategy)
-    )
-    for kind in sorted(sent.keys() | {kind for m in of for kind in m.wire}):
+    """Yield elements and bytes by the kinds of `parallel.wire`: of rank 0, or routing-dependent ones of all ranks."""
+    sent: Mapping[str, float] = dispatch_elements(workload, case.strategy)
+    if case.routing_dependent:
+        sent = _from_supports(case, measured)
+    else:
+        measured = measured[:1]
+    for kind in sorted(sent.keys() | {kind for m in measured for kind in m.wire}):
         number = sent.get(kind, 0)
-        yield Compared(case.name, f"{kind}, elements", number, sum(m.wire[kind] for m in of))
-        in_bytes = number * element_bytes(kind, workload)
-        yield Compared(case.name, f"{kind}, bytes sent", in_bytes, sum(m.wire_bytes[kind] for m in of))
+        yield Compared(case.name, f"{kind}, elements", number, sum(m.wire[kind] for m in measured))
+        number *= element_bytes(kind, workload)
+        yield Compared(case.name, f"{kind}, bytes sent", number, sum(m.wire_bytes[kind] for m in measured))
 
 
 def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
-    """What all ranks send where each token has the experts that it had, by the rule of `dispatch: auto`."""
+    """Return what `dispatch: auto` sends on all ranks for the supports that were measured, by kind."""
     workload, strategy = case.workload, case.strategy
     groups = shapes_of(workload).groups
     sent: Counter[str] = Counter()
@@ -171,37 +169,30 @@ def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
     return sent
 
 
-def bench_plan() -> Iterator[Compared]:
-    """Measure every case on ranks of this machine."""
-    planned = cases()
-    for size in sorted({case.strategy.ranks for case in planned}):
+def summary(rows: Sequence[Compared]) -> list[dict[str, object]]:
+    """Return a table row for each part in bytes and each count that differs, and one for all exact counts of a case."""
+    table: list[dict[str, object]] = []
+    for case in dict.fromkeys(row.case for row in rows):
+        exact = 0
+        for row in (row for row in rows if row.case == case):
+            if row.quantity.endswith("bytes") or abs(row.predicted - row.measured) > 1e-6:
+                error = f"{row.error:+.2%}"
+                table.append({**row._asdict(), "error": error})
+            else:
+                exact += 1
+        quantity = f"{exact} counts of elements and calls"
+        table.append({"case": case, "quantity": quantity, "predicted": "", "measured": "", "error": "exact"})
+    return table
+
+
+def main() -> None:
+    """Measure every case on ranks of this machine and print the comparison."""
+    rows: list[Compared] = []
+    by_ranks = sorted(cases(), key=lambda case: case.strategy.ranks)
+    progress = tqdm(by_ranks, unit="case", leave=False)
+    for size, group in itertools.groupby(progress, key=lambda case: case.strategy.ranks):
         with LocalRanks(size, timeout=600) as ranks:
-            for case in planned:
-                if case.strategy.ranks == size:
-                    yield from compare(case, ranks.run(measure, *case))
-
-
-def print_table(rows: Iterator[Compared]) -> None:
-    """Print as they come; exact ones of a case in one line."""
-    case = ""
-    exact: list[str] = []
-    for row in rows:
-        if row.case != case:
-            _print_exact(exact)
-            case, exact = row.case, []
-            print(case)
-        if row.quantity.endswith("bytes"):
-            print(
-                f"  {row.quantity:24} predicted {row.predicted:12,.0f} measured {row.measured:12,.0f} {row.error:+7.2%}"
-            )
-        elif abs(row.predicted - row.measured) < 1e-6:
-            exact.append(row.quantity)
-        else:
-            print(f"  {row.quantity:40} predicted {row.predicted:12,.1f} measured {row.measured:12,} NOT EQUAL")
-    _print_exact(exact)
-    print(f"torch {torch.__version__}; of the rank with most")
-
-
-def _print_exact(quantities: list[str]) -> None:
-    if quantities:
-        print(f"  exactly equal: {len(quantities)} counts of elements and calls")
+            for case in group:
+                rows += compare(case, ranks.run(measure, *case))
+    print(f"Predicted and measured, of the rank with most; {setup()}")
+    print(markdown_table(summary(rows)))
