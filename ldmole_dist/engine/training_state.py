@@ -1,7 +1,7 @@
-"""The state of a DeepSpeed engine: what a checkpoint keeps beside the tensors, and the tensors that this rank holds.
+"""State of a DeepSpeed engine: the counters that a checkpoint keeps, and the tensors that this rank holds.
 
-Everything outside engine/ that asks about the inside of an engine or about a partitioned parameter asks here. The tensors of
-the optimizer that a checkpoint keeps are in `optimizer_state`.
+Modules outside engine/ use these functions and `optimizer_state` instead of the attributes of DeepSpeed, which change between
+its versions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def training_state(engine: Engine, step: int) -> dict[str, Any]:
     """Return the counters, the schedule, the loss scale and the adaptive coefficient of an engine, as JSON holds them.
 
     Args:
-        engine: between optimizer steps.
+        engine: engine between two optimizer steps.
         step: optimizer steps of the run, skipped ones included.
     """
     deepspeed = engine.deepspeed
@@ -36,12 +36,12 @@ def training_state(engine: Engine, step: int) -> dict[str, Any]:
 
 
 def restore_training_state(engine: Engine, state: dict[str, Any], step: int) -> None:
-    """Put a fresh engine into a saved state.
+    """Restore a saved state in a new engine.
 
     Args:
-        engine: that has not stepped yet; under any topology.
-        state: from `training_state`.
-        step: optimizer steps of the run when it was saved.
+        engine: engine that has not stepped yet, under any ZeRO stage, ep_size and world size.
+        state: return value of `training_state`.
+        step: optimizer steps of the run when the state was saved.
     """
     deepspeed = engine.deepspeed
     if "l1_coef" in state:  # checkpoints of version 0.1.0 may lack it
@@ -49,14 +49,14 @@ def restore_training_state(engine: Engine, state: dict[str, Any], step: int) -> 
     for name, value in state["counters"].items():
         setattr(deepspeed, name, value)
     deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
-    # The scheduler's own state lists parameter groups, which differ by stage; the rates follow from the config.
+    # The scheduler's state_dict lists parameter groups, which differ by ZeRO stage. Learning rates follow from the config.
     scheduler = deepspeed.lr_scheduler
     scheduler.last_epoch = state["scheduler"]["last_epoch"]
     for group, base, factor in zip(
         deepspeed.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = base * factor(scheduler.last_epoch)
-    # A run in another precision, or with a fixed scale, has a scaler too, whose state does not apply to this one.
+    # A run in another precision or with a fixed loss scale also has a scaler, whose state must not be restored to this one.
     scaler = getattr(deepspeed.optimizer, "loss_scaler", None)
     if scaler is not None and scaler.dynamic and state["loss_scaler"].get("dynamic"):
         vars(scaler).update(state["loss_scaler"])
