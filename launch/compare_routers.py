@@ -1,4 +1,4 @@
-"""Routers and plain LoRA, the same data, budget and seeds: `launch/compare_routers.py CONFIG ...`. Same as `ldmole compare`."""
+"""Compare routers and plain LoRA: `launch/compare_routers.py CONFIG ...`; the same as `ldmole compare`."""
 
 import sys
 

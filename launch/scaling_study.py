@@ -1,4 +1,4 @@
-"""How training scales on this machine: `launch/scaling_study.py [--full] [--output FOLDER] ...`. Same as `ldmole scaling`."""
+"""Measure how training scales: `launch/scaling_study.py [--full] [--output FOLDER] ...`; the same as `ldmole scaling`."""
 
 import sys
 
