@@ -200,6 +200,8 @@ class Coordinator:
         for _, status in sorted(self.connections.by_rank.items()):
             by_host.setdefault((status.host, status.address), []).append(status)
         several_hosts, master = len(by_host) > 1, self.connections.by_rank[0]
+        # Rank 0 reports a loopback address where it runs on this host, which the other hosts reach at `self.address`.
+        master_address = self.address[0] if several_hosts and not master.reachable else master.address
         for statuses in by_host.values():
             for local_rank, status in enumerate(statuses):
                 environment = {
@@ -207,9 +209,10 @@ class Coordinator:
                     "WORLD_SIZE": str(self.world_size),
                     "LOCAL_RANK": str(local_rank),
                     "LOCAL_WORLD_SIZE": str(len(statuses)),
-                    "MASTER_ADDR": self.address[0] if several_hosts and not master.reachable else master.address,
+                    "MASTER_ADDR": master_address,
                     "MASTER_PORT": str(master.port),
                 }
+                # Without it, gloo resolves the host's own name, which may be a loopback address.
                 if several_hosts and status.interface and status.reachable:
                     environment["GLOO_SOCKET_IFNAME"] = status.interface
                 status.channel.send("start", environment=environment)
