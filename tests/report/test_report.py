@@ -29,6 +29,7 @@ from ldmole_dist.monitor.supports import Supports
 from ldmole_dist.report import history
 from ldmole_dist.report.collect import collect
 from ldmole_dist.report.history import trace_history
+from ldmole_dist.report.inputs import read_data
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.study.bench import report as cost
 from ldmole_dist.tuner.config import LdMoleConfig
@@ -240,9 +241,13 @@ def test_report_by_domain_without_checkpoints(run: Path, tmp_path: Path) -> None
     assert "Over the run" not in page
     rows_of = re.findall(r'<tr><th>([^<]*)</th><td class="number">(\d+)</td><td class="number">(\d+)</td>', page)
     assert rows_of == [("(no domain)", "1", "6"), ("&lt;a&gt;", "1", "6"), ("b", "2", "12")]
-    assert report(tmp_path / "run", "--data", data, "--output", tmp_path / "out", "--limit", 1) == 0
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert "data.jsonl: 1 rows" in page and "6 without padding" in page
+
+
+def test_limit_restricts_the_rows(run: Path) -> None:
+    saved = find_saved_model(str(run), None)
+    tokenizer = load_tokenizer(saved.backbone)
+    rows = [sum(map(len, read_data(saved, None, limit, tokenizer).examples.values())) for limit in (5, None)]
+    assert rows == [5, 12]
 
 
 def test_report_of_an_adapter(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
