@@ -1,4 +1,4 @@
-"""Pages as a headless Chromium draws them."""
+"""Screenshots of pages in a headless Chromium."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [
     "--headless",
-    "--no-sandbox",  # which containers do not allow
+    "--no-sandbox",  # containers do not allow the sandbox
     "--disable-gpu",
     "--disable-quic",
     "--disable-dev-shm-usage",
@@ -28,26 +28,26 @@ FLAGS = [
 
 
 def find_chromium() -> str:
-    """Its path. Skips the test where there is none, or fails it if LDMOLE_NEED_CHROMIUM is set."""
+    """Return the path of Chromium. Without one, skip the test, or fail it if LDMOLE_NEED_CHROMIUM is set."""
     for name in NAMES:
         if path := shutil.which(name):
             return path
-    said = f"no Chromium was found (looked for {', '.join(NAMES)})"
+    message = f"found no Chromium (looked for {', '.join(NAMES)})"
     if os.environ.get("LDMOLE_NEED_CHROMIUM"):
-        pytest.fail(f"{said}, and LDMOLE_NEED_CHROMIUM is set")
-    pytest.skip(said)
+        pytest.fail(f"{message}, and LDMOLE_NEED_CHROMIUM is set")
+    pytest.skip(message)
 
 
 def screenshot(url: str, path: Path, width: int, height: int, wait_ms: int = 0, timeout: float = 90) -> None:
-    """Draw a page into a PNG.
+    """Save a screenshot of a page.
 
     Args:
         url: of the page, file:// or http://.
-        path: of the PNG.
+        path: of the PNG file.
         width: of the window, in pixels.
-        height: of the window, in pixels; what is below is cut off.
-        wait_ms: of the page's own time that its scripts may take first.
-        timeout: seconds, after which the browser is ended and the test fails.
+        height: of the window, in pixels; the screenshot ends there.
+        wait_ms: virtual time that the page's scripts get before the screenshot.
+        timeout: seconds until the browser is killed and the test fails.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [find_chromium(), *FLAGS, f"--user-data-dir={profile}", f"--screenshot={path}"]
@@ -58,7 +58,7 @@ def screenshot(url: str, path: Path, width: int, height: int, wait_ms: int = 0, 
         try:
             output, _ = browser.communicate(timeout=timeout)
         finally:
-            # Its helpers are in the same group; the group is gone if all of them have ended.
+            # Chromium's child processes are in the same group; it no longer exists if all of them have ended.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(browser.pid, signal.SIGKILL)
             browser.wait()

@@ -1,4 +1,4 @@
-"""Ranks that the tests share: starting processes is the slow part."""
+"""Fixtures for ranks that all tests of a session share."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 from ldmole_dist.selftest import processes
 from ldmole_dist.selftest.local_ranks import LocalRanks
 
-processes.preload += ["pytest", "tests.small_run"]
+processes.preload += ["pytest", "tests.small_run"]  # what the modules of nearly all functions sent to ranks import
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The smallest backbones with an adapter, as a user of PEFT makes them."""
+"""Tiny backbones with an adapter, made through PEFT's API."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def adapt(kind: str = "llama", dtype: torch.dtype = torch.float32, **changes: An
 
 
 def move(model: PeftModel, seed: int = 0) -> PeftModel:
-    """Away from the start, at which an adapter changes nothing."""
+    """Perturb the trainable parameters: a new adapter has B = 0 and changes no output."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

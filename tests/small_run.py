@@ -1,4 +1,4 @@
-"""A complete small training run: a real tokenizer, a tiny Llama folder, data files and a config."""
+"""Files of a small training run: a tiny Llama with a trained tokenizer, data and a config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ THINGS = {"red": "rose blood cherry", "green": "leaf grass frog", "blue": "sky s
 
 
 def make_backbone(folder: Path, layers: int = 2, hidden: int = 32) -> Path:
-    """A tiny Llama with a byte-level tokenizer that knows the colours as one token each."""
+    """Write a tiny Llama and a byte-level tokenizer in which each color is one token; return the folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def make_backbone(folder: Path, layers: int = 2, hidden: int = 32) -> Path:
 
 
 def make_data(path: Path, rows: int, task: str = "causal_lm") -> Path:
-    """Rows about the colours of things."""
+    """Write a JSON-lines file of rows about the colors of things; return its path."""
     chosen = random.Random(0)
     with path.open("w") as file:
         for _ in range(rows):
@@ -62,7 +62,7 @@ def make_data(path: Path, rows: int, task: str = "causal_lm") -> Path:
 
 
 def make_folder(folder: Path) -> Path:
-    """Backbone, training and evaluation data of a causal run, where `make_config` looks for them."""
+    """Write the backbone, training data and evaluation data that `make_config` refers to; return the folder."""
     make_backbone(folder / "backbone")
     make_data(folder / "train.jsonl", 60)
     make_data(folder / "eval.jsonl", 12)
@@ -70,7 +70,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def make_config(folder: Path, **sections: dict[str, Any]) -> Path:
-    """A config over the files of `folder`, with values changed by section."""
+    """Write a config for the files of `folder`, with `sections` replacing single values; return its path."""
     config: dict[str, Any] = {
         "backbone": {"path": str(folder / "backbone")},
         "adapter": {"num_experts": 4, "r": 2, "lambda_hidden": 16, "lora_dropout": 0.1},
@@ -98,5 +98,5 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def run_training(path: str, *overrides: str) -> dict[str, float]:
-    """What a rank does; sent to `LocalRanks`."""
+    """Train from a config file; a function for `LocalRanks.run`."""
     return train(load_config(path, list(overrides)))

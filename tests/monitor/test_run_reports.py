@@ -107,10 +107,9 @@ def test_routing_statistics_agree_with_step_metrics(run: Path) -> None:
     assert "dead_experts" not in steps[1]
 
 
-def test_one_rank_reports_the_same_as_two(run: Path, folder: Path) -> None:
-    with LocalRanks(1) as alone:
-        overrides = ["parallelism.ep_size=1", f"run.output_dir={folder / 'alone'}"]
-        alone.run(run_training, str(config_of(folder)), *overrides)
+def test_one_rank_reports_the_same_as_two(run: Path, folder: Path, ranks1: LocalRanks) -> None:
+    overrides = ["parallelism.ep_size=1", f"run.output_dir={folder / 'alone'}"]
+    ranks1.run(run_training, str(config_of(folder)), *overrides)
     for one, two in zip(lines(folder / "alone" / "routing.jsonl"), lines(run / "routing.jsonl"), strict=True):
         for name, summary in one["linears"].items():
             assert summary["tokens"] == two["linears"][name]["tokens"]
