@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 _FORBID = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=0)]
 _Positive = Annotated[int, Field(ge=1)]
+_StrictPositive = Annotated[int, Field(ge=1, strict=True)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 _CommunicationDtype = Literal["fp16", "bf16", "fp32"]
 
@@ -93,17 +94,15 @@ class BF16(TypedDict, total=False):
 
 @with_config(_FORBID)
 class FP16(TypedDict, total=False):
-    """Section fp16; a `loss_scale` of 0 adapts the loss scale during training."""
+    """Section fp16; a `loss_scale` of 0 adapts the loss scale during training. DeepSpeed refuses booleans as numbers here."""
 
     enabled: bool
-    loss_scale: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, strict=True)
-    ]  # strict: DeepSpeed refuses booleans too
-    initial_scale_power: _Count
-    loss_scale_window: _Positive
-    hysteresis: _Positive
+    loss_scale: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+    initial_scale_power: Annotated[int, Field(ge=0, strict=True)]
+    loss_scale_window: _StrictPositive
+    hysteresis: _StrictPositive
     consecutive_hysteresis: bool
-    min_loss_scale: _Positive
+    min_loss_scale: _StrictPositive
 
 
 @with_config(_FORBID)

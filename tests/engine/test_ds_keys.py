@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_type_hints
 
 import pytest
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
@@ -21,7 +21,8 @@ SECTIONS = {
     "fp16": (ds_keys.FP16, DeepSpeedFP16Config),
 }
 REMOVED_BY_DEEPSPEED = {"mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"}
-NOT_KEYS: set[str] = set()
+# A former name of bf16, and a key that only inference reads; both are unknown keys here.
+NOT_ACCEPTED = {"bfloat16", "vocabulary_size"}
 
 
 class RecordingConfig(dict[str, Any]):
@@ -64,8 +65,8 @@ def test_top_level_keys_equal_those_that_deepspeed_reads() -> None:
     DeepSpeedConfig(RecordingConfig(train_micro_batch_size_per_gpu=1))
     accepted, refused = set(get_type_hints(ds_keys.DeepSpeedFile)), refused_below("")
     asked = RecordingConfig.asked
-    assert accepted - asked == set()
-    assert asked - accepted - refused - NOT_KEYS == set()
+    assert accepted - asked == {"flops_profiler"}  # DeepSpeed looks for it in keys(), which is not recorded
+    assert asked - accepted - refused == set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) - refused | NOT_ACCEPTED
     assert not accepted & refused
 
 
@@ -80,4 +81,5 @@ def test_ranges_are_within_deepspeeds(section: str, key: str) -> None:
             adapter.validate_python({key: value})
         except ValidationError:
             continue
-        theirs(**{key: value})  # raises if DeepSpeed would refuse what we accept
+        stage = {"stage": 1} if section == "zero_optimization" else {}  # compute_grad_norm=False needs stage 1 or 2
+        theirs(**stage | {key: value})  # raises if DeepSpeed would refuse what the table accepts
