@@ -17,7 +17,7 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.method.statistics import summarize
 from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.model.saved import SavedModel
-from ldmole_dist.monitor.linears import Linears, Place
+from ldmole_dist.monitor.linears import Linears, Position
 from ldmole_dist.report.by_layer import load_grid
 from ldmole_dist.report.coactivation import lift
 from ldmole_dist.report.collect import Counter, Observed
@@ -41,7 +41,7 @@ def test_layers_and_projections_of_linears() -> None:
 def test_linears_of_the_same_layer_and_projection_keep_distinct_names() -> None:
     linears = Linears(["encoder.layers.0.q_proj", "decoder.layers.0.q_proj", "decoder.layers.0.o_proj"])
     assert linears.projections == ["encoder.layers.*.q_proj", "decoder.layers.*.q_proj", "o_proj"]
-    assert linears.place["decoder.layers.0.q_proj"] == Place("decoder.layers.*.q_proj", 0)
+    assert linears.position["decoder.layers.0.q_proj"] == Position("decoder.layers.*.q_proj", 0)
 
 
 def test_lift_by_hand() -> None:
