@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 
-sections=(readme parity kills benches)
+sections=(readme parity kills benches mutations)
 usage() {
     echo "usage: launch/nightly.sh [SECTION...]"
     echo "Without a section, all of them run:"
@@ -13,12 +13,13 @@ usage() {
     echo "  parity    every combination of ZeRO stage, ep_size, router, mode and checkpointing against one process"
     echo "  kills     a run that is killed 20 times at random moments"
     echo "  benches   every 'ldmole bench' command"
+    echo "  mutations broken code in one place after another, which the tests must catch"
 }
 
 chosen=()
 for arg in "$@"; do
     case "$arg" in
-        readme | parity | kills | benches) chosen+=("$arg") ;;
+        readme | parity | kills | benches | mutations) chosen+=("$arg") ;;
         -h | --help)
             usage
             exit
@@ -45,6 +46,7 @@ run_section() {
         readme) "$python" -m pytest -m nightly tests/test_readme.py ;;
         parity) "$python" -m pytest -m nightly tests/selftest ;;
         kills) "$python" -m pytest -m nightly tests/checkpoint ;;
+        mutations) "$python" tests/mutations.py ;;
         benches)
             local bench
             for bench in "layer --repeats 1" "dispatch --turns 1" "decide --repeats 1" "checkpoint --layers 2" \
