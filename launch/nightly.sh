@@ -9,11 +9,11 @@ sections=(readme parity kills benches mutations)
 usage() {
     echo "usage: launch/nightly.sh [SECTION...]"
     echo "Without a section, all of them run:"
-    echo "  readme    every command of README.md and docs/, on the backbone that they name"
-    echo "  parity    every combination of ZeRO stage, ep_size, router, mode and checkpointing against one process"
-    echo "  kills     a run that is killed 20 times at random moments"
-    echo "  benches   every 'ldmole bench' command"
-    echo "  mutations broken code in one place after another, which the tests must catch"
+    echo "  readme     every command of README.md and docs/, on the backbone that they name"
+    echo "  parity     every combination of ZeRO stage, ep_size, router, mode and checkpointing against one process"
+    echo "  kills      a run that is killed 20 times at random moments"
+    echo "  benches    every 'ldmole bench' command"
+    echo "  mutations  broken code in one place after another, which the tests must catch"
 }
 
 chosen=()
