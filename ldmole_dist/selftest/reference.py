@@ -124,7 +124,9 @@ def _updates(
         weight_decay=OPTIMISATION.weight_decay,
         eps=OPTIMISATION.eps,
     )
-    losses, pairs, norms = [], [], []
+    losses: list[list[Tensor]] = []
+    pairs: list[list[Tensor]] = []
+    norms: list[float] = []
     for step in range(STEPS):
         batches = update_batches(first_batch, step, world_size)
         answers = mean_answers(batches)

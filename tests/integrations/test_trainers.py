@@ -173,7 +173,7 @@ def test_a_loss_scale_scales_the_auxiliary_losses_too(folder: Path, ours: Any) -
 
 
 def test_a_loss_of_ones_own(folder: Path, ours: Any) -> None:
-    """It is normalised over the step by whoever wrote it, also where the model takes no number of answers."""
+    """A user's loss function normalizes over the step, also where the model takes no number of answers."""
     expected, rows = ours(4)
 
     def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Measure how long training waits for an asynchronous checkpoint: `ldmole bench checkpoint`.
 
-One rank trains a large adapter on a small Llama and saves while it goes on training. The stall is the time that training
+One rank trains a large adapter on a small Llama and saves while it continues training. The stall is the time that training
 waits: for the call that starts the checkpoint, for the copy to host memory before the next update, and for the commit.
 The save lasts from the first call to the commit.
 """

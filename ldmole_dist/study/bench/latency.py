@@ -39,7 +39,7 @@ Phase = Literal["training", "generation"]
 
 PARTS = ("frozen model", "lambda-MLP", "router", "experts")
 ADAPTER = "default"
-# A turn runs every candidate as often as the slowest fits into TURN_SECONDS, at most TURN_RUNS times.
+# In a turn every candidate runs the number of times that the slowest fits into TURN_SECONDS, at most TURN_RUNS times.
 TURN_SECONDS, TURN_RUNS = 0.3, 5
 SEQ = 64  # tokens of a training sequence, and in the cache before a generated token
 

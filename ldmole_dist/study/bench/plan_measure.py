@@ -185,7 +185,7 @@ class KeptForBackward:
 
     def _save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Compared anew each time: ZeRO-3 gathers a parameter into another storage each time.
+        # Look up the storages at each call, because ZeRO-3 gathers a parameter into another storage each time.
         if all(storage._cdata != p.untyped_storage()._cdata for p in self._module.parameters()):
             self._saved[storage._cdata] = storage
         return tensor
