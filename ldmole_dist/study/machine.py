@@ -1,4 +1,4 @@
-"""Description of the machine and the library versions that a measurement depends on."""
+"""Describe the machine and the library versions, on which measurements depend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 
 
 def machine() -> dict[str, str]:
-    """Return the device, the processor, the memory and the library versions of this machine."""
+    """Return a description of this machine.
+
+    Returns:
+        "device": number and name of the GPUs, or "CPU".
+        "processor": name of the CPU.
+        "cores": number of CPU cores that this process may use.
+        "memory": installed memory in GiB (written as "GB").
+        "python" and the names in `LIBRARIES`: versions.
+    """
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory().total / 2**30
     return {
@@ -33,10 +41,10 @@ def cores() -> int:
 
 
 def setup() -> str:
-    """Return the device, the clock and the torch version of a benchmark in one line, for the title of its table."""
+    """Return the device, the clock and the torch version as one line, for the title of a benchmark's table."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, wall-clock time, torch {torch.__version__}"
-    return f"CPU ({_processor()}), CPU time unless said otherwise, torch {torch.__version__}"
+    return f"CPU ({_processor()}), CPU time unless stated otherwise, torch {torch.__version__}"
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Models with random weights and their engines, for the benchmarks and the scaling study."""
+"""Build randomly initialized models and their engines, for the benchmarks and the scaling study."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ from ldmole_dist.tuner.model import spread_experts, tuner_of
 def llama_config(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **other: Any
 ) -> LlamaConfig:
-    """Return the config of a Llama; `other` are further fields of `LlamaConfig`."""
+    """Return the config of a Llama.
+
+    Args:
+        hidden: hidden size.
+        intermediate: hidden size of the MLP.
+        layers: number of decoder layers.
+        heads: number of attention heads.
+        kv_heads: number of key-value heads.
+        vocabulary: number of tokens in the vocabulary.
+        other: additional fields of `LlamaConfig`.
+    """
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -44,17 +54,22 @@ def random_model(
     parallel: ExpertParallel | None = None,
     stage: int = 0,
 ) -> PeftModel:
-    """Build a causal language model with random weights and a new adapter on all its linears; every rank calls it.
+    """Build a causal language model with random weights and add a new adapter. Collective: every rank must call it.
+
+    The load-balancing loss has coefficient 1, and the model is in training mode.
 
     Args:
         config: config of the backbone.
-        adapter: fields of `LdMoleConfig`.
-        device: device of the weights.
+        adapter: fields of `LdMoleConfig`; without `target_modules`, all linears are adapted.
+        device: device to move the weights to; ZeRO stage 3 places them itself.
         precision: precision of the frozen weights: "fp32", "bf16" or "fp16".
-        parallel: expert-parallel group; by default every rank holds all experts.
+        parallel: expert parallelism; by default every rank holds all experts.
         stage: ZeRO stage; 3 partitions the weights as they are created.
+
+    Returns:
+        The model, with the same weights on every rank except for the experts, of which each rank holds its own.
     """
-    torch.manual_seed(0)  # the same weights on every rank
+    torch.manual_seed(0)  # gives every rank the same weights
     with partitioned_loading(stage, precision):
         backbone = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])
     if stage < 3:
@@ -74,13 +89,16 @@ def engine_for(
     ep_size: int = 1,
     zero: Iterable[tuple[str, int]] = (),
 ) -> Engine:
-    """Return an engine that trains the model with a constant learning rate; every rank calls it.
+    """Return an engine that trains the model with a constant learning rate. Collective: every rank must call it.
 
     Args:
         model: model to train.
         deepspeed: name of a config in ds_configs/.
-        micro_batch, accumulation, precision, ep_size: as in the run config.
-        zero: settings that replace those of the config's section zero_optimization.
+        micro_batch: sequences per rank and forward.
+        accumulation: micro-batches per optimizer step.
+        precision: "fp32", "bf16" or "fp16".
+        ep_size: number of ranks that share one copy of the experts.
+        zero: (name, value) pairs that override settings in the config's section `zero_optimization`.
     """
     settings = load_ds_config(deepspeed)
     settings["zero_optimization"].update(dict(zero))

@@ -1,4 +1,4 @@
-"""Tables as aligned Markdown, which is readable in a terminal and in a document."""
+"""Format tables as Markdown with aligned columns, readable in a terminal and in a document."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ Rows = Sequence[Mapping[str, object]]
 
 
 def text_of(value: object) -> str:
-    """Return a table cell: integers with thousands separators, floats with four significant digits."""
+    """Return the text of a table cell.
+
+    Integers, and floats from 1,000 on (rounded), get thousands separators; smaller floats get four significant digits.
+    """
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def markdown_table(rows: Rows) -> str:
-    """Return a Markdown table with aligned columns; the keys of the first row are the header."""
+    """Return a Markdown table with aligned columns.
+
+    Args:
+        rows: at least one row; the keys of the first row are the columns, and every row must have them.
+    """
     lines = [list(rows[0]), *([text_of(row[key]) for key in rows[0]] for row in rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])

@@ -1,4 +1,4 @@
-"""Timing helpers that the benchmarks share: device synchronization, clocks and interleaved turns."""
+"""Timing helpers of the benchmarks: synchronization, clocks, and candidates timed in turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished its queued work; on a CPU, return at once."""
+    """Wait until a GPU has finished its queued work; do nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -20,12 +20,15 @@ def synchronize(device: torch.device) -> None:
 def timed(run: Callable[[], object], device: torch.device, wall: bool = False, barrier: bool = False) -> float:
     """Return the seconds that one call takes, including the work that it queues on a GPU.
 
+    On a GPU the clock is wall-clock time. On a CPU it is the CPU time of all threads of this process, which other
+    programs affect less.
+
     Args:
-        run: the function to call.
-        device: the device that it computes on.
-        wall: whether to measure wall-clock time on a CPU too, instead of the CPU time of all threads, which leaves out
-            other programs on the machine.
-        barrier: whether all ranks wait for each other before and after the call.
+        run: function to call.
+        device: device that `run` computes on.
+        wall: whether to use wall-clock time on a CPU as well.
+        barrier: whether to time from a barrier before the call to a barrier after it. Collective: every rank must call
+            it.
     """
     clock = time.perf_counter if wall or device.type != "cpu" else time.process_time
     synchronize(device)
@@ -42,23 +45,23 @@ def timed(run: Callable[[], object], device: torch.device, wall: bool = False, b
 def time_in_turns(
     names: Sequence[str], turns: int, time_once: Callable[[str], float], rounds: int = 1
 ) -> dict[str, list[float]]:
-    """Time several candidates in turns, so that a change in the machine's speed affects all of them alike.
+    """Time candidates in turns, so that a change in the machine's speed affects all of them equally.
 
     Args:
-        names: the candidates.
-        turns: timed turns, after one that warms up.
-        time_once: runs the named candidate once and returns its seconds.
-        rounds: runs of every candidate in a turn, of which the fastest counts.
+        names: names of the candidates.
+        turns: number of timed turns; one warm-up turn comes first.
+        time_once: function that runs the named candidate once and returns its seconds.
+        rounds: runs per candidate and timed turn; the fastest one is kept.
 
     Returns:
-        By name, the seconds of every timed turn in order.
+        Name of a candidate -> its seconds in each timed turn, in order.
     """
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(turns + 1):
         runs: dict[str, list[float]] = {name: [] for name in names}
         for repeat in range(rounds if turn else 1):
-            # In a fixed order a candidate would always find the caches of the same predecessor. The order is seeded, since
-            # all ranks must run the same candidate at the same time.
+            # Shuffle: in a fixed order, each candidate would always find the caches as the same other candidate left
+            # them. The shuffle is seeded because all ranks must run the same candidate at the same time.
             for name in random.Random(turn * rounds + repeat).sample(names, len(names)):
                 runs[name].append(time_once(name))
         if turn:
@@ -68,5 +71,5 @@ def time_in_turns(
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median of the ratios within each turn."""
+    """Return the median over turns of the ratio of two candidates' seconds in the same turn."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))

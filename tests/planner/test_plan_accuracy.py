@@ -52,7 +52,7 @@ def test_estimates_match_two_ranks(fresh: LocalRanks, case: Case) -> None:
     assert summary(rows)[4:] == [
         {
             "case": case.name,
-            "quantity": f"{len(rows) - 4} counts of elements and calls",
+            "quantity": f"{len(rows) - 4} counts of elements, bytes sent and calls",
             "predicted": "",
             "measured": "",
             "error": "exact",

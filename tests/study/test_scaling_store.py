@@ -154,7 +154,7 @@ def test_folder_of_another_machine_or_version_is_refused(tmp_path: Path) -> None
         Store(tmp_path, MACHINE | {"timed_steps": "5"})
     table = tmp_path / "cells.csv"
     table.write_text(table.read_text().replace("dispatch", "transport", 1))
-    with pytest.raises(UserError, match="other columns, from another version; choose another --output"):
+    with pytest.raises(UserError, match=r"cells\.csv does not .* \(different: dispatch, transport\); choose another --output"):
         Store(tmp_path, MACHINE)
     (tmp_path / "machine.json").write_text("{")
     with pytest.raises(UserError, match=r"machine\.json is damaged"):
@@ -214,7 +214,7 @@ def test_code_hash_covers_exactly_what_a_cell_imports(tmp_path: Path) -> None:
 
 def test_unusable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--output .*file.*choose a folder that can be written"):
+    with pytest.raises(UserError, match=r"--output .*file.*choose a folder that you can write"):
         Store(tmp_path / "file", MACHINE)
     store = Store(tmp_path / "study", MACHINE)
     store.table.write_text(store.table.read_text() + "2,what\n")

@@ -1,8 +1,9 @@
 """Measure how long training waits for an asynchronous checkpoint: `ldmole bench checkpoint`.
 
-One rank trains a large adapter on a small Llama and saves while it continues training. The stall is the time that training
-waits: for the call that starts the checkpoint, for the copy to host memory before the next update, and for the commit.
-The save lasts from the first call to the commit.
+One rank trains a large adapter on a small Llama and saves checkpoints while training continues. The stall is the time
+that training waits: for the call that starts the save, for the copy to host memory before the next optimizer update,
+and for the call that publishes the checkpoint. The duration of a save is the time from the first of these calls to the
+end of the last.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ VOCABULARY = 256
 
 
 class Sizes(NamedTuple):
-    """Sizes of the Llama and its adapter; by default the adapter has about 100 million parameters."""
+    """Sizes of the Llama and its adapter; by default the adapter has about 100 million parameters.
+
+    Args:
+        hidden: hidden size of the Llama.
+        layers: number of decoder layers.
+        experts: experts per linear.
+        lora_rank: LoRA rank of an expert.
+    """
 
     hidden: int = 1024
     layers: int = 11
@@ -37,7 +45,16 @@ class Sizes(NamedTuple):
 
 
 def measure(sizes: Sizes, checkpoints: int) -> dict[str, float]:
-    """Train and save on this rank; return sizes, and medians over the checkpoints."""
+    """Train and save checkpoints on this rank.
+
+    Args:
+        sizes: sizes of the model.
+        checkpoints: number of checkpoints to save.
+
+    Returns:
+        Name of a quantity with its unit -> value. Times of a save and of the stall are medians over checkpoints, times
+        of an optimizer step are medians over steps, and the size is that of the last checkpoint.
+    """
     process = start()
     backbone = llama_config(sizes.hidden, sizes.hidden * 11 // 4, sizes.layers, 8, 2, VOCABULARY)
     adapter = dict(num_experts=sizes.experts, r=sizes.lora_rank, lambda_hidden=16)
@@ -73,7 +90,7 @@ def measure(sizes: Sizes, checkpoints: int) -> dict[str, float]:
 
 
 def _step(engine: Engine, saver: Saver) -> tuple[float, float]:
-    """Return the seconds of an optimizer step, and how many of them it waited for a copy."""
+    """Run an optimizer step; return its seconds, and the seconds that it waited for the copy to host memory."""
     started = time.perf_counter()
     ids = torch.randint(0, VOCABULARY, (1, 64), device=next(engine.module.parameters()).device)
     engine.backward(engine(input_ids=ids, labels=ids).loss)
@@ -85,7 +102,7 @@ def _step(engine: Engine, saver: Saver) -> tuple[float, float]:
 
 
 def main(layers: int) -> None:
-    """Measure three checkpoints in another process and print them."""
+    """Measure three checkpoints in a new process and print the results."""
     with LocalRanks(1, timeout=900) as ranks:
         measured = ranks.run(measure, Sizes(layers=layers), 3)[0]
     print(f"Asynchronous checkpoint of one rank, wall-clock time; {setup()}")

@@ -1,4 +1,7 @@
-"""Arguments of `ldmole bench NAME`. A benchmark's module is imported when it runs: importing torch takes seconds."""
+"""Arguments of `ldmole bench NAME`.
+
+A benchmark's module is imported only when the benchmark runs, because importing torch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,33 @@ from importlib import import_module
 
 from ldmole_dist.cli_arguments import positive
 
-# By name, which is also that of the module: help, and flag, default and help of the one option.
+# Name of the benchmark and of its module -> help text, and (flag, default, help text) of its option if it has one.
 BENCHMARKS: dict[str, tuple[str, tuple[str, int, str] | None]] = {
     "layer": (
-        "time and memory of the experts of one linear, against the authors' einsum",
-        ("--repeats", 5, "timed turns of each formulation"),
+        "measure time and memory of one linear's experts, compared with the authors' einsum",
+        ("--repeats", 5, "timed turns per formulation"),
     ),
     "dispatch": (
-        "time and data sent of every dispatch strategy, on 2 and 4 ranks",
-        ("--turns", 5, "timed turns of each strategy"),
+        "measure time and data sent of every dispatch strategy, on 2 and 4 ranks",
+        ("--turns", 5, "timed turns per strategy"),
     ),
     "decide": (
-        "what the dispatch decides to send over many shapes, and how long deciding takes",
-        ("--repeats", 5, "timed decisions of each shape"),
+        "measure how many elements the dispatch decides to send, and how long it takes to decide",
+        ("--repeats", 5, "timed decisions per shape"),
     ),
     "checkpoint": (
-        "how long training waits for an asynchronous checkpoint",
+        "measure how long training waits for an asynchronous checkpoint",
         ("--layers", 11, "decoder layers of the model, with 9.3 million trainable parameters each"),
     ),
     "latency": (
-        "shares of the adapter's parts in the latency of training and of generation",
-        ("--turns", 5, "timed turns of each part"),
+        "measure the latency of the adapter's parts in training and generation",
+        ("--turns", 5, "timed turns per part"),
     ),
     "monitor": (
-        "how much reporting slows down an optimizer step",
-        ("--turns", 8, "timed steps of each level of reporting"),
+        "measure how much reporting slows down an optimizer step",
+        ("--turns", 8, "timed steps per level of reporting"),
     ),
-    "plan": ("the planner's numbers against real engines", None),
+    "plan": ("compare the planner's predictions with real engines", None),
 }
 
 

@@ -1,8 +1,8 @@
-"""Measure what a dispatch decides to send over many shapes, and how long deciding takes: `ldmole bench decide`.
+"""Measure how many elements a dispatch decides to send, and how long the decision takes: `ldmole bench decide`.
 
-No ranks are started: the decision is a function of one rank's routing (`parallel.decision`).
+No processes are started, because the decision is a function of one rank's routing (`parallel.decision`).
 
-Shapes: G linears of the input group, T tokens, P ranks, L experts of each rank.
+Shapes: G linears of the input group, T tokens, P ranks, L experts per rank.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ from ldmole_dist.study.machine import setup
 from ldmole_dist.study.table import markdown_table
 
 IN_FEATURES = 256
-OUT_FEATURES = (256, 64, 64)  # of q, k and v; a group of one linear has the first only
+OUT_FEATURES = (256, 64, 64)  # out-features of q, k and v; an input group with one linear uses the first value
 
 
 class Cell(NamedTuple):
-    """One shape and routing: P ranks, all experts, LoRA rank, tokens of this rank, mean number of active experts of a token,
-    exponent of the power law of the experts' popularity, and G linears."""
+    """Sizes and routing statistics of one measurement.
+
+    Args:
+        ranks: P.
+        experts: experts per linear over all ranks, P L.
+        lora_rank: LoRA rank of an expert.
+        tokens: T, tokens of one rank.
+        active: mean number of active experts per token.
+        skew: exponent of the power law of the experts' popularity; 0 is uniform.
+        linears: G, linears of the input group.
+    """
 
     ranks: int
     experts: int
@@ -36,11 +45,11 @@ class Cell(NamedTuple):
     linears: int
 
     def sizes(self) -> GroupSizes:
-        """Return the widths of the input group."""
+        """Return the sizes of the input group."""
         return GroupSizes(IN_FEATURES, OUT_FEATURES[: self.linears], self.lora_rank, self.experts // self.ranks)
 
     def support(self) -> Tensor:
-        """Return a random support, (G, T, P, L) bool, which depends on the cell only."""
+        """Return a pseudorandom support, (G, T, P, L) bool; equal cells return equal supports."""
         seed = self.ranks * self.experts + self.tokens
         held = self.experts // self.ranks
         return draw_support(self.linears, self.tokens, self.ranks, held, self.active, self.skew, seed)
@@ -50,7 +59,17 @@ CELLS = [Cell(*c) for c in itertools.product((2, 4, 8), (8, 64), (8, 32), (64, 5
 
 
 def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: int) -> Tensor:
-    """Draw (G, T, P, L) bool with a mean of k active experts per token and a power law of popularity."""
+    """Draw a random support.
+
+    Args:
+        G, T, P, L: shape letters, see the module.
+        k: mean number of active experts per token. Every token has floor(k) or floor(k) + 1, the same in all linears.
+        skew: exponent of the power law of the experts' popularity; 0 is uniform.
+        seed: seed of the draw.
+
+    Returns:
+        (G, T, P, L) bool.
+    """
     generator = torch.Generator().manual_seed(seed)
     popularity = torch.arange(1, P * L + 1).float().pow(-skew)[torch.randperm(P * L, generator=generator)]
     scores = torch.rand(G, T, P * L, generator=generator).pow(1 / popularity)
@@ -60,12 +79,20 @@ def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: in
 
 
 def payload(support_GTPL: Tensor, fetched_PGL: Tensor, sizes: GroupSizes) -> int:
-    """Return the elements that rank 0 sends in one forward, counts excluded."""
+    """Return the elements sent and received for the tokens of rank 0 in one forward, without row counts."""
     return sum(payload_elements(support_GTPL, fetched_PGL, 0, sizes).values())
 
 
 def all_or_none(support_GTPL: Tensor, fetched: bool) -> Tensor:
-    """Return the decision, (P, G, L) bool, to send all experts of the other ranks to rank 0, or none of them."""
+    """Return the fixed decision of rank 0 to fetch all experts of the other ranks, or none of them.
+
+    Args:
+        support_GTPL: (G, T, P, L) bool; only its shape is used.
+        fetched: whether to fetch all.
+
+    Returns:
+        (P, G, L) bool.
+    """
     G, _, P, L = support_GTPL.shape
     fetched_PGL = torch.full((P, G, L), fetched)
     fetched_PGL[0] = False
@@ -73,9 +100,15 @@ def all_or_none(support_GTPL: Tensor, fetched: bool) -> Tensor:
 
 
 def decide(cell: Cell, repeats: int = 1) -> dict[str, float]:
-    """Return the elements that a rank's tokens send in one forward, by strategy, and the median milliseconds to decide.
+    """Compare the strategies for the tokens of rank 0.
 
-    Counts, which every strategy exchanges, are in neither.
+    Args:
+        cell: sizes and routing statistics.
+        repeats: number of timed decisions.
+
+    Returns:
+        Name of a strategy -> elements sent and received in one forward; "deciding ms" -> median milliseconds of a
+        decision. Both exclude the exchange of row counts, which every strategy needs.
     """
     support, sizes = cell.support(), cell.sizes()
     seconds = []
@@ -94,9 +127,10 @@ def decide(cell: Cell, repeats: int = 1) -> dict[str, float]:
 
 
 def main(repeats: int) -> None:
-    """Measure and print all cells."""
+    """Measure all cells and print their table."""
     rows = [cell._asdict() | decide(cell, repeats) for cell in CELLS]
     times = [row["deciding ms"] for row in rows]
-    print(f"Elements sent in one forward of a rank's tokens; {torch.get_num_threads()} threads; {setup()}")
+    title = "Elements sent and received in one forward for one rank's tokens"
+    print(f"{title}; {torch.get_num_threads()} threads; {setup()}")
     print(markdown_table(rows))
     print(f"deciding: median {statistics.median(times):.2f} ms, longest {max(times):.2f} ms (wall-clock time)")

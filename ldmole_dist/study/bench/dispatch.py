@@ -1,10 +1,12 @@
-"""Measure time and data sent of the adapters of one decoder layer, by dispatch strategy: `ldmole bench dispatch`.
+"""Compare dispatch strategies by time and data sent, for the adapters of one decoder layer: `ldmole bench dispatch`.
 
-Every strategy runs the same input groups (q, k, v; o; gate, up; down; all widths d) on the same tokens and experts, in turns.
-The baseline "row per pair" is the usual mixture-of-experts dispatch: one per linear, one row per (token, expert), no sums on
-the remote rank.
+All strategies run in turns on the same tokens and experts. The layer has four input groups: q, k, v; o; gate, up; down.
+All inputs and outputs have width D. The baseline "row per pair" is the usual mixture-of-experts dispatch: each linear
+has its own dispatch, each active (token, expert) pair sends one row, and the remote rank does not sum the outputs of a
+token's experts. "replicate" holds all experts on every rank and all-reduces their gradients.
 
-Shapes: T tokens of a rank, D features, E experts, R LoRA rank, P ranks, L experts of a rank, N rows sent, M rows received.
+Shapes: T tokens per rank, D input features, O output features, E experts, R LoRA rank, P ranks, L experts per rank, N
+rows sent, M rows received.
 """
 
 from __future__ import annotations
@@ -32,14 +34,22 @@ from ldmole_dist.study.machine import setup
 from ldmole_dist.study.table import markdown_table
 from ldmole_dist.study.timing import median_ratio, synchronize, time_in_turns, timed
 
-GROUPS = (3, 1, 2, 1)  # linears of each input group of a decoder layer: q, k, v; o; gate, up; down
+GROUPS = (3, 1, 2, 1)  # number of linears per input group of a decoder layer: q, k, v; o; gate, up; down
 MODES: dict[str, Mode] = {"all_to_all": "all_to_all", "gather": "gather", "auto": "auto"}
 OVERLAP_MODES: tuple[Mode, ...] = ("all_to_all", "auto")
 STRATEGIES = ("row per pair", *MODES, "replicate")
 
 
 class Sizes(NamedTuple):
-    """Sizes of the layer: T tokens of a rank, D features, E experts, R LoRA rank, active experts of a token."""
+    """Sizes of the layer.
+
+    Args:
+        tokens: T, tokens per rank.
+        features: D, in- and out-features of every linear.
+        experts: E, experts per linear over all ranks.
+        lora_rank: R, LoRA rank of an expert.
+        active: active experts per token.
+    """
 
     tokens: int = 1024
     features: int = 512
@@ -49,7 +59,15 @@ class Sizes(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """Inputs of one input group: tokens, routing weights by linear, all experts, and the experts of this rank."""
+    """Tensors for a forward and backward of one input group.
+
+    Args:
+        x_TD: (T, D), input.
+        p: (T, E) routing weights for each linear.
+        all_experts: all E experts for each linear.
+        held: the L experts of this rank for each linear, as copies.
+        dy_TO: (T, O), gradient of the loss with respect to every linear's output.
+    """
 
     x_TD: Tensor
     p: list[Tensor]
@@ -59,7 +77,7 @@ class LayerInputs(NamedTuple):
 
 
 def layer_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[LayerInputs]:
-    """Draw the inputs of all input groups: the same experts on every rank, other tokens on each."""
+    """Draw random inputs for all input groups: the same experts on every rank, different tokens and routing on each."""
     rank, world = dist.get_rank(), dist.get_world_size()
     T, D, E, R, active = sizes
     held = slice(rank * E // world, (rank + 1) * E // world)
@@ -87,7 +105,21 @@ def layer_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list
 
 
 def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.ProcessGroup, tally: Tally) -> Tensor:
-    """Return the output of one linear's experts, sending a row in each direction for every (token, expert)."""
+    """Return the experts' output of one linear, exchanging rows for every active (token, expert) pair.
+
+    Each pair sends one input row to the expert's rank, which returns one output row. Collective: every rank must call
+    it.
+
+    Args:
+        x_TD: (T, D), input of the linear.
+        routing: routing of the T tokens.
+        bank: the L experts of this rank.
+        group: process group over which the experts are spread.
+        tally: counter for the elements sent.
+
+    Returns:
+        (T, O).
+    """
     size, held = dist.get_world_size(group), len(bank.A_LRD)
     support_ET = (routing.p_TE != 0).t()
     counts_PL = support_ET.sum(1).view(size, held)
@@ -105,7 +137,7 @@ def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.P
 
 
 class _Strategy:
-    """One way to dispatch an input group; counts what it sends and the seconds that it takes to decide."""
+    """Callable that dispatches an input group with one strategy, and records the data sent and the time to decide."""
 
     def __init__(self, name: str, group: dist.ProcessGroup) -> None:
         self.name, self.group, self.wire, self.deciding = name, group, Wire(), 0.0
@@ -124,7 +156,7 @@ class _Strategy:
 
 
 def _forward_backward(inputs: LayerInputs, strategy: _Strategy) -> list[Tensor]:
-    """Return the outputs of an input group's adapters, then the gradients of x and p."""
+    """Return the output of each adapter in an input group, followed by the gradient of x and the gradient of each p."""
     x_TD, p = inputs.x_TD.requires_grad_(), [weights.requires_grad_() for weights in inputs.p]
     replicated = strategy.name == "replicate"
     banks = inputs.all_experts if replicated else inputs.held
@@ -132,7 +164,7 @@ def _forward_backward(inputs: LayerInputs, strategy: _Strategy) -> list[Tensor]:
     loss = torch.stack([(y * inputs.dy_TO).sum() for y in outputs]).sum()
     parameters = [tensor for bank in banks for tensor in (bank.A_LRD, bank.B_LOR)]
     gradients = torch.autograd.grad(loss, [x_TD, *p, *parameters])
-    if replicated:  # the all-reduce of data parallelism, here once per micro-batch
+    if replicated:  # data parallelism all-reduces the experts' gradients, here once per micro-batch
         for gradient in gradients[1 + len(p) :]:
             dist.all_reduce(gradient)
     grad_p = [g.masked_fill(weights == 0, 0) for g, weights in zip(gradients[1 : 1 + len(p)], p, strict=True)]
@@ -140,14 +172,25 @@ def _forward_backward(inputs: LayerInputs, strategy: _Strategy) -> list[Tensor]:
 
 
 def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Run all strategies on this rank and return a row for each, with ratios to "row per pair"; every rank calls it.
+    """Run all strategies and return one table row per strategy. Collective: every rank must call it.
 
-    Elements and counts are sums over all ranks. "deciding ms" is the part of "ms" that decides what to send, with the exchange
-    of counts. "distance" is the largest relative distance of an output or gradient to those of "replicate".
+    Args:
+        sizes: sizes of the layer.
+        turns: timed turns.
+        dtype: dtype of inputs and experts.
+
+    Returns:
+        Rows with these keys:
+        "strategy": name in `STRATEGIES`.
+        "ms": median milliseconds of a forward and backward, from a barrier before it to a barrier after it.
+        "deciding ms": part of "ms" in which this rank decides what to send, including the exchange of row counts.
+        "elements sent", "counts sent": elements of the payload, and row counts, summed over all ranks.
+        "distance": largest relative distance of this rank's outputs and gradients of x and p from those of "replicate".
+        "x faster", "x fewer elements": ratios of "row per pair" to this strategy.
     """
     process = start()
     group = expert_parallel(process.world_size).group
-    assert group is not None, "a dispatch needs at least two ranks"
+    assert group is not None, "a dispatch needs at least 2 ranks"
     layer = layer_inputs(sizes, dtype, process.device)
     runs: dict[str, list[_Strategy]] = {name: [] for name in STRATEGIES}
     results: dict[str, list[Tensor]] = {}
@@ -168,7 +211,7 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
         totals = torch.tensor([sent.total(), counts], device=process.device)
         dist.all_reduce(totals)
         if name == "replicate":
-            # A ring all-reduce of all experts' gradients sends 2 (P - 1) / P of them from each rank.
+            # In a ring all-reduce each rank sends 2 (P - 1) / P of the elements; this is the total of all P ranks.
             parameters = sum(GROUPS) * sizes.experts * sizes.lora_rank * 2 * sizes.features
             totals[0] = 2 * parameters * (process.world_size - 1)
         ms = 1e3 * statistics.median(seconds[name])
@@ -187,7 +230,14 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
 
 
 def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Run every mode with and without overlap on this rank and return their rows; every rank calls it."""
+    """Time a dispatch that overlaps the frozen linears against one that runs after them.
+
+    Collective: every rank must call it.
+
+    Returns:
+        One row per mode in `OVERLAP_MODES`: median milliseconds of a forward and backward with and without overlap, and
+        the speedup by overlap.
+    """
     process = start()
     group = expert_parallel(process.world_size).group
     layer = layer_inputs(sizes, dtype, process.device)
@@ -214,7 +264,7 @@ def _forward_backward_with_frozen(inputs: LayerInputs, dispatch: Dispatch, froze
     x_TD, p = inputs.x_TD.requires_grad_(), [weights.requires_grad_() for weights in inputs.p]
     decision = dispatch.decide([weights != 0 for weights in p], inputs.held, "layer")
     finish = dispatch.start(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], inputs.held, decision)
-    # As in method.layer: the group's first frozen linear computes while the dispatch is in flight, the others after it.
+    # Same order as in method.layer: the group's first frozen linear overlaps the dispatch, the other linears follow it.
     frozen = [x_TD @ frozen_DO]
     deltas = finish()
     frozen += [x_TD @ frozen_DO for _ in p[1:]]
@@ -222,11 +272,11 @@ def _forward_backward_with_frozen(inputs: LayerInputs, dispatch: Dispatch, froze
 
 
 def main(turns: int) -> None:
-    """Measure and print the strategies, and the overlap of communication and computation."""
+    """Measure all strategies and the overlap on 2 and 4 ranks, and print the tables of rank 0."""
     sizes = Sizes()
     for number in (2, 4):
         with LocalRanks(number) as ranks:
             print(f"\nAdapters of one decoder layer, forward + backward, wall time, {number} ranks, {sizes}; {setup()}")
             print(markdown_table(ranks.run(measure, sizes, turns, torch.float32)[0]))
-            print("\nThe same with the frozen linears, overlapped with the dispatch or after it:")
+            print("\nWith the frozen linears; the dispatch overlaps them or runs after them:")
             print(markdown_table(ranks.run(measure_overlap, sizes, turns, torch.float32)[0]))

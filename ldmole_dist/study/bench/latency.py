@@ -1,12 +1,13 @@
-"""Measure the shares of lambda-MLP, router and experts in the latency of training and generation: `ldmole bench latency`.
+"""Measure the latency of lambda-MLP, router and experts in training and generation: `ldmole bench latency`.
 
-"whole" is a model with an adapter on all seven linears, "frozen model" the same model with the adapter disabled. The calls
-of the adapter's modules in one forward are recorded and replayed with the same arguments, part by part. All candidates run in
-turns and equally often. The fastest run of a turn counts, since other programs can slow a run down many times, and then the
-median over the turns.
+"whole" is a model with an adapter on all seven linears of a layer, "frozen model" the same model with the adapter
+disabled. The calls of lambda-MLP, router and experts in one forward are recorded, and each part is timed by replaying
+its calls with the same arguments. All candidates run in turns, and each runs the same number of times per turn. The
+fastest run of each turn is kept, since other programs can slow a single run down by a multiple; the result is the
+median over turns.
 
-The remainder is the difference between the whole and the sum of the parts: dropout, auxiliary losses, sums of outputs and of
-gradients, hooks, and the warmer caches that a part finds when it runs alone.
+"remainder" is the difference between the whole and the sum of the parts: dropout, auxiliary losses, sums of outputs and
+of gradients, hooks, and the effect that a part runs with warmer caches when it is timed alone.
 """
 
 from __future__ import annotations
@@ -39,13 +40,24 @@ Phase = Literal["training", "generation"]
 
 PARTS = ("frozen model", "lambda-MLP", "router", "experts")
 ADAPTER = "default"
-# In a turn every candidate runs the number of times that the slowest fits into TURN_SECONDS, at most TURN_RUNS times.
+# Every candidate runs equally often per turn: as many times as the slowest one needs to fill TURN_SECONDS, at most
+# TURN_RUNS.
 TURN_SECONDS, TURN_RUNS = 0.3, 5
-SEQ = 64  # tokens of a training sequence, and in the cache before a generated token
+SEQ = 64  # tokens per training sequence; in generation, tokens in the key-value cache
 
 
 class Shape(NamedTuple):
-    """Sizes of a Llama."""
+    """Sizes of a Llama.
+
+    Args:
+        name: name of the model, for tables.
+        hidden: hidden size.
+        intermediate: hidden size of the MLP.
+        layers: number of decoder layers.
+        heads: number of attention heads.
+        kv_heads: number of key-value heads.
+        vocabulary: number of tokens in the vocabulary.
+    """
 
     name: str
     hidden: int
@@ -56,7 +68,7 @@ class Shape(NamedTuple):
     vocabulary: int
 
     def cut(self, layers: int) -> Shape:
-        """Return the shape with fewer layers, and a vocabulary cut in proportion so that the head keeps its share."""
+        """Return a shape with fewer layers, and a smaller vocabulary so that the head keeps its share of the time."""
         name = f"{self.name}, {layers} of {self.layers} layers"
         return self._replace(name=name, layers=layers, vocabulary=self.vocabulary * layers // self.layers)
 
@@ -66,7 +78,17 @@ LLAMA_1B = Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256)
 
 
 class Settings(NamedTuple):
-    """Shapes, batch sizes by phase, timed turns, and E, r and the hidden width of the lambda-MLP."""
+    """Settings of the benchmark.
+
+    Args:
+        shapes: models to measure.
+        training: batch sizes of the training phase.
+        generation: batch sizes of the generation phase.
+        turns: timed turns.
+        experts: experts per linear, E.
+        lora_rank: LoRA rank of an expert, r.
+        hidden: hidden units of the lambda-MLP.
+    """
 
     shapes: tuple[Shape, ...] = (SMOLLM2, LLAMA_1B.cut(2))
     training: tuple[int, ...] = (1, 4, 16)
@@ -81,15 +103,17 @@ QUICK = Settings((SMOLLM2.cut(3), LLAMA_1B.cut(1)), training=(1, 8), generation=
 
 
 class Latency(NamedTuple):
-    """Median seconds of one forward and backward of `batch` sequences, or of one generated token of each.
+    """Latency of one model in one phase with one batch size.
+
+    In training it is the time of a forward and backward, in generation that of one token per sequence.
 
     Attributes:
         shape: name of the model.
         phase: "training" or "generation".
-        batch: sequences.
-        whole: seconds of the model with its adapter.
-        parts: seconds by the names in PARTS.
-        dtype: dtype of the activations.
+        batch: number of sequences.
+        whole: median seconds of the model with its adapter.
+        parts: name in `PARTS` -> median seconds.
+        dtype: dtype of the frozen weights and of the activations.
     """
 
     shape: str
@@ -101,21 +125,21 @@ class Latency(NamedTuple):
 
     @property
     def remainder(self) -> float:
-        """Seconds of the whole that no part explains; negative if the parts took longer alone."""
+        """Seconds of the whole minus the seconds of all parts; negative if the parts took longer when timed alone."""
         return self.whole - sum(self.parts.values())
 
     def shares(self) -> dict[str, float]:
-        """Return the shares of the parts and of the remainder in the whole; they sum to 1."""
+        """Return each part and the remainder as a fraction of the whole; the fractions sum to 1."""
         return {name: s / self.whole for name, s in (*self.parts.items(), ("remainder", self.remainder))}
 
     def row(self) -> dict[str, object]:
-        """Return a table row with the shares in percent."""
+        """Return a table row: model, phase, batch size, milliseconds of the whole, and the shares in percent."""
         shares = {f"{name} %": f"{100 * share:.1f}" for name, share in self.shares().items()}
         return {"model": self.shape, "phase": self.phase, "batch": self.batch, "whole ms": 1e3 * self.whole, **shares}
 
 
 def bench_latency(settings: Settings) -> list[Latency]:
-    """Measure in another process: in bfloat16 on a GPU, otherwise in float32 on one CPU core."""
+    """Measure all shapes in one new process: in bfloat16 on a GPU, or in float32 on one CPU thread without one."""
     results = []
     with LocalRanks(1, timeout=3600) as ranks:
         for shape in tqdm(settings.shapes, desc="latency", unit="shape", leave=False):
@@ -124,7 +148,7 @@ def bench_latency(settings: Settings) -> list[Latency]:
 
 
 def measure_shape(shape: Shape, settings: Settings) -> list[Latency]:
-    """Measure all batch sizes of both phases in this process."""
+    """Measure one shape in this process, with all batch sizes of both phases."""
     model = build(shape, settings, start().device)
     cases: list[tuple[Phase, int]] = [("training", batch) for batch in settings.training]
     cases += [("generation", batch) for batch in settings.generation]
@@ -132,7 +156,7 @@ def measure_shape(shape: Shape, settings: Settings) -> list[Latency]:
 
 
 def build(shape: Shape, settings: Settings, device: torch.device) -> PeftModel:
-    """Return a Llama with random weights and a new adapter on all its linears."""
+    """Return a Llama with random weights and a new adapter on all linears: bfloat16 on a GPU, float32 on a CPU."""
     config = llama_config(*shape[1:], tie_word_embeddings=True)
     precision = "fp32" if device.type == "cpu" else "bf16"
     adapter = dict(num_experts=settings.experts, r=settings.lora_rank, lambda_hidden=settings.hidden)
@@ -142,13 +166,13 @@ def build(shape: Shape, settings: Settings, device: torch.device) -> PeftModel:
 
 
 def measure(model: PeftModel, shape: Shape, phase: Phase, batch: int, turns: int) -> Latency:
-    """Measure the whole, the frozen model and the parts of the adapter.
+    """Measure the whole model, the frozen model and the parts of the adapter in one phase, with one batch size.
 
     Args:
-        model: a model from `build`.
-        shape: the shape that it was built with.
-        phase: what to time.
-        batch: sequences.
+        model: model returned by `build`.
+        shape: shape passed to `build`.
+        phase: "training" or "generation".
+        batch: number of sequences.
         turns: timed turns.
     """
     device = next(model.parameters()).device
@@ -182,7 +206,14 @@ def _forward_backward(run: Callable[[], Sequence[Tensor]]) -> None:
 
 
 def training_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
-    """Return a forward whose loss is on the last token of each sequence, as in the quickstart."""
+    """Return a function that runs a forward and returns the loss.
+
+    As in the quickstart, the loss is on the last token of each sequence. It includes the auxiliary losses.
+
+    Args:
+        model: model with an adapter.
+        ids: (batch, positions) token ids.
+    """
     context = tuner_of(model).context
 
     def call() -> list[Tensor]:
@@ -194,7 +225,14 @@ def training_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
 
 
 def decoding_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
-    """Return a forward of the last token, with the others in the key-value cache."""
+    """Return a function that runs a forward of each sequence's last token, with the other tokens in a key-value cache.
+
+    The function removes its token from the cache afterwards, so every call does the same work.
+
+    Args:
+        model: model with an adapter.
+        ids: (batch, positions) token ids.
+    """
     cache = DynamicCache(config=model.config)
     model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
 
@@ -207,14 +245,16 @@ def decoding_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
 
 
 class RecordedCalls:
-    """The calls of the adapter's parts in one forward of the model, with copies of their arguments, to be replayed.
+    """Records the calls of the adapter's parts in one forward, with their arguments, and replays them part by part.
+
+    Floating-point tensors are copied; parameters and other tensors are passed as they are.
 
     Args:
-        model: a model with an adapter.
-        call: the forward.
+        model: model with an adapter.
+        call: function that runs the forward to record.
 
     Attributes:
-        leaves: the copied tensors, for which a replay's backward computes gradients.
+        leaves: the copied tensors. If gradients are enabled, the backward of a replay computes their gradients.
     """
 
     def __init__(self, model: PeftModel, call: Callable[[], object]) -> None:
@@ -243,7 +283,7 @@ class RecordedCalls:
         return self.leaves[-1]
 
     def replay(self, part: str) -> list[Tensor]:
-        """Repeat all calls of a part; return their outputs."""
+        """Repeat the recorded calls of a part, and return the tensors in their results."""
         outputs = []
         for call in self._calls[part]:
             value = call()
@@ -253,7 +293,7 @@ class RecordedCalls:
 
 
 def main(turns: int) -> None:
-    """Measure and print the default shapes and batch sizes."""
+    """Measure the default shapes and batch sizes, and print their table."""
     settings = Settings(turns=turns)
     results = bench_latency(settings)
     sizes = f"E={settings.experts}, r={settings.lora_rank}, lambda-MLP of {settings.hidden}, {SEQ} tokens a sequence"

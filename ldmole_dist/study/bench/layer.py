@@ -1,13 +1,13 @@
-"""Measure time and memory of the experts of one adapted linear, by formulation: `ldmole bench layer`.
+"""Compare formulations of one adapted linear's experts by time and memory: `ldmole bench layer`.
 
-The timed work is the forward and backward of the experts' sum y = s * sum_e p_e B_e A_e x, given x, p, A and B. The routing
-(router, lambda-MLP and Sparsegen) and the frozen linear are timed in the same turns, to put the ratios of the experts in
-proportion to a whole adapted linear.
+The timed work is the forward and backward of y = s * sum_e p_e B_e A_e x, given x, p, A and B. The routing (router,
+lambda-MLP and Sparsegen) and the frozen linear are timed in the same turns, so that the speedup of a complete adapted
+linear can be computed from the parts.
 
-On a machine that runs other programs, set OMP_NUM_THREADS=1: OpenMP threads that wait for each other spin, which inflates
-the CPU time of the small kernels of the sparse formulation.
+On a machine that runs other programs, set OMP_NUM_THREADS=1. OpenMP threads spin while they wait for each other, which
+inflates the CPU time of the sparse formulation's small kernels.
 
-Shapes: T tokens, D in- and out-features, O out-features, E experts, R LoRA rank, K active experts of a token.
+Shapes: T tokens, D in-features, O out-features (equal to D here), E experts, R LoRA rank, K active experts per token.
 """
 
 from __future__ import annotations
@@ -27,13 +27,21 @@ from ldmole_dist.study.table import markdown_table
 from ldmole_dist.study.timing import time_in_turns, timed
 
 LAMBDA_HIDDEN, LAMBDA_EPS, ALPHA = 256, 0.01, 16
-# A turn runs a fast function for up to this many seconds, at most 10 times, and the fastest run counts: on a busy machine a
+# A turn repeats a function until this time has passed, at most 10 times, and keeps the fastest run: on a busy machine a
 # single run of small kernels can take ten times as long.
 TURN_SECONDS = 1.0
 
 
 class Case(NamedTuple):
-    """Sizes of one comparison."""
+    """Sizes of one comparison.
+
+    Args:
+        tokens: T.
+        features: D, in- and out-features of the linear.
+        experts: E.
+        lora_rank: R.
+        active: K, active experts per token.
+    """
 
     tokens: int
     features: int
@@ -46,14 +54,14 @@ CASES = (Case(4096, 2048, 8, 8, 2), Case(4096, 2048, 32, 8, 2))
 
 
 def einsum_experts(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
-    """Return the sum of the experts as the authors' code computes it, in plain autograd.
+    """Return the weighted sum of the experts as the authors' code computes it, differentiated by autograd.
 
-    It materializes the output of every expert for every token, and a gradient of shape (T, E, D).
+    This materializes the output of every expert for every token, (T, E, O), and a gradient of shape (T, E, D).
 
     Args:
         x_TD: (T, D), input.
         p_TE: (T, E), routing weights.
-        bank: all E experts.
+        bank: all E experts of the linear.
 
     Returns:
         (T, O).
@@ -65,9 +73,10 @@ def einsum_experts(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
 
 
 def reordered_einsum(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
-    """Return `einsum_experts` without the expansion of x and with the last operands swapped.
+    """Return the result of `einsum_experts`, computed without the expansion of x and with the last operands swapped.
 
-    It shows how much of the gain comes from einsum's choice of kernels alone; it keeps as much memory.
+    The comparison shows how much of the speedup einsum's choice of kernels explains. The memory kept for the backward
+    is the same.
     """
     h_TER = torch.einsum("td,erd->ter", x_TD, bank.A_LRD)
     delta_TEO = torch.einsum("ter,eor->teo", h_TER, bank.B_LOR)
@@ -88,17 +97,17 @@ FORMULATIONS: dict[str, Callable[[Tensor, Tensor, ExpertBank], Tensor]] = {
 
 
 def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
-    """Return the bytes that `forward` keeps for its backward.
+    """Return the bytes of the tensors that `forward` saves for its backward.
 
     Args:
-        forward: builds a graph.
-        inputs: tensors that exist anyway and do not count.
+        forward: function that builds an autograd graph.
+        inputs: tensors to leave out, because they exist before the forward.
 
     Returns:
-        Sum over distinct storages, so that two views of one tensor count once.
+        Sum over distinct storages: two views of one tensor count once.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    # Holds the storages: a freed one could pass its address on to the next.
+    # Keep references to the storages: after a storage is freed, another one can get its address.
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -113,7 +122,7 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
 
 
 def random_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, ExpertBank]:
-    """Return x (T, D), p (T, E) with K positive weights in each row, and random experts; all require gradients."""
+    """Return random x (T, D), p (T, E) with K positive weights per row, and E experts; all require gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -127,7 +136,13 @@ def random_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Exp
 
 
 def measure(case: Case, turns: int, device: torch.device) -> list[dict[str, object]]:
-    """Time all formulations, the routing, the frozen linear and their sums, in float32; return one row for each."""
+    """Time all formulations, the routing and the frozen linear, in float32.
+
+    Returns:
+        One row per formulation, then the routing and the frozen linear, then two complete adapted linears (the sum of
+        frozen linear, routing and experts): one with "einsum", one with "chosen". "x faster" and "x fewer" are ratios
+        to einsum, "saved MB" is the result of `saved_bytes`.
+    """
     T, D, E, _, _ = case
     x, p, bank = random_inputs(case, device)
     base = nn.Linear(D, D, bias=False, device=device).requires_grad_(False)
@@ -176,7 +191,7 @@ def measure(case: Case, turns: int, device: torch.device) -> list[dict[str, obje
 
 
 def main(turns: int) -> None:
-    """Measure and print the default cases, on the GPU if there is one."""
+    """Measure the default cases, on the GPU if there is one, and print their table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"One adapted linear, forward + backward, float32; {torch.get_num_threads()} threads; {setup()}")
     print(markdown_table([row for case in CASES for row in measure(case, turns, device)]))

@@ -1,8 +1,9 @@
 """Measure how much reporting slows down an optimizer step: `ldmole bench monitor`.
 
-Optimizer steps without a report, with the report of every step, and with a detailed report (`run.detail_every`) run in turns on
-two ranks that share the experts. Reporting includes the reductions over ranks and the writing of files and TensorBoard
-events. The time is that of the rank that writes: CPU time of all its threads, wall-clock time on a GPU.
+Two ranks that share the experts run optimizer steps of three kinds in turns: "silent" without a report, "plain" with
+the report that training writes at every step, "detailed" with a detailed report (`run.detail_every`). Reporting
+includes the reductions over ranks, and writing files and TensorBoard events. The time is measured on rank 0, which
+writes: the CPU time of all its threads, or wall-clock time on a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +40,15 @@ VOCABULARY = 4096
 
 
 class Sizes(NamedTuple):
-    """Sizes of the model and of a rank's micro-batch; by default the quickstart's model with half of its layers."""
+    """Sizes of the model and of a micro-batch; by default those of the quickstart's model with half of its layers.
+
+    Args:
+        hidden: hidden size of the Llama.
+        intermediate: hidden size of its MLP.
+        layers: number of decoder layers.
+        sequences: sequences per rank and micro-batch.
+        length: tokens per sequence.
+    """
 
     hidden: int = 576
     intermediate: int = 1536
@@ -52,13 +61,14 @@ LEVELS = ("silent", "plain", "detailed")
 
 
 def overhead(seconds: Mapping[str, Sequence[float]], interval: int) -> float:
-    """Return the share of a silent step that reporting takes, with a detailed report every `interval` steps.
+    """Return the time that reporting adds to a step, as a fraction of the median silent step.
 
-    It is computed from the medians of the differences within a turn, since other programs disturb single steps.
+    The added time is the median over turns of the difference between two levels, because other programs disturb single
+    steps.
 
     Args:
-        seconds: by level of reporting, the seconds of a step in every turn.
-        interval: steps from one detailed report to the next.
+        seconds: level of reporting -> seconds of a step in each turn.
+        interval: number of steps from one detailed report to the next.
     """
     silent, plain, detailed = (seconds[level] for level in LEVELS)
     report = statistics.median(p - s for p, s in zip(plain, silent, strict=True))
@@ -67,7 +77,7 @@ def overhead(seconds: Mapping[str, Sequence[float]], interval: int) -> float:
 
 
 def measure(sizes: Sizes, turns: int) -> dict[str, list[float]]:
-    """Return the seconds of a step by level of reporting, turn by turn; every rank calls it."""
+    """Return, for each level of reporting, the seconds of a step in each turn. Collective: every rank must call it."""
     process = start()
     parallel = expert_parallel(process.world_size)
     backbone = llama_config(sizes.hidden, sizes.intermediate, sizes.layers, 9, 3, VOCABULARY)
@@ -89,7 +99,7 @@ def measure(sizes: Sizes, turns: int) -> dict[str, list[float]]:
 
 
 def _step(engine: Engine, process: Process, sizes: Sizes, level: str, monitor: Monitor, step: int) -> None:
-    """Take one optimizer step as the trainer does, with the given level of reporting."""
+    """Run one optimizer step as the trainer does, with the given level of reporting."""
     meter = None if level == "silent" else StepMeter(engine, process, detailed=level == "detailed")
     ids = torch.randint(0, VOCABULARY, (sizes.sequences, sizes.length), device=process.device)
     batch: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -108,7 +118,7 @@ def _step(engine: Engine, process: Process, sizes: Sizes, level: str, monitor: M
 
 
 def main(turns: int) -> None:
-    """Measure and print the default sizes, and the overhead at the default interval of detailed reports."""
+    """Measure the default sizes, and print the step times and the overhead at the default `run.detail_every`."""
     sizes, interval = Sizes(), Run("").detail_every
     with LocalRanks(RANKS, timeout=900) as ranks:
         seconds = ranks.run(measure, sizes, turns)[0]

@@ -1,6 +1,6 @@
-"""Compare the planner's predictions with real engines on small models: `ldmole bench plan`.
+"""Compare the planner's predictions with measurements of real engines on small models: `ldmole bench plan`.
 
-A quantity that is measured but not predicted, or predicted but not measured, is compared with 0.
+If a quantity is only predicted or only measured, the missing value is 0.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from ldmole_dist.study.bench.plan_measure import Measured, measure
 from ldmole_dist.study.machine import setup
 from ldmole_dist.study.table import markdown_table
 
-# The default thresholds would leave the weights of such small models unpartitioned, and gather them all at once.
+# With the default thresholds, ZeRO-3 would not partition the weights of such small models, or gather all of them at
+# once.
 SMALL_ZERO3 = (
     ("stage3_param_persistence_threshold", 500),
     ("stage3_max_reuse_distance", 100_000),
     ("stage3_prefetch_bucket_size", 30_000),
 )
 PARAMETERS = ("backbone", "experts", "adapter")
-ALL_TO_ALL = "alltoall_base"  # its elements are compared by kind, as counted in `parallel.wire`
-OPERATIONS = {  # by the name of torch's operator
+ALL_TO_ALL = "alltoall_base"  # only its calls are compared here; its elements are compared by kind (`parallel.wire`)
+OPERATIONS = {  # name of torch's operator -> name in the planner
     "allreduce": "all_reduce",
     "allgather_base": "all_gather",
     "reduce_scatter_base": "reduce_scatter",
@@ -49,7 +50,13 @@ OPERATIONS = {  # by the name of torch's operator
 
 
 class Case(NamedTuple):
-    """A configuration to measure; `dense` makes every token use all experts."""
+    """A configuration to measure.
+
+    Args:
+        workload: workload to train.
+        strategy: number of ranks and how the training is distributed over them.
+        dense: whether all experts are active for every token.
+    """
 
     workload: Workload
     strategy: Strategy
@@ -57,7 +64,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The configuration in words, such as "ZeRO 2, ep 4 all_to_all, bf16, 4 ranks"."""
+        """Description of the configuration, such as "ZeRO 2, ep 4 all_to_all, bf16, 4 ranks"."""
         w, s = self.workload, self.strategy
         parts = [f"ZeRO {s.stage}", f"ep {s.ep_size}" + (f" {s.dispatch}" if s.ep_size > 1 else "")]
         parts += [w.precision, *(["recompute"] if s.checkpointing else []), f"{s.ranks} ranks"]
@@ -65,12 +72,22 @@ class Case(NamedTuple):
 
     @property
     def routing_dependent(self) -> bool:
-        """Whether the elements sent depend on the routing of each token, of which the planner has an expectation only."""
+        """Whether the number of elements sent depends on each token's routing; the planner predicts only its mean."""
         return self.strategy.ep_size > 1 and self.strategy.dispatch != "gather" and not self.dense
 
 
 class Compared(NamedTuple):
-    """A predicted and a measured number, of the rank with the largest; routing-dependent elements are summed over ranks."""
+    """A predicted and a measured value of one quantity.
+
+    The measured value is the maximum over ranks for memory, the sum over ranks for routing-dependent elements and bytes
+    sent, and that of rank 0 for everything else.
+
+    Args:
+        case: name of the case.
+        quantity: name of the quantity with its unit, such as "gradients, bytes".
+        predicted: predicted value.
+        measured: measured value.
+    """
 
     case: str
     quantity: str
@@ -79,12 +96,16 @@ class Compared(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Error relative to the measured number."""
+        """Error relative to the measured value; if that is 0, 1 for a wrong prediction and 0 for a correct one."""
         return self.predicted / self.measured - 1 if self.measured else float(self.predicted != 0)
 
 
 def cases() -> list[Case]:
-    """Return cases with ZeRO 0 to 3, replicated and spread experts, with and without recomputation, few and many experts."""
+    """Return the cases to measure.
+
+    They cover ZeRO stages 0 to 3, replicated experts and experts spread over ranks, runs with and without gradient
+    checkpointing, 8 and 16 experts, and 1 and 2 micro-batches.
+    """
     sizes: Any = dict(
         vocab_size=1000,
         hidden_size=128,
@@ -115,7 +136,16 @@ def cases() -> list[Case]:
 
 
 def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
-    """Yield every predicted quantity of a case beside what all ranks measured, bytes of the parts first."""
+    """Yield each quantity of a case with its predicted and its measured value.
+
+    The order is: bytes of parameters, gradients, optimizer state and activations; elements and bytes that the dispatch
+    sends, by kind; elements, then calls, of each collective.
+
+    Args:
+        case: configuration that was measured.
+        measured: measurements of all ranks, by rank. Unless `case.dense`, the prediction uses rank 0's active experts
+            per token.
+    """
     workload = case.workload if case.dense else replace(case.workload, active=measured[0].active)
     predicted = memory(workload, case.strategy)
     sizes = {"parameters": sum(predicted[part] for part in PARAMETERS)} | predicted
@@ -136,7 +166,7 @@ def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
 
 
 def _compare_dispatch(case: Case, workload: Workload, measured: Sequence[Measured]) -> Iterator[Compared]:
-    """Yield elements and bytes by the kinds of `parallel.wire`: of rank 0, or routing-dependent ones of all ranks."""
+    """Yield the dispatch's elements and bytes by kind: summed over ranks if routing-dependent, otherwise of rank 0."""
     sent: Mapping[str, float] = dispatch_elements(workload, case.strategy)
     if case.routing_dependent:
         sent = _from_supports(case, measured)
@@ -150,7 +180,7 @@ def _compare_dispatch(case: Case, workload: Workload, measured: Sequence[Measure
 
 
 def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
-    """Return what `dispatch: auto` sends on all ranks for the supports that were measured, by kind."""
+    """Return the elements that `dispatch: auto` sends for the measured supports, by kind, summed over ranks."""
     workload, strategy = case.workload, case.strategy
     groups = shapes_of(workload).groups
     sent: Counter[str] = Counter()
@@ -170,7 +200,11 @@ def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
 
 
 def summary(rows: Sequence[Compared]) -> list[dict[str, object]]:
-    """Return a table row for each part in bytes and each count that differs, and one for all exact counts of a case."""
+    """Return the rows of the printed table.
+
+    Each case has one row per part of the memory, one per count whose prediction is wrong, and one with the number of
+    counts that are predicted exactly. Counts are elements, bytes sent and calls.
+    """
     table: list[dict[str, object]] = []
     for case in dict.fromkeys(row.case for row in rows):
         exact = 0
@@ -180,13 +214,13 @@ def summary(rows: Sequence[Compared]) -> list[dict[str, object]]:
                 table.append({**row._asdict(), "error": error})
             else:
                 exact += 1
-        quantity = f"{exact} counts of elements and calls"
+        quantity = f"{exact} counts of elements, bytes sent and calls"
         table.append({"case": case, "quantity": quantity, "predicted": "", "measured": "", "error": "exact"})
     return table
 
 
 def main() -> None:
-    """Measure every case on ranks of this machine and print the comparison."""
+    """Measure every case with processes on this machine and print the comparison."""
     rows: list[Compared] = []
     by_ranks = sorted(cases(), key=lambda case: case.strategy.ranks)
     progress = tqdm(by_ranks, unit="case", leave=False)
@@ -194,5 +228,5 @@ def main() -> None:
         with LocalRanks(size, timeout=600) as ranks:
             for case in group:
                 rows += compare(case, ranks.run(measure, *case))
-    print(f"Predicted and measured, of the rank with most; {setup()}")
+    print(f"Predicted and measured values; memory is that of the rank with the most; {setup()}")
     print(markdown_table(summary(rows)))

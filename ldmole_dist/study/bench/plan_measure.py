@@ -1,9 +1,10 @@
-"""Measure what a real engine holds and sends in one optimizer step, for `ldmole bench plan`.
+"""Measure the memory and the communication of a real engine in one optimizer step, for `ldmole bench plan`.
 
-It is independent of the planner. Bytes are those of distinct storages that module, engine and optimizer hold; elements are the
-payloads of all collectives of torch.distributed, whether from DeepSpeed or from this package.
+The measurement does not use the planner's formulas. Memory is the bytes of the distinct storages that module, engine
+and optimizer hold. Communication is the elements of all torch.distributed collectives, whether DeepSpeed or this
+package calls them.
 
-Shapes: B sequences, S positions.
+Shapes: T tokens of a micro-batch, E experts.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ WARM_UP = 3  # optimizer steps; ZeRO-3 records the order of its all-gathers in t
 
 @dataclass
 class Measured:
-    """What one rank holds, and what it sends in one optimizer step.
+    """Memory and communication of one rank in one optimizer step.
 
     Attributes:
-        bytes: by part.
-        wire: elements that the dispatch sends, by kind.
-        wire_bytes: bytes that the dispatch sends, by kind.
-        supports: (T, E) bool of every linear and micro-batch, in the order of the forwards.
-        collectives: elements, by operation and number of ranks.
-        calls: calls, by operation and number of ranks.
-        active: mean number of active experts of a token.
+        bytes: "parameters", "gradients", "optimizer" or "activations" -> bytes. Gradients are the maximum over
+            micro-batches, activations those of the last micro-batch.
+        wire: kind (see `parallel.wire`) -> elements that the dispatch sends.
+        wire_bytes: kind -> bytes that the dispatch sends.
+        supports: (T, E) bool arrays, one per linear and micro-batch, in the order of the forwards.
+        collectives: (torch operator, number of ranks) -> elements, as counted by `Collectives`.
+        calls: (torch operator, number of ranks) -> number of calls.
+        active: active experts per token, mean over tokens and linears in the last micro-batch.
     """
 
     bytes: dict[str, int] = field(default_factory=dict)
@@ -59,7 +61,10 @@ class Measured:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the calls of every collective, and their elements: those of the largest tensor of a call."""
+    """Dispatch mode that counts the calls and the elements of each c10d operator and process-group size.
+
+    The elements of a call are those of its largest tensor.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,12 +83,14 @@ class Collectives(TorchDispatchMode):
 
 
 def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
-    """Measure one optimizer step of a real engine on this rank, after a warm-up; every rank calls it.
+    """Measure one optimizer step of a real engine on this rank, after `WARM_UP` steps.
+
+    Collective: every rank must call it.
 
     Args:
-        workload: a workload with a small backbone.
-        strategy: a strategy for as many ranks as the process group has.
-        dense: whether to make every token use all experts.
+        workload: workload to train.
+        strategy: strategy to train with; its number of ranks must equal the world size.
+        dense: whether to make all experts active for every token.
     """
     w, s, process = workload, strategy, start()
     parallel = expert_parallel(s.ep_size, s.dispatch)
@@ -100,7 +107,7 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
         with torch.no_grad():
             for name, parameter in tuner.lambda_mlp.named_parameters():
                 if name.endswith("fc2.bias"):
-                    parameter.fill_(-1e4)  # lambda near minus infinity activates every expert
+                    parameter.fill_(-1e4)  # a very negative lambda activates every expert
     kept = KeptForBackward(model)
     if s.checkpointing:
         enable_gradient_checkpointing(model)
@@ -134,7 +141,7 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
 
 
 def _batch(workload: Workload, device: torch.device, step: int, index: int) -> dict[str, Tensor]:
-    """Draw full sequences; a workload with padding has one padding token, so that attention needs its mask."""
+    """Draw random sequences. If `workload.padded`, mask one token, because attention drops a mask without padding."""
     generator = torch.Generator().manual_seed(1000 * step + 100 * index + dist.get_rank())
     shape = workload.micro_batch, workload.seq
     ids = torch.randint(0, workload.backbone.vocab_size, shape, generator=generator)
@@ -145,7 +152,7 @@ def _batch(workload: Workload, device: torch.device, step: int, index: int) -> d
 
 
 def _loss(engine: Engine, workload: Workload, batch: dict[str, Tensor]) -> Tensor:
-    """Return the trainer's loss over the last positions of every sequence."""
+    """Return the trainer's loss: the mean over the last `answer_tokens` positions, plus the auxiliary losses."""
     answers = workload.answer_tokens or workload.seq
     positions = torch.arange(workload.seq - answers, workload.seq, device=batch["input_ids"].device)
     inputs: dict[str, Any] = batch | {"use_cache": False, "logits_to_keep": positions}
@@ -155,10 +162,13 @@ def _loss(engine: Engine, workload: Workload, batch: dict[str, Tensor]) -> Tenso
 
 
 class KeptForBackward:
-    """Memory that a forward keeps for its backward: saved tensors except parameters, and tapes of recomputed layers.
+    """Records the tensors that a forward keeps for its backward.
+
+    These are the tensors that autograd saves, except parameters, and with gradient checkpointing the tapes of routing
+    decisions that the recomputation replays.
 
     Args:
-        module: the model, before gradient checkpointing is enabled on it.
+        module: model to observe; gradient checkpointing must not be enabled yet.
     """
 
     def __init__(self, module: PeftModel) -> None:
@@ -177,7 +187,7 @@ class KeptForBackward:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the forward inside the block, and forget the previous one."""
+        """Record the forward that runs inside the block, and discard the previous record."""
         self._saved.clear()
         self._tapes.clear()
         with torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor):
@@ -185,17 +195,17 @@ class KeptForBackward:
 
     def _save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Look up the storages at each call, because ZeRO-3 gathers a parameter into another storage each time.
+        # Look up the parameters' storages at every call, because each all-gather of ZeRO-3 allocates a new one.
         if all(storage._cdata != p.untyped_storage()._cdata for p in self._module.parameters()):
             self._saved[storage._cdata] = storage
         return tensor
 
     def size(self) -> int:
-        """Return the bytes that the last forward kept."""
+        """Return the bytes of the recorded tensors."""
         return size_of([*self._saved.values(), *tensors_in(self._tapes)])
 
 
 def size_of(tensors: Iterable[Any]) -> int:
-    """Return the bytes of the distinct storages of tensors and storages."""
+    """Return the total bytes of tensors and storages, counting each distinct storage once."""
     storages = (t.untyped_storage() if isinstance(t, Tensor) else t for t in tensors)
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -1,6 +1,7 @@
-"""Measure what observing the routers adds to a forward: `python -m ldmole_dist.study.bench.report RUN_OR_ADAPTER`.
+"""Measure the time that observing the routers adds to a forward.
 
-It takes the arguments of `ldmole report` and forwards one batch with and without the observer, in turns.
+Usage: `python -m ldmole_dist.study.bench.report RUN_OR_ADAPTER`. The script accepts the arguments of `ldmole report`
+and runs one batch with and without the observer, in turns.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TURNS = 8
 
 
 def main() -> None:
-    """Measure and print the milliseconds per 1,000 tokens with and without the observer."""
+    """Parse the arguments, and print the milliseconds per 1,000 tokens with and without the observer."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     args = parser.parse_args()
@@ -39,7 +40,7 @@ def main() -> None:
     examples = [example for of_domain in data.examples.values() for example in of_domain]
     size = args.batch_size or 16
     by_length = batches(examples, int(tokenizer.pad_token_id), size, device)
-    batch = next(islice(by_length, len(examples) // size // 2, None))  # the batch of median lengths
+    batch = next(islice(by_length, len(examples) // size // 2, None))  # the middle batch in order of length
     counter = Counter(base.get_input_embeddings().num_embeddings, device)
     counter.begin("", batch)
     observers = {"without": None, "with": counter}

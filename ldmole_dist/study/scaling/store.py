@@ -63,7 +63,11 @@ class Store(StudyFolder):
         self.latency = folder / "latency.json"
         header, stored = ",".join(COLUMNS), next(read_lines(self.table), None)
         if stored is not None and stored.decode() != header + "\n":
-            raise UserError(f"{self.table} has other columns, from another version; choose another --output")
+            differing = ", ".join(sorted({*stored.decode().strip().split(",")} ^ {*COLUMNS})) or "another order"
+            raise UserError(
+                f"{self.table} does not have the columns of this version of ldmole_dist (different: {differing}); "
+                "choose another --output"
+            )
         if stored is None and machine is not None:
             self.append(header)
 
