@@ -1,11 +1,12 @@
-"""Order of the training examples, and batches of tensors.
+"""Global order of the training examples, and collation into batches of tensors.
 
-The sequence of examples depends only on the seed, the data and the position. Without source weights, each epoch has all
-examples in a new order. With weights, each position has a random source, and each pass through a source has a new order.
+Training reads an endless sequence of examples, which depends only on the seed, the data and the source weights. Without
+weights, each epoch is a new permutation of all examples. With weights, a random source is drawn for each position of the
+sequence; each source yields its own examples, in a new permutation on every pass.
 
 An optimizer step takes the next `global_batch_size` examples, sorts them by length and cuts them into micro-batches, which are
-assigned to the ranks in turn. The micro-batches are therefore the same for every world size. Epochs follow each other without
-a gap, so every step has the same number of examples.
+assigned to the ranks in turn. The micro-batches are therefore the same for every world size. A step may contain the end of one
+epoch and the start of the next, so every step has the same number of examples.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from ldmole_dist.data.permutation import Permutation
 from ldmole_dist.loss import IGNORED
 from ldmole_dist.parallel.placement import seeded
 
-BLOCK_SIZE = 1024  # positions whose sources are drawn together; changing it changes the order of resumed runs
+BLOCK_SIZE = 1024  # positions whose sources are drawn in one call; changing it changes the order of resumed runs
 
 
 class Mixture(NamedTuple):
-    """Sources that are sampled by weight.
+    """Sizes and weights of sources that are sampled by weight.
 
     Args:
-        sizes: number of examples of each source; the sources are concatenated in this order.
-        weights: sampling weight of each source; positive.
+        sizes: number of examples of each source; the training set concatenates the sources in this order.
+        weights: sampling weight of each source; positive, in any unit.
     """
 
     sizes: list[int]
@@ -40,7 +41,7 @@ class Mixture(NamedTuple):
 
 
 def make_mixture(data: str | Sequence[Source], sizes: Sequence[int]) -> Mixture | None:
-    """Return the mixture that `data.train` configures, or None if every example is seen once per epoch.
+    """Return the mixture that `data.train` configures, or None if no source has a weight.
 
     Args:
         data: value of `data.train`.
@@ -55,7 +56,7 @@ class ShuffledSource:
 
     Args:
         first: index of the source's first example in the training set.
-        size: number of its examples.
+        size: number of examples of the source.
         seed: seed of the shuffles.
     """
 
@@ -64,7 +65,7 @@ class ShuffledSource:
         self._epoch, self._permutation = -1, Permutation(1)
 
     def example(self, position: int) -> int:
-        """Return the index of the example at a position (from 0) of the sequence."""
+        """Return the training-set index of the example at `position` (from 0) of the sequence."""
         epoch, index = divmod(position, self.size)
         if epoch != self._epoch:
             self._epoch, self._permutation = epoch, Permutation(self.size, self.seed, epoch)
@@ -75,7 +76,7 @@ class TrainingOrder:
     """Assignment of examples to optimizer steps, micro-batches and ranks.
 
     Args:
-        lengths: length of each example, by which the examples of a step are sorted.
+        lengths: length of each example; the examples of a step are sorted by it.
         global_batch_size: examples per optimizer step.
         micro_batch_size: examples per forward pass of one rank.
         world_size: number of ranks.
@@ -96,21 +97,21 @@ class TrainingOrder:
         self.global_batch_size, self.micro_batch_size, self.world_size = global_batch_size, micro_batch_size, world_size
         sizes = [len(lengths)] if mixture is None else mixture.sizes
         starts = accumulate(sizes, initial=0)
-        # The prime step keeps the sources' seeds apart; the first source has the seed of the run.
+        # Each source has a seed of its own, so that sources of equal size are shuffled differently.
         self._sources = [
             ShuffledSource(first, size, seed + 7919 * i)
             for i, (first, size) in enumerate(zip(starts, sizes, strict=False))
         ]
-        self._blocks: list[Tensor] = []  # the source of each position, in blocks of BLOCK_SIZE
-        self._draws_before: list[Tensor] = [torch.zeros(len(sizes), dtype=torch.long)]  # per source, before each block
+        self._blocks: list[Tensor] = []  # index of the source of each position, by block
+        self._draws_before: list[Tensor] = [torch.zeros(len(sizes), dtype=torch.long)]  # of each source, by block
 
     def step(self, step: int) -> list[int]:
-        """Return the examples of optimizer step `step` (from 0) over all ranks, in the global order."""
+        """Return the example indices of optimizer step `step` (from 0) for all ranks, in the order of the sequence."""
         first = step * self.global_batch_size
         return [self._example(position) for position in range(first, first + self.global_batch_size)]
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        """Return the examples of optimizer step `step` (from 0) as the micro-batches of one rank."""
+        """Return the micro-batches of one rank in optimizer step `step` (from 0), each as a list of example indices."""
         by_length = sorted(self.step(step), key=lambda example: self.lengths[example])
         size = self.micro_batch_size
         micro_batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
@@ -120,7 +121,8 @@ class TrainingOrder:
         if self.mixture is None:
             return self._sources[0].example(position)
         block, offset = divmod(position, BLOCK_SIZE)
-        # A resumed run starts at a late position: it repeats the draws of all earlier blocks.
+        # Draw every block up to this one: the pass through a source depends on how often it was drawn before. A resumed run
+        # therefore repeats the draws of the steps that it skips.
         while len(self._blocks) <= block:
             generator = seeded(self.seed, "mixture", len(self._blocks))
             weights = torch.tensor(self.mixture.weights, dtype=torch.float64)
@@ -133,7 +135,7 @@ class TrainingOrder:
 
 
 def content_digest(examples: Sequence[Encoded]) -> str:
-    """Return a short hash of the contents of a training set."""
+    """Return a hash of the examples: of the number and sum of the token ids of each, and of its labels."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{len(example.input_ids)} {sum(example.input_ids)} {example.labels}\n".encode())
@@ -143,13 +145,13 @@ def content_digest(examples: Sequence[Encoded]) -> str:
 def describe_order(
     config: Config, examples: int, contents: str, mixture: Mixture | None = None
 ) -> dict[str, int | str]:
-    """Return everything that the order of the examples depends on; a resumed run must have the same values.
+    """Return the values that determine the order of the examples; a resumed run must have the same values.
 
     Args:
         config: config of the run.
         examples: number of training examples.
-        contents: hash of the training set.
-        mixture: sources that are sampled by weight, if any.
+        contents: hash of the training set (`content_digest`, or `StreamedRows.digest`).
+        mixture: sources that are sampled by weight; None if they are not.
     """
     described: dict[str, int | str] = {
         "global_batch_size": config.optimisation.global_batch_size,
@@ -171,7 +173,8 @@ def collate(examples: Sequence[Encoded], pad_id: int, device: torch.device) -> d
         device: device of the result.
 
     Returns:
-        "input_ids" and "attention_mask" (B, S), and "labels" (B, S) for tokens or (B,) for classes.
+        "input_ids" (B, S), "attention_mask" (B, S) with 0 for padding, and "labels": (B, S) with -100 for padding, or (B,)
+        class indices for sequence classification.
     """
     width = max(len(e.input_ids) for e in examples)
 
@@ -189,21 +192,21 @@ def collate(examples: Sequence[Encoded], pad_id: int, device: torch.device) -> d
 def pack(examples: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
     """Concatenate examples into one row without padding.
 
-    There is no attention mask: transformers starts a new sequence wherever the position ids restart, and no token attends to
-    another sequence.
+    The batch has no attention mask. transformers starts a new sequence wherever the position ids restart from 0, and a token
+    attends only to its own sequence.
 
     Args:
-        examples: sequences with token labels, of T tokens in total.
+        examples: sequences with token labels and T tokens in total.
         device: device of the result.
 
     Returns:
-        "input_ids", "position_ids" and "labels" (1, T).
+        "input_ids", "position_ids" and "labels", each (1, T).
     """
     ids: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
     for example in examples:
-        assert isinstance(example.labels, list)  # the config refuses packing for classification
+        assert isinstance(example.labels, list)  # the config rejects packing for classification
         ids += example.input_ids
         positions += range(len(example.input_ids))
         # The last token of one sequence must not be trained to predict the first token of the next.
@@ -213,10 +216,10 @@ def pack(examples: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]
 
 
 def real_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """Return the number of tokens that are not padding, as a scalar tensor.
+    """Return the number of tokens of a batch that are not padding, as a scalar tensor.
 
     Args:
-        batch: result of `collate` or `pack`.
+        batch: return value of `collate` or `pack`.
     """
     mask = batch.get("attention_mask")
     return (torch.ones_like(batch["input_ids"]) if mask is None else mask).sum()

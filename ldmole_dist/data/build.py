@@ -18,7 +18,7 @@ from ldmole_dist.data.streaming import PartIndex, StreamedRows, index_part
 from ldmole_dist.data.training_data import InMemoryData, StreamedData, TrainingData
 from ldmole_dist.distributed import Process, raise_on_all_ranks
 
-SAMPLE_SIZE = 16
+SAMPLE_SIZE = 16  # training examples whose routing is probed if there is no evaluation set
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class RunData:
     Args:
         training: micro-batches of this rank.
         size: number of training examples.
-        order: everything that the order of the examples depends on (`describe_order`).
-        sample: the first `SAMPLE_SIZE` training examples.
-        held_out: the evaluation set, complete on every rank; None without one.
+        order: values that determine the order of the examples (`describe_order`).
+        sample: the first training examples, at most `SAMPLE_SIZE`.
+        held_out: evaluation set, complete on every rank; None if `data.eval` is not set.
     """
 
     training: TrainingData
@@ -41,10 +41,13 @@ class RunData:
 
 
 def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, process: Process) -> RunData:
-    """Read and check all rows, and encode those that are not streamed. Every rank must call it.
+    """Read and check all rows of a run, and encode those that are not streamed.
+
+    Collective: every rank must call it.
 
     Raises:
-        UserError, PeerError: on every rank, for the first invalid row; the message names file, line and reason.
+        UserError, PeerError: on every rank, if a file cannot be read or a row is invalid; the message names the file, the
+            line and the reason.
     """
     data, task, quiet = config.data, config.backbone.task, not process.is_main
 
@@ -83,7 +86,7 @@ def _make_order(config: Config, lengths: Sequence[int], process: Process, mixtur
 
 
 def _index_files(config: Config, encoder: Encoder, process: Process) -> StreamedRows:
-    """Check the training files, each rank one part of every file, and share the index of all parts with every rank."""
+    """Check and index the training files: each rank reads one part of every file and receives the indexes of all parts."""
     sources = as_sources(config.data.train)
     with raise_on_all_ranks("checking the data"):
         parsers = [RowParser(s, config.backbone.task, config.data.labels, named=len(sources) > 1) for s in sources]

@@ -1,7 +1,7 @@
 """Cache of token ids on disk.
 
-The name of a cache file is a hash of everything that the token ids depend on: rows, tokenizer, chat template and settings. A
-change of any of them leads to another file, so stale ids are never read.
+The name of a cache file is a hash of everything that the token ids depend on: rows, tokenizer, chat template and settings. If
+any of them changes, so does the name of the file, and stale ids are never read.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ldmole_dist.data.encode import Encoded, Encoder
 from ldmole_dist.data.rows import Row
 from ldmole_dist.io import atomic_file, write_errors
 
-LAYOUT = 1  # version of the files; increase it when `Encoder` encodes rows differently
+LAYOUT = 1  # version of the cached content; increase it when `Encoder` encodes rows differently
 
 
 def encode_cached(
     encoder: Encoder, rows: Sequence[Row], folder: str | None, progress: str, quiet: bool, write: bool
 ) -> list[Encoded]:
-    """Return the encoded rows from the cache, or encode them.
+    """Return the encoded rows: from the cache if it holds them, otherwise newly encoded.
 
     Args:
         encoder: encoder of the rows.
@@ -32,10 +32,10 @@ def encode_cached(
         folder: cache folder; None disables the cache.
         progress: label of the progress bar.
         quiet: hide the progress bar.
-        write: save rows that are not cached yet; set it on one of the processes that share the folder.
+        write: save newly encoded rows to the cache; set it on only one of the processes that share the folder.
 
     Raises:
-        UserError: if a row cannot be encoded (`Encoder`), or the folder cannot be written.
+        UserError: if a row cannot be encoded (`Encoder.encode`), or the folder cannot be written.
     """
     if folder is None:
         return encoder(rows, progress, quiet)
@@ -66,7 +66,7 @@ def cache_key(encoder: Encoder, rows: Sequence[Row]) -> str:
 
 
 def _read(path: Path, encoder: Encoder, rows: Sequence[Row]) -> list[Encoded] | None:
-    """Return the cached rows, or None if the file is missing or damaged."""
+    """Return the cached rows; None if the file is missing or cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
             ids, ends, labels = file["ids"], file["ends"], file["labels"]

@@ -1,4 +1,4 @@
-"""Tokenization of rows, with labels on the answers only."""
+"""Tokenization of rows into sequences whose labels mark the tokens of the answer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Encoded:
 
     Args:
         input_ids: all token ids.
-        labels: token ids in the answer and -100 elsewhere, or one class index.
-        domain: see `Row`.
-        choices: ids of the possible first tokens of the answer; None unless every possible answer is a single token.
+        labels: token ids of the answer and -100 elsewhere; for sequence classification, the class index.
+        domain: domain of the row (`Row.domain`).
+        choices: token ids of the possible answers; None if they are unknown or one of them is not a single token.
     """
 
     input_ids: list[int]
@@ -32,17 +32,17 @@ class Encoded:
 
 
 class Encoder:
-    """Tokenizer of rows.
+    """Encoder of rows as token ids and labels.
 
     Args:
         tokenizer: tokenizer of the backbone.
         task: "causal_lm" or "sequence_classification".
         labels: class names for sequence_classification; for causal_lm the possible answers, one token each, or None.
         max_length: maximum number of tokens of a sequence.
-        truncation: cut longer prompts at their start and longer plain texts at their end; if False, they are an error.
+        truncation: cut longer sequences: plain texts at the end, all others at the start. If False, they are an error.
 
     Raises:
-        UserError: if one of `labels` is not a single token.
+        UserError: for causal_lm, if one of `labels` is not a single token or two of them are the same token.
     """
 
     def __init__(
@@ -69,12 +69,17 @@ class Encoder:
             quiet: hide the progress bar.
 
         Raises:
-            UserError: if a row has no tokens, or is too long and must not be cut; the message names the row.
+            UserError: if a row cannot be encoded (`encode`); the message names the row.
         """
         return [self.encode(row) for row in tqdm(rows, desc=progress, disable=quiet, unit="row")]
 
     def encode(self, row: Row) -> Encoded:
-        """Encode one row; errors as in `__call__`."""
+        """Encode one row.
+
+        Raises:
+            UserError: if the row has no tokens, is too long and must not be cut, has an answer that leaves no room for the
+                prompt, or is a conversation that the chat template rejects.
+        """
         if self.task == "sequence_classification":
             assert self.labels is not None  # checked with the config
             ids, _ = self._fit([(self.tokenizer(row.source)["input_ids"], False)], row)
@@ -85,7 +90,10 @@ class Encoder:
         return Encoded(*self._fit(parts, row), row.domain, self.choice_ids(row))
 
     def check(self, row: Row) -> None:
-        """Encode the row if that may fail: a long answer may leave no room for a prompt, a chat template may refuse.
+        """Check that a row can be encoded when truncation is on.
+
+        For speed, the row is encoded only if that may fail: the chat template may reject a conversation, and a long answer may
+        leave no room for the prompt.
 
         Raises:
             UserError: if the row cannot be encoded.
@@ -99,12 +107,15 @@ class Encoder:
         return list(self.tokenizer(prompt)["input_ids"])
 
     def answer_ids(self, row: Row) -> list[int]:
-        """Return the token ids that are trained on: the target, and the end-of-sequence token unless `labels` lists it."""
+        """Return the token ids of the target, which are trained on.
+
+        They end with the end-of-sequence token, except in rows whose possible answers are `labels`.
+        """
         ids = self._ids(row.target)
         return ids if self.labels is not None and row.choices is None else [*ids, self.tokenizer.eos_token_id]
 
     def encode_choices(self, row: Row) -> list[Encoded]:
-        """Return one sequence per possible answer of a row: its prompt and the answer, without an end-of-sequence token.
+        """Return one sequence per possible answer of a row: the prompt and that answer, without an end-of-sequence token.
 
         Raises:
             UserError: if the possible answers are unknown, or an answer has no tokens.
@@ -120,12 +131,17 @@ class Encoder:
         for choice in choices:
             ids = self._ids(choice)
             if not ids or not prompt:
-                raise UserError(f"{row.where}: --likelihood needs at least one token in the prompt and in each answer.")
+                part = f"the answer {choice!r:.60}" if prompt else "the prompt"
+                raise UserError(f"{row.where}: {part} has no tokens, which --likelihood requires; correct the row.")
             encoded.append(Encoded(*self._fit([(prompt, False), (ids, True)], row), row.domain))
         return encoded
 
     def choice_ids(self, row: Row) -> tuple[int, ...] | None:
-        """Return the token ids of the possible answers of a row, or None if they are unknown or not single tokens."""
+        """Return the token ids of the possible answers of a row; None if unknown or if one is not a single token.
+
+        Raises:
+            UserError: if two of the answers are the same token.
+        """
         if self.task == "sequence_classification" or row.messages:
             return None
         if row.choices is None:
@@ -145,7 +161,10 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _conversation(self, row: Row) -> list[tuple[list[int], bool]]:
-        """Return each part as (token ids, whether it is trained on); text that the template adds for the assistant is."""
+        """Return the parts of a rendered conversation, each as (token ids, whether they are trained on).
+
+        An assistant's turn is trained on with the end-of-turn text that the template adds, but without the turn's header.
+        """
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
                 f"{row.where}: the row is a conversation, but the backbone's tokenizer has no chat template; use a backbone "
@@ -173,10 +192,10 @@ class Encoder:
                 self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
             )
         except TemplateError as error:
-            raise UserError(f"{row.where}: the chat template rejects the conversation: {error}") from error
+            raise UserError(f"{row.where}: the chat template rejects the conversation: {error}; correct the row.") from error
 
     def _fit(self, parts: Sequence[tuple[list[int], bool]], row: Row) -> tuple[list[int], list[int]]:
-        """Return ids and labels of the concatenated parts, cut to `max_length` if truncation is on."""
+        """Return the token ids and labels of the concatenated parts, cut to `max_length` if truncation is on."""
         ids = [i for part, _ in parts for i in part]
         labels = [i if trained else IGNORED for part, trained in parts for i in part]
         limit = self.max_length
@@ -192,7 +211,7 @@ class Encoder:
         if answer_length >= limit and not plain_text:
             raise UserError(
                 f"{row.where}: an answer of {answer_length} tokens leaves no prompt within data.max_length={limit}; increase "
-                "it or shorten the answer."
+                "it, or shorten the answer."
             )
         kept = slice(limit) if plain_text else slice(-limit, None)
         return ids[kept], labels[kept]
@@ -203,8 +222,8 @@ def check_single_tokens(labels: Sequence[str], ids: Sequence[Sequence[int]], whe
 
     Args:
         labels: possible answers.
-        ids: token ids of each of them.
-        where: location of the answers, for error messages.
+        ids: token ids of each answer.
+        where: location of the answers, used in error messages.
 
     Raises:
         UserError: if an answer is not a single token, or two answers are the same token.
@@ -217,5 +236,5 @@ def check_single_tokens(labels: Sequence[str], ids: Sequence[Sequence[int]], whe
             )
     choices = tuple(tokens[0] for tokens in ids)
     if len(set(choices)) < len(choices):
-        raise UserError(f"{where}: two of {list(labels)} are the same token for this tokenizer; use other words.")
+        raise UserError(f"{where}: two of the answers {list(labels)} are the same token for this tokenizer; use other words.")
     return choices

@@ -1,6 +1,7 @@
-"""Record formats: functions that check a record and return its row.
+"""Record formats: functions that check a record and convert it to a row.
 
-Each format takes a record and its location, and raises a UserError that names the location, the reason and the remedy.
+Each format takes a record and its location, and returns the row. It raises a UserError for an invalid record; the message names
+the location, the reason and the remedy.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ ROLES = {
 
 
 def prompt_completion(record: Record, where: str) -> Row:
-    """Return the row of {"prompt", "completion"}: the completion is trained on.
+    """Convert {"prompt": ..., "completion": ...}; the completion is trained on.
 
-    "choices" may list all possible completions of this row.
+    A list under "choices" is optional and holds all possible completions of the record.
     """
     prompt, completion = get_text(record, "prompt", where), get_text(record, "completion", where)
     choices = record.get("choices")
@@ -37,21 +38,21 @@ def prompt_completion(record: Record, where: str) -> Row:
     texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     if not texts or len(set(choices)) < max(2, len(choices)) or completion not in choices:
         raise UserError(
-            f"{where}: 'choices' is {choices!r:.60}; make it a list of at least two distinct texts that includes the "
+            f"{where}: 'choices' is {choices!r:.60}; make it a list of at least two distinct strings that includes the "
             f"completion {completion!r:.60}."
         )
     return Row(prompt, completion, where, get_domain(record), tuple(choices))
 
 
 def alpaca(record: Record, where: str) -> Row:
-    """Return the row of {"instruction", "input", "output"}: the output is trained on, after Alpaca's prompt.
+    """Convert {"instruction": ..., "input": ..., "output": ...}, with the prompt of Alpaca; the output is trained on.
 
     "input" may be empty or missing.
     """
     instruction, output = get_text(record, "instruction", where), get_text(record, "output", where)
     context = record.get("input") or ""
     if not isinstance(context, str):
-        raise UserError(f"{where}: 'input' is {context!r:.60}; make it a text or remove it.")
+        raise UserError(f"{where}: 'input' is {context!r:.60}; make it a string or remove it.")
     prompt = ALPACA.format(also=", paired with an input that provides further context" if context else "")
     prompt += (
         f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{context}\n\n" if context else "") + "### Response:\n"
@@ -60,22 +61,22 @@ def alpaca(record: Record, where: str) -> Row:
 
 
 def sharegpt(record: Record, where: str) -> Row:
-    """Return the row of {"conversations": [{"from": "human", "value": ...}, ...]}: the turns of "gpt" are trained on."""
+    """Convert {"conversations": [{"from": "human", "value": ...}, ...]}; the turns from "gpt" are trained on."""
     return _conversation(record, "conversations", "from", "value", where)
 
 
 def messages(record: Record, where: str) -> Row:
-    """Return the row of {"messages": [{"role": "user", "content": ...}, ...]}: the assistant's turns are trained on."""
+    """Convert {"messages": [{"role": "user", "content": ...}, ...]}; the assistant's turns are trained on."""
     return _conversation(record, "messages", "role", "content", where)
 
 
 def text(record: Record, where: str) -> Row:
-    """Return the row of {"text"}: the whole text is trained on."""
+    """Convert {"text": ...}; the complete text is trained on."""
     return Row("", get_text(record, "text", where), where, get_domain(record))
 
 
 def classification(record: Record, where: str) -> Row:
-    """Return the row of {"text", "label"}, where the label is a class name."""
+    """Convert {"text": ..., "label": ...}, where the label is a class name."""
     return Row(get_text(record, "text", where), get_text(record, "label", where), where, get_domain(record))
 
 
@@ -113,21 +114,21 @@ def detect_format(record: Record, where: str, task: str) -> str:
 
 
 def get_text(record: Record, key: str, where: str) -> str:
-    """Return the text stored under a key.
+    """Return the string stored under a key.
 
     Raises:
-        UserError: if the key is missing or its value is not a text.
+        UserError: if the key is missing or its value is not a string.
     """
     value = record.get(key)
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: key {key!r} must hold a text, got {value!r:.60}; the row's keys are {sorted(record)}."
+            f"{where}: key {key!r} must hold a string, got {value!r:.60}; the row's keys are {sorted(record)}."
         )
     return value
 
 
 def get_domain(record: Record) -> str | None:
-    """Return the record's "domain" as a string, or None if it has none."""
+    """Return the value of the record's "domain" key as a string; None if the record has no domain."""
     domain = record.get("domain")
     return None if domain is None else str(domain)
 
@@ -147,6 +148,7 @@ def _conversation(record: Record, key: str, role_key: str, text_key: str, where:
         found.append(Message(role, get_text(turn, text_key, turn_where)))
     if found[-1].role != "assistant":
         raise UserError(
-            f"{where}: the last turn is the {found[-1].role}'s; the assistant's turns are trained on, so end with one."
+            f"{where}: the last turn is the {found[-1].role}'s, but only the assistant's turns are trained on; end the "
+            "conversation with a turn of the assistant."
         )
     return Row("", "", where, get_domain(record), messages=tuple(found))

@@ -1,7 +1,7 @@
-"""Pseudorandom permutation of n numbers in constant memory.
+"""Pseudorandom permutation of the integers 0 to n - 1 in constant memory.
 
-A Feistel network permutes the numbers of the smallest even number of bits that can hold n - 1; it is applied repeatedly until
-the result is below n (cycle walking; Black and Rogaway, 2002).
+A Feistel network permutes all integers of 2 b bits, with the smallest b >= 1 such that n - 1 fits. It is applied repeatedly
+until the result is below n (cycle walking; Black and Rogaway, 2002).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ _WORD = (1 << 64) - 1
 
 
 class Permutation:
-    """Bijection of 0 .. size - 1.
+    """Pseudorandom permutation of the integers 0 to n - 1.
 
     Args:
         size: n, at least 1.
-        key: numbers that select the permutation.
+        key: integers that select the permutation; the same key gives the same permutation.
     """
 
     def __init__(self, size: int, *key: int) -> None:
@@ -27,7 +27,10 @@ class Permutation:
         self._keys = [int.from_bytes(digest[i : i + 8]) for i in range(0, len(digest), 8)]
 
     def __call__(self, index: int) -> int:
-        """Return the image of `index`. The network's domain is below 4 n, so this takes fewer than 4 passes on average."""
+        """Return the integer that `index` is mapped to.
+
+        The network's domain has at most 4 n elements, so that a call takes at most 4 passes through it on average.
+        """
         index = self._pass(index)
         while index >= self.size:
             index = self._pass(index)
@@ -42,7 +45,7 @@ class Permutation:
 
 
 def _mix(x: int) -> int:
-    """Return the finalizer of SplitMix64, in which every output bit depends on every input bit."""
+    """Apply the finalizer of SplitMix64 to a 64-bit integer: every output bit depends on every input bit."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _WORD
     return x ^ x >> 31

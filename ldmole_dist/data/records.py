@@ -1,4 +1,4 @@
-"""Readers of data files, which return each record with its location."""
+"""Readers of data files, which yield each record with its location."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ LocatedRecord = tuple[dict[str, Any], str]
 
 
 def read_records(path: str) -> Iterator[LocatedRecord]:
-    """Yield the records of a file, each with its location: "FILE, line N", or "FILE, row N" in files without lines.
+    """Yield the records of a file, each with its location: "FILE, line N", or "FILE, row N" for JSON arrays and Parquet.
 
     Args:
-        path: .jsonl or .json file (one object per line; .json may also hold one array), .csv file with a header, or .parquet
-            file.
+        path: path of a .parquet file, a .csv file with a header, or a file with one JSON object per line; a .json file may hold
+            one array of objects instead.
 
     Raises:
-        UserError: if the file cannot be read; the message names file and line.
+        UserError: if the file cannot be read or a record is invalid; the message names the location.
     """
     file = Path(path)
     try:
         yield from _reader(file)(file)
     except OSError as error:
         raise UserError(
-            f"cannot read data file {path}: {error.strerror or error}; check data.train and data.eval."
+            f"cannot read data file {path}: {error.strerror or error}; check the path and its permissions."
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8 text ({error}); convert it to UTF-8.") from error
@@ -37,7 +37,7 @@ def read_records(path: str) -> Iterator[LocatedRecord]:
 
 
 def parse_line(line: str | bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object in a line.
+    """Parse a line that holds a JSON object.
 
     Raises:
         UserError: if the line is not a JSON object; the message names `where`.
@@ -46,14 +46,14 @@ def parse_line(line: str | bytes, where: str) -> dict[str, Any]:
         return _check_object(json.loads(line), where)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where}: not valid JSON: {error.msg} at column {error.colno}; correct or delete it."
+            f"{where}: not valid JSON: {error.msg} at column {error.colno}; correct or delete the line."
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error}); convert the file to UTF-8.") from error
 
 
 def line_location(file: Path, offset: int) -> str:
-    """Return "FILE, line N" for the line that starts at a byte offset."""
+    """Return "FILE, line N" for the line that starts at byte `offset`."""
     with file.open("rb") as content:
         remaining, number = offset, 1
         while remaining > 0:
@@ -111,7 +111,7 @@ def _read_csv(file: Path) -> Iterator[LocatedRecord]:
 
 
 def _read_parquet(file: Path) -> Iterator[LocatedRecord]:
-    import pyarrow.parquet  # slow to import, and most data files have other formats
+    import pyarrow.parquet  # deferred: it is slow to import, and most data files have other formats
 
     number = 0
     try:
@@ -120,10 +120,10 @@ def _read_parquet(file: Path) -> Iterator[LocatedRecord]:
                 number += 1
                 yield record, f"{file}, row {number}"
     except pyarrow.ArrowException as error:
-        raise UserError(f"data file {file} is not valid Parquet ({error}); write it again.") from error
+        raise UserError(f"data file {file} is not valid Parquet ({error}); create the file again.") from error
 
 
 def _check_object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, got {record!r:.60}; correct or delete it.")
+        raise UserError(f"{where}: expected a JSON object, got {record!r:.60}; correct or delete the record.")
     return record

@@ -20,11 +20,11 @@ class Row:
     Args:
         source: input of the model: a prompt, or the text to classify; empty for plain text.
         target: expected output: a completion, a class name, or the complete plain text.
-        where: file and line, for error messages.
+        where: location, such as "FILE, line N", used in error messages.
         domain: label such as "code", by which evaluation results and the routing report are grouped; None if unknown.
-        choices: all possible targets, if this row has its own.
-        messages: conversation, in place of source and target. The tokenizer's chat template renders it, and every turn of the
-            assistant is trained on.
+        choices: all possible targets of this row; None if the row does not list them.
+        messages: conversation that replaces source and target; empty if there is none. The tokenizer's chat template renders
+            it, and every turn of the assistant is trained on.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""Rows of the configured data sources: files, tasks, data sets of the Hugging Face hub, and mixtures of them."""
+"""Rows of the configured data sources: files, tasks, data sets on the Hugging Face hub, and mixtures of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldmole_dist.errors import UserError
 
 
 def as_sources(data: str | Sequence[Source]) -> list[Source]:
-    """Return the sources in `data.train` or `data.eval`; a single path is one source."""
+    """Return the sources of `data.train` or `data.eval`; a single path is one source."""
     return [Source(path=data)] if isinstance(data, str) else list(data)
 
 
@@ -30,17 +30,21 @@ def read_rows(
     limit: int | None = None,
     split: str = "train",
 ) -> list[list[Row]]:
-    """Return the rows of each source.
+    """Read and check the rows of each source.
 
     Args:
         data: value of `data.train` or `data.eval`.
         task: "causal_lm" or "sequence_classification".
         labels: allowed targets of rows that have no choices of their own; None allows any.
-        limit: maximum number of rows of each source.
-        split: "train" or "eval"; selects the split of data sets of the hub.
+        limit: maximum number of rows of each source; None reads all.
+        split: "train" or "eval"; selects a task's default split on the hub.
+
+    Returns:
+        One list of rows per source.
 
     Raises:
-        UserError: for an invalid row, naming file and line, or for a source without rows.
+        UserError: if a source does not fit the task, cannot be read or has no rows, or if a row is invalid; the message names
+            the location.
     """
     sources = as_sources(data)
     by_source = []
@@ -54,16 +58,16 @@ def read_rows(
 
 
 class RowParser:
-    """Parser and checker of the records of one source.
+    """Function that checks a record of one source and converts it to a row.
 
     Args:
-        source: source from the config.
+        source: source from the config. Its name is the domain of rows without one.
         task: "causal_lm" or "sequence_classification".
         labels: allowed targets of rows that have no choices of their own; None allows any.
-        named: use the source's name as the domain of rows without one.
+        named: name a source without a name after its task or file.
 
     Raises:
-        UserError: if the source does not fit the task.
+        UserError: if the source's task or format does not fit `task`.
     """
 
     def __init__(self, source: Source, task: str, labels: Sequence[str] | None, named: bool) -> None:
@@ -85,7 +89,9 @@ class RowParser:
                 raise UserError(f"data format {source.format} does not fit backbone.task={task}; change one of them.")
 
     def __call__(self, record: Mapping[str, Any], where: str) -> Row:
-        """Return the row of a record. The first record determines the format if the config does not.
+        """Return the row of a record.
+
+        If the config does not set the format, the first record determines it.
 
         Raises:
             UserError: for an invalid record; the message names `where`, the reason and the remedy.
@@ -108,13 +114,13 @@ def _records(source: Source, split: str) -> Iterator[LocatedRecord]:
 
 
 def _hub_records(task: Task, split: str | None, default: str) -> Iterator[LocatedRecord]:
-    import datasets  # imports pandas, a fifth of the start-up time, and most runs read files
+    import datasets  # deferred: it imports pandas, a fifth of the start-up time, and most runs read files
 
     path, config = task.hub
     name = split or task.splits[default]
     try:
         data: Any = datasets.load_dataset(path, config, split=task.hub_split or name)
-    except Exception as error:  # no common base class: network, missing data set, access denied
+    except Exception as error:  # the errors have no common base class: network, missing data set, access denied
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"data task {task.name}: cannot load {path} from the hub ({reason}); provide its rows in a .jsonl, .parquet or "

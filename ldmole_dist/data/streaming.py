@@ -1,7 +1,7 @@
 """Rows of JSON-lines files that stay on disk.
 
 All rows are read and checked once at the start; only the byte offset of every `STRIDE`-th row stays in memory. Each rank checks
-an equal part of the bytes of every file, and `StreamedRows` combines the indexes of the parts.
+one part of every file (all parts have the same number of bytes), and `StreamedRows` combines the indexes of the parts.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import RowParser
 from ldmole_dist.errors import UserError
 
-STRIDE = 32  # trades memory for reads: finding a row reads 16 others on average
+STRIDE = 32  # larger saves memory, but reading a row first reads half as many others on average
 
 
 @dataclass(frozen=True)
 class PartIndex:
-    """Index of the lines that start in one part of a file's bytes.
+    """Index of the lines that start in one part (byte range) of a file.
 
     Args:
-        rows: number of lines that are not blank.
-        lines: number of all lines.
-        marks: (M, 2) byte offset and line number (from 0 within the part) of every `STRIDE`-th row.
-        digest: hash of the rows, independent of their order.
+        rows: number of rows, which are the lines that are not blank.
+        lines: number of lines, including blank ones.
+        marks: (M, 2) array: byte offset in the file and line number in the part (from 0) of every `STRIDE`-th row.
+        digest: sum of the 64-bit hashes of the rows, modulo 2**64; independent of the order of the rows.
     """
 
     rows: int
@@ -49,18 +49,18 @@ class PartIndex:
 def index_part(
     source: Source, parser: RowParser, check: Callable[[Row], None], part: int, parts: int, quiet: bool
 ) -> PartIndex:
-    """Read, check and index the rows in one of several equal parts of a file.
+    """Read, check and index the rows in one of `parts` equal parts of a file.
 
     Args:
         source: .jsonl source from the config.
-        parser: parser of its rows.
+        parser: parser of the source's records.
         check: function that raises a UserError if a row cannot be encoded.
         part: index of the part, from 0.
         parts: number of parts.
         quiet: hide the progress bar.
 
     Raises:
-        UserError: for an invalid row, naming file and line, or if the file cannot be read.
+        UserError: if the file cannot be read or has no rows, or if a row is invalid; the message names file and line.
     """
     assert source.path is not None  # the config requires a path for streaming
     path = Path(source.path)
@@ -80,7 +80,7 @@ def index_part(
 
 
 def _parse_first_row(file: BinaryIO, path: Path, parser: RowParser) -> None:
-    """Parse the first row of the file, which determines the format in every part."""
+    """Parse the first row of the file, which determines the format for all parts."""
     for number, line in enumerate(file, start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -121,7 +121,7 @@ class LineFile:
 
     Args:
         path: path of the file.
-        parts: indexes of all its parts, in order.
+        parts: indexes of all parts of the file, in order.
     """
 
     def __init__(self, path: str, parts: Sequence[PartIndex]) -> None:
@@ -134,10 +134,10 @@ class LineFile:
         return self._first_rows[-1]
 
     def line(self, row: int) -> tuple[bytes, str]:
-        """Return the line of a row (from 0), and its location.
+        """Return the line of a row (from 0) and its location, "FILE, line N".
 
         Raises:
-            UserError: if the file has become shorter since it was checked.
+            UserError: if the file cannot be opened, or is shorter than when it was checked.
         """
         part = bisect_right(self._first_rows, row) - 1
         mark, skipped = divmod(row - self._first_rows[part], STRIDE)
@@ -151,18 +151,21 @@ class LineFile:
                 if skipped == 0:
                     return line, f"{self.path}, line {number}"
                 skipped -= 1
-        raise UserError(f"data file {self.path} became shorter during the run; start the run again.")
+        raise UserError(f"data file {self.path} became shorter during the run; restore it and run the same command again.")
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_file": None}  # open files cannot be pickled
 
     def _open(self) -> BinaryIO:
-        """Return a file object of this process: forked workers would share, and move, the position of an inherited one."""
+        """Return the file, opened by this process.
+
+        A file object that a worker inherits in a fork shares its position with that of the parent process.
+        """
         if self._file is None or self._file[0] != os.getpid():
             try:
                 self._file = (os.getpid(), Path(self.path).open("rb"))  # noqa: SIM115  (stays open for the run)
             except OSError as error:
-                raise UserError(f"cannot read data file {self.path}: {error.strerror or error}.") from error
+                raise UserError(f"cannot read data file {self.path}: {error.strerror or error}; restore the file.") from error
         return self._file[1]
 
 
@@ -177,7 +180,10 @@ class StreamedRows:
     Args:
         sources: sources from the config.
         parsers: parser of each source.
-        parts: indexes of all parts of each source, in the order of the ranks.
+        parts: for each source, the indexes of its parts, in order.
+
+    Attributes:
+        digest: hash of all rows, independent of their order within a file.
     """
 
     def __init__(
@@ -196,7 +202,8 @@ class StreamedRows:
         """Read and parse one row.
 
         Raises:
-            UserError: if the row has changed since it was checked and is invalid; the message names file and line.
+            UserError: if the file cannot be read, or the row has become invalid since it was checked; the message names the
+                file, and the line if there is one.
         """
         file, line, where = self._line(index)
         return self.parsers[file](parse_line(line, where), where)
@@ -208,7 +215,7 @@ class StreamedRows:
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Length of each row in bytes, read on access; an estimate of its number of tokens."""
+        """Length of each row's line in bytes, as an estimate of its number of tokens; each access reads the line."""
         return _Lengths(len(self), lambda index: len(self._line(index)[1]))
 
     def _line(self, index: int) -> tuple[int, bytes, str]:

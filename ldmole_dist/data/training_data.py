@@ -1,4 +1,4 @@
-"""Micro-batches of a rank: encoded in memory beforehand, or read and encoded when a step needs them."""
+"""Micro-batches of one rank, from examples held in memory or from rows that are read and encoded step by step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ldmole_dist.data.streaming import StreamedRows
 from ldmole_dist.errors import UserError
 
 MicroBatches = list[list[Encoded]]
-PREFETCHED_STEPS = 2  # per worker
+PREFETCHED_STEPS = 2  # optimizer steps that each worker prefetches
 
 
 class TrainingData(Protocol):
-    """Interface of `InMemoryData` and `StreamedData`."""
+    """Training set as the micro-batches of one rank; implemented by `InMemoryData` and `StreamedData`."""
 
     def micro_batches(self, step: int) -> MicroBatches:
         """Return this rank's micro-batches of an optimizer step (from 0).
@@ -34,7 +34,7 @@ class InMemoryData:
     """Training set that every rank holds in memory.
 
     Args:
-        examples: the training set.
+        examples: encoded training set.
         order: order of the examples.
         rank: this rank.
     """
@@ -51,11 +51,11 @@ class InMemoryData:
 
 
 class StreamedData:
-    """Training set that stays on disk. A step has the same examples for any number of workers.
+    """Training set that stays on disk. The number of workers does not change the examples of a step.
 
     Args:
-        rows: the training set.
-        encoder: encoder of its rows.
+        rows: training set.
+        encoder: encoder of the rows.
         order: order of the rows.
         rank: this rank.
         workers: number of processes that read and encode in advance; 0 reads each step when it is needed.
@@ -68,7 +68,7 @@ class StreamedData:
 
     def micro_batches(self, step: int) -> MicroBatches:
         """See `TrainingData`."""
-        # A step out of sequence, such as one that is repeated, does not disturb the workers.
+        # The workers prefetch consecutive steps; any other step, such as a repeated one, is read in this process.
         if self.workers == 0 or (self._prefetched is not None and step != self._next_step):
             return self.read(step)
         if self._prefetched is None:
@@ -102,7 +102,10 @@ class StreamedData:
 
 
 class _Steps(Dataset[MicroBatches | UserError]):
-    """Steps for the workers. Errors are returned as values: DataLoader would replace their message by a traceback."""
+    """Micro-batches by step, for the workers.
+
+    A UserError is returned as a value: DataLoader would re-raise it with a traceback as its message.
+    """
 
     def __init__(self, data: StreamedData) -> None:
         self.data = data

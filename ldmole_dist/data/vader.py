@@ -5,7 +5,7 @@ vaderSentiment 3.3.2. The archive is not part of this package; download it:
 
     pip download --no-deps --no-binary :all: vaderSentiment==3.3.2
 
-Each rating is the mean of twenty ratings from -4 (extremely negative) to 4 (extremely positive).
+Each rating is the mean of twenty human ratings, from -4 (extremely negative) to 4 (extremely positive).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ldmole_dist.errors import UserError
 
-# Domain -> (file, number of its rows).
+# Domain -> (file name, number of rows).
 DOMAINS = {
     "tweets": ("tweets_GroundTruth.txt", 4200),
     "movies": ("movieReviewSnippets_GroundTruth.txt", 10605),
@@ -27,7 +27,7 @@ DOMAINS = {
 }
 THRESHOLD = 0.5  # sentences with a smaller absolute mean rating are neutral
 LABELS = [" positive", " negative", " neutral"]
-TEST_EVERY = 5  # one document in five is held out for testing
+TEST_EVERY = 5  # about one document in TEST_EVERY is in the test split
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 
 
@@ -36,7 +36,7 @@ class Sentence(NamedTuple):
 
     Args:
         domain: one of `DOMAINS`.
-        document: document of the sentence; all sentences of a document are in the same split.
+        document: number of the document that contains the sentence; all its sentences are in the same split.
         rating: mean rating, -4 to 4.
         text: the sentence.
     """
@@ -55,7 +55,7 @@ class Sentence(NamedTuple):
 
     @property
     def for_testing(self) -> bool:
-        """Whether the sentence is in the test split, which is chosen by a hash of the document and so never changes."""
+        """Whether the sentence is in the test split; a hash of domain and document decides, so the split never changes."""
         digest = hashlib.sha256(f"{self.domain} {self.document}".encode()).digest()
         return int.from_bytes(digest[:4]) % TEST_EVERY == 0
 
@@ -85,7 +85,7 @@ def read_vader(archive: str) -> list[Sentence]:
             with tarfile.open(fileobj=io.BytesIO(inner_file.read())) as inner:
                 for domain, (name, rows) in DOMAINS.items():
                     file = inner.extractfile(f"hutto_ICWSM_2014/{name}")
-                    assert file is not None  # None only for a directory; a missing member raises KeyError
+                    assert file is not None  # extractfile returns None for a directory; a missing member raises KeyError
                     found = [_parse(line, domain, name) for line in file.read().decode().splitlines() if line.strip()]
                     if len(found) != rows:
                         raise UserError(f"{path}: {name} has {len(found)} rows instead of {rows}; {remedy}")
@@ -101,5 +101,6 @@ def _parse(line: str, domain: str, name: str) -> Sentence:
         return Sentence(domain, number.partition("_")[0], float(rating), text.strip())
     except ValueError as error:
         raise UserError(
-            f"{name}: {line!r:.80} is not three tab-separated fields (number, rating, text); download the archive again."
+            f"{name}: cannot parse {line!r:.80} as three tab-separated fields (number, numeric rating, text); download the "
+            "archive again."
         ) from error

@@ -116,19 +116,19 @@ def test_long_texts_are_truncated_at_the_end(tokenizer: PreTrainedTokenizerBase)
 
 BAD: list[tuple[str, Any, str]] = [
     ("prompt_completion", {"prompt": "x"}, "keys ['prompt'] match no format"),
-    ("prompt_completion", {"prompt": "x", "completion": None}, "key 'completion' must hold a text, got None"),
-    ("alpaca", {"instruction": 3, "output": "x"}, "key 'instruction' must hold a text, got 3"),
-    ("alpaca", {"instruction": "x", "input": ["y"], "output": "z"}, "'input' is ['y']; make it a text or remove it"),
+    ("prompt_completion", {"prompt": "x", "completion": None}, "key 'completion' must hold a string, got None"),
+    ("alpaca", {"instruction": 3, "output": "x"}, "key 'instruction' must hold a string, got 3"),
+    ("alpaca", {"instruction": "x", "input": ["y"], "output": "z"}, "'input' is ['y']; make it a string or remove it"),
     ("sharegpt", {"conversations": []}, "key 'conversations' must hold a non-empty list of turns"),
-    ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 1: key 'value' must hold a text"),
+    ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 1: key 'value' must hold a string"),
     ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "turn 1: unknown from 'bot'"),
     ("messages", {"messages": "hello"}, "key 'messages' must hold a non-empty list of turns"),
     ("messages", {"messages": ["hello"]}, "turn 1: expected an object"),
     ("messages", {"messages": TURNS[:4]}, "the last turn is the user's"),
     ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
-    ("text", {"text": 7}, "key 'text' must hold a text, got 7"),
-    ("classification", {"text": "x", "label": 1}, "key 'label' must hold a text, got 1"),
-    ("classification", {"label": "x"}, "key 'text' must hold a text"),
+    ("text", {"text": 7}, "key 'text' must hold a string, got 7"),
+    ("classification", {"text": "x", "label": 1}, "key 'label' must hold a string, got 1"),
+    ("classification", {"label": "x"}, "key 'text' must hold a string"),
 ]
 
 

@@ -41,8 +41,8 @@ def test_rows_have_their_location(tmp_path: Path) -> None:
     [
         ('{"prompt": "x"', "line 2: not valid JSON"),
         ("[1]", "line 2: expected a JSON object"),
-        ({"prompt": "x"}, "line 2: key 'completion' must hold a text"),
-        ({"prompt": 3, "completion": "x"}, "line 2: key 'prompt' must hold a text, got 3"),
+        ({"prompt": "x"}, "line 2: key 'completion' must hold a string"),
+        ({"prompt": 3, "completion": "x"}, "line 2: key 'prompt' must hold a string, got 3"),
         (GOOD | {"completion": " pink"}, "' pink' is not in data.labels"),
     ],
 )

@@ -71,7 +71,7 @@ def test_files_are_concatenated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize(
     ("bad", "reason"),
-    [("{", "not valid JSON"), ('{"prompt": 1}', "must hold a text"), ("[]", "expected a JSON object")],
+    [("{", "not valid JSON"), ('{"prompt": 1}', "must hold a string"), ("[]", "expected a JSON object")],
 )
 def test_first_invalid_row_is_named(tmp_path: Path, parts: int, bad: str, reason: str) -> None:
     path = make_data(tmp_path / "rows.jsonl", 90)

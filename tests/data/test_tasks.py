@@ -113,17 +113,17 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("arc_easy", ARC | {"choices": ["a", "b"]}, "key 'choices' must hold an object with 'text' and 'label'"),
     ("arc_easy", ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "key 'label' holds 1 texts"),
     ("arc_easy", ARC | {"choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "3 texts but 2 labels"),
-    ("commonsense_qa", {"question": 3}, "key 'question' must hold a text, got 3"),
-    ("openbookqa", {"question": "x"}, "key 'question_stem' must hold a text, got None"),
+    ("commonsense_qa", {"question": 3}, "key 'question' must hold a string, got 3"),
+    ("openbookqa", {"question": "x"}, "key 'question_stem' must hold a string, got None"),
     ("swag", records("swag")[0] | {"label": 4}, "key 'label' must hold an integer from 0 to 3, got 4"),
-    ("swag", {"startphrase": "x"}, "key 'ending0' must hold a text"),
+    ("swag", {"startphrase": "x"}, "key 'ending0' must hold a string"),
     ("hellaswag", records("hellaswag")[0] | {"label": ""}, "this split has no labels"),
-    ("hellaswag", records("hellaswag")[0] | {"endings": "x"}, "key 'endings' must hold a list of texts"),
+    ("hellaswag", records("hellaswag")[0] | {"endings": "x"}, "key 'endings' must hold a list of strings"),
     ("mmlu_pro", MMLU | {"answer_index": 3}, "answer 'C' and answer_index 3 disagree"),
-    ("mmlu_pro", MMLU | {"options": ["x"] * 11}, "key 'options' holds 11 texts; 2 to 10"),
+    ("mmlu_pro", MMLU | {"options": ["x"] * 11}, "key 'options' holds 11 strings, but needs 2 to 10"),
     ("cola", {"sentence": "x", "label": -1}, "this split has no labels"),
     ("cola", {"sentence": "x", "label": True}, "must hold an integer from 0 to 1"),
-    ("rte", {"sentence1": "x", "label": 0}, "key 'sentence2' must hold a text"),
+    ("rte", {"sentence1": "x", "label": 0}, "key 'sentence2' must hold a string"),
 ]
 
 

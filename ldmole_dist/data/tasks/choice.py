@@ -1,7 +1,7 @@
-"""Multiple-choice tasks with the prompts of the paper's code, answered by letter.
+"""Multiple-choice tasks with the prompts of the paper's code, answered with a letter or with the text of an option.
 
-The paper's prompts end in "Answer: ", followed by the letter. Here the space is part of the answer, so that prompt and answer
-have the same tokens separately as together.
+The paper's prompts end in "Answer: ", followed by the letter. Here the space is part of the answer, so that tokenizing prompt
+and answer separately gives the same tokens as tokenizing them together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUESTION = "Below is a multiple-choice question. Please choose the correct answe
 
 
 class Question(NamedTuple):
-    """Question of a record.
+    """Multiple-choice question, parsed from a record.
 
     Args:
         text: prompt up to the options.
@@ -36,23 +36,31 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class ChoiceTask(Task):
-    """Task whose answer is a letter.
+    """Multiple-choice task.
 
     Args:
-        question: function from a record and its location to the question.
+        question: function that takes a record and its location and returns the question.
     """
 
     question: Callable[[Mapping[str, Any], str], Question] | None = None
 
     def text_row(self, record: Mapping[str, Any], where: str) -> Row:
-        """Return the row without a list of options, whose answer is the text of the correct one; errors as in `row`."""
+        """Return the row of a record, without options in the prompt and with the text of the correct one as the answer.
+
+        Raises:
+            UserError: for an invalid record; the message names `where` and the column.
+        """
         assert self.question is not None
         text, options, answer, _ = self.question(record, where)
         choices = tuple(f" {option}" for option in options)
         return Row(f"{text}Answer:", choices[answer], where, choices=choices)
 
     def row(self, record: Mapping[str, Any], where: str) -> Row:
-        """See `Task`."""
+        """Return the row of a record, with options in the prompt and the letter of the correct one as the answer.
+
+        Raises:
+            UserError: for an invalid record; the message names `where` and the column.
+        """
         assert self.question is not None
         text, options, answer, blank_line = self.question(record, where)
         lines = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False))
@@ -62,7 +70,10 @@ class ChoiceTask(Task):
 
 
 def _labelled(record: Mapping[str, Any], where: str) -> tuple[list[str], int]:
-    """Return the options and the answer's index. Labels may be letters or numbers; prompt and answer always use letters."""
+    """Return the options of a record and the index of the correct one.
+
+    The labels in the record may be letters or numbers; the prompt and the answer always use letters.
+    """
     choices = record.get("choices")
     if not isinstance(choices, Mapping):
         raise UserError(f"{where}: key 'choices' must hold an object with 'text' and 'label', got {choices!r:.60}.")

@@ -14,7 +14,7 @@ from ldmole_dist.data.tasks.task import Task, get_class_index
 
 @dataclass(frozen=True)
 class GlueTask(Task):
-    """Task whose records hold one or two texts and a class.
+    """GLUE task, whose records hold one or two texts and a class index.
 
     Args:
         columns: names of the text columns; the texts are joined by a line break.
@@ -23,7 +23,7 @@ class GlueTask(Task):
     columns: tuple[str, ...] = ("sentence",)
 
     def row(self, record: Mapping[str, Any], where: str) -> Row:
-        """See `Task`."""
+        """Return the row of a record; see `Task.row`."""
         assert self.labels is not None
         texts = [get_text(record, column, where) for column in self.columns]
         return Row("\n".join(texts), self.labels[get_class_index(record, "label", len(self.labels), where)], where)

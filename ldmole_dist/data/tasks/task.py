@@ -1,4 +1,4 @@
-"""Base class of the tasks, and checks of their records."""
+"""Base class of the tasks, and functions that check the values of their records."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Data set and the conversion of its records to rows.
+    """Data set of a task, and the conversion of its records to rows.
 
     Args:
         name: name of the task in configs.
-        hub: path of the data set on the hub, and its configuration name.
+        hub: path of the data set on the Hugging Face hub, and its configuration name (None if it has only one).
         splits: default splits for training ("train") and evaluation ("eval").
         max_length: maximum number of tokens of a sequence in the paper's runs.
-        hub_split: split of the hub that is divided by `part`; None uses the hub's own splits.
+        hub_split: split on the hub that `part` divides into train, validation and test; None uses the hub's own splits.
         labels: class names in the order of the class indices; None for multiple choice.
     """
 
@@ -48,9 +48,9 @@ class Task(ABC):
         """
 
     def part(self, data: Any, name: str) -> Any:
-        """Return the part "train", "validation" or "test" (80, 10 and 10 %) of a `datasets.Dataset`.
+        """Divide a `datasets.Dataset` into train, validation and test (80, 10 and 10 %), and return one of them by name.
 
-        The calls and the seed are those of the paper's code, so the parts are the same.
+        The calls and the seed are those of the paper's code, so that the parts have the same records.
         """
         halves = data.train_test_split(test_size=0.2, seed=42)
         held_out = halves["test"].train_test_split(test_size=0.5, seed=42)
@@ -58,7 +58,7 @@ class Task(ABC):
 
 
 def get_texts(record: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """Return the list of 2 to 10 texts stored under a key.
+    """Return the list of 2 to 10 strings stored under a key.
 
     Raises:
         UserError: if the value is not such a list.
@@ -66,24 +66,24 @@ def get_texts(record: Mapping[str, Any], key: str, where: str) -> list[str]:
     value = record.get(key)
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
         raise UserError(
-            f"{where}: key {key!r} must hold a list of texts, got {value!r:.60}; the row's keys are {sorted(record)}."
+            f"{where}: key {key!r} must hold a list of strings, got {value!r:.60}; the row's keys are {sorted(record)}."
         )
     if not 2 <= len(value) <= len(LETTERS):
-        raise UserError(f"{where}: key {key!r} holds {len(value)} texts; 2 to {len(LETTERS)} are supported.")
+        raise UserError(f"{where}: key {key!r} holds {len(value)} strings, but needs 2 to {len(LETTERS)}; correct the row.")
     return list(value)
 
 
 def get_class_index(record: Mapping[str, Any], key: str, below: int, where: str) -> int:
-    """Return the class index stored under a key, as an integer or as text.
+    """Return the class index stored under a key, as an integer or a string of digits.
 
     Args:
-        record: the record.
+        record: record of the data set.
         key: key of the class index.
         below: number of classes.
-        where: location of the record.
+        where: location of the record, used in error messages.
 
     Raises:
-        UserError: if the value is not a class index, or is -1 or empty as in splits without labels.
+        UserError: if the value is not a class index; also if it is -1 or empty, as in splits without labels.
     """
     value = record.get(key)
     if value in (-1, "-1", ""):
@@ -99,13 +99,13 @@ def get_answer_index(record: Mapping[str, Any], key: str, among: Sequence[str], 
     """Return the index of the correct answer's label among the labels of the options.
 
     Args:
-        record: the record.
+        record: record of the data set.
         key: key of the correct answer's label.
         among: labels of the options.
-        where: location of the record.
+        where: location of the record, used in error messages.
 
     Raises:
-        UserError: if no option has the label, or it is empty as in splits without labels.
+        UserError: if no option has that label; also if it is empty, as in splits without labels.
     """
     answer = get_text(record, key, where)
     if not answer:
