@@ -10,12 +10,12 @@ from ldmole_dist.cluster.runners import LAUNCHERS
 
 DEFAULT_PORT = 29500  # torchrun's default
 LAUNCH_DESCRIPTION = """Start a training run with one process per rank, on this host or on many hosts, and print the launcher
-command that is used. If a rank fails or stalls, all ranks on all hosts are ended at once, and the last lines of the output name
-the first failure."""
+command that is used. If a rank fails or stalls, all ranks on all hosts are killed, and the last lines of the output name the
+first failure."""
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `launch`, those of `add_arguments` included."""
+    """Add the arguments of `ldmole launch`, including those of `add_arguments`."""
     parser.add_argument("--dry-run", action="store_true", help="print the launcher command without running it")
     parser.add_argument(
         "--max-restarts",
@@ -29,14 +29,14 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=10.0,
         metavar="M",
-        help="minutes without progress of a rank after which the run counts as failed (default: %(default)s)",
+        help="minutes without a heartbeat from a rank after which the run is treated as failed (default: %(default)s)",
     )
     parser.add_argument("--no-doctor", action="store_true", help="skip the checks of the hosts before the start")
     add_arguments(parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `launch` and `doctor` share: where and how a job is started."""
+    """Add the arguments that `launch` and `doctor` share: hosts, ranks, launcher and network."""
     where = parser.add_argument_group("hosts and ranks")
     where.add_argument("--hostfile", help="file with a line 'NAME slots=N' per host; see launch/hostfile.example")
     where.add_argument(
@@ -48,20 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--nodes",
         type=positive,
-        help="number of hosts, to start the job without ssh: give the same command on each host",
+        help="number of hosts; starts the job without ssh: run the command on each host, with its own --node-rank",
     )
-    where.add_argument("--node-rank", type=int, help="with --nodes: number of this host, from 0")
+    where.add_argument("--node-rank", type=int, help="with --nodes: index of this host, from 0")
     where.add_argument("--master-addr", help="with --nodes: address of host 0")
     where.add_argument(
         "--port",
         type=int,
         default=DEFAULT_PORT,
-        help="with --nodes: TCP port of host 0; the next port is used too (default: %(default)s)",
+        help="with --nodes: TCP port on host 0; the following port is used as well (default: %(default)s)",
     )
     where.add_argument(
         "--ranks",
         type=positive,
-        help="number of ranks on this host, without a hostfile (default: one per GPU; on a CPU, parallelism.ep_size)",
+        help="number of ranks on this host, without a hostfile (default: one per GPU; without GPUs, parallelism.ep_size)",
     )
     how = parser.add_argument_group("launcher and network")
     how.add_argument(
@@ -82,6 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--ssh-args",
         default=os.environ.get("PDSH_SSH_ARGS_APPEND", ""),
-        help="arguments for ssh, such as '-F my_ssh_config' (default: $PDSH_SSH_ARGS_APPEND)",
+        help="additional arguments for ssh, such as '-F my_ssh_config' (default: $PDSH_SSH_ARGS_APPEND)",
     )
-    how.add_argument("--launcher-args", default="", help="arguments for pdsh, mpirun, srun or torchrun")
+    how.add_argument("--launcher-args", default="", help="additional arguments for pdsh, mpirun, srun or torchrun")

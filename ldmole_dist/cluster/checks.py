@@ -1,4 +1,7 @@
-"""Checks of `ldmole doctor`: each takes what was found on a host, and returns a table cell and a problem with its remedy."""
+"""Checks of `ldmole doctor`.
+
+Each check takes the facts about one host. It returns a table cell and, if the check fails, a problem with its remedy.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MIN_MEMORY_GB_PER_RANK, MIN_DISK_GB = 2, 1  # even a small run needs this
+MIN_MEMORY_GB_PER_RANK, MIN_DISK_GB = 2, 1  # minimum for a small run
 MAX_CLOCK_SKEW_SECONDS = 2.0
 
 
@@ -17,12 +20,12 @@ class HostFacts:
 
     Attributes:
         found: result of `probe.inspect_host` on this host.
-        majority: for each key of `found`, the value that most hosts have.
+        majority: most frequent value of each key of `found` over all hosts; for "packages", of each package.
         slots: number of ranks on this host.
-        devices: number of devices that this host needs for the selected slots.
+        devices: number of devices that the selected slots need: the largest slot number plus 1.
         ranks: number of ranks of the job.
         hosts: number of hosts of the job.
-        clock_skew: seconds by which the clock of this host is ahead; NaN if the host stopped answering.
+        clock_skew: seconds by which the clock of this host is ahead of the launching host; NaN if the host stopped answering.
         output_shared: "yes"; "no" if this host does not see a file that the first host has created; or an error message.
     """
 
@@ -36,7 +39,7 @@ class HostFacts:
     output_shared: str
 
 
-CheckResult = tuple[str, str | None]  # table cell; problem with its remedy, or None
+CheckResult = tuple[str, str | None]  # (table cell, problem with its remedy or None)
 
 
 def _packages(facts: HostFacts) -> CheckResult:
@@ -62,20 +65,27 @@ def _config(facts: HostFacts) -> CheckResult:
     config = facts.found["config"]
     if config == "missing":
         return config, "the config file does not exist on this host: copy it, or move it to a shared file system"
-    problem = "its config file differs from that of other hosts: copy it"
+    problem = "its config file differs from that of other hosts: copy the same file to all hosts"
     return (config or "-")[:7], problem if config != facts.majority["config"] else None
 
 
 def _memory(facts: HostFacts) -> CheckResult:
     memory = facts.found["memory"] / 2**30
     short = memory < MIN_MEMORY_GB_PER_RANK * facts.slots
-    problem = f"{memory:.1f} GB of memory is free for {facts.slots} rank(s): end other processes, or reduce its slots"
+    needed = MIN_MEMORY_GB_PER_RANK * facts.slots
+    problem = (
+        f"{memory:.1f} GB of memory is free, but {facts.slots} rank(s) need at least {needed} GB: end other processes, or "
+        "reduce its slots"
+    )
     return f"{memory:.0f} GB", problem if short else None
 
 
 def _disk(facts: HostFacts) -> CheckResult:
     disk = facts.found["disk"] / 2**30
-    problem = f"{disk:.2f} GB of disk space is free at run.output_dir: delete files, or choose another folder"
+    problem = (
+        f"{disk:.2f} GB of disk space is free at run.output_dir, but at least {MIN_DISK_GB} GB is needed: delete files, or "
+        "choose another folder"
+    )
     return f"{disk:.0f} GB", problem if disk < MIN_DISK_GB else None
 
 
@@ -115,12 +125,15 @@ def _operators(facts: HostFacts) -> CheckResult:
 def _clock(facts: HostFacts) -> CheckResult:
     if math.isnan(facts.clock_skew):
         return "?", "stopped answering during the checks: check its load and memory"
-    problem = f"its clock is {facts.clock_skew:+.1f} s off: synchronize it (chrony or systemd-timesyncd)"
+    problem = (
+        f"its clock differs by {facts.clock_skew:+.1f} s from that of the launching host: synchronize it (chrony or "
+        "systemd-timesyncd)"
+    )
     return f"{facts.clock_skew * 1e3:+.0f} ms", problem if abs(facts.clock_skew) > MAX_CLOCK_SKEW_SECONDS else None
 
 
 def _limits(facts: HostFacts) -> CheckResult:
-    # Each rank has connections to all others; the rest is for libraries and data files. A negative limit is "unlimited".
+    # Each rank opens connections to all other ranks; 1024 files remain for libraries and data. RLIM_INFINITY is negative.
     limit, needed = facts.found["open_files"], 1024 + 64 * facts.ranks
     if 0 <= limit < needed:
         problem = (
@@ -140,7 +153,7 @@ def _output_shared(facts: HostFacts) -> CheckResult:
     return "?", f"cannot use run.output_dir: {facts.output_shared}: make it writable, or choose another folder"
 
 
-# Checks by column of the table.
+# Columns of the table with their checks.
 CHECKS: dict[str, Callable[[HostFacts], CheckResult]] = {
     "packages": _packages,
     "code": _code,

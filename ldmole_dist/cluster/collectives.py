@@ -15,7 +15,11 @@ MEGABYTES = 16  # size of each rank's input
 
 
 def main() -> None:
-    """Run an all-to-all and an all-reduce on all ranks, check their results, and print their times on rank 0."""
+    """Run an all-to-all and an all-reduce on all ranks, check their results, and print their times on rank 0.
+
+    Raises:
+        RuntimeError: if this rank received wrong values.
+    """
     show_stacks()
     heartbeat("rendezvous with the other ranks")
     process = start(timeout_minutes=2)
@@ -25,7 +29,7 @@ def main() -> None:
     received = torch.empty_like(sent)
     results = []
     for name in ("all-to-all", "all-reduce"):
-        for _ in range(2):  # only the second is timed: the first sets up the connections
+        for _ in range(2):  # time only the second call: the first one sets up the connections
             heartbeat(f"{name} of {MEGABYTES} MB")
             dist.barrier()
             started = time.perf_counter()

@@ -60,16 +60,18 @@ def run_doctor(args: argparse.Namespace) -> int:
     spec = create_launch_spec(args, config)
     exports = exported_environment(os.environ, args.export, args.interface)
     if spec.launcher == "torchrun":
-        raise UserError("--nodes gives no access to the other hosts; set --hostfile FILE, or run doctor on each host")
+        raise UserError(
+            "--nodes gives doctor no access to the other hosts; set --hostfile FILE, or run doctor on each host without --nodes"
+        )
     check_installed(spec.launcher)
     return EXIT_EXPLAINED if doctor(spec, exports, args.config, config) else 0
 
 
 def create_launch_spec(args: argparse.Namespace, config: Config | None) -> LaunchSpec:
-    """Return how and where to start the job, from the arguments and the environment (a Slurm allocation).
+    """Return launcher, hosts and network of a job, as the arguments and the environment (GPUs, Slurm allocation) select them.
 
     Args:
-        args: arguments of `add_arguments`.
+        args: parsed arguments of `add_arguments`.
         config: configuration of the run; None for `ldmole doctor` without one.
 
     Raises:
@@ -97,7 +99,8 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
     in_slurm = slurm_possible and "SLURM_JOB_ID" in os.environ
     if not in_slurm and args.hostfile is None:
         if args.launcher not in (None, "local"):
-            need = "an allocation (sbatch or salloc)" if args.launcher == "slurm" else "--hostfile FILE"
+            needs = {"slurm": "an allocation (sbatch or salloc)", "torchrun": "--nodes N"}
+            need = needs.get(args.launcher, "--hostfile FILE")
             raise UserError(f"--launcher {args.launcher} needs {need}")
         if args.include or args.exclude:
             raise UserError(
@@ -120,12 +123,12 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
 
 
 def _check_config(config: Config, world_size: int) -> None:
-    """Raise the errors that every rank would raise, before any rank is started."""
+    """Check the config as every rank does at its start, so that an invalid config is reported once, before the start."""
     check_parallelism(config, world_size)
     resolve_run(config, world_size)
 
 
 def _device_count() -> int:
-    import torch  # takes seconds to import, and is needed for this only
+    import torch  # imported here because the import takes seconds
 
     return torch.cuda.device_count()

@@ -15,16 +15,16 @@ HELLO_SECONDS = 10.0  # time for a new connection to send its first message
 
 @dataclass
 class RankStatus:
-    """What the coordinator knows about one rank, as its supervisor reports it.
+    """State of one rank, as its supervisor reports it to the coordinator.
 
     All times are readings of `time.monotonic`.
 
     Attributes:
-        rank: number of the rank.
-        world_size: number of ranks, according to the launcher that started the supervisor.
+        rank: global rank.
+        world_size: number of ranks of the job, according to the launcher that started the supervisor.
         host: name of the host.
         address: IPv4 address at which the other ranks reach the host.
-        port: TCP port that was free on the host.
+        port: free TCP port on the host; the ranks rendezvous at that of rank 0.
         interface: network interface that has the address; "" if unknown.
         channel: connection to the supervisor.
         connected_at: time at which the supervisor connected.
@@ -54,7 +54,7 @@ class RankStatus:
     def reachable(self) -> bool:
         """Whether other hosts can reach the address.
 
-        They cannot reach a loopback address, which arises where /etc/hosts maps the host's own name to 127.0.1.1 (Debian).
+        They cannot reach a loopback address. A host reports one if its /etc/hosts maps its own name to 127.0.1.1 (Debian).
         """
         return not self.address.startswith("127.")
 
@@ -100,10 +100,10 @@ class Connections:
         """Return the messages that arrive, and accept new connections.
 
         Args:
-            timeout: seconds to wait for a message at most.
+            timeout: maximum number of seconds to wait for a message.
 
         Returns:
-            Each message with the rank that it is about, or with None if it comes from a follower.
+            Pairs (status, message); status is that of the rank whose supervisor sent the message, or None for a follower.
         """
         open_ranks = [status for status in self.by_rank.values() if not status.channel.closed]
         followers = [channel for channel in self._followers if not channel.closed]
@@ -133,13 +133,13 @@ class Connections:
         return all(status.channel.closed for status in self.by_rank.values())
 
     def broadcast(self, kind: str, **fields: Any) -> None:
-        """Send a message to all supervisors and followers."""
+        """Send a message to all supervisors and followers that are still connected."""
         for channel in [*(status.channel for status in self.by_rank.values()), *self._followers]:
             if not channel.closed:
                 channel.send(kind, **fields)
 
     def shift_times(self, seconds: float) -> None:
-        """Move the recorded times forward, because this process was suspended and could not receive messages.
+        """Add the length of a suspension of this process, in which it received no messages, to the last times of all ranks.
 
         Args:
             seconds: length of the suspension.
@@ -156,7 +156,10 @@ class Connections:
         self._server.close()
 
     def _identify(self, channel: Channel) -> list[tuple[RankStatus | None, dict[str, Any]]]:
-        """Register a connection by its first message, and return the messages that follow it."""
+        """Register a connection by its first message, and return the messages that follow it.
+
+        A connection whose first message is invalid, or belongs to another job, is closed.
+        """
         messages = channel.receive()
         if not messages and not channel.closed:
             return []

@@ -1,4 +1,4 @@
-"""Coordinator of a job: starts all ranks together, detects the failure of any rank, and then ends all of them at once.
+"""Coordinator of a job: starts all ranks together, and kills all of them if any rank fails.
 
 One process of the job runs the coordinator (launch.py, or mpi_rendezvous.py inside mpirun); the supervisors of all ranks
 (supervisor.py) connect to it.
@@ -33,15 +33,15 @@ class Coordinator:
 
     Args:
         address: IPv4 address of this host at which the supervisors reach it.
-        job: name of the job.
+        job: name of the job; the coordinator rejects connections that name another job.
         world_size: number of ranks.
-        stall_seconds: time without a heartbeat of a rank after which the job has stalled.
+        stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
         print_status: function that prints a status line.
         port: TCP port to listen on; 0 selects a free one.
-        report_failure: print the failure as soon as it is known; otherwise the caller prints it from the result.
+        report_failure: whether to print the failure as soon as it is known; if False, the caller prints it from the result.
 
     Attributes:
-        address: IPv4 address and port.
+        address: IPv4 address and port at which the supervisors reach the coordinator.
         stop_requested: whether a stop was requested.
 
     Raises:
@@ -73,10 +73,10 @@ class Coordinator:
             self._on_stop_request(repeated=self._requests.count > 1)
 
     def serve(self, launcher_exit_code: Callable[[], int | None]) -> JobResult:
-        """Run until the job has ended and all supervisors know it.
+        """Run the job, and return its result after all supervisors have received it.
 
         Args:
-            launcher_exit_code: returns the exit code of the process that starts the supervisors, or None while it runs.
+            launcher_exit_code: function that returns the exit code of the launcher, or None while it runs.
         """
         began = keepalive_at = checked_at = time.monotonic()
         while not self._failures:
@@ -127,7 +127,7 @@ class Coordinator:
                 self._on_stop_request(repeated=message["repeated"])
 
     def _receive_for(self, seconds: float) -> None:
-        """Handle messages for a time, or until all supervisors have disconnected."""
+        """Handle messages for a number of seconds, or until all supervisors have disconnected."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.connections.all_closed:
             self._receive(0.1)
@@ -135,7 +135,7 @@ class Coordinator:
     def _on_supervisor_message(self, status: RankStatus, message: dict[str, Any]) -> None:
         kind, source = message["kind"], str(status)
         if kind == "keepalive" and message["activity"]:
-            # An age instead of a time, because the clocks of the hosts differ.
+            # Supervisors send the age of the heartbeat instead of its time, because the clocks of the hosts differ.
             status.activity = message["activity"]
             status.heartbeat_at = status.last_message_at - message["heartbeat_age"]
         elif kind == "stop requested":
@@ -167,11 +167,11 @@ class Coordinator:
             self._failures.append(failure)
 
     def _start_when_complete(self, seconds: float, launcher_exit_code: int | None) -> None:
-        """Start the ranks once all supervisors are connected; record a failure if that cannot happen any more.
+        """Start the ranks once all supervisors are connected; record a failure if a rank is wrong or did not connect in time.
 
         Args:
-            seconds: time since the coordinator started.
-            launcher_exit_code: None while the launcher runs.
+            seconds: seconds since the coordinator started.
+            launcher_exit_code: exit code of the launcher; None while it runs.
         """
         wrong = find_wrong_rank(self.connections, self.world_size)
         missing = [rank for rank in range(self.world_size) if rank not in self.connections.by_rank]
@@ -200,7 +200,7 @@ class Coordinator:
         for _, status in sorted(self.connections.by_rank.items()):
             by_host.setdefault((status.host, status.address), []).append(status)
         several_hosts, master = len(by_host) > 1, self.connections.by_rank[0]
-        # Rank 0 reports a loopback address where it runs on this host, which the other hosts reach at `self.address`.
+        # If rank 0 runs on this host, it may report a loopback address. Other hosts reach this host at `self.address`.
         master_address = self.address[0] if several_hosts and not master.reachable else master.address
         for statuses in by_host.values():
             for local_rank, status in enumerate(statuses):
@@ -212,7 +212,7 @@ class Coordinator:
                     "MASTER_ADDR": master_address,
                     "MASTER_PORT": str(master.port),
                 }
-                # Without it, gloo resolves the host's own name, which may be a loopback address.
+                # Without this variable, gloo resolves the host's own name, which may map to a loopback address.
                 if several_hosts and status.interface and status.reachable:
                     environment["GLOO_SOCKET_IFNAME"] = status.interface
                 status.channel.send("start", environment=environment)
@@ -232,7 +232,13 @@ class Coordinator:
             self.connections.broadcast("stop")
 
     def _finish(self, kind: str, result: JobResult, **fields: Any) -> JobResult:
-        """Make the supervisors exit or kill their ranks, tell followers the result, and wait for all to disconnect."""
+        """Send the last message and the result, wait for the supervisors to disconnect, and return the result.
+
+        Args:
+            kind: "exit", on which a supervisor exits with the exit code of its rank, or "kill", on which it kills its rank.
+            result: result of the job.
+            fields: fields of the last message.
+        """
         self.connections.broadcast(kind, **fields)
         self.connections.broadcast("result", **asdict(result))
         self._receive_for(SHUTDOWN_SECONDS)

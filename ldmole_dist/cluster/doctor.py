@@ -1,4 +1,4 @@
-"""`ldmole doctor`: checks every host of a job before the start, and prints each problem with its remedy."""
+"""`ldmole doctor`: check every host of a job before the start, and print each problem with its remedy."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ def doctor(spec: LaunchSpec, exports: Mapping[str, str], config_path: str | None
 
     Args:
         spec: launcher and hosts of the job.
-        exports: environment variables for its ranks.
+        exports: environment variables for the ranks.
         config_path: configuration file of the run, or None.
         config: contents of that file, or None.
 
     Returns:
         The number of problems.
+
+    Raises:
+        KeyboardInterrupt: if a stop is requested while the collectives run.
     """
     rows, problems = _check_hosts(spec, exports, config_path, config)
     _print_table(["host", *CHECKS], rows)
@@ -53,7 +56,7 @@ def _check_hosts(
     rows, problems = [], []
     with ExitStack() as stack:
         probes = []
-        for name in names:  # all are started first, to run in parallel
+        for name in names:  # start all probes before waiting for one, so that they run in parallel
             towards = next((other for other in names if other != name), None)
             probes.append(stack.enter_context(RemoteProbe(spec, name, exports, common | {"towards": towards})))
         for probe in probes:
@@ -108,7 +111,7 @@ def _check_collectives(spec: LaunchSpec, exports: Mapping[str, str]) -> list[str
 
 
 def _majority(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the most frequent value of each key, and of each package; the first host's value among equally frequent ones."""
+    """Return the most frequent value of each key, and for "packages" of each package; on a tie, that of the first host."""
     majority: dict[str, Any] = {}
     for key in findings[0] if findings else ():
         values = [found[key] for found in findings]
@@ -121,7 +124,11 @@ def _majority(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _check_output_shared(probes: Sequence[RemoteProbe], output_dir: Path) -> dict[str, str]:
-    """Return, by host, "yes" or "no" to whether it sees a file that the first host creates; or an error message."""
+    """Check whether the other hosts see a file that the first host creates in the output folder.
+
+    Returns:
+        By host, "yes", "no" or an error message.
+    """
     if not probes:
         return {}
     path = output_dir / f".ldmole_doctor_{secrets.token_hex(4)}"
@@ -135,7 +142,7 @@ def _check_output_shared(probes: Sequence[RemoteProbe], output_dir: Path) -> dic
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; a row may be shorter than the header."""
+    """Print a table, with problems in red on a terminal. A row may have fewer cells than the header."""
     columns = range(len(header))
     widths = [max(len(row[i].removeprefix(_PROBLEM)) for row in [header, *rows] if i < len(row)) for i in columns]
     print("  ".join(name.ljust(width) for name, width in zip(header, widths, strict=True)).rstrip())

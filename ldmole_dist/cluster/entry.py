@@ -1,7 +1,7 @@
 """Entry point of a supervisor, which a launcher starts in place of a rank: `python entry.py OPTIONS -- COMMAND`.
 
-Run as a file, not as a module, so that it also works on hosts where the package is not installed. It imports no torch: it must
-start within a moment, and its memory is needed for the rank.
+It runs as a file, not as a module, so that it also works on hosts where the package is not installed. It does not import torch,
+so that it starts fast and leaves the memory of the host to the ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Python puts this file's folder first, where modules such as exit.py and messages.py could shadow others.
+    # Python puts this file's folder first in sys.path, where exit.py, messages.py and others could shadow other modules.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ldmole_dist.cluster.mpi_rendezvous import rendezvous
@@ -25,11 +25,16 @@ def main() -> int:
     """Run the supervisor of one rank, and return its exit code."""
     parser = argparse.ArgumentParser(description="Supervise one rank; `ldmole launch` passes all arguments.")
     parser.add_argument(
-        "--coordinator", required=True, metavar="HOST:PORT", help="address of the coordinator, or 'mpi' to agree on one"
+        "--coordinator",
+        required=True,
+        metavar="HOST:PORT",
+        help="address of the coordinator, or 'mpi' to start it on rank 0",
     )
     parser.add_argument("--job", help="name of the job")
     parser.add_argument(
-        "--stall-seconds", type=float, help="with 'mpi': time without progress after which the job stalls"
+        "--stall-seconds",
+        type=float,
+        help="with --coordinator mpi: seconds without a heartbeat after which the job is treated as stalled",
     )
     parser.add_argument("--interface", help="network interface to use")
     parser.add_argument(

@@ -24,11 +24,11 @@ def exported_environment(environ: Mapping[str, str], requested: Sequence[str], i
     Args:
         environ: environment of this process.
         requested: values of --export: "NAME" (with its value in `environ`) or "NAME=VALUE".
-        interface: value of --interface. If set, variables that name an interface are dropped, because it takes precedence.
+        interface: value of --interface. It takes precedence: if it is set, *_SOCKET_IFNAME variables are dropped.
 
     Raises:
-        UserError: if a requested variable is not set, or its name is that of a secret: the variables are part of command lines,
-            which every user of a host can read.
+        UserError: if a requested variable is not set, or its name looks like that of a secret. The variables are passed on
+            command lines, which every user of a host can read.
     """
     exports = {name: value for name, value in environ.items() if any(_matches(name, pattern) for pattern in PASSED_ON)}
     for text in requested:

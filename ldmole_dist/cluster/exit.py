@@ -8,12 +8,12 @@ import threading
 import time
 from typing import NoReturn
 
-# Time for a background thread that deletes an old checkpoint; the next save deletes what it leaves behind.
+# Maximum wait for a background thread that deletes an old checkpoint; the next save deletes what it leaves behind.
 THREADS_SECONDS = 60.0
 
 
 def exit_process(code: int) -> NoReturn:
-    """Exit without finalizing the Python interpreter, after waiting for non-daemon threads.
+    """Wait up to THREADS_SECONDS for non-daemon threads, and exit without finalizing the Python interpreter.
 
     Finalization can abort a process whose run succeeded: gloo's threads may still hold tensors, and releasing one after the
     interpreter is gone crashes (seen with torch 2.13, once in a few dozen runs; pytorch issue 190489).

@@ -15,13 +15,17 @@ LOADING_SECONDS = 3600.0  # time for a rank to load the model and send its first
 
 
 def find_wrong_rank(connections: Connections, world_size: int) -> Failure | None:
-    """Return a failure if a process was started with a wrong world size, or as a rank that another process already has."""
+    """Return a failure if a process was started with a wrong world size, or with a rank that another process already has."""
     for status in [*connections.by_rank.values(), *connections.duplicates]:
-        if status.world_size != world_size or status in connections.duplicates:
+        description = ""
+        if status.world_size != world_size:
             description = (
                 f"was started as rank {status.rank} of {status.world_size}, but the job has {world_size} ranks; "
-                "start each rank exactly once"
+                f"start {world_size} ranks"
             )
+        elif status in connections.duplicates:
+            description = f"was started as rank {status.rank}, which another process already has; start each rank once"
+        if description:
             return Failure(f"a process on {status.host}", description, permanent=True)
     return None
 
@@ -29,13 +33,13 @@ def find_wrong_rank(connections: Connections, world_size: int) -> Failure | None
 def find_missing_ranks(
     connections: Connections, missing: Sequence[int], seconds: float, launcher_exit_code: int | None, address: str
 ) -> Failure | None:
-    """Return a failure if ranks are missing and cannot be expected any more.
+    """Return a failure if the launcher exited before all ranks connected, or if no missing rank connected in time.
 
     Args:
-        connections: connections to the other ranks.
+        connections: connections of the job.
         missing: ranks that have not connected.
-        seconds: time since the coordinator started.
-        launcher_exit_code: None while the launcher runs.
+        seconds: seconds since the coordinator started.
+        launcher_exit_code: exit code of the launcher; None while it runs.
         address: IPv4 address of the coordinator.
     """
     ranks = ", ".join(map(str, missing))
@@ -78,12 +82,15 @@ def find_lost_ranks(running: Sequence[RankStatus], now: float) -> Failure | None
 def find_stalled_rank(
     running: Sequence[RankStatus], started_at: float, stall_seconds: float, now: float
 ) -> Failure | None:
-    """Return a failure if a rank has not sent a heartbeat for too long; of several, that of the longest silence.
+    """Return a failure if a rank has stalled.
+
+    A rank has stalled if it sent no heartbeat within LOADING_SECONDS of its start, or if its last heartbeat is older than
+    `stall_seconds`. Of several ranks of the second kind, the one with the oldest heartbeat is reported.
 
     Args:
         running: status of the ranks that have not exited.
         started_at: time at which the ranks were started, a reading of `time.monotonic`.
-        stall_seconds: maximum time between heartbeats.
+        stall_seconds: maximum number of seconds between two heartbeats.
         now: reading of `time.monotonic`.
     """
     for status in running:

@@ -1,4 +1,4 @@
-"""Follower of a job's coordinator, for the other hosts of a job that is started by hand on each host (`--nodes`)."""
+"""Follower of a coordinator, on hosts other than host 0 of a job that is started by hand on each host (`--nodes`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ LAUNCHER_SECONDS = 5.0  # delay before the exit of this host's launcher is repor
 
 
 class Follower:
-    """Counterpart of the coordinator on a host that does not run it, with the same interface.
+    """Stand-in for `Coordinator` on a host that does not run it.
+
+    It has the methods of `Coordinator` that `launch.run_attempt` calls. It forwards stop requests to the coordinator and
+    receives the result from it.
 
     Args:
         address: IPv4 address or host name, and port of the coordinator.
@@ -34,15 +37,15 @@ class Follower:
         return self._requests.count > 0
 
     def request_stop(self) -> None:
-        """Make the coordinator stop the job. Safe to call from a signal handler."""
+        """Forward a stop request to the coordinator. Safe to call from a signal handler."""
         if self._requests.add():
             self._unsent_requests.append(self._requests.count > 1)
 
     def serve(self, launcher_exit_code: Callable[[], int | None]) -> JobResult:
-        """Run until the job has ended.
+        """Wait until the job has ended, and return its result.
 
         Args:
-            launcher_exit_code: returns the exit code of the process that starts this host's supervisors, or None while it runs.
+            launcher_exit_code: function that returns the exit code of this host's launcher, or None while it runs.
         """
         deadline = time.monotonic() + FIRST_CONNECTION_SECONDS
         while time.monotonic() < deadline and not self.stop_requested:
@@ -64,7 +67,7 @@ class Follower:
         return self._failed("did not answer; check that the same command runs there with --node-rank 0")
 
     def close(self) -> None:
-        """Do nothing; the coordinator's counterpart closes its connections."""
+        """Do nothing: `serve` has closed the connection."""
 
     def _follow(self, channel: Channel, launcher_exit_code: Callable[[], int | None]) -> JobResult | None:
         """Exchange messages until the result arrives; return None if the coordinator rejects the connection."""

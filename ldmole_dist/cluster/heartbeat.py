@@ -14,17 +14,20 @@ def heartbeat(activity: str) -> None:
     """Report progress to the supervisor of this rank; do nothing if there is no supervisor.
 
     Args:
-        activity: what the rank is about to do; shown if the rank stalls or fails.
+        activity: description of the next step of the rank, shown if the rank stalls or fails.
     """
     fd = os.environ.get(HEARTBEAT_FD)
     if fd is not None:
-        # The pipe is full when the supervisor is slow: losing a heartbeat is harmless. A broken pipe means that the supervisor
-        # died; the kernel then kills this process.
+        # If the supervisor is slow, the pipe is full, and losing a heartbeat is harmless. If the supervisor died, the pipe is
+        # broken, and the kernel kills this process.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(int(fd), activity.encode() + b"\n")
 
 
 def show_stacks() -> None:
-    """Print the stacks of all threads on a crash in native code and on SIGUSR1, which a supervisor sends when a rank stalls."""
+    """Install handlers that print the stacks of all threads after a crash in native code and on SIGUSR1.
+
+    A supervisor sends SIGUSR1 to its rank when the job has stalled.
+    """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -99,7 +99,7 @@ def select_hosts(hosts: Sequence[Host], include: str, exclude: str) -> list[Host
 
 
 def _parse_selection(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
-    """Return the slots that a value of --include or --exclude names, by host."""
+    """Return the slots that a value of --include or --exclude selects, by host."""
     named: dict[str, tuple[int, ...]] = {}
     for part in filter(None, text.split("@")):
         name, _, numbers = part.partition(":")
@@ -119,7 +119,7 @@ def _parse_selection(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[in
 
 
 def order_for_groups(hosts: Sequence[Host], ep_size: int) -> list[Host]:
-    """Return the hosts with those first whose number of slots is a multiple of `ep_size`.
+    """Return the hosts, sorted so that those whose number of slots is a multiple of `ep_size` come first.
 
     An expert-parallel group is `ep_size` consecutive ranks. A host with another number of slots shifts the groups of all hosts
     after it, so that they span hosts.
@@ -146,5 +146,5 @@ def describe_layout(hosts: Sequence[Host], ep_size: int) -> str:
 
 
 def write_hostfile(hosts: Sequence[Host], path: Path) -> None:
-    """Write a hostfile for a launcher."""
+    """Write a hostfile for a launcher, with the number of slots of each host."""
     path.write_text("".join(f"{host.name} slots={len(host.slots)}\n" for host in hosts))

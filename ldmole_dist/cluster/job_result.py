@@ -11,17 +11,17 @@ from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PEER, EXIT_PREEMPTED
 
 @dataclass(frozen=True)
 class Failure:
-    """Failure that the coordinator observed.
+    """Failure of a rank, a launcher or the coordinator.
 
     Attributes:
-        source: what failed: "rank 2 on node1", "rank(s) 2, 3 on node1", "the launcher".
-        description: how it failed, as the rest of a sentence that starts with the source.
+        source: subject of the failure, such as "rank 2 on node1", "rank(s) 2, 3 on node1" or "the launcher".
+        description: predicate of the sentence that starts with the source, such as "exited with code 1".
         last_lines: last lines that the rank printed.
         permanent: whether a restart would fail in the same way.
         stalled: whether ranks hang, so that their stacks must be printed.
         secondary: whether the rank reported that it failed because of another rank.
-        abrupt: whether the rank was killed or lost and could not report anything. Ranks that fail because of it may be heard
-            first.
+        abrupt: whether the rank was killed or lost and could not report anything. Ranks that fail as a consequence may report
+            their failures earlier.
         stop_requested: whether the rank exited on a stop request before it had anything to save.
     """
 
@@ -58,8 +58,8 @@ class JobResult:
 def root_cause(failures: Sequence[Failure]) -> Failure:
     """Return the most likely cause among failures that were observed within seconds of each other.
 
-    An abrupt failure comes first, then one after a stop request, then one that a restart would not cure, then any other;
-    failures that the ranks themselves attribute to another rank come last. The earliest wins among equals.
+    The order of preference is: an abrupt failure, an exit on a stop request, a permanent failure, any other failure, and last a
+    failure that a rank attributes to another rank. Of several failures of the same kind, the first in the list is returned.
     """
     return min(failures, key=lambda f: (not f.abrupt, not f.stop_requested, not f.permanent, f.secondary))
 
@@ -74,12 +74,12 @@ def exit_code_for(failure: Failure) -> int:
 def failure_from_exit(
     source: str, exit_code: int, last_activity: str, last_lines: list[str], out_of_memory: bool
 ) -> Failure:
-    """Return the failure that the exit of a rank stands for.
+    """Return the failure that describes the exit of a rank.
 
     Args:
-        source: name of the rank.
+        source: rank and host, such as "rank 2 on node1".
         exit_code: exit code as `subprocess` reports it; negative for a signal.
-        last_activity: last heartbeat of the rank, to append to the description.
+        last_activity: text about the last heartbeat of the rank, appended to the description.
         last_lines: last lines that the rank printed.
         out_of_memory: whether the kernel of the host has killed a process for lack of memory since the rank started.
     """
@@ -92,7 +92,7 @@ def failure_from_exit(
                 "; the kernel of the host killed a process for lack of memory: lower optimisation.micro_batch_size or "
                 "start fewer ranks on the host"
                 if out_of_memory
-                else "; not for lack of memory"
+                else "; the kernel of the host reported no lack of memory"
             )
     return Failure(
         source,

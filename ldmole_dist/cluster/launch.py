@@ -1,4 +1,4 @@
-"""Launch of a job: runs a launcher and the coordinator, and restarts the job after failures."""
+"""Launch of a job: run a launcher and the coordinator, and restart the job after failures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rank_command(arguments: Sequence[str]) -> list[str]:
 def supervisor_command(
     command: Sequence[str], job_arguments: Sequence[str], exports: Mapping[str, str], interface: str | None
 ) -> list[str]:
-    """Return the script and arguments, for the Python interpreter, that run the supervisor of a rank.
+    """Return the arguments of the Python interpreter that run the supervisor of a rank: the path of entry.py and its options.
 
     Args:
         command: command of the rank.
@@ -64,7 +64,7 @@ def exec_supervisor(
         command: command of the rank.
         exports: environment variables for the rank.
         interface: network interface to use; None selects one.
-        stall_seconds: time without a heartbeat of a rank after which the job has stalled.
+        stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
     """
     job_arguments = ["--coordinator", "mpi", "--stall-seconds", str(stall_seconds)]
     script = supervisor_command(command, job_arguments, exports, interface)
@@ -112,9 +112,9 @@ def run_attempt(
         spec: launcher and hosts.
         command: command of a rank.
         exports: environment variables for the ranks.
-        stall_seconds: time without a heartbeat of a rank after which the job has stalled.
-        signals: active signal handlers, which then stop the job.
-        number: number of the attempt; with torchrun, the coordinator and its followers must agree on it.
+        stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
+        signals: stop signals of the process; a signal stops the job.
+        number: number of the attempt. With torchrun it is part of the name of the job, so it must be the same on all hosts.
     """
     launcher: subprocess.Popen[bytes] | None = None
     coordinator = _create_coordinator(spec, stall_seconds, number)
@@ -168,12 +168,12 @@ def run_with_restarts(
 
 
 def _create_coordinator(spec: LaunchSpec, stall_seconds: float, number: int) -> Coordinator | Follower:
-    """Return the coordinator, or a follower where another host runs the coordinator."""
+    """Return the coordinator, or a follower if another host runs the coordinator."""
     if spec.launcher != "torchrun":
         address = coordinator_address(spec)
         return Coordinator(address, secrets.token_hex(8), spec.world_size, stall_seconds, print_status)
     address, _, master_port = spec.master.rpartition(":")
-    # Without the address in the job's name, because the hosts may spell it differently.
+    # The name of the job does not contain the address, because the hosts may spell it differently.
     job, port = f"port {master_port}, attempt {number}", int(master_port) + 1
     if spec.node_rank > 0:
         return Follower((address, port), job)
@@ -181,9 +181,9 @@ def _create_coordinator(spec: LaunchSpec, stall_seconds: float, number: int) -> 
 
 
 def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
-    """Wait for the launcher, whose ranks have ended, and kill it if it hangs on an unreachable host.
+    """Wait for the launcher after its ranks have ended, then kill it and its children in case it hangs on an unreachable host.
 
-    It gets no SIGTERM: on SIGTERM, DeepSpeed's runner (0.19.8) runs pkill with a pattern that also matches other jobs on the
+    SIGTERM is not sent, because DeepSpeed's runner (0.19.8) then runs pkill with a pattern that also matches other jobs on the
     hosts.
     """
     try:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 KEEPALIVE_SECONDS = 2.0  # interval of keepalive messages, in both directions
-LOST_SECONDS = 15.0  # silence after which the peer counts as lost
+LOST_SECONDS = 15.0  # time without a message after which the peer is treated as lost
 _MAX_MESSAGE_BYTES = 2**20
 
 
@@ -81,11 +81,11 @@ def raise_open_file_limit() -> None:
 
 
 def wait_readable(sources: Iterable[Any], timeout: float) -> set[Any]:
-    """Wait until at least one source can be read, and return all sources that can.
+    """Wait until at least one source is readable, and return all readable sources; the set is empty after a timeout.
 
     Args:
-        sources: file descriptors, and objects with a `fileno` method.
-        timeout: seconds to wait at most.
+        sources: file descriptors or objects with a `fileno` method.
+        timeout: maximum number of seconds to wait.
     """
     # poll instead of select.select, which fails for file descriptors above 1023.
     poll, by_fd = select.poll(), {}

@@ -15,15 +15,17 @@ from ldmole_dist.cluster.rank_environment import RankEnvironment
 def rendezvous(
     rank_environment: RankEnvironment, interface: str | None, stall_seconds: float
 ) -> tuple[tuple[str, int], str, threading.Thread | None]:
-    """Start the coordinator on rank 0, in a thread next to the supervisor, and tell all ranks where it is.
+    """Start the coordinator in a thread of rank 0, and broadcast its address to all ranks.
+
+    Collective: every rank must call it.
 
     Args:
         rank_environment: rank and world size of this process.
         interface: network interface that the coordinator uses; None selects the one that leads to another host.
-        stall_seconds: time without a heartbeat of a rank after which the job has stalled.
+        stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
 
     Returns:
-        Address and port of the coordinator, name of the job, and on rank 0 the coordinator's thread, which ends with the job.
+        Address and port of the coordinator; name of the job; the coordinator's thread on rank 0, None on other ranks.
     """
     from mpi4py import MPI
 

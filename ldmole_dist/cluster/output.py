@@ -1,4 +1,4 @@
-"""Status lines of `ldmole launch` and of supervisors, in between the output of the ranks."""
+"""Status lines of `ldmole launch` and of supervisors, interleaved with the output of the ranks."""
 
 from __future__ import annotations
 

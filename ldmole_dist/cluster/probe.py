@@ -1,6 +1,6 @@
 """Probe of one host, which `ldmole doctor` runs on each host: `python -m ldmole_dist.cluster.probe JSON`.
 
-It prints one line with its findings, and then answers questions from standard input, one per line.
+It prints one line with the facts about the host, and then answers questions from standard input, one per line.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ldmole_dist.cluster.network import address_towards, interface_with, interfa
 from ldmole_dist.engine.ops import how_built
 
 _CAP_IPC_LOCK = 1 << 14  # linux/capability.h
-MARKER = "ldmole-probe "  # prefix of the lines to read: the shell of a host may print a greeting too
+MARKER = "ldmole-probe "  # prefix of the output lines, because the shell of a host may print a greeting as well
 
 
 def inspect_host(
     config: str | None, folder: str, towards: str | None, interface: str | None, optimizer: str
 ) -> dict[str, Any]:
-    """Return what can be found out about this host without the other hosts.
+    """Return facts about this host: its packages, code, config, free memory and disk space, GPUs, network and limits.
 
     Args:
         config: configuration file of the run, or None.
@@ -43,7 +43,7 @@ def inspect_host(
         optimizer: `optimisation.optimizer` of the run.
 
     Returns:
-        The findings, for JSON; memory and disk are free bytes.
+        JSON-serializable facts by name. "memory" and "disk" are free bytes; "code" and "config" are hashes.
     """
     known = interfaces()
     network_problem = ""
@@ -71,16 +71,20 @@ def inspect_host(
 
 
 def answer(question: str) -> str:
-    """Return the answer to a question.
+    """Answer a question of `ldmole doctor`.
 
-    "time" is answered with the seconds since 1970. "create PATH" and "remove PATH" of an empty file are answered with "done",
-    "exists PATH" with "yes" or "no", and any of the three with an error message if it fails.
+    Args:
+        question: "time", "create PATH" (of an empty file), "remove PATH" or "exists PATH".
+
+    Returns:
+        For "time", the seconds since 1970; for "create" and "remove", "done"; for "exists", "yes" or "no". If the file cannot
+        be accessed, the error message.
     """
     kind, _, path = question.partition(" ")
     if kind == "time":
         return repr(time.time())
     try:
-        # Where the folder of the file does not exist yet, the closest existing folder above it stands for it.
+        # The output folder may not exist yet; use its closest existing parent instead.
         file = _existing(Path(path)) / Path(path).name
         if kind == "create":
             file.touch()
@@ -138,13 +142,13 @@ def _memory_lock_limited() -> bool:
 
 
 def _existing(folder: Path) -> Path:
-    """Return the folder, or the closest parent that exists."""
+    """Return the folder, or its closest existing parent."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def main() -> None:
-    """Print the findings, and answer questions until standard input ends."""
+    """Print the facts about this host, and answer questions until standard input ends."""
     print(MARKER + json.dumps(inspect_host(**json.loads(sys.argv[1]))), flush=True)
     for line in sys.stdin:
         print(MARKER + answer(line.rstrip("\n")), flush=True)

@@ -23,12 +23,12 @@ def inside_mpi(environ: Mapping[str, str]) -> bool:
 
 
 def inside_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Return whether srun started this process as one of several; a batch script itself does not run in such a step."""
+    """Return whether srun started this process as one of several; False in the batch script itself."""
     return "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def detect_rank_environment(environ: Mapping[str, str]) -> RankEnvironment:
-    """Return rank and world size as set by torchrun or DeepSpeed (RANK), MPI or Slurm; rank 0 of 1 without a launcher."""
+    """Return rank and world size as set by torchrun or DeepSpeed (RANK), MPI or Slurm; without a launcher, rank 0 of 1."""
     if "RANK" in environ:
         return RankEnvironment(int(environ["RANK"]), int(environ["WORLD_SIZE"]))
     # MPI before Slurm: mpirun starts its daemons with srun, and its processes inherit the variables of srun.

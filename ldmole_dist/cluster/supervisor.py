@@ -1,8 +1,8 @@
-"""Supervisor of one rank: starts the rank when all ranks can start, and ends it when any rank of the job has failed.
+"""Supervisor of one rank: starts the rank when all ranks can start, and kills it when any rank of the job has failed.
 
 A launcher starts one supervisor per rank, in place of the rank. The supervisor connects to the coordinator of the job
-(coordinator.py), reports the state of its rank, and does what the coordinator tells all supervisors. It imports neither torch
-nor DeepSpeed, to leave the memory of the host to the ranks.
+(coordinator.py), reports the state of its rank, and executes the commands of the coordinator. It imports neither torch nor
+DeepSpeed, to leave the memory of the host to the ranks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ldmole_dist.cluster.output import print_status
 from ldmole_dist.cluster.rank_environment import RankEnvironment
 from ldmole_dist.cluster.rank_process import RankProcess, adopt_orphans, count_oom_kills
 
-# Time that a rank may be stopped (SIGSTOP) before it counts as failed; a debugger stops a process for a moment.
+# Time that a rank may be stopped (SIGSTOP) before it is treated as failed; a debugger stops a process briefly.
 SUSPENDED_SECONDS = 10.0
-# Variables of torchrun that do not hold for the ranks. TORCHELASTIC_USE_AGENT_STORE: torchrun's store is not the one at our
-# MASTER_PORT, which rank 0 creates. OMP_NUM_THREADS: torchrun sets 1; a value of the user is among the exports.
+# Variables that torchrun sets and that the ranks must not inherit. TORCHELASTIC_USE_AGENT_STORE: rank 0 creates the store at
+# our MASTER_PORT, which is not torchrun's. OMP_NUM_THREADS: torchrun sets 1; a value that the user set is in `exports`.
 _TORCHRUN_VARIABLES = ("TORCHELASTIC_USE_AGENT_STORE", "OMP_NUM_THREADS")
 
 
@@ -36,7 +36,7 @@ class Supervisor:
         rank_environment: rank and world size.
         command: command of the rank.
         exports: environment variables for the rank.
-        job: name of the job, as the coordinator knows it.
+        job: name of the job; the coordinator rejects other names.
         interface: network interface to use; None selects the one that leads to the coordinator.
     """
 
@@ -62,20 +62,21 @@ class Supervisor:
 
         Args:
             coordinator: IPv4 address or host name, and port of the coordinator.
-            timeout: seconds to wait for a connection to it.
+            timeout: maximum number of seconds to wait for a connection.
 
         Returns:
             The exit code of the rank, or 1 if the job failed.
         """
         channel = _connect(coordinator, timeout)
         if channel is None:
-            print_status(f"rank {self.rank}: the coordinator at {coordinator[0]}:{coordinator[1]} does not answer")
+            at = f"{coordinator[0]}:{coordinator[1]}"
+            print_status(f"rank {self.rank}: the coordinator at {at} does not answer; open that port between the hosts")
             return 1
-        # Where `ldmole launch` runs on the same host, it handles the loss of the terminal itself.
+        # If `ldmole launch` runs on the same host, it handles the loss of the terminal itself.
         self._output_is_remote = not coordinator[0].startswith("127.") and "TORCHELASTIC_RUN_ID" not in os.environ
         adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; keep it so
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; leave it ignored
                 signal.signal(number, self._on_signal)
         self._send_hello(channel)
         try:
@@ -89,7 +90,7 @@ class Supervisor:
         self._stop_signalled = True
 
     def _send_hello(self, channel: Channel) -> None:
-        with socket.socket() as s:  # rank 0's port is where the ranks rendezvous
+        with socket.socket() as s:  # select a free port; the ranks rendezvous at that of rank 0
             s.bind(("", 0))
             port = s.getsockname()[1]
         known = interfaces()
@@ -109,7 +110,7 @@ class Supervisor:
             process = self._process
             ready = wait_readable([channel] if process is None else [channel, process.heartbeat_fd], 0.2)
             now = time.monotonic()
-            if now - checked_at > LOST_SECONDS / 2:  # the host was suspended: neither silence nor a stall counts
+            if now - checked_at > LOST_SECONDS / 2:  # the host was suspended: extend the timeouts
                 last_message_at = now
                 if process is not None:
                     process.heartbeat_at += now - checked_at
@@ -122,7 +123,9 @@ class Supervisor:
             if channel.closed or now - last_message_at > LOST_SECONDS:
                 if not self._reported:
                     host = socket.gethostname()
-                    print_status(f"rank {self.rank} on {host}: ended, because the coordinator of the job is gone")
+                    print_status(
+                        f"rank {self.rank} on {host}: killed, because the connection to the coordinator was lost"
+                    )
                 return 1
             if self._stop_signalled:
                 # A launcher signals ranks one by one; the coordinator stops all of them at once.
@@ -139,7 +142,7 @@ class Supervisor:
                 self._check_rank(channel, now)
 
     def _handle(self, channel: Channel, message: Mapping[str, Any]) -> int | None:
-        """Do what a message of the coordinator says; return the exit code if it ends this supervisor."""
+        """Execute a command of the coordinator; return the exit code if it ends this supervisor, otherwise None."""
         process = self._process
         if message["kind"] == "start":
             self._start_rank(channel, message["environment"])
@@ -170,7 +173,7 @@ class Supervisor:
         """Report the exit or the failure of the rank, at most once."""
         process = self._process
         if process is not None and process.exit_code is not None:
-            process.kill()  # descendants that outlived the rank
+            process.kill()  # kill descendants that outlived the rank
             channel.send(
                 "exited",
                 exit_code=process.exit_code,

@@ -182,7 +182,7 @@ def test_loss_of_the_coordinator_ends_all_ranks(jobs: Callable[..., Job]) -> Non
     with pytest.raises(Interrupted):
         job.coordinator.serve(interrupt)
     job.coordinator.close()
-    assert job.wait() == [1] * WORLD_SIZE and "the coordinator of the job is gone" in job.output(0)
+    assert job.wait() == [1] * WORLD_SIZE and "the connection to the coordinator was lost" in job.output(0)
 
 
 def test_suspended_rank_counts_as_failed(jobs: Callable[..., Job]) -> None:
