@@ -1,1 +1,1 @@
-"""The scaling study: measured configurations, a model fitted to them, and a page with both: `ldmole scaling`."""
+"""The scaling study: measure configurations, fit a model of the step time, and write a page: `ldmole scaling`."""

@@ -1,4 +1,4 @@
-"""Cells of the scaling study: one cell is one configuration to measure."""
+"""Cells of the scaling study. A cell is one configuration to measure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 VOCABULARY = 4096
-ANSWERS = 8  # tokens at the end of each sequence that the loss is on
-LAMBDA_HIDDEN = 256
+ANSWERS = 8  # the loss is computed on this number of tokens at the end of each sequence
+LAMBDA_HIDDEN = 256  # hidden units of the lambda-MLP
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,18 @@ class Cell:
     """One configuration; the fields are columns of cells.csv.
 
     Args:
-        ranks: processes, one per GPU, or sharing the CPU's cores.
+        ranks: number of processes. Each has its own GPU, or all of them share the CPU's cores.
         ep_size: number of consecutive ranks that share one copy of the experts.
         stage: ZeRO stage.
-        dispatch: "auto", "all_to_all" or "gather"; has no effect if ep_size is 1.
-        experts: experts of every linear.
+        dispatch: "auto", "all_to_all" or "gather"; without effect if ep_size is 1.
+        experts: number of experts per linear.
         lora_rank: LoRA rank of an expert.
-        hidden: width of the Llama, a multiple of 64, which is the width of an attention head.
-        layers: decoder layers.
-        micro_batch: sequences of a rank and forward.
-        accumulation: micro-batches of an optimizer step.
-        seq: tokens of a sequence.
-        precision: "fp32" or "bf16".
+        hidden: hidden size of the Llama; a multiple of 64, the width of an attention head.
+        layers: number of decoder layers.
+        micro_batch: sequences per rank and forward.
+        accumulation: micro-batches per rank and optimizer step.
+        seq: tokens per sequence.
+        precision: precision of the frozen weights, "fp32" or "bf16".
     """
 
     ranks: int = 2
@@ -49,12 +49,12 @@ class Cell:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an optimizer step on all ranks."""
+        """Number of tokens in an optimizer step, summed over ranks."""
         return self.ranks * self.micro_batch * self.accumulation * self.seq
 
     def backbone(self) -> LlamaConfig:
         """Return the config of the Llama."""
-        from ldmole_dist.study.random_model import llama_config  # imports torch, which the argument parser must not
+        from ldmole_dist.study.random_model import llama_config  # imports torch, too slow for the argument parser
 
         heads = self.hidden // 64
         kv_heads = heads // 2 if heads % 2 == 0 else heads
@@ -63,22 +63,23 @@ class Cell:
         return llama_config(*sizes, head_dim=64, max_position_embeddings=positions)
 
     def checked(self) -> Cell:
-        """Return this cell.
+        """Check the values and return this cell.
 
         Raises:
-            UserError: if it cannot run.
+            UserError: if a value is not supported, ep_size does not divide ranks and experts, or hidden is not a
+                multiple of 64.
         """
         for name, value in asdict(self).items():
             if name in CHOICES and value not in CHOICES[name]:
                 raise UserError(f"{name}={value} is not supported; use one of {', '.join(map(str, CHOICES[name]))}")
             if name not in CHOICES and value < 1:
-                raise UserError(f"{name}={value} is not positive; use at least 1")
+                raise UserError(f"{name}={value} is not positive; use 1 or more")
         if self.ranks % self.ep_size or self.experts % self.ep_size:
             raise UserError(
                 f"ep_size={self.ep_size} does not divide ranks={self.ranks} and experts={self.experts}; use a common divisor"
             )
         if self.hidden % 64:
-            raise UserError(f"hidden={self.hidden} is not a multiple of 64, the width of an attention head; use one")
+            raise UserError(f"hidden={self.hidden} is not a multiple of 64, the width of a head; use 64, 128, 192, ...")
         return self
 
 

@@ -1,4 +1,4 @@
-"""A hash of the code that a cell runs, so that rows measured with different code are not compared."""
+"""Hash the code that a cell runs, so that rows measured with different code are not compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ MEASURED_BY = (PACKAGE / "study/scaling/measure.py", PACKAGE / "study/bench/late
 
 
 def code(package: Path = PACKAGE, roots: tuple[Path, ...] = MEASURED_BY, ds_configs: Path = SHIPPED) -> str:
-    """Return a hash of the measuring modules, of all modules of `package` that they import, and of the DeepSpeed configs."""
+    """Return a hash of the code and the DeepSpeed configs that a measurement depends on.
+
+    Args:
+        package: folder of the package.
+        roots: modules that measure; all modules of `package` that they import are included.
+        ds_configs: folder of the DeepSpeed configs.
+
+    Returns:
+        The first 12 hexadecimal digits of a SHA-256.
+    """
     digest = hashlib.sha256()
     for path in [*sorted(imported(package, roots)), *sorted(ds_configs.glob("*.json"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -21,7 +30,7 @@ def code(package: Path = PACKAGE, roots: tuple[Path, ...] = MEASURED_BY, ds_conf
 
 
 def imported(package: Path, roots: tuple[Path, ...]) -> set[Path]:
-    """Return the files of `package` that the roots import, directly or not, inside functions included, and the roots."""
+    """Return `roots` and all files of `package` that they import, directly or indirectly, also inside functions."""
     found, waiting = set(), list(roots)
     while waiting:
         if (path := waiting.pop()) not in found:
@@ -35,13 +44,13 @@ def _imported_names(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):  # a name imported from a package may be one of its modules
+        elif isinstance(node, ast.ImportFrom):  # the imported name can be a module of the package
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
 
 
 def _files(package: Path, name: str) -> list[Path]:
-    """Return the files of a, a.b and a.b.c for the name a.b.c, since importing it runs all of them."""
+    """Return the files of a, a.b and a.b.c for the module name a.b.c, because importing a.b.c runs all of them."""
     parts = name.split(".")
     if parts[0] != package.name:
         return []

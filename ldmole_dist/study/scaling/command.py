@@ -16,38 +16,38 @@ from ldmole_dist.study.scaling.grids import grid_named, overridden
 if TYPE_CHECKING:
     from ldmole_dist.study.scaling.store import Store
 
-SCALING = """Measures optimizer steps of many configurations on this machine, fits a model to them, and writes both to
-OUTPUT/scaling.html. The same command resumes an interrupted study."""
+SCALING = """Measure optimizer steps of many configurations on this machine, fit a model of the step time, and write
+OUTPUT/scaling.html. To resume an interrupted study, run the same command again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ldmole scaling`."""
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="measure a grid that takes minutes on two cores (default)")
-    size.add_argument("--full", action="store_true", help="measure more ranks, and wider and deeper models")
+    size.add_argument("--quick", action="store_true", help="measure the small grid: minutes on two CPU cores (default)")
+    size.add_argument("--full", action="store_true", help="measure the large grid: more ranks, wider and deeper models")
     parser.add_argument("--output", default="runs/scaling", help="folder of the study (default: %(default)s)")
-    parser.add_argument("--page-only", action="store_true", help="measure nothing; write the page of a measured study")
+    parser.add_argument("--page-only", action="store_true", help="write the page of a measured study without measuring")
     parser.add_argument(
-        "--steps", type=positive, default=7, help="timed optimizer steps of a cell (default: %(default)s)"
+        "--steps", type=positive, default=7, help="timed optimizer steps per cell (default: %(default)s)"
     )
     parser.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds after which a cell fails (default: %(default)s)"
+        "--timeout", type=float, default=300.0, help="seconds per cell, including start-up (default: %(default)s)"
     )
-    parser.add_argument("--ranks", help="numbers of ranks, such as 1,2,4")
+    parser.add_argument("--ranks", help="comma-separated numbers of ranks, such as 1,2,4")
     for axis in AXES[1:]:
-        text = f"values of {axis}, such as A,B, around the base cell; a single value applies to every cell"
+        text = f"comma-separated values of {axis} to measure around the base cell; a single value is set in every cell"
         parser.add_argument(f"--{axis.replace('_', '-')}", help=text)
     parser.set_defaults(call=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a study.
+    """Run `ldmole scaling`.
 
     Returns:
-        0, or EXIT_PREEMPTED if it was interrupted and the same command resumes it.
+        0, or `EXIT_PREEMPTED` after Ctrl-C; the same command then resumes the study.
 
     Raises:
-        UserError: for a value that is not supported, or a folder that cannot be used.
+        UserError: if an option has a value that is not supported, or the folder cannot be used.
     """
     chosen = {axis: _values(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None}
     from ldmole_dist.study.scaling.page import write_page
@@ -73,10 +73,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cells(is_full: bool, chosen: dict[str, list[Any]]) -> list[Cell]:
-    """Return the cells to measure, all on GPUs or all on the CPU.
+    """Return the cells to measure.
+
+    On a machine with GPUs, numbers of ranks above the number of GPUs are left out, and the precision is bf16 instead of
+    fp32.
+
+    Args:
+        is_full: whether to use the "full" grid instead of "quick".
+        chosen: name of an axis -> values given on the command line; "ranks" is removed.
 
     Raises:
-        UserError: for a value that is not supported, or more ranks than GPUs.
+        UserError: if a value is not supported, or --ranks exceeds the number of GPUs.
     """
     import torch
 
@@ -85,8 +92,8 @@ def _cells(is_full: bool, chosen: dict[str, list[Any]]) -> list[Cell]:
     ranks = chosen.pop("ranks", None)
     if ranks and gpus and max(ranks) > gpus:
         raise UserError(
-            f"--ranks {max(ranks)} exceeds the {gpus} GPUs of this machine; use at most {gpus}, "
-            "or set CUDA_VISIBLE_DEVICES= to measure on the CPU"
+            f"--ranks {max(ranks)} exceeds the {gpus} GPUs of this machine; use {gpus} or fewer, "
+            "or set CUDA_VISIBLE_DEVICES='' to measure on the CPU"
         )
     return overridden(grid, ranks or [n for n in grid.ranks if not gpus or n <= gpus], chosen).cells()
 
@@ -104,7 +111,7 @@ def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: f
             continue
         try:
             row = done(cell, measure(cell, steps, WARMUP, timeout))
-        except (RankFailed, OSError) as error:  # OSError: a process cannot be started
+        except (RankFailed, OSError) as error:  # OSError if a process cannot be started
             row = failed(cell, error)
             tqdm.write(f"failed: {cell}: {row.status}", file=sys.stderr)
         store.add(row)
@@ -119,7 +126,7 @@ def _measure_latency(store: Store, is_full: bool) -> None:
     results: list[latency.Latency] | str
     try:
         results = latency.bench_latency(latency.Settings() if is_full else latency.QUICK)
-    except Exception as error:  # any failure is reported on the page, which has the cells anyway
+    except Exception as error:  # the page shows the failure; the measured cells must not be lost
         results = reason(error)
         print(f"failed: latency of the adapter's parts: {results}", file=sys.stderr)
     store.add_latencies(results)
@@ -131,4 +138,4 @@ def _values(axis: str, text: str) -> list[Any]:
         return [type(default)(value) for value in text.split(",")]
     except ValueError as error:
         flag = f"--{axis.replace('_', '-')}"
-        raise UserError(f"{flag} {text!r} is not a list of integers; write it as in {flag} 1,2") from error
+        raise UserError(f"{flag} {text!r} is not a list of integers; use commas, as in {flag} 1,2") from error

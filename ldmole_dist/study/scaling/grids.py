@@ -1,4 +1,4 @@
-"""Grids of the scaling study: which cells it measures."""
+"""Grids of the scaling study. A grid defines the cells to measure."""
 
 from __future__ import annotations
 
@@ -11,54 +11,76 @@ from typing import Any
 from ldmole_dist.errors import UserError
 from ldmole_dist.study.scaling.cells import Cell
 
-# Axes whose largest value is also measured on one rank, where nothing is sent: it separates rates of computing and sending.
+# The last value of these axes is also measured on one rank. Without communication in the time, the fit can separate the
+# seconds per unit of computing from those of sending.
 ALONE = ("experts", "lora_rank", "layers", "hidden")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A base cell, numbers of ranks, and the values that each axis takes around the base cell."""
+    """Base cell and variations of it.
+
+    Args:
+        base: base cell.
+        ranks: numbers of ranks for weak and strong scaling.
+        axes: name of an axis -> values; for each value there is a cell that differs from the base cell in this axis
+            only.
+    """
 
     base: Cell
     ranks: tuple[int, ...]
     axes: Mapping[str, tuple[Any, ...]]
 
     def cells(self) -> list[Cell]:
-        """Return every cell once.
+        """Return all cells of the grid without duplicates.
 
         Raises:
-            UserError: naming a value that a cell cannot have.
+            UserError: if a cell has a value that is not supported.
         """
         around = [replace(self.base, **{axis: value}) for axis, values in self.axes.items() for value in values]
         largest = [(axis, value) for axis in ALONE for value in self.axes.get(axis, ())[-1:]]
         alone = [replace(self.base, **{axis: value, "ranks": 1, "ep_size": 1}) for axis, value in largest]
-        # The model that is fitted to fewer ranks is also tried on the most ranks with another dispatch.
+        # One more held-out cell: it shows whether the model, fitted to fewer ranks, also predicts another dispatch.
         far = replace(self.weak()[-1], dispatch="all_to_all")
         cells = [self.base, *self.weak(), *self.strong(), *around, *alone, far]
-        # Without expert parallelism the dispatch has no effect.
+        # Without expert parallelism the dispatch has no effect, so cells that differ in it only are duplicates.
         distinct = dict.fromkeys(c if c.ep_size > 1 else replace(c, dispatch="auto") for c in cells)
         return [cell.checked() for cell in distinct]
 
     def weak(self) -> list[Cell]:
-        """Return weak scaling of the base cell: fixed tokens per rank, with every ep_size that divides the ranks."""
+        """Return the cells of weak scaling: fixed tokens per rank, and every ep_size that divides ranks and experts."""
         cells = [replace(self.base, ranks=n, ep_size=ep) for n in self.ranks for ep in range(1, n + 1) if n % ep == 0]
         return [cell for cell in cells if cell.experts % cell.ep_size == 0]
 
     def strong(self) -> list[Cell]:
-        """Return strong scaling of the base cell: the batch of the most ranks, split among fewer by accumulation."""
+        """Return the cells of strong scaling: every number of ranks has the batch size of the most ranks.
+
+        Fewer ranks accumulate more micro-batches. Numbers of ranks that do not divide the largest one are left out.
+        """
         most = max(self.ranks)
         return [replace(c, accumulation=c.accumulation * most // c.ranks) for c in self.weak() if most % c.ranks == 0]
 
 
 def grid_named(name: str, precision: str) -> Grid:
-    """Return a grid from grids.json: "quick" takes minutes, "full" takes hours on a CPU."""
+    """Load a grid from grids.json.
+
+    Args:
+        name: "quick", which takes minutes, or "full", which takes hours on a CPU.
+        precision: precision of all cells, "fp32" or "bf16".
+    """
     stored = json.loads(files(__package__).joinpath("grids.json").read_text())[name]
     base = Cell(precision=precision, **stored["base"])
     return Grid(base, tuple(stored["ranks"]), {axis: tuple(values) for axis, values in stored["axes"].items()})
 
 
 def overridden(grid: Grid, ranks: Sequence[int], axes: Mapping[str, Sequence[Any]]) -> Grid:
-    """Return the grid on other ranks and with other values of axes; an axis with one value has it in every cell.
+    """Return a grid with other numbers of ranks and other values on some axes.
+
+    Args:
+        grid: grid to start from.
+        ranks: numbers of ranks. If they do not include that of the base cell, the base cell gets the largest, also as
+            its ep_size.
+        axes: name of an axis -> values that replace those of the grid. A single value is set in every cell instead.
 
     Raises:
         UserError: if a number of ranks is not positive.
@@ -66,7 +88,7 @@ def overridden(grid: Grid, ranks: Sequence[int], axes: Mapping[str, Sequence[Any
     base, kept = grid.base, dict(grid.axes)
     numbers = tuple(sorted(set(ranks)))
     if numbers[0] < 1:
-        raise UserError(f"ranks={numbers[0]} is not positive; use at least 1")
+        raise UserError(f"ranks={numbers[0]} is not positive; use 1 or more")
     if base.ranks not in numbers:
         base = replace(base, ranks=numbers[-1], ep_size=numbers[-1])
     for axis, values in axes.items():

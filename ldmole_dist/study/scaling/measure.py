@@ -1,4 +1,4 @@
-"""Measure one cell: train a Llama with an adapter on new processes and time the optimizer steps."""
+"""Measure one cell: train a Llama with an adapter in new processes and time the optimizer steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, VOCABULARY, 
 from ldmole_dist.study.timing import synchronize
 from ldmole_dist.tuner.model import tuner_of
 
-WARMUP = 4  # optimizer steps before the timed ones; on two ranks the first four took up to 1.5 times as long
+WARMUP = 4  # untimed optimizer steps; on two ranks the first four took up to 1.5 times as long as later ones
 _RESET_PEAK = "5"  # value for /proc/self/clear_refs that resets the peak resident set size, see proc(5)
 
 
@@ -35,16 +35,17 @@ class Measured:
     """Results of a cell; the fields are columns of cells.csv.
 
     Args:
-        seconds: time of an optimizer step: of the slowest rank, median over the steps.
-        steps: seconds of each step on the slowest rank, in order.
-        cpu_seconds: CPU time of an optimizer step on all ranks, median over the steps.
-        cores_elsewhere: mean number of cores that other programs kept busy.
-        peak_bytes: peak memory of the rank that needs most: allocated on its GPU, or on a CPU the resident memory beyond
-            that of the process before it built the model.
-        experts_per_token: active experts of a token, mean over ranks and linears in the last forward.
-        wire: elements that a rank sends for its experts in one step, by kind, mean over ranks.
-        wire_bytes: bytes that a rank sends for its experts in one step, mean over ranks.
-        tokens_per_second: tokens of all ranks per second.
+        seconds: median of `steps`.
+        steps: seconds of each timed optimizer step, maximum over ranks.
+        cpu_seconds: CPU seconds of an optimizer step, summed over ranks, median over steps.
+        cores_elsewhere: mean number of CPU cores that other programs used during the timed steps.
+        peak_bytes: peak memory in the timed steps, maximum over ranks. On a GPU it is the allocated memory, on a CPU
+            the resident memory minus that of the process before it built the model.
+        experts_per_token: active experts per token in the last forward, mean over tokens, linears and ranks.
+        wire: kind (see `parallel.wire`) -> elements that a rank sends for the experts in the last step, mean over
+            ranks.
+        wire_bytes: bytes that a rank sends for the experts in the last step, mean over ranks.
+        tokens_per_second: tokens of an optimizer step on all ranks, divided by `seconds`.
     """
 
     seconds: float
@@ -59,36 +60,56 @@ class Measured:
 
 
 def measure(cell: Cell, steps: int, warmup: int, timeout: float) -> Measured:
-    """Measure `steps` optimizer steps of a cell after `warmup` others, in new processes.
+    """Measure a cell in new processes.
+
+    Args:
+        cell: configuration.
+        steps: number of timed optimizer steps.
+        warmup: number of optimizer steps before them.
+        timeout: maximum seconds for the cell, including the start-up of the processes.
 
     Raises:
-        RankFailed: if the cell fails, or takes longer than `timeout` seconds with its start-up.
+        RankFailed: if a rank fails or the timeout expires.
     """
     with LocalRanks(cell.ranks, timeout) as ranks:
         return summary(cell, ranks.run(run_cell, cell, steps, warmup))
 
 
-def summary(cell: Cell, of_ranks: list[dict[str, Any]]) -> Measured:
-    """Combine the results of `run_cell` on all ranks."""
-    seconds = [max(step) for step in zip(*(r["seconds"] for r in of_ranks), strict=True)]
-    cpu = [sum(step) for step in zip(*(r["cpu_seconds"] for r in of_ranks), strict=True)]
-    wire: Counter[str] = sum((Counter(r["wire"]) for r in of_ranks), Counter())
+def summary(cell: Cell, results: list[dict[str, Any]]) -> Measured:
+    """Combine the results of all ranks.
+
+    Args:
+        cell: configuration that was measured.
+        results: result of `run_cell` on each rank, by rank.
+    """
+    seconds = [max(step) for step in zip(*(r["seconds"] for r in results), strict=True)]
+    cpu = [sum(step) for step in zip(*(r["cpu_seconds"] for r in results), strict=True)]
+    wire: Counter[str] = sum((Counter(r["wire"]) for r in results), Counter())
     median = statistics.median(seconds)
     return Measured(
         seconds=median,
         steps=seconds,
         cpu_seconds=statistics.median(cpu),
-        cores_elsewhere=max(0.0, of_ranks[0]["busy"] - sum(cpu)) / sum(seconds),
-        peak_bytes=max(r["peak_bytes"] for r in of_ranks),
-        experts_per_token=statistics.mean(r["experts_per_token"] for r in of_ranks),
+        cores_elsewhere=max(0.0, results[0]["busy"] - sum(cpu)) / sum(seconds),
+        peak_bytes=max(r["peak_bytes"] for r in results),
+        experts_per_token=statistics.mean(r["experts_per_token"] for r in results),
         wire={kind: number / cell.ranks for kind, number in sorted(wire.items())},
-        wire_bytes=sum(r["wire_bytes"] for r in of_ranks) / cell.ranks,
+        wire_bytes=sum(r["wire_bytes"] for r in results) / cell.ranks,
         tokens_per_second=cell.tokens / median,
     )
 
 
 def run_cell(cell: Cell, steps: int, warmup: int) -> dict[str, Any]:
-    """Train this rank's part of a cell and return its measurements; every rank calls it."""
+    """Train a cell on this rank. Collective: every rank must call it.
+
+    Args:
+        cell: configuration.
+        steps: number of timed optimizer steps.
+        warmup: number of optimizer steps before them.
+
+    Returns:
+        Measurements of this rank; "busy" is the core-seconds of all programs on this machine during the timed steps.
+    """
     process = start()
     on_cpu = process.device.type == "cpu"
     before = psutil.Process().memory_info().rss if on_cpu else 0
@@ -139,7 +160,14 @@ def run_cell(cell: Cell, steps: int, warmup: int) -> dict[str, Any]:
 
 
 def micro_batch(cell: Cell, index: int, rank: int, device: torch.device) -> dict[str, Tensor]:
-    """Draw sequences of random tokens whose last few tokens are labels."""
+    """Draw a micro-batch of random tokens; the last `ANSWERS` tokens of each sequence are labels.
+
+    Args:
+        cell: configuration.
+        index: number of the micro-batch; seeds the draw together with `rank`.
+        rank: rank that trains on it.
+        device: device of the tensors.
+    """
     generator = torch.Generator().manual_seed(index * 10_007 + rank)
     ids = torch.randint(0, VOCABULARY, (cell.micro_batch, cell.seq), generator=generator)
     labels = ids.clone()
@@ -149,6 +177,6 @@ def micro_batch(cell: Cell, index: int, rank: int, device: torch.device) -> dict
 
 
 def _busy_core_seconds() -> float:
-    """Return the seconds that the machine's cores have computed since boot, summed over cores and programs."""
+    """Return the seconds that all programs have used the machine's CPU cores since boot, summed over cores."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)

@@ -1,8 +1,8 @@
-"""A model of an optimizer step: seconds = sum over terms of amount x seconds per unit, fitted to the measured cells.
+"""Model of the time of an optimizer step, fitted to the measured cells.
 
-The seconds per unit are fitted by non-negative least squares on relative errors. The cells with the most ranks and with the
-most experts are held out before the fit; their errors show how far the model can be trusted when it extrapolates. The planner
-computes the amounts.
+seconds = sum over terms of amount x seconds per unit. The terms are the keys of `UNITS`. The planner computes the
+amounts; the seconds per unit are fitted by non-negative least squares on relative errors. The cells with the most ranks
+and those with the most experts are held out before the fit. The errors on them show how well the model extrapolates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ldmole_dist.study.scaling.cells import ANSWERS, LAMBDA_HIDDEN, Cell
 from ldmole_dist.study.scaling.series import Point
 
 SEEN = "fitted to"
-UNITS = {
+UNITS = {  # name of a term -> unit of its amount
     "frozen model and recomputation": "FLOP",
     "router, lambda-MLP, experts": "FLOP",
     "sent for experts": "byte",
@@ -36,20 +36,25 @@ UNITS = {
 
 
 class Sample(NamedTuple):
-    """The amounts of a cell by term, and its measured seconds."""
+    """A cell's amounts and its measured time.
+
+    Args:
+        terms: name of a term -> amount in one optimizer step.
+        seconds: measured seconds of an optimizer step.
+    """
 
     terms: Mapping[str, float]
     seconds: float
 
 
 class ActiveExperts(NamedTuple):
-    """Active experts of a token as a power law of the number of experts: factor * E ** power."""
+    """Mean number of active experts per token as a power law of the number of experts E: factor * E ** power."""
 
     factor: float
     power: float
 
     def of(self, experts: int) -> float:
-        """Return the active experts of a token, between 1 and all of them."""
+        """Return the mean number of active experts per token for E = `experts`, limited to between 1 and E."""
         return min(max(self.factor * experts**self.power, 1.0), float(experts))
 
 
@@ -57,9 +62,10 @@ class Model(NamedTuple):
     """A fitted model.
 
     Args:
-        seconds_per: seconds per unit, by term; terms that are 0 in every fitted cell are missing and count as nothing.
-        active: active experts of a token in cells that were not fitted to.
-        samples: the samples that were fitted to (SEEN), and those held out, by reason.
+        seconds_per: name of a term -> seconds per unit. A term that is 0 in every fitted cell is missing, and `predict`
+            ignores it.
+        active: power law for the active experts per token of held-out cells.
+        samples: `SEEN` -> fitted samples; reason, such as "ranks=8" -> samples held out for it.
     """
 
     seconds_per: dict[str, float]
@@ -67,11 +73,15 @@ class Model(NamedTuple):
     samples: dict[str, list[Sample]]
 
     def predict(self, amounts: Mapping[str, float]) -> float:
-        """Return the seconds of an optimizer step with these amounts."""
+        """Return the predicted seconds of an optimizer step.
+
+        Args:
+            amounts: name of a term -> amount, as `terms` returns it.
+        """
         return sum(seconds * amounts[name] for name, seconds in self.seconds_per.items())
 
     def error_rows(self) -> list[dict[str, object]]:
-        """Return a table row with the relative errors of the fitted cells, and one for each reason to hold cells out."""
+        """Return table rows of relative errors: one for the fitted cells, and one per reason for holding cells out."""
         errors = {
             kind if kind == SEEN else f"held out: {kind}": [
                 100 * abs(self.predict(s.terms) / s.seconds - 1) for s in samples
@@ -89,20 +99,24 @@ class Model(NamedTuple):
         ]
 
     def rate_rows(self) -> list[dict[str, object]]:
-        """Return a table row for each term."""
+        """Return one table row per term, with its unit and the fitted seconds per unit."""
         costs = {name: f"{seconds:.2e}" for name, seconds in self.seconds_per.items()}
         unknown = "unknown: 0 in every fitted cell"
         return [{"term": name, "unit": UNITS[name], "seconds per unit": costs.get(name, unknown)} for name in UNITS]
 
 
 def terms(cell: Cell, experts_per_token: float, cores: int | None) -> dict[str, float]:
-    """Return the amounts of one rank and optimizer step, by the names of UNITS.
+    """Return the amount of each term for one rank in one optimizer step.
+
+    If there are more ranks than CPU cores, ranks wait for a core, and all amounts are multiplied by ranks / cores.
 
     Args:
-        cell: the settings.
-        experts_per_token: active experts of a token.
-        cores: CPU cores that the ranks share, one per rank at most; with more ranks than cores, ranks wait for a core with
-            everything that they do, so that every amount counts ranks / cores times. None if each rank has a GPU.
+        cell: configuration.
+        experts_per_token: mean number of active experts per token.
+        cores: number of CPU cores that the ranks share; a rank uses one core at most. None if each rank has a GPU.
+
+    Returns:
+        Name of a term (key of `UNITS`) -> amount.
     """
     workload, strategy = planned(cell, experts_per_token, on_cpu=cores is not None)
     compute, sent = flops(workload, strategy), bytes_sent(workload, strategy)
@@ -124,7 +138,13 @@ def terms(cell: Cell, experts_per_token: float, cores: int | None) -> dict[str, 
 
 
 def planned(cell: Cell, experts_per_token: float, on_cpu: bool) -> tuple[Workload, Strategy]:
-    """Return the cell as the planner's workload and strategy."""
+    """Convert a cell to the planner's workload and strategy.
+
+    Args:
+        cell: configuration.
+        experts_per_token: mean number of active experts per token.
+        on_cpu: whether the ranks compute on a CPU.
+    """
     workload = Workload(
         cell.backbone(),
         num_experts=cell.experts,
@@ -145,29 +165,32 @@ def planned(cell: Cell, experts_per_token: float, on_cpu: bool) -> tuple[Workloa
 
 
 def fit(samples: Sequence[Sample]) -> dict[str, float]:
-    """Fit the seconds per unit of every term that occurs.
+    """Fit the seconds per unit of every term that is not 0 in all samples.
 
     Args:
         samples: samples with the same terms.
 
+    Returns:
+        Name of a term -> seconds per unit, at least 0.
+
     Raises:
-        UserError: if there are no more samples than terms, which could explain any times.
+        UserError: if there are not more samples than terms to fit, because such a fit could match any measured times.
     """
     names = [name for name in (samples[0].terms if samples else ()) if any(sample.terms[name] for sample in samples)]
     if len(samples) <= len(names):
         raise UserError(
-            f"{len(samples)} cells that are not held out are too few to fit {len(names)} rates; "
-            "measure more values of an axis"
+            f"{len(samples)} cells are too few to fit the model ({len(names)} terms; cells with the most ranks or "
+            "experts are held out); measure more cells, such as --layers 2,4,8 --hidden 128,256,512"
         )
     amounts = np.array([[sample.terms[name] / sample.seconds for name in names] for sample in samples])
-    # Terms differ by ten orders of magnitude, but the tolerance of nnls is absolute.
+    # Scale the columns: amounts differ by ten orders of magnitude between terms, and nnls has an absolute tolerance.
     scale = np.linalg.norm(amounts, axis=0)
     solution, _ = nnls(amounts / scale, np.ones(len(samples)))
     return dict(zip(names, (solution / scale).tolist(), strict=True))
 
 
 def fit_active(points: Sequence[Point]) -> ActiveExperts:
-    """Fit the power law by least squares of logarithms; if all points have one E, assume a constant share of E."""
+    """Fit the power law by least squares of the logarithms; if all points have the same E, set the power to 1."""
     experts = np.log([float(p.cell.experts) for p in points])
     active = np.log([p.measured.experts_per_token for p in points])
     if len({p.cell.experts for p in points}) == 1:
@@ -177,7 +200,13 @@ def fit_active(points: Sequence[Point]) -> ActiveExperts:
 
 
 def held_out(cells: Sequence[Cell]) -> dict[Cell, str]:
-    """Return the cells to hold out with the reason: those with the most ranks, and those with the most experts."""
+    """Return the cells to hold out: those with the most ranks, and those with the most experts.
+
+    An axis with one value holds out no cell.
+
+    Returns:
+        Cell -> reason, such as "ranks=8".
+    """
     reasons: dict[Cell, str] = {}
     for axis in ("ranks", "experts"):
         most = max(getattr(cell, axis) for cell in cells)
@@ -189,14 +218,15 @@ def held_out(cells: Sequence[Cell]) -> dict[Cell, str]:
 def fit_model(points: Sequence[Point], cores: int | None) -> Model:
     """Fit the model to the cells that are not held out.
 
-    Of a held-out cell only the seconds are used, to compare with: its active experts are predicted too.
+    The measured active experts per token of a held-out cell are not used: they are predicted by the power law, so that
+    the errors on held-out cells are those of a real prediction.
 
     Args:
         points: all measured cells.
-        cores: CPU cores that the ranks share; None if each rank has a GPU.
+        cores: number of CPU cores that the ranks share; None if each rank has a GPU.
 
     Raises:
-        UserError: see `fit`.
+        UserError: if there are too few cells to fit, see `fit`.
     """
     reasons = held_out([point.cell for point in points])
     seen = [point for point in points if point.cell not in reasons]

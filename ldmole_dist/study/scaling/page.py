@@ -1,4 +1,4 @@
-"""The page of a scaling study: page.html has the text; its tables and figures are computed from the rows."""
+"""Write the page of a scaling study: page.html has the text, and its tables and figure are computed from the rows."""
 
 from __future__ import annotations
 
@@ -26,23 +26,29 @@ SIZES = ("experts", "lora_rank", "layers", "hidden", "seq")
 
 
 def write_page(store: Store) -> Model | str:
-    """Write scaling.html, and its figure as scaling.png, into the folder of a study.
+    """Write scaling.html, and its figure as scaling.png, to the folder of a study.
+
+    Args:
+        store: folder of the study.
 
     Returns:
-        The fitted model, or the reason why there is none.
+        The fitted model; a string with the reason if no model can be fitted.
 
     Raises:
-        UserError: if no cell was measured, or the folder cannot be written.
+        UserError: if no cell was measured successfully, a stored file cannot be read, or the folder cannot be written.
     """
     rows, machine, latencies = store.rows(), store.about, store.latencies()
     points = [Point(row.cell, row.measured) for row in rows if row.measured is not None]
     if not points:
-        raise UserError(f"{store.table} holds no measured cell; its column status has the errors")
-    # Each rank has a GPU of its own, or all ranks share the CPU's cores.
+        raise UserError(
+            f"{store.table} holds no measured cell; fix the errors in its column status, delete these lines and run "
+            "the study again"
+        )
+    # None: each rank has its own GPU. On a CPU, all ranks share the cores.
     cores = int(machine["cores"]) if machine["device"] == "CPU" else None
     base = base_of(points)
     over_ranks = {"weak scaling": weak(points, base), "strong scaling": strong(points, base)}
-    # On one rank nothing is sent.
+    # Sizes are also compared on one rank, where the times contain no communication.
     alone = next((p.cell for p in over_ranks["weak scaling"] if p.cell.ranks == 1), base)
     sizes = [p for axis in SIZES for cell in (alone, base) for p in along(points, cell, axis)]
     dispatch = along(points, base, "dispatch")
@@ -93,12 +99,12 @@ def write_page(store: Store) -> Model | str:
 
 
 def result_rows(points: Sequence[Point], axes: Sequence[str], relative: bool = False) -> list[dict[str, object]]:
-    """Return a table row for each distinct cell: its settings in `axes`, and its results.
+    """Return one table row per distinct cell, with its settings and its results.
 
     Args:
-        points: measured cells.
-        axes: settings to show.
-        relative: whether to show the throughput relative to the fewest ranks with the same placement.
+        points: measured cells; with `relative`, ordered by number of ranks.
+        axes: names of the settings to show.
+        relative: whether to add the column "x tokens/s" with the result of `speedups`.
     """
     ratios = speedups(points) if relative else {}
     rows: list[dict[str, object]] = []
@@ -112,11 +118,13 @@ def result_rows(points: Sequence[Point], axes: Sequence[str], relative: bool = F
 
 
 def scaling_figure(series: Mapping[str, Sequence[Point]], cores: int | None) -> Figure:
-    """Draw tokens per second over ranks, with a panel for each of `series` and an ideal line for each placement.
+    """Plot tokens per second against the number of ranks.
+
+    Each panel has a line per placement of the experts, and a dashed line for ideal scaling from the fewest ranks.
 
     Args:
-        series: points by the title of their panel.
-        cores: CPU cores that the ranks share, beyond which the ideal line is flat; None if each rank has a GPU.
+        series: title of a panel -> its points, ordered by number of ranks.
+        cores: number of CPU cores that the ranks share; the ideal line is flat beyond it. None if each rank has a GPU.
     """
     figure, every = style.panels(len(series), 4.0)
     for axes, (title, points) in zip(every, series.items(), strict=True):
@@ -138,7 +146,7 @@ def scaling_figure(series: Mapping[str, Sequence[Point]], cores: int | None) -> 
 
 
 def _table(rows: Rows) -> str:
-    """Return an HTML table; a study that does not have the cells for it shows that instead."""
+    """Return an HTML table, or a paragraph that says so if the study has no rows for it."""
     if not rows:
         return "<p>Not measured in this study.</p>"
     return html.Table(list(rows[0]), [[text_of(value) for value in row.values()] for row in rows]).html()

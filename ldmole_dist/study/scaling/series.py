@@ -1,4 +1,4 @@
-"""Rows of a study that belong together, found by their settings: scaling over ranks, and cells that vary one axis."""
+"""Select the rows of a study for one table or figure: scaling over ranks, and variations of one axis."""
 
 from __future__ import annotations
 
@@ -11,41 +11,48 @@ from ldmole_dist.study.scaling.store import Measured
 
 
 class Point(NamedTuple):
-    """A cell and its results."""
+    """A measured cell and its results."""
 
     cell: Cell
     measured: Measured
 
 
 def differing_axes(a: Cell, b: Cell) -> set[str]:
-    """Return the axes in which two cells differ."""
+    """Return the names of the axes in which two cells differ."""
     x, y = asdict(a), asdict(b)
     return {axis for axis in AXES if x[axis] != y[axis]}
 
 
 def base_of(points: Sequence[Point]) -> Cell:
-    """Return the base cell: the one with the most cells that differ from it in one axis."""
+    """Return the base cell, which is the cell with the most other cells that differ from it in exactly one axis."""
     cells = [point.cell for point in points]
     return max(cells, key=lambda cell: sum(len(differing_axes(cell, other)) == 1 for other in cells))
 
 
 def along(points: Sequence[Point], base: Cell, axis: str) -> list[Point]:
-    """Return the base cell and the cells that differ from it in `axis` only, in order of the axis."""
+    """Return the base cell and the cells that differ from it in `axis` only, sorted by their value on that axis."""
     return sorted((p for p in points if differing_axes(p.cell, base) <= {axis}), key=lambda p: getattr(p.cell, axis))
 
 
 def weak(points: Sequence[Point], base: Cell) -> list[Point]:
-    """Return weak scaling: the cells with as many tokens per rank as the base cell."""
+    """Return the cells of weak scaling, sorted by number of ranks.
+
+    They have as many tokens per rank as the base cell, and differ from it at most in ranks and ep_size.
+    """
     return _over_ranks(points, base, lambda cell: cell.accumulation == base.accumulation)
 
 
 def strong(points: Sequence[Point], base: Cell) -> list[Point]:
-    """Return strong scaling: the cells with the batch of the most ranks."""
+    """Return the cells of strong scaling, sorted by number of ranks.
+
+    They have as many tokens per optimizer step as the weak-scaling cell with the most ranks, and differ from the base
+    cell at most in ranks, ep_size and accumulation.
+    """
     most = max((p.cell.ranks for p in weak(points, base)), default=1)
     return _over_ranks(points, base, lambda cell: cell.ranks * cell.accumulation == most * base.accumulation)
 
 
-# One rank belongs to both.
+# Placements of the experts. A cell with one rank has both placements, so it is the first point of both series.
 PLACEMENTS: dict[str, Callable[[Cell], bool]] = {
     "experts on every rank": lambda cell: cell.ep_size == 1,
     "experts spread over all ranks": lambda cell: cell.ep_size == cell.ranks,
@@ -53,7 +60,14 @@ PLACEMENTS: dict[str, Callable[[Cell], bool]] = {
 
 
 def speedups(points: Sequence[Point]) -> dict[Cell, float]:
-    """Return the throughput of each point relative to the fewest ranks with the same placement of the experts."""
+    """Return the throughput of each cell relative to the fewest ranks with the same placement of the experts.
+
+    Args:
+        points: measured cells, ordered by number of ranks.
+
+    Returns:
+        Cell -> ratio. Cells whose placement is not in `PLACEMENTS` are missing.
+    """
     ratios: dict[Cell, float] = {}
     for has_placement in PLACEMENTS.values():
         series = [p for p in points if has_placement(p.cell)]

@@ -1,4 +1,4 @@
-"""The folder of a scaling study: machine.json, a row of cells.csv for each measured cell, and latency.json."""
+"""The folder of a scaling study: machine.json, cells.csv with a row per cell, and latency.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ COLUMNS = (*AXES, "status", *_RESULTS)
 
 @dataclass(frozen=True)
 class Row:
-    """A cell and its results; if it failed, `measured` is None and `status` has the error."""
+    """A row of cells.csv.
+
+    Args:
+        cell: configuration.
+        status: "ok", or the error if the cell failed.
+        measured: results; None if the cell failed.
+    """
 
     cell: Cell
     status: str
@@ -34,7 +40,7 @@ class Row:
 
 
 def done(cell: Cell, measured: Measured) -> Row:
-    """Return the row of a cell that was measured."""
+    """Return the row of a successfully measured cell."""
     return Row(cell, _DONE, measured)
 
 
@@ -44,19 +50,32 @@ def failed(cell: Cell, error: Exception) -> Row:
 
 
 def reason(error: Exception) -> str:
-    """Return an error as one line; for a rank's error, the last line of its traceback."""
+    """Return the last line of an error's message, or of the traceback in a `RankFailed`, cut to 300 characters."""
     text = str(error) if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "failed"
 
 
 def environment(steps: int) -> dict[str, str]:
-    """Return what the results depend on besides the settings of a cell; `steps` are the timed ones."""
+    """Return what the results depend on besides the cell: machine, library versions, code and numbers of steps.
+
+    Args:
+        steps: number of timed steps.
+    """
     return machine() | {"code": code(), "warmup_steps": str(WARMUP), "timed_steps": str(steps)}
 
 
 class Store(StudyFolder):
-    """The folder of a scaling study; see `StudyFolder` for the errors. `machine` is the `environment`, None to read only."""
+    """The folder of a scaling study.
+
+    Args:
+        folder: path of the folder.
+        machine: result of `environment`; None opens an existing folder for reading.
+
+    Raises:
+        UserError: if the folder cannot be used (see `StudyFolder`), or another version wrote other columns to
+            cells.csv.
+    """
 
     def __init__(self, folder: Path, machine: Mapping[str, str] | None) -> None:
         super().__init__(folder, machine, "machine.json", "cells.csv")
@@ -72,11 +91,19 @@ class Store(StudyFolder):
             self.append(header)
 
     def rows(self) -> list[Row]:
-        """Return all rows, in the order in which they were measured; raise UserError for a line that cannot be read."""
+        """Return all rows in the order in which they were measured.
+
+        Raises:
+            UserError: if a line cannot be read.
+        """
         return self.parsed(_parse, first=1)
 
     def add(self, row: Row) -> None:
-        """Append a row and sync it to disk; raise UserError if it cannot be written."""
+        """Append a row and sync it to disk.
+
+        Raises:
+            UserError: if the row cannot be written.
+        """
         measured = dict.fromkeys(_RESULTS, "") if row.measured is None else asdict(row.measured)
         values = {**asdict(row.cell), "status": row.status, **measured}
         line = io.StringIO()
@@ -86,17 +113,31 @@ class Store(StudyFolder):
         self.append(line.getvalue())
 
     def latencies(self) -> list[Latency] | str | None:
-        """Return the results of `bench_latency`, the reason why it failed, or None if it has not run."""
+        """Return the stored results of `bench_latency`.
+
+        Returns:
+            The results; a string with the error if the benchmark failed; None if it has not run.
+
+        Raises:
+            UserError: if latency.json cannot be read.
+        """
         if not self.latency.is_file():
             return None
         try:
             stored = json.loads(self.latency.read_text())
             return stored["failed"] if isinstance(stored, dict) else [Latency(**values) for values in stored]
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.latency} cannot be read ({error}); delete it") from error
+            raise UserError(f"{self.latency} cannot be read ({error}); delete it to measure it again") from error
 
     def add_latencies(self, latencies: list[Latency] | str) -> None:
-        """Write the results of `bench_latency`, or the reason why it failed; raise UserError if that is not possible."""
+        """Write latency.json.
+
+        Args:
+            latencies: results of `bench_latency`, or the error if it failed.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
         value = {"failed": latencies} if isinstance(latencies, str) else [each._asdict() for each in latencies]
         with write_errors(str(self.latency)):
             atomic_write(self.latency, json.dumps(value, indent=2) + "\n")
