@@ -2,8 +2,8 @@
 
 There is one `StepContext` per model, attached at injection. `begin` opens a micro-batch and `end` closes it; in between every
 adapted linear records its routing. The first forward of a checkpointed region records its decisions on a tape, and the
-recomputation replays them: which experts are active, and how many rows go to which rank, is decided once per token and layer. A
-recomputation that decided again could round differently, and the split sizes of its all-to-all would not match.
+recomputation replays them: which experts are active, and how many rows are sent to each rank. A recomputation that decided
+again could round differently, and its rows would not match the split sizes of the all-to-all.
 
 Shapes: T tokens, E experts, G linears of an input group.
 """
@@ -23,9 +23,10 @@ from ldmole_dist.method.losses import entropy_loss, l1_loss, load_balance_loss, 
 from ldmole_dist.method.noise import RouterNoise
 from ldmole_dist.method.routers import Routing, lambda_or_nan
 
-# For each owner (the leader of an input group), its decisions in the order of its calls.
+# Recorded decisions of each owner (the leader of an input group), in the order of its calls.
 Tape = dict[Any, list[Any]]
-# Called once per adapted linear and forward with its name, its routing of T tokens, and the mask of real tokens (None: all).
+# Called once per adapted linear and forward. Arguments: name of the linear, its routing of T tokens, and the (T,) mask of real
+# tokens, None if all are real.
 Observer = Callable[[str, Routing, Tensor | None], None]
 
 
@@ -36,10 +37,10 @@ class LossWeights:
     A loss that is not defined for the router (`Router.losses`) is not computed, whatever its coefficient.
 
     Attributes:
-        balance: c_lb in the paper.
-        sparsity: c_sp in the paper.
+        balance: coefficient of the load-balancing loss; c_lb in the paper.
+        sparsity: coefficient of the sparsity loss; c_sp in the paper.
         z: coefficient of the router z-loss.
-        l1: coefficient of the ReLU router's L1 loss; changes from step to step (`losses.next_l1_coefficient`).
+        l1: coefficient of the ReLU router's L1 loss; `ldmole train` adapts it after each step (`losses.next_l1_coefficient`).
         entropy: coefficient of the top-p router's entropy loss.
         target_k: target number of active experts per token, for the sparsity loss and the L1 loss.
     """
@@ -52,22 +53,24 @@ class LossWeights:
     target_k: int = 2
 
     def of(self, term: str) -> float:
-        """Return the coefficient of one of `TERMS`."""
+        """Return the coefficient of the loss `term`, one of `TERMS`."""
         return float(getattr(self, term))
 
 
+# Names of the auxiliary losses: the coefficients in `LossWeights` and the keys of `StepContext.terms`.
 TERMS = ("balance", "sparsity", "z", "l1", "entropy")
 
 
 class StepContext:
-    """State of the current micro-batch.
+    """State of the current micro-batch; one object per model, shared by its adapted linears.
 
     Attributes:
         weights: coefficients of the auxiliary losses.
         noise: noise on the router scores of the next training forward; set it for each micro-batch. None adds none.
-        observer: called with the routing of each linear, in training and evaluation, but not by a recomputation; or None.
-        terms: by name of the loss, its values for the linears recorded so far.
-        stats: by name of the linear, (3,): sums of active experts and of lambda over its real tokens, and their number.
+        observer: function that gets the routing of each linear in training and evaluation, but not in a recomputation; or None.
+        terms: values of each auxiliary loss, one scalar per linear recorded so far; keyed by the name of the loss.
+        stats: (3,) per linear, keyed by its name: sums of active experts and of lambda over its real tokens, and the number of
+            real tokens. The sum of lambda is NaN for routers without lambda.
         adapter_disabled: whether adapted linears return only their base output.
         hidden: (B, S, H) hidden states that all routers read instead of their linear's input (router_input='hidden'), or None.
     """
@@ -91,7 +94,8 @@ class StepContext:
 
         Args:
             mask: (B, S) attention mask, nonzero for real tokens; None counts every token.
-            positions: (S',) positions that the model computes logits for, which are the input of an adapted head; None if all.
+            positions: (S',) positions of the sequence that the model computes logits for, the only ones that an adapted head
+                reads; None for all positions.
         """
         self.terms = {}
         self.stats = {}
@@ -120,31 +124,35 @@ class StepContext:
         hidden_TH = self.hidden.flatten(0, -2)
         if len(hidden_TH) != len(x_TD):
             raise ValueError(
-                f"{name} reads {len(x_TD)} rows, but there are {len(hidden_TH)} hidden states, so they cannot be matched; "
+                f"{name} reads {len(x_TD)} rows, but router_input='hidden' gives its router {len(hidden_TH)} hidden states; "
                 "remove it from target_modules or set router_input='layer'"
             )
         return hidden_TH
 
     def auxiliary_loss(self) -> Tensor | float:
-        """Return c_lb L_lb + c_sp L_sparse + ... of this micro-batch, each loss averaged over the adapted linears."""
+        """Return the weighted sum c_lb L_lb + c_sp L_sparse + ... of the auxiliary losses of this micro-batch.
+
+        Each loss is averaged over the adapted linears. The sum is 0.0 if all coefficients are 0.
+        """
         # Skip terms with a zero coefficient, so that they never enter the graph and cannot turn the loss into NaN.
         weighted = [(term, self.weights.of(term)) for term in self.terms]
         return sum((weight * self.mean(term) for term, weight in weighted if weight), 0.0)
 
     def mean(self, term: str) -> Tensor | float:
-        """Return the mean over the adapted linears of one of `TERMS`; 0.0 if no linear recorded it."""
+        """Return the auxiliary loss `term`, averaged over the adapted linears; 0.0 if no linear recorded it."""
         values = self.terms.get(term, [])
         return torch.stack(values).mean() if values else 0.0
 
     def record_routing(self, names: Sequence[str], routing: Routing, shape: torch.Size, losses: Sequence[str]) -> None:
         """Record the auxiliary losses and statistics of the linears of an input group.
 
-        Losses with a coefficient are also computed in a recomputation and dropped: torch's checkpoint requires that the
-        recomputation saves the same tensors as the first forward. Losses without a coefficient are computed without a graph.
+        A loss with a nonzero coefficient is also computed in a recomputation, where its value is dropped: torch's checkpoint
+        requires that the recomputation saves the same tensors as the first forward. A loss whose coefficient is 0 is computed
+        without a graph.
 
         Args:
             names: names of the G linears, unique in the model.
-            routing: (G, T, E).
+            routing: routing of the G linears, (G, T, E).
             shape: leading dimensions of the input, whose product is T.
             losses: names of the losses that are defined for the router (`Router.losses`).
         """
@@ -173,7 +181,7 @@ class StepContext:
 
         Args:
             name: name of the linear, unique in the model.
-            routing: (T, E).
+            routing: routing of the linear, (T, E).
             shape: leading dimensions of the input, whose product is T.
         """
         if self.observer is not None and self._open:
@@ -196,7 +204,7 @@ class StepContext:
     def check_not_reentrant(self) -> None:
         """Raise RuntimeError if this forward runs inside a reentrant checkpoint.
 
-        A reentrant checkpoint disables gradients inside a forward that was started with gradients enabled.
+        Such a checkpoint is recognized by its disabled gradients in a forward that started with gradients enabled.
         """
         if self._open and self._differentiable and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -213,7 +221,7 @@ class StepContext:
         return _Region(self, tape, replaying=False), _Region(self, tape, replaying=True)
 
     def replay_decision(self, owner: Any) -> Any | None:
-        """Return the decision of `owner` at this point of the first forward, or None if it has to decide now."""
+        """Return the decision that `owner` recorded at this point of the first forward; None outside a recomputation."""
         region = self._region
         return region.next_decision(owner) if region is not None and region.replaying else None
 

@@ -2,13 +2,14 @@
 
 fused:  h = x A_cat^T for all experts at once, h weighted by p, then one product with B_cat. Needs no device synchronization,
         but computes inactive experts too. Saves x, p and h (T, L R) for the backward.
-sparse: gathers the active rows of each expert, two small products, index_add into the output. Saves x, p and the h of the
-        active pairs only.
+sparse: for each expert, gathers its active rows, computes two small products and adds the result to the output with
+        index_add. Saves x, p, and h of the active pairs only.
 
 Neither builds a (T, L, O) tensor, as the einsum of the authors' code does. Which one is faster depends on L R / k and on the
 device (docs/method.md; measure it with `ldmole bench layer`).
 
-Shapes: T tokens, D in-features, O out-features, L experts held here, R LoRA rank, N active (token, expert) pairs.
+Shapes: T tokens, D in-features, O out-features, L experts held by this process, R LoRA rank, N active (token, expert) pairs,
+k = N / T active experts per token.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class ExpertBank(NamedTuple):
     """The experts of one linear that this process holds.
 
     Args:
-        A_LRD: down projections.
-        B_LOR: up projections.
+        A_LRD: down projections, (L, R, D).
+        B_LOR: up projections, (L, O, R).
         scaling: s = alpha / r.
     """
 
@@ -42,9 +43,9 @@ class ExpertBank(NamedTuple):
 
 
 def fused_threshold(on_cpu: bool) -> int:
-    """Return the largest L R / k at which the fused formulation is the faster one."""
-    # On an accelerator sparse is bound by kernel launches: on an H200 0.6 ms per expert, forward and backward, where fused
-    # takes 1.2 ms for 8 as for 32 experts (docs/results/h200.md). So fused is always used there.
+    """Return the largest L R / k at which the fused formulation is faster than the sparse one."""
+    # On an accelerator the sparse formulation is bound by kernel launches: on an H200, forward and backward take 0.6 ms per
+    # expert, while the fused ones take 1.2 ms in total, for 8 or 32 experts (docs/results/h200.md). So always use fused there.
     return FUSED_THRESHOLD_ON_CPU if on_cpu else sys.maxsize
 
 
@@ -60,8 +61,8 @@ def apply_experts(x_TD: Tensor, p_TL: Tensor, bank: ExpertBank, counts_L: list[i
     Args:
         x_TD: (T, D) in the dtype to compute in; T may be 0.
         p_TL: (T, L) routing weights, 0 for inactive experts.
-        bank: parameters in any floating dtype; their gradients have the same.
-        counts_L: number of active tokens of each expert; None, if it is unknown, selects fused.
+        bank: experts, in any floating dtype; their gradients have the same dtype.
+        counts_L: number of active tokens of each expert; None if they are unknown, which selects fused.
 
     Returns:
         (T, O) in the dtype of x.
@@ -117,7 +118,7 @@ def _B_cat(B: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _weighted(h: Tensor, p: Tensor, scaling: float) -> Tensor:
     """Multiply each expert's part of h (T, L R) by its routing weight and the scaling."""
-    # p is at least float32: it is scaled before it is rounded to the dtype of h.
+    # Scale p, which is at least float32, before it is rounded to the dtype of h.
     weights = (p * scaling).to(h.dtype)
     return (h.unflatten(1, (p.shape[1], -1)) * weights.unsqueeze(-1)).flatten(1)
 

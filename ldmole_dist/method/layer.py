@@ -1,6 +1,6 @@
-"""MoELinear: a frozen linear plus its mixture of LoRA experts (paper, section 3). Tensor in, tensor out.
+"""MoELinear: a frozen linear plus its mixture of LoRA experts (paper, section 3).
 
-The layer does not know how many processes there are: its `Dispatch` brings tokens and experts together.
+The layer does not depend on the number of processes: its `Dispatch` brings tokens and experts together.
 
 Shapes: T tokens, D in-features, O out-features, E experts in total, L experts held here, R LoRA rank, G linears of an input
 group.
@@ -26,11 +26,11 @@ Finish = Callable[[], list[Tensor]]
 class Dispatch(Protocol):
     """Brings the tokens of an input group and their experts together.
 
-    `decide` runs once per token and layer; `start` carries the decision out, and does so again in a recomputed forward.
+    `decide` runs in the first forward only. `start` carries out its decision, in the first forward and in a recomputed one.
     """
 
     def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> Any:
-        """Return what `start` must know before it runs.
+        """Return the decision that `start` carries out. Over several ranks this is collective: all of them must call it.
 
         Args:
             supports: (T, E) bool, one for each linear of the group.
@@ -52,9 +52,9 @@ class Dispatch(Protocol):
 
         Args:
             x_TD: input of the group, after dropout.
-            routings: of T tokens, one for each linear.
+            routings: routing of the T tokens, one for each linear.
             banks: experts held here, one bank for each linear.
-            decision: from `decide`.
+            decision: decision that `decide` returned.
             repeated: whether the caller is a recomputed forward.
         """
 
@@ -63,7 +63,7 @@ class LocalDispatch:
     """Dispatch of a process that holds all experts: there is nothing to communicate."""
 
     def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> list[list[int] | None]:
-        """Return the active tokens of each expert for each linear; None where they are not needed to choose a formulation."""
+        """Return, for each linear, the number of active tokens of each expert, or None if it cannot change the formulation."""
         # .tolist() synchronizes the device, so it is skipped where it cannot change the choice.
         return [
             None if fused_is_always_faster(bank) else support.sum(dim=0).tolist()
@@ -86,21 +86,21 @@ class LocalDispatch:
 
 
 class RoutingDecision(NamedTuple):
-    """What a recomputed forward replays instead of deciding it again: the active experts and the dispatch's decision."""
+    """Decision that a recomputed forward replays: the active experts, and the decision of the dispatch."""
 
     support_GTE: Tensor
     dispatch: Any
 
 
 class InputGroup:
-    """Linears that read the same tensor, in the order in which the model calls them. A group of one is legal.
+    """Linears that read the same tensor, in the order in which the model calls them; at least one.
 
-    The first linear, the leader, computes for all: one dropout mask, one lambda per token, one dispatch. The others return
-    their part when they are called with the same tensor.
+    The first linear, the leader, computes the adapter's output for all of them, with one dropout mask, one lambda per token and
+    one dispatch. The others return the output that it computed for them, if they are called with the same tensor.
 
     Args:
         linears: MoELinears that have the adapter.
-        adapter: its name.
+        adapter: name of the adapter.
     """
 
     def __init__(self, linears: Sequence[MoELinear], adapter: str) -> None:
@@ -109,13 +109,17 @@ class InputGroup:
         self._waiting: dict[MoELinear, tuple[tuple[int, torch.Size], Tensor]] = {}
 
     def start(self, linear: MoELinear, x: Tensor) -> Callable[[], Tensor]:
-        """Start the adapter's part of the output of `linear` for x (..., D); the returned function returns it, (..., O)."""
+        """Start computing the adapter's output of `linear` for x (..., D).
+
+        Returns:
+            A function that waits for the communication and returns the output, (..., O).
+        """
         key, delta = self._waiting.pop(linear, (None, None))
         # Compare addresses, not identity: ZeRO-3's hooks pass each linear a different tensor object for the same input.
         if delta is not None and key == (x.data_ptr(), x.shape):
             return lambda: delta
-        # The leader computes for the group. Any other linear gets here only with another input than its leader's, and
-        # computes for itself.
+        # The leader computes for the whole group. Another linear gets here only if its input is not the leader's; it then
+        # computes for itself alone.
         linears = self.linears if linear is self.linears[0] else [linear]
         dispatched = self._route(linears, x)
 
@@ -165,8 +169,8 @@ class MoELinear(nn.Module):
     Args:
         base_layer: the frozen linear, (..., D) -> (..., O).
         name: name of the linear, unique in the model.
-        context: shared by all adapted linears of the model.
-        dispatch: brings tokens and experts together.
+        context: step context, shared by all adapted linears of the model.
+        dispatch: dispatch that brings tokens and experts together, local or over several ranks.
     """
 
     def __init__(self, base_layer: nn.Module, name: str, context: StepContext, dispatch: Dispatch) -> None:
@@ -178,7 +182,7 @@ class MoELinear(nn.Module):
         self.router = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        # A plain dict, not a ModuleDict: many linears share an MLP, and the owner registers it once.
+        # A plain dict, not a ModuleDict: many linears share an MLP, which the tuner registers once.
         self.lambda_mlps: dict[str, LambdaMLP | None] = {}
         self.groups: dict[str, InputGroup] = {}
 
@@ -188,11 +192,11 @@ class MoELinear(nn.Module):
         """Attach an adapter.
 
         Args:
-            adapter: its name.
-            bank: parameters A (L, R, D) and B (L, O, R).
-            router: over all E experts; reads D features, or the hidden size (`StepContext.router_input`).
-            lambda_mlp: shared by the linears with this D; None if the router does not need lambda.
-            dropout: probability; applied to x before router, lambda-MLP and experts alike.
+            adapter: name of the adapter.
+            bank: experts held here, A (L, R, D) and B (L, O, R).
+            router: router over all E experts; reads the input of the linear, or `StepContext.hidden`.
+            lambda_mlp: lambda-MLP for the router's input size; None if the router does not need lambda.
+            dropout: dropout probability of x, before the router, the lambda-MLP and the experts.
         """
         self.lora_A[adapter], self.lora_B[adapter] = bank.A_LRD, bank.B_LOR
         self.scaling[adapter] = bank.scaling
@@ -202,9 +206,8 @@ class MoELinear(nn.Module):
         self.groups[adapter] = InputGroup([self], adapter)
 
     def forward_with_adapter(self, x: Tensor, adapter: str) -> Tensor:
-        """Return the base output plus the named adapter's, (..., D) -> (..., O) in the dtype of the base output."""
+        """Return the output of the base layer plus the adapter's, (..., O) in the dtype of the base layer's output."""
         finish = self.groups[adapter].start(self, x)
-        y = self.base_layer(
-            x
-        )  # overlaps with the all-to-all of the dispatch, in the backward with that of the gradients
+        # Overlaps with the all-to-all of the dispatch; its backward overlaps with the all-to-all of the gradients.
+        y = self.base_layer(x)
         return y + finish().to(y.dtype)

@@ -21,7 +21,7 @@ class InputDtypeLinear(nn.Linear):
         super().__init__(in_features, out_features, device=device)
 
     def reset_parameters(self) -> None:
-        """Do nothing: the owner initializes from its own generator, and the global generator must not advance."""
+        """Do nothing: the owner initializes the weights from its own generator, and the global generator must not advance."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the linear map, (T, D) -> (T, O) in the dtype of `input`."""
@@ -29,11 +29,11 @@ class InputDtypeLinear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return x W^T + b computed in `dtype`; saves x and W for the backward, but no cast copies of them.
+    """Return x W^T + b computed in `dtype`. The backward uses x and W themselves, so that no copies cast to `dtype` are kept.
 
     Args:
-        x: (T, D), any floating dtype; its gradient has the same.
-        weight: (O, D), any floating dtype; its gradient has the same.
+        x: (T, D) in any floating dtype; its gradient has the same dtype.
+        weight: (O, D) in any floating dtype; its gradient has the same dtype.
         bias: (O,) or None.
         dtype: dtype of the product and of the result.
 

@@ -1,6 +1,6 @@
-"""The auxiliary losses of adapted linears: pure functions of their routing and the token mask.
+"""The auxiliary losses of adapted linears, as functions of their routing and the token mask.
 
-Each is a mean over the real tokens of the call. A call without real tokens returns 0 attached to the graph, so that every rank
+Each averages over the real tokens of the call. A call without real tokens returns 0 attached to the graph, so that every rank
 runs the same backward. The caller averages over linears, micro-batches and ranks. Leading dimensions, usually the linears of an
 input group, are kept: one call for all of them launches no more kernels than a call for one.
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def load_balance_loss(p: Tensor, mask: Tensor | None = None, prob: Tensor | None = None) -> Tensor:
-    """Return L_lb = E * sum_e freq_e * prop_e: 1 if all experts are used equally, E if one expert is used alone.
+    """Return L_lb = E * sum_e freq_e * prop_e: 1 if all experts are used equally, E if only one expert is used.
 
     freq_e is the share of expert e in the active (token, expert) pairs and carries no gradient. prop_e is its mean weight, or
     its mean probability before the selection if `prob` is given, which gives inactive experts a gradient too.
@@ -39,14 +39,14 @@ def load_balance_loss(p: Tensor, mask: Tensor | None = None, prob: Tensor | None
 
 
 def sparsity_loss(logits: Tensor, lam: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
-    """Return L_sparse, the mean of relu(lambda_low(k) - lambda): raises lambda until at most `target_k` experts are active.
+    """Return L_sparse, the mean of relu(lambda_low(k*) - lambda), which raises lambda until at most k* experts are active.
 
     lambda_low(k) = 1 - sum_{i<=k} (u_(i) - u_(k+1)), with u sorted in descending order and detached (Proposition 2).
 
     Args:
         logits: (..., T, E) router scores u.
-        lam: (T,), or (..., T).
-        target_k: k*; if k* >= E, every token satisfies the target and the loss is 0.
+        lam: (T,) or (..., T), sparsity lambda.
+        target_k: k*, the target number of active experts per token. If k* >= E, the loss is 0.
         mask: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
@@ -103,13 +103,13 @@ def l1_loss(p: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
 def next_l1_coefficient(coefficient: float, experts_per_token: float, target_k: int, rate: float) -> float:
     """Return the coefficient of the L1 loss for the next optimizer step.
 
-    It is multiplied by `rate` if more experts than the target were active, and divided by it if fewer were.
+    It is multiplied by `rate` if more experts than the target were active, divided by it if fewer were, and else unchanged.
 
     Args:
-        coefficient: of this step.
+        coefficient: coefficient of this step.
         experts_per_token: mean number of active experts over linears and real tokens of all ranks.
         target_k: the target number of active experts per token.
-        rate: above 1; alpha in ReMoE, which uses 1.2.
+        rate: factor above 1; alpha in ReMoE, which uses 1.2.
     """
     if experts_per_token == target_k:
         return coefficient

@@ -34,11 +34,11 @@ class RouterNoise(NamedTuple):
 
 
 def linear_decay(start: float, share: float, step: int, steps: int) -> float:
-    """Return a value that decays linearly from `start` at step 1 to 0 after the fraction `share` of all steps.
+    """Return the value at `step` of a linear decay from `start` at step 1 to 0 after the fraction `share` of all steps.
 
     Args:
         start: value at the first step.
-        share: fraction of `steps`, above 0.
+        share: fraction of `steps` after which the value is 0; above 0.
         step: current step, counted from 1.
         steps: number of steps of the run.
     """
@@ -46,7 +46,7 @@ def linear_decay(start: float, share: float, step: int, steps: int) -> float:
 
 
 def seed_from(*names: object) -> int:
-    """Return a 64-bit seed that depends only on the names, not on process, device or creation order."""
+    """Return a 64-bit seed that depends only on `names`, not on process, device or creation order."""
     # hash() would not do: Python salts the hashes of strings in each process.
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return int.from_bytes(digest[:8], "little")

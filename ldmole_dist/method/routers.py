@@ -1,9 +1,9 @@
-"""Routers: from hidden states to routing weights, in two steps.
+"""Routers: from hidden states to routing weights.
 
-A router scores the experts, `decide`s which are active and `weigh`s those. The two steps are separate because a recomputed
-forward must replay the decision and repeat only the weighing (see `context.StepContext`), and because the decision alone
-determines what ranks have to exchange. For every router, `p_TE != 0` recovers the decided support, on every rank and in every
-pass.
+A router scores the experts; then `decide` selects the active ones and `weigh` returns their weights. The last two steps are
+separate because a recomputed forward must replay the decision and compute only the weights again (see `context.StepContext`),
+and because the decision alone determines what ranks have to exchange. For every router, `p_TE != 0` recovers the support that
+`decide` returned, in the first forward as in a recomputed one.
 
 docs/method.md lists all routers with their sources and the deviations from them.
 
@@ -30,7 +30,7 @@ class Routing(NamedTuple):
         p_TE: routing weights; `p_TE != 0` is the support, the active experts.
         logits_TE: router scores u.
         lam_T: sparsity lambda; None if the router has none.
-        prob_TE: probabilities of all experts before the selection, for the load-balancing loss; None if that uses p.
+        prob_TE: probabilities of all experts before the selection, for the load-balancing loss; None if that loss uses p_TE.
     """
 
     p_TE: Tensor
@@ -46,14 +46,14 @@ class Routing(NamedTuple):
 
 
 def lambda_or_nan(routing: Routing) -> Tensor:
-    """Return lambda, (T,), or NaN for routers without one, which keeps the statistics at a fixed size."""
+    """Return lambda, (T,); NaN for routers without lambda, so that statistics have the same size for every router."""
     return routing.p_TE.new_full(routing.p_TE.shape[-2:-1], torch.nan) if routing.lam_T is None else routing.lam_T
 
 
 class Router(nn.Module):
     """Base class: linear scores u = W_g x. Subclasses implement `decide` and `weigh`.
 
-    The weight is uninitialized until `reset`.
+    The weight is uninitialized until `reset` is called.
 
     Args:
         in_features: D.
@@ -72,7 +72,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device))
 
     def reset(self, generator: torch.Generator) -> None:
-        """Initialize as the authors' nn.Linear: Kaiming uniform with a = sqrt(5)."""
+        """Initialize the weight like nn.Linear, which the authors use: Kaiming uniform with a = sqrt(5)."""
         kaiming_uniform_(self.weight, generator)
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -123,7 +123,9 @@ class SoftmaxRouter(Router):
 
 
 class TopKRouter(Router):
-    """The k largest scores are active, p = softmax over them (MoLA, arXiv 2402.08562). Ties go to the lower index.
+    """The k experts with the largest scores are active, p = softmax over these scores. Ties go to the lower index.
+
+    Source: MoLA, arXiv 2402.08562.
 
     Args:
         in_features: D.
@@ -149,10 +151,10 @@ class TopKRouter(Router):
 
 
 class TopPRouter(Router):
-    """The smallest set of experts whose softmax mass reaches `top_p` is active, p = softmax(u) on it, not renormalized.
+    """The smallest set of experts whose probabilities softmax(u) sum to at least `top_p` is active; p = softmax(u) on this set.
 
-    Its entropy loss keeps the softmax from becoming flat, which would activate all experts. Source: Huang et al. 2024,
-    "Harder Tasks Need More Experts", arXiv 2403.07652.
+    The weights are not renormalized to sum to 1. The entropy loss keeps the softmax from becoming flat, which would activate
+    all experts. Source: Huang et al. 2024, "Harder Tasks Need More Experts", arXiv 2403.07652.
 
     Args:
         in_features: D.
@@ -171,7 +173,7 @@ class TopPRouter(Router):
         """See `Router`."""
         sorted_TE, order_TE = logits_TE.softmax(-1).sort(dim=-1, descending=True, stable=True)
         before_TE = F.pad(sorted_TE.cumsum(-1)[..., :-1], (1, 0))
-        # An expert is active if the experts before it do not reach top_p. ~(>=) instead of <, so that NaN is active.
+        # An expert is active if the sum over the experts before it is below top_p. ~(>=) instead of <, so that NaN is active.
         return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, order_TE, ~(before_TE >= self.top_p))
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
@@ -239,13 +241,13 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def new_router(name: str, in_features: int, num_experts: int, *, top_k: int, top_p: float) -> Router:
-    """Create a router; options of other routers are ignored.
+    """Create a router by name. Options of other routers are ignored.
 
     Args:
         name: key of `ROUTERS`.
         in_features: D.
         num_experts: E.
-        top_k: number of active experts, for "topk".
+        top_k: number of active experts per token, for "topk".
         top_p: threshold on the cumulative probability, for "top_p".
     """
     if name == "topk":

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that routing computes in: float32 for half precision; float64 stays float64."""
+    """Return the dtype that routing is computed in: float32 for half precision and float32, float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -46,8 +46,8 @@ def sparsegen_support(logits: Tensor, lam: Tensor) -> Tensor:
     """Return which experts Sparsegen activates, without their weights.
 
     Args:
-        logits: (..., E).
-        lam: (..., 1) or (...).
+        logits: (..., E) router scores u.
+        lam: (..., 1) or (...), sparsity lambda < 1.
 
     Returns:
         (..., E) bool, with at least one True in each row. A row with a NaN is all True, so that the NaN reaches the output.
@@ -63,11 +63,11 @@ def sparsegen_support(logits: Tensor, lam: Tensor) -> Tensor:
 
 
 def sparsegen_on_support(logits: Tensor, lam: Tensor, support: Tensor) -> Tensor:
-    """Return Sparsegen's weights for given active experts, as when a recomputed forward replays its decision.
+    """Return Sparsegen's weights for a given set of active experts, such as the one that a recomputed forward replays.
 
     Args:
-        logits: (..., E).
-        lam: (..., 1) or (...).
+        logits: (..., E) router scores u.
+        lam: (..., 1) or (...), sparsity lambda < 1.
         support: (..., E) bool, the active experts.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Routing statistics, as sums that can be added over micro-batches and ranks, and their summary.
+"""Routing statistics: sums that can be added over micro-batches and ranks, and statistics computed from them.
 
 `RoutingSums` is an observer (`StepContext.observer`) that accumulates the routing of a forward on the device.
 
@@ -19,13 +19,17 @@ from ldmole_dist.method.routers import Routing, lambda_or_nan
 
 
 class RoutingSums:
-    """Accumulated `routing_sums` of each linear, without padding."""
+    """Observer that accumulates the `routing_sums` of each linear over its real tokens.
+
+    Attributes:
+        by_linear: (S,) sums of each linear, by its name.
+    """
 
     def __init__(self) -> None:
         self.by_linear: dict[str, Tensor] = {}
 
     def __call__(self, name: str, routing: Routing, mask_T: Tensor | None) -> None:
-        """Add the routing of the linear `name`; has the signature of `context.Observer`."""
+        """Add the routing of the linear `name` to its sums (signature of `context.Observer`)."""
         sums_S = routing_sums(routing, mask_T)
         before = self.by_linear.get(name)
         self.by_linear[name] = sums_S if before is None else before + sums_S
@@ -36,12 +40,13 @@ def routing_sums(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Return the sums of one routing from which `summarize` derives all statistics.
 
     Args:
-        routing: of T tokens.
+        routing: routing of one linear, (T, E).
         mask_T: (T,) bool, True for real tokens; None counts every token.
 
     Returns:
-        (S,) float64: number of tokens; sums of lambda, of its square and of the entropy of p / sum(p) in nats; number of
-        tokens with 0, 1, ..., E active experts; active tokens of each expert; summed weights of each expert.
+        (S,) float64: number of real tokens; sums of lambda and of its square, NaN for routers without lambda; sum of the
+        entropy of p / sum(p) in nats; number of tokens with 0, 1, ..., E active experts; active tokens of each expert; summed
+        weights of each expert.
     """
     p_TE, lam_T = routing.p_TE.detach(), lambda_or_nan(routing).detach().double()
     num_experts = p_TE.shape[1]
@@ -50,13 +55,13 @@ def routing_sums(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     p_TE = p_TE.masked_fill(~mask_T.unsqueeze(1), 0).double()
     lam_T = lam_T.masked_fill(~mask_T, 0)
     active_TE = p_TE != 0
-    # Padding gets a bin of its own, after those of 0 to E experts. torch.bincount or boolean indexing would synchronize.
+    # Padding tokens get a bin of their own, after those for 0 to E active experts. torch.bincount and boolean indexing would
+    # synchronize the device.
     bin_T = torch.where(mask_T, active_TE.sum(1), num_experts + 1)
     histogram = torch.zeros(num_experts + 2, dtype=torch.float64, device=p_TE.device)
     histogram.scatter_add_(0, bin_T, torch.ones_like(lam_T))
-    share_TE = p_TE / p_TE.sum(1, keepdim=True).clamp_min(
-        torch.finfo(p_TE.dtype).tiny
-    )  # top-p and ReLU weights do not sum to 1
+    # Normalize: the weights of top-p and ReLU routers do not sum to 1.
+    share_TE = p_TE / p_TE.sum(1, keepdim=True).clamp_min(torch.finfo(p_TE.dtype).tiny)
     entropy = -torch.xlogy(share_TE, share_TE).sum()
     scalars = torch.stack([mask_T.sum().double(), lam_T.sum(), lam_T.square().sum(), entropy])
     return torch.cat([scalars, histogram[:-1], active_TE.sum(0).double(), p_TE.sum(0)])
@@ -68,7 +73,7 @@ def merge_sums(sums: Iterable[Tensor]) -> Tensor:
     Linears may have different numbers of experts; missing experts count as unused.
 
     Args:
-        sums: each (S,) from `routing_sums`.
+        sums: results of `routing_sums`, each (S,).
 
     Returns:
         (S,), where S is that of the largest number of experts.
@@ -90,14 +95,14 @@ def summarize(sums_S: Tensor) -> dict[str, Any]:
 
     Returns:
         "tokens": number of real tokens.
-        "lambda_mean", "lambda_std": over tokens; left out for routers without lambda.
-        "experts_per_token": mean number of active experts.
+        "lambda_mean", "lambda_std": mean and standard deviation over tokens; left out for routers without lambda.
+        "experts_per_token": mean number of active experts per token.
         "histogram": fraction of tokens with 0, 1, ..., E active experts.
-        "entropy": of p / sum(p), mean over tokens, as a fraction of its maximum ln E.
+        "entropy": entropy of p / sum(p), averaged over tokens and divided by its maximum ln E; 0 if E = 1.
         "load": each expert's share of the active (token, expert) pairs.
         "weight": each expert's share of the summed weights.
-        "max_load": the largest load times E; 1 is perfect balance, E is one expert for all tokens.
-        "dead_experts": number of experts without tokens.
+        "max_load": the largest load times E; 1 if all experts are used equally, E if only one expert is used.
+        "dead_experts": number of experts that no token activated.
     """
     scalars, histogram, active, weights = _parts(sums_S.double().cpu())
     num_experts = len(active)

@@ -1,14 +1,17 @@
 """Decide what to send for each (source rank, remote expert): the token rows that the source routes there, or the expert.
 
-Sending an expert (A and B) costs as much as sending r token rows, so neither is always cheaper. A row that is saved for one
-expert may still be needed by another expert of the same rank, so the choices depend on each other: the exact optimum is a
-minimum-weight vertex cover. `choose_fetched_experts` sorts the experts by their number of rows, takes the cheapest prefix
-(which includes none and all), and improves it by single changes; `optimal_fetched_experts` searches exhaustively, for tests.
+Sending an expert (A and B) costs about as much as sending R token rows and returning their sums, so neither is always
+cheaper. A row that one expert no longer needs may still be needed by another expert of the same rank, so the choices depend
+on each other: the exact optimum is a minimum-weight vertex cover. `choose_fetched_experts` sorts the experts of a rank by
+their number of rows, takes the cheapest prefix (from no expert to all of them), and improves it by single changes.
+`optimal_fetched_experts` searches exhaustively, for tests.
 
-Costs are the elements of one direction of the forward. The backward returns a gradient for each element, and a recomputation
-repeats the forward, so all of them scale alike. The exchange of counts is left out: it takes place whatever is decided.
+The cost is the number of elements that the forward sends and receives. The backward sends a gradient for each of them, and a
+recomputation repeats the forward, so both are proportional to it. The exchange of counts is the same for every decision and is
+left out.
 
-Shapes: G linears of the input group, T tokens, P ranks, L experts of each rank, X = G L experts of one rank.
+Shapes: G linears of the input group, T tokens, P ranks, L experts of each rank, R LoRA rank, X = G L experts of one rank in all
+linears of the group.
 """
 
 from __future__ import annotations
@@ -21,31 +24,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Single changes tried after the best prefix. One reached the optimum in every case of tests/parallel/test_decision.py.
+# Single changes tried after the best prefix. One change reached the optimum in every case of tests/parallel/test_decision.py.
 IMPROVEMENTS = 2
-# Below this number of rows, rounds are not worth their launches: the rows take no more memory than a small micro-batch.
+# Several rounds are used only if a rank receives more than twice this number of rows. Fewer rows take no more memory than a
+# small micro-batch, which does not justify the kernel launches of more rounds.
 ROWS_AT_ONCE = 1024
 
 
 class DispatchDecision(NamedTuple):
-    """What is sent and received for one input group; decided once and carried out again by a recomputation.
+    """Experts and rows to send and to receive for one input group. A recomputation carries out the same decision again.
 
-    Sender and receiver both know it. The lists are on the host, as all-to-all and indexing need sizes without a device
-    synchronization.
+    The lists are on the host, because all-to-all and indexing need sizes without a device synchronization.
 
     Attributes:
         group: name of the input group.
-        fetched_PGL: bool, remote experts that this rank fetches.
+        fetched_PGL: bool, remote experts that this rank fetches, by the rank that holds them.
         sent_PGL: bool, experts of this rank that each rank fetches.
-        send_rows: rows for each rank, each needed by at least one linear of the group.
-        recv_rows: rows from each rank.
-        send_linear_rows: rows for each rank that a linear needs, for each linear.
-        recv_linear_rows: rows from each rank that a linear needs, for each linear.
-        send_experts: number of experts for each rank, for each linear.
-        recv_experts: number of experts from each rank, for each linear.
-        here_counts: this rank's active tokens of each expert computed here, own and fetched, in order of their index, for
-            each linear.
-        recv_counts: received rows of each of this rank's experts, for each linear.
+        send_rows: number of rows to send to each rank. Each row is needed by at least one linear of the group.
+        recv_rows: number of rows to receive from each rank.
+        send_linear_rows: for each linear, the number of rows to send to each rank that the linear needs.
+        recv_linear_rows: for each linear, the number of rows to receive from each rank that the linear needs.
+        send_experts: for each linear, the number of experts to send to each rank.
+        recv_experts: for each linear, the number of experts to receive from each rank.
+        here_counts: for each linear, the number of this rank's active tokens of each expert that is computed here, own or
+            fetched, in order of expert index.
+        recv_counts: for each linear, the number of received rows of each of this rank's own experts.
         rounds: number of rounds in which the rows are exchanged; the same on every rank of the group.
     """
 
@@ -65,13 +68,13 @@ class DispatchDecision(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupSizes:
-    """Widths of one input group.
+    """Sizes that determine the costs of one input group.
 
     Args:
         in_features: D.
         out_features: O of each linear.
         lora_rank: R.
-        experts: L, experts of each rank.
+        experts: L, the number of experts of each rank.
     """
 
     in_features: int
@@ -81,21 +84,23 @@ class GroupSizes:
 
     @property
     def row(self) -> int:
-        """Elements of one row sent to one rank: x and a routing weight for each of the rank's experts."""
+        """Number of elements of one row sent to one rank: x, and a routing weight for each linear and expert of that rank."""
         return self.in_features + len(self.out_features) * self.experts
 
     def weights(self) -> list[int]:
-        """Return the elements of one expert, A and B, for each linear."""
+        """Return, for each linear, the number of elements of one expert, A and B."""
         return [self.lora_rank * (self.in_features + out) for out in self.out_features]
 
 
 def choose_fetched_experts(support_GTPL: Tensor, own: int, sizes: GroupSizes) -> Tensor:
-    """Choose the experts that this rank fetches; never costlier than fetching none or all experts of each other rank.
+    """Return the experts that this rank fetches from the other ranks.
+
+    The result never costs more than fetching, from each rank, no expert or all of them.
 
     Args:
         support_GTPL: (G, T, P, L) bool, this rank's active (token, expert) pairs.
-        own: this rank; its own experts are never fetched.
-        sizes: of the group.
+        own: index of this rank in the group; its own experts are never fetched.
+        sizes: sizes of the input group.
 
     Returns:
         (P, G, L) bool, computed on the device of `support_GTPL` without a synchronization.
@@ -117,14 +122,14 @@ def choose_fetched_experts(support_GTPL: Tensor, own: int, sizes: GroupSizes) ->
 
 
 def _best_prefix(support_TPX: Tensor, weight_X: Tensor, sizes: GroupSizes) -> Tensor:
-    """Return the cheapest prefix, (P, X) bool, of each rank's experts in descending order of their rows."""
+    """Return (P, X) bool: for each rank, the cheapest prefix of its experts, sorted by descending number of rows."""
     T, P, X = support_TPX.shape
     L, G = sizes.experts, len(sizes.out_features)
     order_PX = support_TPX.sum(0).argsort(dim=1, descending=True, stable=True)
     place_PX = torch.empty_like(order_PX).scatter_(
         1, order_PX, torch.arange(1, X + 1, device=order_PX.device).expand(P, X)
     )
-    # A row is sent unless the prefix contains all of its experts, that is, reaches the last of them.
+    # A row is sent unless the prefix contains all of its experts, that is, the last of them in the order.
     places_TPX = support_TPX * place_PX
     weights_PX = torch.nn.functional.pad(weight_X[order_PX].cumsum(1), (1, 0))
     cost = weights_PX + sizes.row * _rows_sent(places_TPX.amax(-1), X)
@@ -135,17 +140,22 @@ def _best_prefix(support_TPX: Tensor, weight_X: Tensor, sizes: GroupSizes) -> Te
 
 
 def _rows_sent(last_TP: Tensor, X: int) -> Tensor:
-    """Return (P, X + 1): the number of rows whose last place is beyond a prefix of 0, 1, ..., X experts."""
+    """Return (P, X + 1): the number of rows sent for a prefix of 0, 1, ..., X experts.
+
+    Args:
+        last_TP: position, from 1 to X, of the last of a row's experts in the order; 0 if the row has no expert on the rank.
+        X: number of experts of one rank.
+    """
     histogram = torch.zeros(last_TP.shape[1], X + 1, dtype=torch.long, device=last_TP.device)
     histogram.scatter_add_(1, last_TP.t(), torch.ones_like(last_TP.t()))
     return histogram.sum(1, keepdim=True) - histogram.cumsum(1)
 
 
 def _gains(support_TPX: Tensor, fetched_PX: Tensor, weight_X: Tensor, sizes: GroupSizes) -> Tensor:
-    """Return (P, X): elements saved by fetching one more expert, or by no longer fetching one."""
+    """Return (P, X): elements saved by changing the choice for one expert, to fetch it or to no longer fetch it."""
     L = sizes.experts
     unfetched_TPX = support_TPX & ~fetched_PX
-    # Rows that depend on this expert alone: it is the only expert of the row that is not fetched, or would be.
+    # Rows sent for this expert alone: no other expert of the row is left unfetched.
     alone_TPX = support_TPX & _depends(unfetched_TPX.sum(-1, keepdim=True), fetched_PX)
     saved_PX = sizes.row * alone_TPX.sum(0)
     for g, out in enumerate(sizes.out_features):
@@ -157,7 +167,12 @@ def _gains(support_TPX: Tensor, fetched_PX: Tensor, weight_X: Tensor, sizes: Gro
 
 
 def _depends(left_TP1: Tensor, fetched_PX: Tensor) -> Tensor:
-    """Return whether a row with `left` experts that are not fetched is sent because of expert X alone."""
+    """Return whether a row that needs an expert has no other unfetched expert, (T, P, X).
+
+    Args:
+        left_TP1: number of unfetched experts of each row.
+        fetched_PX: whether the expert is fetched, and so not counted in `left_TP1`.
+    """
     return torch.where(fetched_PX, left_TP1 == 0, left_TP1 == 1)
 
 
@@ -167,7 +182,7 @@ def number_of_rounds(rows_PP: list[list[int]]) -> int:
     Rounds keep the memory of the busiest rank below twice that of balanced routing, however skewed the routing is.
 
     Args:
-        rows_PP: rows that each rank sends to each rank.
+        rows_PP: `rows_PP[p][q]` is the number of rows that rank p sends to rank q.
 
     Returns:
         1, unless a rank receives more than twice the mean over ranks (or than 2 `ROWS_AT_ONCE`, if that is more).
@@ -178,10 +193,14 @@ def number_of_rounds(rows_PP: list[list[int]]) -> int:
 
 
 def count_message_elements(ranks: int, sizes: GroupSizes) -> int:
-    """Return the elements of the counts that one rank sends before a dispatch, once per micro-batch and input group.
+    """Return the number of counts that one rank sends before a dispatch, once per micro-batch and input group.
 
-    Each other rank gets the rows for each linear, the tokens of each of its experts (or -1, which requests the expert), and
-    the rows that this rank sends to every rank.
+    Each other rank receives the number of rows for each linear, the number of tokens of each of its experts (or -1, which
+    requests the expert), and the number of rows that this rank sends to every rank.
+
+    Args:
+        ranks: P.
+        sizes: sizes of the input group.
     """
     linears = len(sizes.out_features)
     return (ranks - 1) * (linears + linears * sizes.experts + ranks)
@@ -190,16 +209,16 @@ def count_message_elements(ranks: int, sizes: GroupSizes) -> int:
 def payload_elements(
     support_GTPL: Tensor, fetched_PGL: Tensor, own: int, sizes: GroupSizes, rounds: int = 1
 ) -> dict[str, int]:
-    """Return the elements by kind that the tokens of one rank put on the wire in one forward, in both directions.
+    """Return the number of elements, by kind, that one rank sends and receives for its own tokens in one forward.
 
-    The backward sends the same number in the opposite direction as gradients (none for rows whose input needs no gradient),
-    and with rounds it sends rows and gates again.
+    The backward sends the same number of gradients in the opposite direction, except for rows whose input needs no gradient.
+    With several rounds it also sends rows and gates again.
 
     Args:
         support_GTPL: (G, T, P, L) bool, the rank's active pairs.
         fetched_PGL: (P, G, L) bool, the experts that the rank fetches.
-        own: the rank.
-        sizes: of the group.
+        own: index of the rank in the group.
+        sizes: sizes of the input group.
         rounds: number of rounds in which the rows are exchanged.
 
     Returns:
@@ -221,7 +240,10 @@ def payload_elements(
 
 
 def optimal_fetched_experts(support_GTPL: Tensor, own: int, sizes: GroupSizes) -> Tensor:
-    """Return the optimum of `choose_fetched_experts` by exhaustive search over 2^(G L) sets for each rank; for tests."""
+    """Return the optimal choice of fetched experts, by exhaustive search over 2^(G L) sets for each rank; for tests.
+
+    See `choose_fetched_experts` for the arguments and the result.
+    """
     G, T, P, L = support_GTPL.shape
     best = torch.zeros(P, G, L, dtype=torch.bool)
     for rank in range(P):

@@ -1,17 +1,17 @@
 """Expert-parallel dispatch: bring tokens and their active experts together across ranks.
 
 For each (rank, remote expert) the cheaper of the two is sent: the token rows to the expert's rank, or the expert to the
-tokens' rank (`decision.choose_fetched_experts`). A token's row is sent at most once to each remote rank, however many of its
-experts live there and however many linears of the input group need it; each linear returns its own partial sum. Rows and
-experts of one group share an all-to-all. No token is dropped and nothing is padded. Every mode gives the result of one process
-that holds all experts, up to rounding.
+tokens' rank (`decision.choose_fetched_experts`). A token's row is sent at most once to each remote rank, even if several of
+its experts are there or several linears of the input group need it; each linear returns its own partial sum. Rows and
+experts of one group share an all-to-all. No token is dropped and nothing is padded. Every mode gives the result of one
+process that holds all experts, up to rounding.
 
 The all-to-all is in flight while the caller computes something else (`Dispatch.start`), and the partial sums are returned
 while the local experts compute. Fetched experts are kept for the backward, and so are received rows unless they are exchanged
 in rounds (`rounds`); a recomputed forward fetches both again.
 
-Shapes: T tokens on this rank, D in-features, O out-features, E experts in total, L experts held here, R LoRA rank, P ranks
-of the expert-parallel group, G linears in the input group, N rows sent, M rows received, W experts computed here for this
+Shapes: T tokens on this rank, D in-features, O out-features, E experts in total, L experts held by this rank, R LoRA rank, P
+ranks of the expert-parallel group, G linears in the input group, N rows sent, M rows received, W experts computed here for this
 rank's tokens, own and fetched.
 """
 
@@ -41,12 +41,13 @@ Mode = Literal["auto", "all_to_all", "gather"]
 
 @dataclass
 class ExpertParallel:
-    """The group of ranks that share the experts of a model, and the counters of what they send each other.
+    """The ranks that share the experts of a model, how they exchange tokens and experts, and counters of what they send.
 
     Args:
-        group: the ranks; None if every rank holds all experts.
+        group: process group of these ranks; None if every rank holds all experts.
         mode: "auto" sends the cheaper of rows and experts, "all_to_all" always rows, "gather" always experts.
         overlap: whether an all-to-all is in flight while the frozen linears compute.
+        wire: counters of the elements and bytes that this rank sends.
     """
 
     group: dist.ProcessGroup | None = None
@@ -60,15 +61,15 @@ class ExpertParallel:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def placement(self, num_experts: int) -> Placement:
-        """Return the placement of a bank of `num_experts` experts on this rank."""
+        """Return which of the `num_experts` experts of a bank this rank holds."""
         return Placement(num_experts, self.size, 0 if self.group is None else dist.get_rank(self.group))
 
     def dispatch(self) -> Dispatch:
-        """Return a new dispatch for the linears of a model."""
+        """Create the `Dispatch` that the adapted linears of a model share; it communicates only if there is a group."""
         return LocalDispatch() if self.group is None else ExpertParallelDispatch(self)
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """Gather (L, ...) of every rank into (E, ...) on every rank. Every rank of the group must call it."""
+        """Return the tensors (L, ...) of all ranks as one (E, ...). Collective: every rank of the group must call it."""
         if self.group is None:
             return local
         parts = [torch.empty_like(local) for _ in range(self.size)]
@@ -77,10 +78,10 @@ class ExpertParallel:
 
 
 class ExpertParallelDispatch:
-    """Dispatch over an expert-parallel group; see the module docstring.
+    """Dispatch over the ranks of an expert-parallel group; see the module docstring.
 
     Args:
-        parallel: the group, the mode and the counters.
+        parallel: expert-parallel group, mode and counters to use.
     """
 
     def __init__(self, parallel: ExpertParallel) -> None:
@@ -90,7 +91,7 @@ class ExpertParallelDispatch:
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
 
     def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> DispatchDecision:
-        """Decide what to send, and exchange the counts that every rank needs to receive it. See `Dispatch`."""
+        """Decide what to send, and exchange the counts that the receivers need. See `Dispatch`."""
         with self.wire.clock.measure("deciding", supports[0].device):
             return self._decide(supports, banks, name)
 
@@ -99,8 +100,8 @@ class ExpertParallelDispatch:
         fetched_PGL = self._fetched(support_GTPL, banks)
         need_GTP = self._needed(support_GTPL, fetched_PGL)
         pairs_PGL = support_GTPL.sum(1).transpose(0, 1)
-        # The message to each rank: rows of each linear; for each of its experts the active pairs, or -1 to request the expert;
-        # and the rows for every rank. The last part is the same for all: the number of rounds depends on the busiest rank.
+        # Counts for each rank: the rows for each linear; the active pairs of each of its experts, or -1 to request the expert;
+        # and the rows for every rank, from which all ranks compute the same number of rounds.
         rows_P = need_GTP.any(0).sum(0)
         counts_PC = torch.cat(
             [need_GTP.sum(1).t(), pairs_PGL.masked_fill(fetched_PGL, -1).flatten(1), rows_P.expand(self.size, -1)],
@@ -203,7 +204,7 @@ class ExpertParallelDispatch:
         return fetched_PGL
 
     def _needed(self, support_GTPL: Tensor, fetched_PGL: Tensor) -> Tensor:
-        """Return (G, T, P) bool: the remote ranks that need a token's row, for each linear."""
+        """Return (G, T, P) bool: for each linear and token, the remote ranks that need the token's row."""
         need_GTP = (support_GTPL & ~fetched_PGL.transpose(0, 1).unsqueeze(1)).any(-1)
         need_GTP[:, :, self.rank] = False
         return need_GTP
@@ -221,15 +222,15 @@ class ExpertParallelDispatch:
     def _computed_here(
         self, p_TPL: Tensor, fetched_PL: Tensor, bank: ExpertBank, weights: Tensor, before: int
     ) -> tuple[Tensor, ExpertBank]:
-        """Return the routing weights (T, W) and the bank of the own and the fetched experts.
+        """Return the routing weights (T, W) and the bank of the experts computed here, own and fetched.
 
-        They are in order of their index, so that a sum over all experts is formed in the order of a single process.
+        Both are in order of expert index, so that experts are summed in the same order as in a single process.
 
         Args:
             p_TPL: routing weights of this rank's tokens.
-            fetched_PL: the fetched experts.
-            bank: own experts.
-            weights: one row for each fetched expert, A and B concatenated.
+            fetched_PL: bool, the fetched experts.
+            bank: this rank's own experts.
+            weights: one row for each fetched expert, A and B flattened and concatenated.
             before: number of fetched experts with a lower index than the own ones.
         """
         _, lora_rank, in_features = bank.A_LRD.shape
@@ -250,12 +251,12 @@ class ExpertParallelDispatch:
         weights: Sequence[Tensor],
         decision: DispatchDecision,
     ) -> list[Tensor]:
-        """Return for each linear the weighted sum (T, O) of own and fetched experts."""
+        """Return, for each linear, the weighted sum (T, O) of the own and the fetched experts for this rank's tokens."""
         outputs = []
         for g, bank in enumerate(banks):
             before = sum(decision.recv_experts[g][: self.rank])
-            # With rounds, the experts' all-to-all carries nothing else. It must be part of the graph even without fetched
-            # experts, or this rank would skip the all-to-all of their gradients and the other ranks would hang.
+            # With several rounds, this all-to-all carries only experts. It must be part of the graph even if this rank fetches
+            # none: without it, this rank would skip the all-to-all of the gradients, and the other ranks would hang.
             if len(weights[g]) or decision.rounds > 1:
                 p_TW, bank_W = self._computed_here(p_GTPL[g], decision.fetched_PGL[:, g], bank, weights[g], before)
             else:
@@ -266,7 +267,10 @@ class ExpertParallelDispatch:
     def _sums(
         self, x_MD: Tensor, gates: Tensor, banks: Sequence[ExpertBank], decision: DispatchDecision
     ) -> list[Tensor]:
-        """Return for each linear the own experts' weighted sums of the received rows that it needs, in their order."""
+        """Return, for each linear, this rank's weighted sums of its own experts for the received rows that the linear needs.
+
+        The sums are in the order of the received rows.
+        """
         sums = []
         for g, (bank, gates_ML) in enumerate(
             zip(banks, gates.split([len(b.A_LRD) for b in banks], dim=1), strict=True)
@@ -282,8 +286,8 @@ class ExpertParallelDispatch:
 class _AddSums(torch.autograd.Function):
     """Add the partial sums returned by remote ranks to the local output, in at least float32.
 
-    Applied even where no sum was returned: the ranks that computed the sums wait for their gradients. Saves only the token
-    of each sum; torch's index_add would also save the sums.
+    Must also be applied when this rank receives no sums: the backward is collective, and other ranks wait for their gradients.
+    Saves only the token index of each sum; torch's index_add would also save the sums.
     """
 
     @staticmethod

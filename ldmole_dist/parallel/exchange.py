@@ -2,10 +2,10 @@
 
 `start_exchange` starts the all-to-all and `PendingExchange.wait` waits for it. The operations between the two in the forward
 also overlap in the backward, between starting the all-to-all of the gradients and waiting for it: among the nodes that are
-ready, autograd runs the one created last. Only the overlap depends on that order; the dependency "gradients are received
-after they were sent" is part of the graph.
+ready, autograd runs the one created last. Only the overlap depends on that order: that gradients are sent before they are
+received is a dependency in the graph.
 
-Every rank of the group makes the same calls in the same order, with the sizes of its own data, 0 included.
+Every rank of the group must make the same calls in the same order. The number of rows may differ and may be 0.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Payload(NamedTuple):
     """Rows of one tensor for every rank of a group, in order of destination.
 
     Args:
-        kind: what the rows are counted as (`wire.KINDS`).
-        rows: (sum(send), width).
+        kind: kind under which the elements are counted (`wire.KINDS`).
+        rows: (sum(send), width), ordered by destination rank.
         send: number of rows for each rank; the first `send[0]` rows go to rank 0.
         recv: number of rows from each rank.
     """
@@ -39,24 +39,24 @@ class Payload(NamedTuple):
 
 
 class PendingExchange(NamedTuple):
-    """An all-to-all in flight."""
+    """An all-to-all in flight, started by `start_exchange`."""
 
     state: _ExchangeState
     token: Tensor
 
     def wait(self) -> list[Tensor]:
-        """Wait for the rows of each payload, (sum(recv), width), in order of their source. Call it exactly once."""
+        """Return the received rows of each payload, (sum(recv), width), ordered by source rank. Call it exactly once."""
         return list(_Receive.apply(self.state, self.token))
 
 
 def start_exchange(
     payloads: Sequence[Payload], group: dist.ProcessGroup, tally: Tally, overlap: bool = True
 ) -> PendingExchange:
-    """Start one all-to-all of all payloads; the backward is one all-to-all of their gradients.
+    """Start one all-to-all of all payloads; the backward is one all-to-all of their gradients. Both are collective.
 
     Args:
         payloads: the same kinds in the same order on every rank, in any dtype.
-        group: the ranks that exchange.
+        group: process group of the ranks that exchange.
         tally: counter of the elements sent; gradients are counted as "grad_" + kind.
         overlap: False waits for each all-to-all as soon as it is started, forward and backward.
     """
@@ -70,11 +70,11 @@ def exchange(payloads: Sequence[Payload], group: dist.ProcessGroup, tally: Tally
 
 
 def exchange_counts(counts_PC: Tensor, group: dist.ProcessGroup, tally: Tally) -> Tensor:
-    """Send row q to rank q. Not differentiable.
+    """Send row q of `counts_PC` to rank q, and receive one row from each rank. Collective; not differentiable.
 
     Args:
         counts_PC: (P, C) integers.
-        group: the P ranks that exchange.
+        group: process group of the P ranks that exchange.
         tally: counter of the elements sent, as "counts".
 
     Returns:
@@ -94,8 +94,8 @@ class _ExchangeState:
     group: dist.ProcessGroup
     tally: Tally
     overlap: bool
-    # Indices of the payloads that need a gradient. They follow from the model, not from the data, so they are the same on
-    # every rank, and so are the splits of the backward.
+    # Indices of the payloads that need a gradient. They depend on the model, not on the data, so they are the same on every
+    # rank, and so are the kinds sent in the backward.
     needed: list[int] = field(default_factory=list)
     in_flight: _AllToAll | None = None
 
@@ -150,7 +150,7 @@ class _Receive(torch.autograd.Function):
 
 
 class _AllToAll:
-    """One all-to-all in flight that carries all payloads, and how to split what it receives."""
+    """One all-to-all in flight that carries all payloads; `wait` splits the received data into them."""
 
     def __init__(self, payloads: Sequence[Payload], group: dist.ProcessGroup, tally: Tally, overlap: bool) -> None:
         own = dist.get_rank(group)
@@ -167,7 +167,7 @@ class _AllToAll:
             )
 
     def wait(self) -> list[Tensor]:
-        """Return the received rows of each payload."""
+        """Wait for the all-to-all and return the received rows of each payload."""
         with self._clock.measure("exchanging", self._received.device):
             if self._work is not None:
                 self._work.wait()
@@ -191,7 +191,7 @@ def _pack(payloads: Sequence[Payload]) -> tuple[Tensor, list[int], list[int]]:
     if len(payloads) == 1:
         ((_, rows, send, recv),) = payloads
         return rows.contiguous(), send, recv
-    # Payloads of different dtypes and widths share one message to each rank as bytes: one launch instead of one for each.
+    # Pack payloads of different dtypes and widths as bytes: one all-to-all instead of one for each payload.
     as_bytes = [p.rows.contiguous().view(torch.uint8) for p in payloads]
     chunks = [b.split(p.send) for b, p in zip(as_bytes, payloads, strict=True)]
     ranks = range(len(payloads[0].send))

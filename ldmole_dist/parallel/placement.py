@@ -1,8 +1,8 @@
-"""Placement of experts on ranks, and initialization of the local part of a bank.
+"""Placement of experts on ranks, and initial values of the experts that a rank holds.
 
 Ranks of an expert-parallel group hold consecutive experts: rank q of P holds experts q L to (q + 1) L - 1, with L = E / P.
 
-Shapes: D in-features, O out-features, E experts in total, L experts held here, R LoRA rank.
+Shapes: D in-features, O out-features, E experts in total, L experts held by this rank, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Placement:
     Args:
         num_experts: E.
         size: P, number of ranks in the expert-parallel group; must divide E.
-        rank: of this process in the group.
+        rank: rank of this process in the group.
 
     Raises:
         ValueError: if P does not divide E.
@@ -42,7 +42,7 @@ class Placement:
 
     @property
     def local(self) -> slice:
-        """Slice of the E experts that this rank holds."""
+        """Indices of the experts that this rank holds, as a slice of the E experts."""
         held = self.num_experts // self.size
         return slice(self.rank * held, (self.rank + 1) * held)
 
@@ -55,17 +55,18 @@ def seeded(seed: int, *names: object) -> torch.Generator:
 def draw_bank(
     placement: Placement, lora_rank: int, in_features: int, out_features: int, seed: int, name: str, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Initialize the experts held here: A Kaiming uniform, B zero, so that the initial adapter does not change the model.
+    """Return initial values of the experts that this rank holds: A Kaiming uniform, B zero.
 
-    Expert e of module `name` gets the same values under every placement: each expert has its own random stream.
+    With B = 0, a new adapter does not change the output of the model. Each expert has its own random stream, so that its values
+    do not depend on the number of ranks.
 
     Args:
-        placement: the experts held here; only these are allocated.
+        placement: placement of the bank, which selects the experts to allocate.
         lora_rank: R.
         in_features: D.
         out_features: O.
-        seed: of the run.
-        name: of the module.
+        seed: seed of the run.
+        name: name of the adapted module, unique in the model.
         like: tensor whose dtype and device the bank gets.
 
     Returns:

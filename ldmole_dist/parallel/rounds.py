@@ -1,10 +1,11 @@
-"""Exchange rows in rounds, where all rows at once would exceed the memory of one rank.
+"""Exchange of rows in several rounds, which limits the memory of a rank that receives many more rows than the others.
 
-Each round exchanges an equal part of the rows for each rank, computes the experts and returns the sums. A round keeps nothing
-for the backward, which fetches its rows again ("again_rows" in `wire.KINDS`): a rank holds the rows of one round at a time.
+Each round exchanges an equal part of the rows for each rank, computes the experts and returns the sums. The received rows are
+not kept for the backward, which fetches them again ("again_rows" in `wire.KINDS`), so that a rank holds the received rows of
+one round at a time.
 
-Shapes: T tokens on this rank, D in-features, O out-features, L experts held here, G linears in the input group, N rows sent,
-M rows received; n and m are those of one round.
+Shapes: T tokens on this rank, D in-features, O out-features, L experts held by each rank, G linears in the input group, N rows
+sent and M rows received by this rank; n and m are those of one round.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Rows(NamedTuple):
     Args:
         x_TD: hidden states of all tokens of this rank.
         gates: (N, G L) routing weights of each row for the experts of its destination.
-        token_N: the token of each row.
+        token_N: token of each row, as an index into `x_TD`.
         send: number of rows for each rank.
         recv: number of rows from each rank.
     """
@@ -41,20 +42,22 @@ class Rows(NamedTuple):
     recv: list[int]
 
     def payloads(self) -> list[Payload]:
-        """Return the hidden states and the routing weights of the rows."""
+        """Return the hidden states and the routing weights of the rows, as payloads of one all-to-all."""
         rows_ND = self.x_TD.index_select(0, self.token_N)
         return [Payload("rows", rows_ND, self.send, self.recv), Payload("gates", self.gates, self.send, self.recv)]
 
-    def part(self, index: int, of: int) -> Rows:
-        """Return part `index` of `of` equal parts of the rows for each rank."""
+    def part(self, index: int, num_parts: int) -> Rows:
+        """Return part `index` of the rows for each rank, split into `num_parts` parts of equal size up to rounding."""
         starts = accumulate(self.send, initial=0)
         positions = [
-            torch.arange(start + n * index // of, start + n * (index + 1) // of, device=self.token_N.device)
+            torch.arange(
+                start + n * index // num_parts, start + n * (index + 1) // num_parts, device=self.token_N.device
+            )
             for start, n in zip(starts, self.send, strict=False)
         ]
         position_n = torch.cat(positions)
-        # Source and destination split the same number with the same formula, so they agree without a message.
-        recv = [n * (index + 1) // of - n * index // of for n in self.recv]
+        # Source and destination split the same number of rows with the same formula, so no message is needed.
+        recv = [n * (index + 1) // num_parts - n * index // num_parts for n in self.recv]
         send = [len(p) for p in positions]
         return Rows(self.x_TD, self.gates[position_n], self.token_N[position_n], send, recv)
 
@@ -62,18 +65,18 @@ class Rows(NamedTuple):
 def exchange_in_rounds(
     rows: Rows, banks: Sequence[ExpertBank], rounds: int, group: dist.ProcessGroup, tally: Tally
 ) -> tuple[Tensor, list[Tensor]]:
-    """Apply the remote experts of each linear to the rows of this rank, round by round.
+    """Apply the remote experts of each linear to the rows of this rank, round by round. Collective.
 
     Args:
-        rows: of this rank.
-        banks: experts held here, one bank for each linear.
-        rounds: the same number on every rank.
-        group: the expert-parallel group.
+        rows: rows that this rank sends.
+        banks: experts held by this rank, one bank for each linear.
+        rounds: number of rounds, the same on every rank.
+        group: expert-parallel group.
         tally: counter of the elements sent.
 
     Returns:
-        token_N, the token of each row in the order of the rounds, and for each linear the partial sums (N, O), which are 0
-        for rows that the linear does not need.
+        The token of each row, (N,), in the order of the rounds; and for each linear the partial sums of these rows, (N, O),
+        which are 0 for rows that the linear does not need.
     """
     parts = [rows.part(index, rounds) for index in range(rounds)]
     returned = [_run_round(part, banks, group, tally) for part in parts]
@@ -85,7 +88,7 @@ def _run_round(part: Rows, banks: Sequence[ExpertBank], group: dist.ProcessGroup
 
     # Takes its tensors as arguments: a tensor in the closure would stay in memory until the backward.
     def compute(x_TD: Tensor, gates: Tensor, token_n: Tensor) -> tuple[Tensor, ...]:
-        # The first call is the forward's; the second is the recomputation's, counted as repeated.
+        # The first call is the forward; the second is the recomputation, whose elements are counted as repeated.
         counting = next(tallies, tally._replace(repeated=True))
         x_mD, gates_m = exchange(Rows(x_TD, gates, token_n, send, recv).payloads(), group, counting)
         gates_G = gates_m.split([len(bank.A_LRD) for bank in banks], dim=1)

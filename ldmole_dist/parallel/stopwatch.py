@@ -1,7 +1,7 @@
-"""Time of named parts of a step on the device, measured without synchronizing the host.
+"""Timing of named parts of a step on the device, without synchronizing during the step.
 
-On a CPU the parts are timed with the host's clock, on an accelerator with events on the current stream, which are read after
-the step.
+On a CPU the parts are timed with the host's clock. On an accelerator they are timed with events on the current stream, which
+are read after the step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class Stopwatch:
-    """Accumulated time of named parts.
+    """Accumulates the time of named parts.
 
     Attributes:
         on: whether `measure` records anything; off by default, as recording an event costs host time.
@@ -33,7 +33,12 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, part: str, device: torch.device) -> Iterator[None]:
-        """Add the time of the body to `part`."""
+        """Context manager that adds the time of its body to `part`, if `on`.
+
+        Args:
+            part: name of the part.
+            device: device that the body computes on.
+        """
         if not self.on:
             yield
         elif device.type == "cpu":

@@ -1,8 +1,8 @@
 """Exact counters of what a rank sends to other ranks: elements and bytes, by input group and kind.
 
-Kinds: "counts" (row counts that the ranks tell each other before a dispatch; -1 requests an expert), "rows" (hidden states),
-"gates" (the routing weights of those rows), "weights" (experts), "sums" (partial sums that return to the tokens). The backward
-counts the gradients as "grad_" + kind, a recomputed forward as "again_" + kind.
+Kinds: "counts" (row counts exchanged before a dispatch; -1 requests an expert), "rows" (hidden states), "gates" (the routing
+weights of those rows), "weights" (experts), "sums" (partial sums returned to the rank of the tokens). Gradients sent by the
+backward are counted as "grad_" + kind, elements that a recomputed forward sends again as "again_" + kind.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Wire:
     """Elements and bytes that this rank sent since the last `clear`, by (input group, kind).
 
     Attributes:
-        clock: time spent in the parts named by `TIMED`, if it is on.
+        clock: time spent in the parts named in `TIMED`; measures only while `clock.on` is True.
+        elements: number of elements sent, by (input group, kind).
+        bytes: number of bytes sent, by (input group, kind).
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,7 @@ class Wire:
         self.clock.clear()
 
     def table(self) -> tuple[list[str], Tensor]:
-        """Return the counters as one tensor, which ranks with the same model can sum.
+        """Return the counters as one tensor, which can be summed over ranks with the same model.
 
         Returns:
             Names of the input groups, sorted, and a (2, groups, len(KINDS)) int64 tensor: elements, then bytes.
@@ -53,7 +55,7 @@ class Wire:
         return groups, torch.tensor(numbers, dtype=torch.int64).view(2, len(groups), len(KINDS))
 
     def by_kind(self) -> Counter[str]:
-        """Return the elements of each kind, summed over all input groups."""
+        """Return the number of elements of each kind, summed over all input groups."""
         total: Counter[str] = Counter()
         for (_, kind), number in self.elements.items():
             total[kind] += number
@@ -66,7 +68,8 @@ class Tally(NamedTuple):
     Args:
         wire: counters to add to.
         group: name of the input group.
-        repeated: whether a recomputed forward sends: the backward of a checkpointed region or of a round.
+        repeated: whether a recomputed forward sends the elements, in the backward of a checkpointed region or of a round; they
+            are then counted as "again_" + kind.
     """
 
     wire: Wire
@@ -74,7 +77,7 @@ class Tally(NamedTuple):
     repeated: bool = False
 
     def add(self, kind: str, elements: int, like: Tensor) -> None:
-        """Count `elements` elements of the dtype of `like`."""
+        """Add `elements` to the counter of `kind`, and their size in the dtype of `like` to the counter of bytes."""
         entry = self.group, f"again_{kind}" if self.repeated else kind
         self.wire.elements[entry] += elements
         self.wire.bytes[entry] += elements * like.element_size()
