@@ -192,7 +192,9 @@ class Encoder:
                 self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
             )
         except TemplateError as error:
-            raise UserError(f"{row.where}: the chat template rejects the conversation: {error}; correct the row.") from error
+            raise UserError(
+                f"{row.where}: the chat template rejects the conversation: {error}; correct the row."
+            ) from error
 
     def _fit(self, parts: Sequence[tuple[list[int], bool]], row: Row) -> tuple[list[int], list[int]]:
         """Return the token ids and labels of the concatenated parts, cut to `max_length` if truncation is on."""
@@ -236,5 +238,7 @@ def check_single_tokens(labels: Sequence[str], ids: Sequence[Sequence[int]], whe
             )
     choices = tuple(tokens[0] for tokens in ids)
     if len(set(choices)) < len(choices):
-        raise UserError(f"{where}: two of the answers {list(labels)} are the same token for this tokenizer; use other words.")
+        raise UserError(
+            f"{where}: two of the answers {list(labels)} are the same token for this tokenizer; use other words."
+        )
     return choices

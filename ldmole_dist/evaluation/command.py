@@ -12,17 +12,17 @@ from ldmole_dist.cli_arguments import positive
 from ldmole_dist.errors import UserError
 from ldmole_dist.io import atomic_write, write_errors
 
-EVAL = """Evaluate the adapter of a run, or a saved one, on held-out rows. Reports loss and perplexity of the answers; accuracy
-where the possible answers are known; F1 and Matthews correlation where all rows have the same ones; each overall and by domain.
-Runs on any number of ranks under any ZeRO stage: start it with torchrun, mpirun or deepspeed. --lm-eval runs tasks of the LM
-Evaluation Harness instead."""
+EVAL = """Evaluate the adapter of a run, or a saved adapter, on held-out rows. Reports the loss and perplexity of the answers;
+accuracy if the possible answers are known; F1 and Matthews correlation if all rows have the same possible answers. Every metric
+is reported overall and by domain. Runs on any number of ranks at any ZeRO stage: start it with torchrun, mpirun or deepspeed.
+--lm-eval runs tasks of the LM Evaluation Harness instead."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ldmole eval`."""
     parser.add_argument("run_or_adapter", metavar="RUN_OR_ADAPTER", help="folder of a run or an adapter")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides of the run's config")
-    parser.add_argument("--data", metavar="FILE", help="evaluation data (default: the run's data.eval)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config values to override")
+    parser.add_argument("--data", metavar="FILE", help="file with evaluation data (default: the run's data.eval)")
     parser.add_argument("--no-adapter", action="store_true", help="evaluate the backbone without the adapter")
     parser.add_argument(
         "--likelihood",
@@ -30,18 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="choose the answer with the highest likelihood (default: the one with the most likely first token)",
     )
     parser.add_argument("--backbone", metavar="PATH", help="path of the backbone (default: from the run or adapter)")
-    parser.add_argument("--limit", type=positive, metavar="ROWS", help="maximum rows of each source")
     parser.add_argument(
-        "--batch-size", type=positive, metavar="N", help="rows per forward pass (default: twice the run's)"
+        "--limit",
+        type=positive,
+        metavar="ROWS",
+        help="maximum rows of each source, or documents of each lm-eval task",
     )
     parser.add_argument(
-        "--lm-eval", metavar="TASKS", help="comma-separated tasks of lm-eval; requires `pip install lm_eval`"
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="rows per forward pass of a rank (default: twice the run's micro-batch size)",
+    )
+    parser.add_argument(
+        "--lm-eval", metavar="TASKS", help="comma-separated lm-eval tasks to run; requires `pip install lm_eval`"
     )
     parser.add_argument("--lm-eval-path", metavar="FOLDER", help="folder with additional lm-eval tasks")
     parser.add_argument(
-        "--num-fewshot", type=int, metavar="N", help="examples in the prompts of lm-eval (default: the task's)"
+        "--num-fewshot", type=int, metavar="N", help="few-shot examples per lm-eval prompt (default: the task's)"
     )
-    parser.add_argument("--output", metavar="FILE", help="JSON file for the results")
+    parser.add_argument("--output", metavar="FILE", help="JSON file to write the results to")
     parser.set_defaults(call=run)
 
 
@@ -56,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: its folder does not exist; create it first.")
     if args.lm_eval is not None:
-        # First, because it raises an error if the harness is not installed, before the model is loaded.
+        # Imported before the model is loaded: the import raises an error if the harness is not installed.
         from ldmole_dist.evaluation.lm_eval_bridge import run_lm_eval
     from ldmole_dist.evaluation.model import eval_config, load_distributed, load_eval_data
     from ldmole_dist.model.saved import find_saved_model
@@ -86,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """Return the results as a text table."""
+    """Return the results as a plain-text table."""
     if "lm_eval" in result:
         return "\n".join(
             f"{task:32} {name:24} {value:10.4f}" if isinstance(value, float) else f"{task:32} {name:24} {value!s:>10}"

@@ -2,6 +2,8 @@
 
 Every rank runs the same number of forward passes, because they contain collectives: a rank with fewer rows repeats one and
 ignores its result.
+
+Shapes: N examples, B sequences, S positions, C choices, V vocabulary size or number of classes.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from ldmole_dist.model.forward import batch_logits
 
 
 class Evaluator:
-    """Evaluation of a model on a fixed set of examples.
+    """Evaluation of a model on a fixed set of examples, distributed over all ranks.
 
     Args:
         examples: all N examples, on every rank.
         pad_id: token id of the padding.
-        batch_size: sequences per forward pass.
+        batch_size: sequences per forward pass of a rank.
         process: this rank.
     """
 
@@ -43,20 +45,23 @@ class Evaluator:
         self.indices = (own + order[:1] * per_rank)[:per_rank]
 
     def __call__(self, model: nn.Module, progress: str) -> dict[str, float]:
-        """Evaluate a model. Every rank must call it.
+        """Evaluate a model. Collective: every rank must call it.
 
         Args:
             model: PEFT model, inside or outside an engine; its training mode is restored.
             progress: label of the progress bar.
 
         Returns:
-            See `training_metrics`.
+            The metrics of all examples (`training_metrics`), the same on every rank.
         """
         return training_metrics(self.outcomes(model, progress), [example.domain for example in self.examples])
 
     @torch.no_grad()
     def outcomes(self, model: nn.Module, progress: str) -> Outcomes:
-        """Return the outcomes of all examples, in their order, on every rank; arguments as in `__call__`."""
+        """Return the outcomes of all examples, in their order, on every rank.
+
+        Collective: every rank must call it. The arguments are those of `__call__`.
+        """
         was_training = model.training
         model.eval()
         outcomes_N5 = torch.zeros(len(self.examples), 5, dtype=torch.float64, device=self.process.device)
@@ -73,8 +78,12 @@ class Evaluator:
         return Outcomes(*outcomes_N5.cpu().unbind(1))
 
     def _evaluate_batch(self, model: nn.Module, examples: Sequence[Encoded]) -> Tensor:
-        """Return the fields of `Outcomes` as (B, 5). The choice is made by the first token of the answer."""
+        """Return the outcomes of B examples as a (B, 5) tensor, one column per field of `Outcomes`.
+
+        The chosen answer is the one whose token has the highest logit at the position of the first answer token.
+        """
         targets, logits = batch_logits(model, collate(examples, self.pad_id, self.process.device))
+        # Class labels are one target per sequence: add a position dimension of size 1.
         targets_BS = targets.unflatten(0, (len(targets), -1)) if targets.dim() == 1 else targets
         logits_BSV = logits.unflatten(0, (len(logits), -1)) if logits.dim() == 2 else logits
         is_answer_BS = targets_BS != IGNORED
@@ -95,6 +104,6 @@ class Evaluator:
 
 
 def _pad_choices(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return choices as (B, C), padded with -1; C is at least 1."""
+    """Return the token ids of the choices as a (B, C) tensor, padded with -1; C is at least 1."""
     width = max(1, *map(len, choices))
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in choices], device=device)

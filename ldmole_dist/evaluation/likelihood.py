@@ -1,4 +1,4 @@
-"""Choice of the answer with the highest likelihood."""
+"""Choice of the most likely answer, by the likelihood of all its tokens."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from ldmole_dist.evaluation.metrics import Outcomes
 def choose_by_likelihood(
     sequences: Outcomes, choices: Sequence[Sequence[str]], targets: Sequence[int]
 ) -> tuple[Outcomes, Tensor]:
-    """Choose the most likely answer of each row.
+    """Choose the most likely answer of each of N rows.
 
     Args:
-        sequences: outcomes of M sequences: every choice of the first row, then every choice of the second, and so on.
-        choices: texts of the choices of each of N rows.
+        sequences: outcomes of one sequence per choice: all choices of the first row, then all choices of the second row, and so
+            on.
+        choices: texts of the choices of each row.
         targets: index of the correct choice of each row.
 
     Returns:
-        Outcomes of the N rows, each with the loss of its correct answer and with the most likely answer as the choice; and
-        (N,) the choices by log likelihood per UTF-8 byte of the answer, which does not favor short answers.
+        Outcomes of the N rows. The loss of a row is that of its correct choice, and `chosen_N` is the choice with the highest
+        log likelihood.
+
+        (N,) float64 tensor: the choice of each row with the highest log likelihood per UTF-8 byte. Unlike the log likelihood
+        itself, it does not favor short answers.
     """
     losses, first = sequences.loss_N.split([len(texts) for texts in choices]), 0
     correct, chosen, normalized = [], [], []

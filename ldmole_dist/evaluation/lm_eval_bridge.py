@@ -1,6 +1,6 @@
 """LM Evaluation Harness tasks on a model of any ZeRO stage and expert-parallel size.
 
-Every rank runs the harness with all requests; the forward passes are distributed over the ranks as in any evaluation.
+Every rank runs the harness with all requests; `Evaluator` distributes the forward passes over the ranks.
 """
 
 from __future__ import annotations
@@ -29,25 +29,29 @@ except ImportError as error:
 def run_lm_eval(
     model: DistributedModel, tasks: Sequence[str], folder: str | None, num_fewshot: int | None, limit: int | None
 ) -> dict[str, Any]:
-    """Run tasks of the harness. Every rank must call it.
+    """Run tasks of the harness. Collective: every rank must call it.
 
     Args:
         model: causal language model to evaluate.
         tasks: names of tasks or groups.
         folder: folder with additional tasks.
-        num_fewshot: examples in the prompts; None uses the task's default.
-        limit: maximum number of documents of each task.
+        num_fewshot: number of examples in each prompt; None uses the task's default.
+        limit: maximum number of documents of each task; None uses all.
 
     Returns:
-        "lm_eval", the results of each task under the harness's names, and "versions", the versions of the tasks.
+        "lm_eval": results of each task, with the metric names of the harness. "versions": version of each task.
 
     Raises:
-        UserError, PeerError: on every rank, if a task is unknown or its data cannot be loaded.
+        UserError, PeerError: on every rank, if the model is a classifier, the folder does not exist, a task is unknown or its
+            data cannot be loaded.
     """
     if model.config.backbone.task != "causal_lm":
-        raise UserError(f"--lm-eval requires backbone.task=causal_lm, but the config has {model.config.backbone.task}.")
+        raise UserError(
+            f"--lm-eval requires backbone.task=causal_lm, but the config has {model.config.backbone.task}; evaluate without "
+            "--lm-eval."
+        )
     if folder is not None and not os.path.isdir(folder):
-        raise UserError(f"--lm-eval-path {folder}: the folder does not exist.")
+        raise UserError(f"--lm-eval-path {folder}: the folder does not exist; check the path.")
     with raise_on_all_ranks("loading the tasks"):
         manager = TaskManager(include_path=folder)
         if unknown := [task for task in tasks if not manager.match_tasks([task])]:
@@ -55,9 +59,10 @@ def run_lm_eval(
                 f"unknown lm-eval tasks: {', '.join(unknown)}; list all with `lm_eval ls tasks`, or set --lm-eval-path."
             )
         try:
-            # simple_evaluate loads them again, from the cache. An error there would leave the other ranks in a collective.
+            # simple_evaluate loads the tasks again, from the cache. They are loaded here first, because an error in
+            # simple_evaluate would leave the other ranks waiting in a collective.
             manager.load(list(tasks))
-        except Exception as error:  # no common base class: network, missing file, unexpected data
+        except Exception as error:  # the errors have no common base class: network, missing file, unexpected data
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"cannot load the lm-eval tasks {', '.join(tasks)} ({reason}); without access to the hub, define tasks that "
@@ -77,7 +82,7 @@ def run_lm_eval(
 
 
 class LdMoleLM(TemplateLM):
-    """Adapter of a model to the harness's model interface; see lm_eval.api.model."""
+    """Implementation of the harness's model interface (`lm_eval.api.model.TemplateLM`) by a `DistributedModel`."""
 
     def __init__(self, model: DistributedModel) -> None:
         super().__init__()

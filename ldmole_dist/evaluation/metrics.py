@@ -14,12 +14,13 @@ from torch import Tensor
 
 
 class Outcomes(NamedTuple):
-    """Results of a model on N rows; each tensor is (N,) in float64 on the CPU.
+    """Outcomes of N rows; each field is an (N,) float64 tensor on the CPU.
 
     Args:
-        loss_N: cross entropy summed over a row's answer tokens, in nats (or the cross entropy of its class).
-        answers_N: number of answer tokens.
-        greedy_N: 1 if every answer token is the most likely token of the vocabulary, else 0.
+        loss_N: cross entropy in nats, summed over the answer tokens of a row; for sequence classification, that of its class.
+        answers_N: number of answer tokens; 1 for sequence classification.
+        greedy_N: 1 if every answer token is the most likely token of the vocabulary (or the class the most likely class), else
+            0.
         chosen_N: index of the model's choice or class; -1 if the row has no choices.
         target_N: index of the correct choice or class; -1 if the row has no choices.
     """
@@ -31,7 +32,7 @@ class Outcomes(NamedTuple):
     target_N: Tensor
 
     def select(self, rows: Sequence[int]) -> Outcomes:
-        """Return the outcomes of some of the rows."""
+        """Return the outcomes of the rows with the given indices."""
         return Outcomes(*(values[list(rows)] for values in self))
 
 
@@ -49,8 +50,8 @@ def training_metrics(outcomes: Outcomes, domains: Sequence[str | None]) -> dict[
         domains: domain of each row.
 
     Returns:
-        "eval_loss", in nats per answer token, and "accuracy", from 0 to 1, if any row has choices; and both for each domain,
-        as "DOMAIN/eval_loss" and "DOMAIN/accuracy".
+        "eval_loss": loss in nats per answer token. "accuracy": from 0 to 1; left out if no row has choices. The same metrics of
+        each domain are "DOMAIN/eval_loss" and "DOMAIN/accuracy".
     """
     result = {}
     groups = {"": list(range(len(domains)))} | {f"{name}/": rows for name, rows in rows_by_domain(domains).items()}
@@ -70,8 +71,9 @@ def compute_metrics(outcomes: Outcomes, classes: int | None = None) -> dict[str,
         classes: K if all rows have the same K choices, else None.
 
     Returns:
-        "rows"; "answers", the number of answer tokens; "loss", in nats per answer token; "perplexity"; if any row has choices,
-        "accuracy" (0 to 1) and its standard error "accuracy_stderr"; with `classes` also "f1_macro" and "matthews".
+        "rows": number of rows. "answers": number of answer tokens. "loss": in nats per answer token. "perplexity".
+        If any row has choices, over these rows: "accuracy" (0 to 1), its standard error "accuracy_stderr" and, with `classes`,
+        "f1_macro" and "matthews".
     """
     answers = float(outcomes.answers_N.sum())
     loss = float(outcomes.loss_N.sum()) / max(answers, 1)
@@ -89,19 +91,19 @@ def compute_metrics(outcomes: Outcomes, classes: int | None = None) -> dict[str,
 
 
 def mean_and_stderr(name: str, correct_N: Tensor) -> dict[str, float]:
-    """Return the mean of boolean values as `name`, and its standard error (NaN for one row) as `name_stderr`."""
+    """Return the mean of N booleans under `name`, and its standard error (NaN if N is 1) under `name` + "_stderr"."""
     rows, mean = len(correct_N), float(correct_N.double().mean())
     # The variance estimate divides by N - 1, as lm-eval's does.
     return {name: mean, f"{name}_stderr": math.sqrt(mean * (1 - mean) / (rows - 1)) if rows > 1 else math.nan}
 
 
 def confusion_matrix(target_N: Tensor, chosen_N: Tensor, classes: int) -> Tensor:
-    """Return (K, K) counts: rows are targets, columns are choices."""
+    """Return the (K, K) numbers of rows by target (first dimension) and choice (second dimension), as float64."""
     return torch.bincount(target_N * classes + chosen_N, minlength=classes**2).view(classes, classes).double()
 
 
 def f1_macro(confusion_KK: Tensor) -> float:
-    """Return the mean of 2 TP / (2 TP + FP + FN) over the classes that occur as a target or a choice."""
+    """Return the macro F1: the mean of 2 TP / (2 TP + FP + FN) over the classes that occur as a target or a choice."""
     occurrences_K = confusion_KK.sum(0) + confusion_KK.sum(1)
     occurs = occurrences_K > 0
     return float((2 * confusion_KK.diagonal()[occurs] / occurrences_K[occurs]).mean())

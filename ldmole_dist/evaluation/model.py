@@ -1,4 +1,4 @@
-"""Loading of a saved adapter on all ranks, at the ZeRO stage of its run, for evaluation."""
+"""Load a saved adapter on all ranks for evaluation, at the ZeRO stage of the config."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from ldmole_dist.model.saved import SavedModel
 
 @dataclass(frozen=True)
 class DistributedModel:
-    """Model that all ranks hold together.
+    """Model that is loaded on all ranks for evaluation.
 
     Args:
-        config: config, resolved for the number of ranks.
+        config: config of the evaluation, resolved for the world size.
         engine: engine that holds the model.
         tokenizer: tokenizer of the backbone.
         process: this rank.
@@ -46,7 +46,7 @@ class DistributedModel:
     stage: int
 
     def outcomes(self, examples: Sequence[Encoded], progress: str) -> Outcomes:
-        """Return the outcomes of all examples on every rank. Every rank must call it."""
+        """Return the outcomes of all examples on every rank. Collective: every rank must call it."""
         batch_size = self.config.optimisation.micro_batch_size
         evaluator = Evaluator(examples, int(self.tokenizer.pad_token_id), batch_size, self.process)
         return evaluator.outcomes(self.engine.module, progress)
@@ -55,13 +55,13 @@ class DistributedModel:
 def eval_config(
     saved: SavedModel, overrides: list[str], data: str | None, limit: int | None, batch_size: int | None
 ) -> Config:
-    """Return the config for an evaluation: the run's, or the defaults for an adapter without a run.
+    """Return the config of an evaluation: that of the run, or the defaults for an adapter without a run.
 
     Args:
         saved: run or adapter.
-        overrides: overrides of the config, "a.b=c".
-        data: evaluation file in place of `data.eval`.
-        limit: maximum number of rows of each source.
+        overrides: config values to override, each as "a.b=c".
+        data: evaluation file that replaces `data.eval`; None keeps it.
+        limit: maximum number of rows of each source; None keeps the run's limit, unless `data` is set.
         batch_size: rows per forward pass; None uses twice the run's micro-batch size.
 
     Raises:
@@ -70,7 +70,7 @@ def eval_config(
     if saved.config is not None:
         raw = plain_config(saved.config)
     else:
-        # Keys without a default, which evaluation does not use.
+        # The config requires these keys, but evaluation does not use them.
         raw = {"data": {"train": ""}, "optimisation": {"max_steps": 1}, "run": {"output_dir": str(saved.adapter)}}
         raw["backbone"] = {"task": saved.task}
     raw["backbone"]["path"] = saved.backbone
@@ -88,10 +88,10 @@ def eval_config(
 
 @contextmanager
 def load_distributed(config: Config, with_adapter: bool) -> Iterator[DistributedModel]:
-    """Load a model on all ranks, for the duration of the block. Every rank must call it.
+    """Load a model on all ranks and yield it. Collective: every rank must enter the context.
 
     Args:
-        config: result of `eval_config`.
+        config: return value of `eval_config`; its ep_size and global_batch_size are set to values that fit the world size.
         with_adapter: False disables the adapter in the block.
 
     Raises:
@@ -107,7 +107,7 @@ def load_distributed(config: Config, with_adapter: bool) -> Iterator[Distributed
         tokenizer = load_tokenizer(config.backbone.path)
     parallel = expert_parallel(p.ep_size, p.dispatch, p.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
-    # DeepSpeed partitions a model only if it has an optimizer, so there is one, which never steps.
+    # The optimizer never steps, but DeepSpeed partitions a model only if there is one.
     engine = Engine(model, ds_config, o)
     model.eval()
     context: Any = nullcontext() if with_adapter else model.disable_adapter()
@@ -116,18 +116,18 @@ def load_distributed(config: Config, with_adapter: bool) -> Iterator[Distributed
 
 
 def load_eval_data(config: Config) -> tuple[list[Row], Encoder]:
-    """Return the evaluation rows of a config and their encoder. Every rank must call it.
+    """Read the evaluation rows of a config, and return them and their encoder. Collective: every rank must call it.
 
-    Call it before the model is loaded, which takes longer, so that errors in the data appear early.
+    Call it before `load_distributed`, so that an error in the data is reported before the model is loaded.
 
     Raises:
-        UserError, PeerError: on every rank, if the data cannot be read.
+        UserError, PeerError: on every rank, if the config has no evaluation data, or it cannot be read.
     """
     start(config.parallelism.timeout_minutes)
     data, task = config.data, config.backbone.task
     with raise_on_all_ranks("reading the data"):
         if data.eval is None:
-            raise UserError("no evaluation data; pass --data FILE or set data.eval=[...].")
+            raise UserError("the config has no evaluation data; pass --data FILE or set data.eval=[...].")
         by_source = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
         encoder = Encoder(load_tokenizer(config.backbone.path), task, data.labels, data.max_length, data.truncation)
     return [row for rows in by_source for row in rows], encoder

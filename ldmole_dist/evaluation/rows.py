@@ -14,20 +14,21 @@ from ldmole_dist.evaluation.model import DistributedModel
 
 
 def evaluate_rows(model: DistributedModel, encoder: Encoder, rows: Sequence[Row], likelihood: bool) -> dict[str, Any]:
-    """Evaluate a model on rows. Every rank must call it.
+    """Evaluate a model on rows. Collective: every rank must call it.
 
     Args:
         model: model to evaluate.
         encoder: encoder of the rows.
         rows: all rows, on every rank.
-        likelihood: choose by the likelihood of complete answers instead of their first token.
+        likelihood: choose the answer by the likelihood of all its tokens, not only of the first one.
 
     Returns:
-        "all", the metrics of all rows (`compute_metrics`), and "domains", those of each domain. With `likelihood` they include
-        "accuracy_norm", the accuracy by log likelihood per byte of the answer, and its standard error.
+        "all": metrics of all rows (`compute_metrics`). "domains": the same metrics for each domain. With `likelihood`, they
+        include "accuracy_norm" and "accuracy_norm_stderr": the accuracy if answers are chosen by log likelihood per byte, and
+        its standard error.
 
     Raises:
-        UserError, PeerError: on every rank, if a row cannot be encoded or has no choices.
+        UserError, PeerError: on every rank, if a row cannot be encoded or, with `likelihood`, has no choices.
     """
     quiet = not model.process.is_main
     normalized_N = None

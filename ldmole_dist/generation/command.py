@@ -1,4 +1,4 @@
-"""`ldmole generate`: prompts from the command line, from a file, or typed one after another."""
+"""`ldmole generate`: generate text for prompts from the command line, a file or standard input."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from ldmole_dist.cli_arguments import positive
 from ldmole_dist.errors import UserError
 
-GENERATE = """Generate text with the adapter of a run, or a saved one, in one process. The output for prompts on the command
-line streams to the terminal; prompts of a file are processed in batches. Without either, prompts are read from the terminal."""
+GENERATE = """Generate text with the adapter of a run, or a saved adapter, in one process. The output for prompts on the command
+line is streamed; the prompts of --file are processed in batches. Without either, prompts are read from standard input."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,36 +20,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", help="prompts; \\n stands for a line break")
     parser.add_argument(
         "--file",
-        help='file of prompts: .txt with one per line, or "prompt" or "messages" of .jsonl, .json, .csv or .parquet records',
+        help='prompts: a .txt file with one per line, or .jsonl, .json, .csv or .parquet records with "prompt" or "messages"',
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="JSON-lines file for the output of --file; an existing file is resumed"
+        "--output", metavar="FILE", help="JSON-lines file to write the output of --file to; an existing file is resumed"
     )
     parser.add_argument(
         "--chat", action="store_true", help="treat prompts as user messages and apply the chat template"
     )
-    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    parser.add_argument("--system", metavar="TEXT", help="system message; requires --chat")
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
         default=64,
         metavar="N",
-        help="maximum tokens per prompt (default: %(default)s)",
+        help="maximum tokens to generate per prompt (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
         type=_non_negative,
         default=0.0,
-        help="sampling temperature (default: 0, the most likely token)",
+        help="sampling temperature (default: 0, which always takes the most likely token)",
     )
     parser.add_argument(
         "--top-p",
         type=_probability,
         default=1.0,
-        help="cumulative probability of the tokens to sample from (default: 1)",
+        help="cumulative probability of the most likely tokens to sample from (default: 1)",
     )
     parser.add_argument(
-        "--top-k", type=positive, default=0, help="number of most likely tokens to sample from (default: all)"
+        "--top-k", type=positive, default=0, help="number of the most likely tokens to sample from (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     parser.add_argument(
@@ -174,12 +174,12 @@ def _streamer(tokenizer: Any) -> Any:
 def _non_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number that is at least 0")
     return value
 
 
 def _probability(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in the range above 0 and up to 1")
+        raise argparse.ArgumentTypeError(f"{text} is not in the range (0, 1]")
     return value

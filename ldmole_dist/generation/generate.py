@@ -1,4 +1,4 @@
-"""Generation of text: one prompt that streams, or a batch of prompts with left padding."""
+"""Text generation for a batch of prompts, with left padding; a single prompt can be streamed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sampling:
     top_k: int = 0
 
     def settings(self) -> dict[str, Any]:
-        """Return arguments for transformers' `generate`; they override the backbone's generation config."""
+        """Return the keyword arguments for `generate` of transformers; they override the backbone's generation config."""
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -42,19 +42,19 @@ class Sampling:
 def load_generator(
     saved: SavedModel, precision: str, with_adapter: bool = True
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Return the model in evaluation mode, on the GPU if there is one, and its tokenizer.
+    """Load a model in evaluation mode, on the GPU if there is one, and its tokenizer.
 
     Args:
         saved: run or adapter.
         precision: "fp32", "bf16" or "fp16".
-        with_adapter: load the adapter; if False, only the backbone.
+        with_adapter: load the adapter; if False, load only the backbone.
 
     Raises:
-        UserError: if backbone or adapter cannot be loaded, do not match, or are a classifier.
+        UserError: if the backbone or the adapter cannot be loaded, if they do not match, or if the model is a classifier.
     """
     if saved.task != "causal_lm":
         raise UserError(
-            f"{saved.adapter} is a classifier and generates no text; use `ldmole eval` for its predictions."
+            f"{saved.adapter} is a classifier and cannot generate text; evaluate it with `ldmole eval`."
         )
     tokenizer = load_tokenizer(saved.backbone)
     model: Any = load_backbone(saved.backbone, "causal_lm", precision)
@@ -83,9 +83,9 @@ def generate_batch(
         tokenizer: tokenizer of the backbone.
         prompts: B texts.
         sampling: sampling settings.
-        stop: texts that end the output.
+        stop: strings at which the generation for a prompt stops; the text may contain the stop string.
         templated: whether the prompts come from a chat template, which has already added the special tokens.
-        streamer: receiver of the tokens as they are generated; for a single prompt only.
+        streamer: receives the tokens as they are generated; requires a single prompt.
 
     Returns:
         The generated texts, without the prompts.

@@ -19,12 +19,12 @@ Messages = list[dict[str, str]]
 
 
 class Prompt(NamedTuple):
-    """Prompt to generate text for.
+    """Prompt for which text is generated.
 
     Args:
         text: input of the model.
         templated: whether a chat template rendered the text.
-        record: record of the file that the prompt is from; None on the command line.
+        record: record that the prompt was read from; None for a prompt that is not from a file.
     """
 
     text: str
@@ -33,16 +33,18 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, chat: bool, system: str | None) -> list[Prompt]:
-    """Read the prompts of a file: the lines of a .txt, or "prompt" or "messages" of .jsonl, .json, .csv or .parquet records.
+    """Read the prompts of a file.
+
+    A .txt file has one prompt per line. Records in other files (`read_records`) have a "prompt" string or a "messages" list.
 
     Args:
         path: path of the file.
         tokenizer: tokenizer whose chat template renders messages.
-        chat: treat each prompt as a user message.
-        system: system message before each prompt, with `chat`.
+        chat: treat each line or "prompt" as a user message.
+        system: system message before each of these user messages; None for none.
 
     Raises:
-        UserError: if the file cannot be read or a record has no prompt; the message names file and line.
+        UserError: if the file cannot be read or has no prompts, or if a record has neither key; the message names the location.
     """
     records: list[LocatedRecord]
     if Path(path).suffix == ".txt":
@@ -63,13 +65,13 @@ def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syst
             prompts.append(make_prompt(record["prompt"], tokenizer, chat, system, where)._replace(record=record))
         else:
             raise UserError(
-                f"{where}: needs a text 'prompt' or a list 'messages'; the row's keys are {sorted(record)}."
+                f"{where}: the row needs a string 'prompt' or a list 'messages'; its keys are {sorted(record)}."
             )
     return prompts
 
 
 def make_prompt(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool, system: str | None, where: str) -> Prompt:
-    """Return the prompt for a text: the text itself, or with `chat` the text as a rendered user message.
+    """Return the prompt for a text: the text itself or, with `chat`, a user message rendered by the chat template.
 
     Raises:
         UserError: if the tokenizer has no chat template, or the template rejects the message.
@@ -83,7 +85,7 @@ def make_prompt(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syste
 def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     """Render messages with the chat template, up to the start of the assistant's next turn.
 
-    A last turn of the assistant, which is the answer in training files, is dropped.
+    If the last turn is the assistant's, as in training data, it is dropped.
 
     Raises:
         UserError: if the tokenizer has no chat template, or the template rejects the messages.
@@ -94,24 +96,31 @@ def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: s
         messages = messages[:-1]
     if not messages or any(turn.get("role") not in ROLES.values() for turn in messages):
         roles = ", ".join(sorted(set(ROLES.values())))
-        raise UserError(f"{where}: messages must have the roles {roles}, and one must precede the assistant's answer.")
+        raise UserError(
+            f"{where}: expected messages with the roles {roles}, at least one of them before the assistant's answer; correct "
+            "the messages."
+        )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except (TemplateError, KeyError) as error:
-        raise UserError(f"{where}: the chat template rejects the messages: {error}") from error
+        raise UserError(f"{where}: the chat template rejects the messages: {error}; correct them.") from error
 
 
 class OutputFile:
     """JSON-lines file of the prompts' records, each with its "generated" text.
 
-    The lines are in the order of the prompts and are synced batch by batch, so an interrupted command resumes after them.
+    The lines are in the order of the prompts and are synced to disk after each batch, so that an interrupted command can resume
+    after the last synced line.
 
     Args:
-        path: path of the file; prompts whose records it holds already are not repeated.
+        path: path of the file; it may already hold the first records.
         prompts: all prompts.
 
+    Attributes:
+        done: number of prompts whose records are in the file.
+
     Raises:
-        UserError: if the file cannot be read, or belongs to other prompts.
+        UserError: if the file cannot be read, or its records do not match the prompts.
     """
 
     def __init__(self, path: str, prompts: Sequence[Prompt]) -> None:

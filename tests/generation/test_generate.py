@@ -139,7 +139,7 @@ def test_prompts_on_the_command_line(adapter: Path, generator: Any, capsys: pyte
         (["hello", "--system", "x"], "--system requires"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--file", "nowhere.txt"], "cannot read prompts"),
-        (["--file", "BAD"], "bad.jsonl, line 1: needs a text 'prompt' or a list 'messages'"),
+        (["--file", "BAD"], "bad.jsonl, line 1: the row needs a string 'prompt' or a list 'messages'"),
     ],
 )
 def test_invalid_arguments_are_rejected(adapter: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
