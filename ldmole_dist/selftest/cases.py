@@ -1,6 +1,7 @@
 """Cases of the selftest besides parity: collectives, replay of routing decisions, half precision.
 
-Each function runs on every rank and returns the distances that this rank found, by what was compared.
+Each case is a function that every rank runs. It returns a dict from the name of a comparison to the distance that this rank
+found: a relative error, or a number of wrong elements.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ldmole_dist.selftest.reference import build, loss_of
 from ldmole_dist.selftest.tiny import micro_batch, relative
 from ldmole_dist.tuner.layer import LdMoleLinear
 
-Decide = Callable[[Tensor, Tensor], Tensor]  # (logits_TE, lam_T) -> support_TE, as `Router.decide`
+Decide = Callable[[Tensor, Tensor], Tensor]  # (logits_TE, lam_T) -> support_TE, like `Router.decide`
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
 def joined(size: int) -> dict[str, float]:
-    """Return how many of `size` ranks are missing from the process group."""
+    """Return the number of ranks that are missing from the process group of `size` ranks."""
     return {"missing ranks": float(size - start().world_size)}
 
 
@@ -40,7 +41,7 @@ def collectives() -> dict[str, float]:
     wrong = {}
 
     def rows(source: int, destination: int, dtype: torch.dtype) -> Tensor:
-        # The last rank sends nothing, and others send nothing to some ranks: a rank without tokens must not block the rest.
+        # The last rank sends nothing, and others send nothing to some ranks: a rank without tokens must not block the others.
         count = 0 if source == world - 1 and world > 1 else (3 * source + destination) % 4
         return torch.full((count, 2), 1 + source * world + destination, device=device, dtype=dtype)
 
@@ -65,9 +66,16 @@ def collectives() -> dict[str, float]:
 
 
 def replay(ep_size: int) -> dict[str, float]:
-    """Compare the gradients with and without checkpointing under a router that never decides the same twice.
+    """Compare the gradients with and without checkpointing, with routers that decide at random in each call.
 
-    Recomputed layers must replay the recorded routing decisions; otherwise the sizes that ranks exchange do not match.
+    Recomputed layers must replay the recorded routing decisions; otherwise the gradients differ, and the numbers of rows that
+    ranks exchange do not match.
+
+    Args:
+        ep_size: number of ranks that share one copy of the experts.
+
+    Returns:
+        Relative distance of each gradient, and the counts that a recomputation sent again (0 if it replays the decisions).
     """
     parallel = expert_parallel(ep_size)
     found = []
@@ -95,11 +103,15 @@ def _random_decide() -> Decide:
 
 
 def half_precision(architecture: str, ep_size: int) -> dict[str, float]:
-    """Compare loss and gradients of a bfloat16 backbone with those of a float32 one; both have float32 adapters.
+    """Compare loss and gradients of a bfloat16 backbone with those of a float32 backbone; both have float32 adapters.
 
-    Both models use the routing decisions of the float32 one, since a gradient is discontinuous where a token crosses the
-    boundary of a support. Weights of experts and routers are smaller than in the other cases, in which a tiny model
+    Both models use the routing decisions of the float32 model, because a gradient is discontinuous where a token crosses the
+    boundary of a support. The weights of experts and routers are smaller than in the other cases; with those, the tiny model
     amplifies rounding errors about a hundred times.
+
+    Args:
+        architecture: "llama" or "qwen3".
+        ep_size: number of ranks that share one copy of the experts.
     """
     parallel = expert_parallel(ep_size)
     wide = build(architecture, torch.bfloat16, parallel).float()
@@ -126,7 +138,7 @@ def _weaken(model: PeftModel) -> None:
 
 
 def _recorded(decide: Decide) -> tuple[Decide, Decide]:
-    """Return two functions: one that records the decisions of `decide`, and one that returns the recorded ones in order."""
+    """Return two functions: the first records the decisions of `decide`, the second returns them in the same order."""
     supports: list[Tensor] = []
 
     def record(logits_TE: Tensor, lam_T: Tensor) -> Tensor:

@@ -23,25 +23,26 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.selftest.processes import CPU_ENVIRONMENT, start_process
 
-REPORT_SECONDS = 10.0  # for the other ranks, once one has failed
+# Time for the other ranks to return after one raised UserError or PeerError: all ranks are expected to raise one together.
+REPORT_SECONDS = 10.0
 
 Outcome = Literal["returned", "refused", "failed"]
 
 
 class RankFailed(RuntimeError):
-    """A function raised an exception, or did not return in time, on one of the ranks."""
+    """Raised if a function raises an exception, or does not return in time, on one of the ranks."""
 
 
 class LocalRanks:
-    """`size` processes in one process group: one per GPU if there are enough, else on the CPU.
+    """Context manager for processes of one process group, with one GPU each if there are enough, otherwise on the CPU.
 
-    The processes start with the first `run`. They are kept until `close`, unless a rank failed, exited or timed out:
-    then the ranks may be out of step, and the next `run` starts new ones. A `UserError` or `PeerError` on every rank
-    keeps them.
+    The first `run` starts the processes, and `close` ends them. If a rank fails, exits or times out, the ranks may be out of
+    step, so `run` ends all of them, and the next `run` starts new ones. A `UserError` or `PeerError` on every rank does not
+    end them.
 
     Args:
         size: number of ranks.
-        timeout: seconds that one `run` may take.
+        timeout: maximum number of seconds for one `run`.
     """
 
     def __init__(self, size: int, timeout: float = 300.0) -> None:
@@ -53,13 +54,15 @@ class LocalRanks:
         """Call `function(*args, **kwargs)` on every rank.
 
         Args:
-            function: importable by name; arguments and result can be pickled.
+            function: function to call. It must be importable by name, and its arguments and result must be picklable.
+            args: positional arguments of the function.
+            kwargs: keyword arguments of the function.
 
         Returns:
             The results, by rank.
 
         Raises:
-            RankFailed: with the traceback of the rank that failed first.
+            RankFailed: if a rank failed or did not return in time; with the traceback of the first rank that failed.
         """
         if not self._processes:
             self._start()
@@ -79,13 +82,13 @@ class LocalRanks:
                 rank = self._pipes.index(pipe)
                 try:
                     outcomes[rank] = pipe.recv()
-                except (EOFError, ConnectionResetError):  # the latter if it had not read all that was sent to it
+                except (EOFError, ConnectionResetError):  # ConnectionResetError if it ended with unread input
                     outcomes[rank] = "failed", "the process ended"
                 outcome, value = outcomes[rank]
                 if outcome != "returned" and failure is None:
                     failure = f"{function.__name__} failed on rank {rank}:\n{value}"
                 if outcome == "failed":
-                    deadline = 0.0
+                    deadline = 0.0  # do not wait: the other ranks may be blocked in a collective
                 elif outcome == "refused":
                     deadline = min(deadline, time.monotonic() + REPORT_SECONDS)
         if failure is None:
@@ -95,7 +98,7 @@ class LocalRanks:
         raise RankFailed(failure)
 
     def close(self) -> None:
-        """End the processes."""
+        """Terminate the processes, and kill those that have not exited within 5 s."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:

@@ -1,6 +1,6 @@
-"""Parity of many ranks with one process that runs the same micro-batches with all experts.
+"""Parity of several ranks with one process that runs the same micro-batches with all experts.
 
-Each function runs on every rank and returns the relative distances that this rank found, by tensor.
+Every rank runs `gradients` and `updates`. They return the relative distances that this rank found, by tensor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ldmole_dist.selftest.tiny import EXPERTS, micro_batch, relative, whole
 from ldmole_dist.tuner.model import tuner_of
 from ldmole_dist.tuner.state_dict import is_expert_tensor
 
-ATTEMPTS = 5  # sets of batches that `updates` tries when rounding changes a routing decision
+ATTEMPTS = 5  # sets of batches that `updates` tries if rounding changes a routing decision
 
 
 def gradients(
@@ -52,9 +52,9 @@ def gradients(
         architecture: "llama" or "qwen3".
         ep_size: number of ranks that share one copy of the experts.
         checkpointing: whether the decoder layers are recomputed in the backward.
-        mode: of the dispatch.
+        mode: mode of the expert-parallel dispatch.
         router: name of the router.
-        num_experts: of every linear, or by decoder layer.
+        num_experts: number of experts of every adapted linear, or a list with one number per decoder layer.
     """
     reference = gradient_reference(architecture, router, num_experts)
     parallel, process = expert_parallel(ep_size, mode), start()
@@ -84,7 +84,11 @@ def gradients(
 
 
 class RoutingFlipped(Exception):
-    """Rounding moved a token across the boundary of a support, where the gradient is discontinuous: no error of either."""
+    """Raised if the routing differs from that of the reference.
+
+    Rounding can move a token across the boundary of a support, where the gradient is discontinuous. The results then differ
+    although neither is wrong.
+    """
 
 
 def updates(
@@ -101,16 +105,16 @@ def updates(
 
     Args:
         architecture: "llama" or "qwen3".
-        ds_config: name of a DeepSpeed config, as in "zero2".
+        ds_config: name of a shipped DeepSpeed config, such as "zero2".
         ep_size: number of ranks that share one copy of the experts.
         checkpointing: whether the decoder layers are recomputed in the backward.
-        mode: of the dispatch.
+        mode: mode of the expert-parallel dispatch.
         router: name of the router.
-        num_experts: of every linear, or by decoder layer.
-        zero: further settings of DeepSpeed's zero_optimization.
+        num_experts: number of experts of every adapted linear, or a list with one number per decoder layer.
+        zero: settings that override the zero_optimization section of that config.
 
     Raises:
-        RoutingFlipped: if no attempt had the routing of the reference.
+        RoutingFlipped: if the routing differed from the reference in each of ATTEMPTS attempts.
     """
     settings = load_ds_config(ds_config)
     settings["zero_optimization"].update(zero)
@@ -122,7 +126,10 @@ def updates(
             return _updates(model, reference, settings, first_batch)
         except RoutingFlipped:
             continue
-    raise RoutingFlipped(f"routing differed from the reference for {ATTEMPTS} sets of batches: too often for rounding")
+    raise RoutingFlipped(
+        f"the routing differed from the reference for all {ATTEMPTS} sets of batches, which rounding does not explain; check "
+        "the router and the dispatch"
+    )
 
 
 def _updates(model: PeftModel, reference: Updates, settings: dict[str, Any], first_batch: int) -> dict[str, float]:
@@ -162,6 +169,10 @@ def _updates(model: PeftModel, reference: Updates, settings: dict[str, Any], fir
 
 
 def worst(results: list[dict[str, float]]) -> tuple[float, str]:
-    """Return the largest distance over all ranks and tensors, and the tensor's name; NaN counts as infinity."""
-    # `max` would pass over a NaN, which compares as neither smaller nor larger.
+    """Return the largest distance over all ranks and tensors, and the name of its tensor.
+
+    Args:
+        results: distances by tensor, for each rank; NaN counts as infinity.
+    """
+    # `max` could skip a NaN, because every comparison with NaN is False.
     return max((math.inf if math.isnan(d) else d, name) for result in results for name, d in result.items())

@@ -1,4 +1,4 @@
-"""Processes for the ranks of this machine, forked on a CPU from a server that has imported the package once.
+"""Start processes for ranks on this machine. Processes on the CPU are forked from a server that has imported the package.
 
 Importing torch, DeepSpeed, transformers and PEFT takes a rank about 5 s of CPU time; forking it takes about 0.1 s.
 """
@@ -20,17 +20,17 @@ import torch
 
 # DeepSpeed chooses its device when it is imported.
 CPU_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-# Without pools of threads, which do not survive a fork, in OpenMP, OpenBLAS (NumPy) and the tokenizers.
+# Disables the thread pools of OpenMP, OpenBLAS (NumPy) and the tokenizers, because threads do not survive a fork.
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# Modules that the fork server imports. A change takes effect only before the server starts, with the first process.
+# Modules that the fork server imports. The server starts with the first process; later changes have no effect.
 preload = [
     "ldmole_dist.cli",
     "ldmole_dist.training.run",
     "ldmole_dist.selftest.cases",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3",
-    # DeepSpeed 0.19.8 imports these when it builds its first engine, and the last one torch._inductor.
+    # DeepSpeed 0.19.8 imports these when it builds its first engine; the last one imports torch._inductor.
     "deepspeed.runtime.zero.stage3",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.original_muon",
@@ -40,13 +40,15 @@ preload = [
 def start_process(
     target: Callable[..., None], *args: Any, environment: Mapping[str, str], on_gpu: bool = False, daemon: bool = True
 ) -> BaseProcess:
-    """Start a process that ignores Ctrl-C until `target` says otherwise and ends when this process does.
+    """Start a process and return it. It blocks SIGINT until `target` unblocks it, and it exits when this process exits.
 
     Args:
-        target: importable by name; its arguments can be pickled.
-        environment: all variables of the new process.
-        on_gpu: whether it uses a GPU. CUDA does not survive a fork, so the process is spawned.
-        daemon: whether it is terminated when this process exits; such a process cannot have children of its own.
+        target: function to run. It must be importable by name, and its arguments must be picklable.
+        args: arguments of `target`.
+        environment: environment variables of the new process; it inherits no others.
+        on_gpu: whether the process uses a GPU. It is then spawned, because CUDA does not survive a fork.
+        daemon: whether `multiprocessing` terminates the process when this process exits. A daemonic process cannot have
+            children.
     """
     with _interrupts_blocked():
         if on_gpu:
@@ -65,7 +67,7 @@ def start_process(
 
 
 def _enter(environment: dict[str, str], on_gpu: bool, target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    # The fork server has the environment in which it was started.
+    # A forked process inherits the environment of the fork server, not that of the parent.
     os.environ.clear()
     os.environ.update(environment)
     if not on_gpu:
@@ -97,8 +99,11 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT in the processes started within: a terminal's Ctrl-C reaches them all, and this process ends them."""
-    multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGINT when it starts
+    """Block SIGINT in the processes that are started within the context.
+
+    Ctrl-C in a terminal sends SIGINT to all of them. Only this process handles it, and then ends the others.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # start it first, because its start unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,4 +1,4 @@
-"""Reference results of parity: one process that runs the micro-batches of all ranks with all experts.
+"""Reference results for `parity`, from one process that runs the micro-batches of all ranks with all experts.
 
 Rank 0 computes each reference once in its lifetime and sends it to the other ranks.
 """
@@ -26,25 +26,25 @@ T = TypeVar("T")
 STEPS, ACCUMULATION = 3, 2
 
 # Adam divides by the gradient's magnitude. With the usual eps and a larger step, rounding errors of gradients near 0 grow
-# until tokens cross the boundary of a support or a ReLU, where gradients are discontinuous. Parity is about the sums over
-# ranks instead.
+# until tokens cross the boundary of a support or a ReLU, where gradients are discontinuous. Parity tests the sums over ranks,
+# not these rounding errors.
 OPTIMISATION = Optimisation(
     learning_rate=1e-3,
     weight_decay=0.1,
     eps=1e-4,
     schedule="constant",
-    max_grad_norm=0.3,  # below the norms that occur, so that clipping takes effect
+    max_grad_norm=0.3,  # smaller than the gradient norms that occur, so that clipping takes effect
 )
 MAX_GRAD_NORM = OPTIMISATION.max_grad_norm
 
 
 class Gradients(NamedTuple):
-    """One forward and backward in float64.
+    """Results of one forward and backward in float64, on the CPU.
 
     Attributes:
-        logits: by micro-batch.
-        losses: by micro-batch.
-        gradients: of the mean loss, by parameter.
+        logits: logits of each micro-batch.
+        losses: loss of each micro-batch.
+        gradients: gradients of the mean loss over the micro-batches, by parameter name.
     """
 
     logits: list[Tensor]
@@ -53,13 +53,13 @@ class Gradients(NamedTuple):
 
 
 class Updates(NamedTuple):
-    """`STEPS` optimizer steps in float32.
+    """Results of `STEPS` optimizer steps in float32; tensors are on the CPU.
 
     Attributes:
-        losses: by step and micro-batch.
-        active_pairs: as of the function `active_pairs`, by step and micro-batch.
-        grad_norms: before clipping, by step.
-        updates: difference of each parameter over all steps.
+        losses: loss of each micro-batch, by step.
+        active_pairs: result of the function `active_pairs` for each micro-batch, by step.
+        grad_norms: gradient norm before clipping, by step.
+        updates: change of each parameter over all steps, by name.
     """
 
     losses: list[list[Tensor]]
@@ -72,17 +72,23 @@ _computed: dict[str, Any] = {}
 
 
 def gradient_reference(architecture: str, router: str, num_experts: int | list[int]) -> Gradients:
-    """Return the gradients of micro-batches 0 to world size - 1; every rank calls it."""
+    """Return the results for micro-batches 0 to world size - 1. Collective: every rank must call it."""
     return _on_rank_0(_gradients, architecture, router, num_experts, start().world_size)
 
 
 def update_reference(architecture: str, router: str, num_experts: int | list[int], first_batch: int) -> Updates:
-    """Return the updates for the batches of `update_batches`; every rank calls it."""
+    """Return the updates for the micro-batches of `update_batches`. Collective: every rank must call it."""
     return _on_rank_0(_updates, architecture, router, num_experts, start().world_size, first_batch)
 
 
 def update_batches(first_batch: int, step: int, world_size: int) -> list[dict[str, Tensor]]:
-    """Return the micro-batches of an optimizer step, those of all ranks in turn for each accumulation step."""
+    """Return the micro-batches of all ranks in an optimizer step; number i belongs to rank i % world_size.
+
+    Args:
+        first_batch: index of the first micro-batch of step 0, for `micro_batch`.
+        step: index of the optimizer step.
+        world_size: number of ranks.
+    """
     first = first_batch + step * 100
     return [micro_batch(first + i, start().device) for i in range(world_size * ACCUMULATION)]
 
@@ -153,7 +159,16 @@ def build(
     router: str = "sparsegen",
     num_experts: int | list[int] = EXPERTS,
 ) -> PeftModel:
-    """Return a tiny adapted model on this process's device, with the same weights in every process."""
+    """Return a tiny adapted model on the device of this process. Its weights do not depend on the process or on `parallel`.
+
+    Args:
+        architecture: "llama" or "qwen3".
+        dtype: data type of the backbone.
+        parallel: placement of the experts.
+        checkpointing: whether the decoder layers are recomputed in the backward.
+        router: name of the router.
+        num_experts: number of experts of every adapted linear, or a list with one number per decoder layer.
+    """
     backbone = tiny_backbone(architecture, dtype, start().device)
     model = adapted(backbone, parallel, router=router, num_experts=num_experts)
     if checkpointing:
@@ -164,16 +179,16 @@ def build(
 def loss_of(
     model: Any, context_owner: PeftModel, batch: dict[str, Tensor], answers: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Run one micro-batch forward.
+    """Run the forward of one micro-batch.
 
     Args:
-        model: called for the logits: a model or an engine around it.
-        context_owner: the model itself, which has the auxiliary losses.
-        batch: of `micro_batch`.
-        answers: number of answer tokens that the loss is divided by.
+        model: adapted model, or an engine around it; called for the logits.
+        context_owner: the adapted model, which has the auxiliary losses in its context.
+        batch: micro-batch, as from `micro_batch`.
+        answers: number of answer tokens by which the summed loss is divided.
 
     Returns:
-        The loss, auxiliary losses included, and the logits.
+        The loss, including the auxiliary losses, and the logits.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = (
@@ -189,5 +204,5 @@ def mean_answers(batches: list[dict[str, Tensor]]) -> float:
 
 
 def active_pairs(model: PeftModel) -> Tensor:
-    """Return the number of active (token, expert) pairs of each linear in the last forward."""
+    """Return the number of active (token, expert) pairs of each adapted linear in the last forward, as one tensor."""
     return torch.stack([stat[0] for stat in tuner_of(model).context.stats.values()])

@@ -1,4 +1,4 @@
-"""The selftest: verifies that training on the ranks of this machine equals training in one process.
+"""The selftest: verify that training on the ranks of this machine gives the same results as training in one process.
 
 Each case prints one line: the largest distance found on any rank, the tolerance, and the tensor with that distance.
 """
@@ -17,11 +17,20 @@ from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.tiny import EXPERTS
 
 EXACT, FLOAT64, FLOAT32 = 0.0, 1e-12, 1e-4
-BFLOAT16 = 0.25  # one rounding is 0.004; in a tensor whose gradients nearly cancel, it is amplified
+BFLOAT16 = 0.25  # rounding error is 0.004 relative, but larger where gradients nearly cancel
 
 
 class Case(NamedTuple):
-    """A function that every rank runs, and the largest distance that it may return."""
+    """A case of the selftest.
+
+    Attributes:
+        name: name of the case.
+        detail: description of its settings.
+        tolerance: largest distance that the function may return.
+        function: function that every rank runs; it returns distances by what was compared.
+        args: positional arguments of the function.
+        settings: keyword arguments of the function.
+    """
 
     name: str
     detail: str
@@ -35,8 +44,8 @@ def selftest(size: int | None = None, out: Callable[[str], None] = print) -> boo
     """Run every case and print one line for each.
 
     Args:
-        size: number of ranks; by default one per GPU (a power of 2, at most 8), or 4 without GPUs.
-        out: called with each line.
+        size: number of ranks; None uses the largest of 8, 4, 2 and 1 that is at most the number of GPUs, or 4 without GPUs.
+        out: function to call with each line of the output.
 
     Returns:
         Whether all cases were within their tolerances.
@@ -51,7 +60,7 @@ def selftest(size: int | None = None, out: Callable[[str], None] = print) -> boo
                 distance, whose = parity.worst(ranks.run(case.function, *case.args, **case.settings))
                 ok = distance <= case.tolerance
                 measured = f"{distance:8.1e}"
-            except Exception as error:  # any error fails this case only
+            except Exception as error:  # an error fails only this case
                 ok, measured, whose = False, f"{'error':>8}", str(error).strip().splitlines()[-1]
             failures += not ok
             seconds = time.perf_counter() - begun
@@ -86,7 +95,7 @@ def list_cases(size: int) -> list[Case]:
         all_cases.append(Case("gradients", detail, FLOAT64, parity.gradients, ("llama", ep_sizes[-1], True, mode)))
     for stage in range(4):
         for ep_size in ep_sizes:
-            # DeepSpeed does not partition parameters below this threshold, and all parameters of the tiny model are.
+            # DeepSpeed does not shard parameters below this threshold. All parameters of the tiny model are below its default.
             settings = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
             detail = f"ZeRO {stage}, ep {ep_size}, float32, checkpointing"
             args = ("llama", f"zero{stage}", ep_size, True)

@@ -1,7 +1,7 @@
 """Tiny models, adapters and micro-batches that exercise every part of the method.
 
-B is random: with the initial B = 0 most gradients are 0, and comparing them proves nothing. Ranks get different numbers
-of tokens.
+The B matrices of the experts are random: with the initial B = 0, most gradients are 0, so that comparing them would prove
+nothing. Ranks get different numbers of tokens.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ SIZES: dict[str, Any] = dict(
 
 
 def tiny_backbone(architecture: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return a Llama or Qwen3 of two layers, with the same weights in every process.
+    """Return a Llama or Qwen3 model with two decoder layers, with the same weights in every process.
 
     Args:
         architecture: "llama" or "qwen3".
-        dtype: of the weights.
-        device: of the weights.
+        dtype: data type of the weights.
+        device: device of the weights.
     """
     torch.manual_seed(7)
     model = (
@@ -57,7 +57,15 @@ def adapted(
     router: str = "sparsegen",
     num_experts: int | list[int] = EXPERTS,
 ) -> PeftModel:
-    """Return the backbone with all seven linears of every layer adapted, and with the same weights under every placement."""
+    """Adapt all seven linears of every decoder layer, and return the model in training mode.
+
+    Args:
+        backbone: model to adapt in place.
+        parallel: placement of the experts; an expert has the same weights under every placement.
+        dropout: dropout on the input of the adapters.
+        router: name of the router.
+        num_experts: number of experts of every adapted linear, or a list with one number per decoder layer.
+    """
     spread_experts(backbone, parallel)
     config = LdMoleConfig(
         num_experts=num_experts,
@@ -76,7 +84,7 @@ def adapted(
                     drawn = torch.randn(parameter[local].shape, generator=seeded(1, name, first + local)) * 0.1
                     parameter[local].copy_(drawn)
             elif "router" in name:
-                # Spreads the initial scores, so that both sparse and dense supports occur.
+                # Spread the initial scores, so that both sparse and dense supports occur.
                 parameter.mul_(4)
     tuner_of(model).context.weights = LOSS_WEIGHTS
     return model.train()
@@ -94,10 +102,18 @@ def micro_batch(index: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
-    """Return the norm of the difference divided by the norm of the reference."""
+    """Return the norm of `value - reference` divided by the norm of the reference."""
     return float((value - reference).norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny))
 
 
 def whole(model: PeftModel, name: str, local: Tensor) -> Tensor:
-    """Return a tensor that has the shape of parameter `name`, gathered over ranks if it is of experts; every rank calls it."""
+    """Return the whole tensor of a parameter, such as its value or gradient: for experts, gathered over the ranks.
+
+    Collective for experts: every rank must call it.
+
+    Args:
+        model: adapted model.
+        name: name of the parameter.
+        local: tensor of this rank, with the shape of the parameter.
+    """
     return tuner_of(model).parallel.all_gather(local) if is_expert_tensor(name) else local
