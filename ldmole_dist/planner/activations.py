@@ -1,9 +1,9 @@
 """Activation memory of forward and backward, traced with the real model on the meta device.
 
-Models with one and two decoder layers are traced; each further layer adds as much as the second one. The experts are left out
-of the trace and added in closed form (`expert_costs.saved_bytes`), because the rows of an expert depend on the routing.
+Models with one and two decoder layers are traced; each further layer adds as much as the second one. The trace leaves out the
+experts, because their number of rows depends on the routing; `expert_costs.saved_bytes` adds them in closed form.
 
-Shapes: T tokens, D in-features, O out-features, L local experts, R LoRA rank.
+Shapes: T tokens, D in-features, O out-features, E experts, L local experts, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Activations(NamedTuple):
 
     Args:
         kept: Bytes kept from the forward to the backward.
-        loss: Peak beyond `kept` while logits and loss are computed and differentiated.
-        working: Peak beyond `kept` in the backward of a decoder layer, including its recomputation.
+        loss: Peak in addition to `kept` in forward and backward of the output head and the loss.
+        working: Peak in addition to `kept` in the backward of the decoder layers, including their recomputation.
     """
 
     kept: int
@@ -53,7 +53,7 @@ def activations(workload: Workload, checkpointing: bool, partitioned: bool = Fal
     Args:
         workload: Backbone, adapter and shapes.
         checkpointing: Whether decoder layers are recomputed in the backward.
-        partitioned: Whether frozen linears use DeepSpeed's ZeRO-3 linear, which keeps its input.
+        partitioned: Whether linears use DeepSpeed's ZeRO-3 linear, which saves its input even if its weight is frozen.
     """
     # Reset the fields that do not change the trace, to hit the cache.
     w = replace(workload, lora_rank=1, accumulation=1, active=1.0, answer_tokens=workload.answer_tokens or workload.seq)
@@ -100,7 +100,14 @@ def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bo
 
 
 def traced_model(workload: Workload, layers: int, checkpointing: bool, partitioned: bool = False) -> PeftModel:
-    """Build a model on the meta device whose experts compute nothing and keep nothing."""
+    """Return the adapted model on the meta device, with experts that return empty outputs and save nothing for the backward.
+
+    Args:
+        workload: Backbone, adapter and shapes.
+        layers: Number of decoder layers.
+        checkpointing: Whether decoder layers are recomputed in the backward.
+        partitioned: Whether linears save their input in a recomputation; see `on_meta`.
+    """
     model = meta_model(workload, layers)
     for module in model.modules():
         if isinstance(module, LdMoleLinear):
@@ -113,7 +120,11 @@ def traced_model(workload: Workload, layers: int, checkpointing: bool, partition
 
 @contextmanager
 def on_meta(partitioned: bool = False) -> Iterator[None]:
-    """Make it possible to run forward and backward of a meta model within the context."""
+    """Context manager in which a model on the meta device can run its forward and backward.
+
+    Args:
+        partitioned: Whether linears save their input, as DeepSpeed's ZeRO-3 linear does.
+    """
     with torch.device("meta"), _OnMeta(partitioned):
         yield
 
@@ -133,7 +144,7 @@ def run_forward(model: PeftModel, workload: Workload) -> Tensor:
 
 
 def _recompute_on_meta(context: Any, partitioned: bool) -> None:
-    """Enter `on_meta` in recomputations too: autograd runs them outside of the modes around `backward()`."""
+    """Enter `on_meta` in recomputations too, because autograd runs them outside of the modes that surround `backward()`."""
     contexts = context.checkpoint_contexts
 
     @contextmanager
@@ -149,7 +160,7 @@ def _recompute_on_meta(context: Any, partitioned: bool) -> None:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Replaces functions that the meta device lacks, and frozen linears under ZeRO-3."""
+    """Function mode that replaces functions without a meta implementation and, if `partitioned`, `F.linear`."""
 
     def __init__(self, partitioned: bool) -> None:
         super().__init__()
@@ -160,7 +171,7 @@ class _OnMeta(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             return _flash(*args, **kwargs)
         if function is Tensor.__bool__ and args[0].device.type == "meta":
-            return False  # transformers checks whether a mask masks anything; assume that it does
+            return False  # transformers checks whether all positions are unmasked; assume that some are masked
         if function is Tensor.__getitem__ and _is_mask(args[1]):
             return args[0][torch.arange(len(args[0]))]  # meta masks have no values; assume all True
         if function is F.linear and self.partitioned:
@@ -182,16 +193,17 @@ def _flash(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Fused attention; keeps query, key, value, output, the mask, and a log-sum-exp per position and head."""
+    """Compute fused attention, which saves query, key, value, output, mask, and a log-sum-exp per position and head."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # torch converts it to an additive mask
+        # SDPA also converts a boolean mask to an additive one.
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
 
 
 class _KeepsInput(torch.autograd.Function):
-    """Linear that saves its input although its weight is frozen, as DeepSpeed's LinearFunctionForZeroStage3."""
+    """Linear that saves its input even if its weight is frozen, like DeepSpeed's LinearFunctionForZeroStage3."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -208,10 +220,15 @@ class _NoExperts:
     """Dispatch (`method.layer.Dispatch`) that returns empty outputs."""
 
     def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> None:
-        """Decide nothing."""
+        """Return None: no expert-parallel dispatch takes place."""
 
     def start(
-        self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank], decision: None, repeated: bool = False
+        self,
+        x_TD: Tensor,
+        routings: Sequence[Routing],
+        banks: Sequence[ExpertBank],
+        decision: None,
+        repeated: bool = False,
     ) -> Finish:
         """Return a function that returns empty outputs."""
         return lambda: [_Empty.apply(x_TD, r.p_TE, b.A_LRD, b.B_LOR) for r, b in zip(routings, banks, strict=True)]

@@ -16,20 +16,22 @@ from ldmole_dist.planner.traffic import bytes_sent, collective_calls, collective
 from ldmole_dist.planner.workload import SHIPPED, Strategy, Workload
 from ldmole_dist.planner.zero import param_groups, shard_elements
 
-SIMILAR = 1.02  # step times within this factor count as equal, and the simpler candidate is preferred
-ADAM_PASSES = 7  # reads and writes of float32 shards in host memory by one update of the offloaded Adam
+SIMILAR = 1.02  # step times within this factor are treated as equal, and the simpler candidate is preferred
+ADAM_PASSES = 7  # passes over float32 shards in host memory in one update of the offloaded Adam
 SETTINGS = ("ep_size", "checkpointing", "stage", "offload")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs, memory and rates. The default rates are assumptions; replace them by measured ones.
+    """Hardware of a run: GPUs, memory, and rates of computation and communication.
+
+    The default rates are assumptions; replace them with measured ones.
 
     Args:
-        gpus: World size.
+        gpus: Number of GPUs, which is the world size.
         memory: Bytes per GPU.
-        reserved: Share of the GPU memory for context, communication library and fragmentation.
-        gpus_per_node: Consecutive ranks on one host.
+        reserved: Fraction of the GPU memory for the CUDA context, the communication library and fragmentation.
+        gpus_per_node: GPUs of one host; its ranks are consecutive.
         tflops: Achieved TFLOP/s per rank.
         bandwidth: GB/s that a rank sends within a host.
         inter_bandwidth: GB/s that a rank sends to other hosts.
@@ -62,11 +64,11 @@ class Machine:
         return int(self.memory * (1 - self.reserved))
 
     def bytes_per_second(self, span: int, ranks: int) -> float:
-        """Return the rate of a collective.
+        """Return the bandwidth of one rank in a collective, in bytes per second.
 
         Args:
-            span: Number of consecutive ranks from the first to the last rank of the group.
-            ranks: Size of the group.
+            span: Number of ranks from the first to the last rank of the group, including ranks outside of the group.
+            ranks: Number of ranks in the group.
         """
         in_node = span <= self.gpus_per_node and self.gpus_per_node % span == 0
         single_node = self.gpus <= self.gpus_per_node
@@ -75,7 +77,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A strategy with its estimates."""
+    """A strategy for a workload on a machine, with its estimates."""
 
     workload: Workload
     strategy: Strategy
@@ -83,12 +85,12 @@ class Candidate:
 
     @cached_property
     def memory(self) -> dict[str, int]:
-        """Bytes per GPU, by part."""
+        """Bytes per GPU at the peak of a step, by the parts of `memory.memory`."""
         return memory(self.workload, self.strategy)
 
     @cached_property
     def total_bytes(self) -> int:
-        """Bytes per GPU."""
+        """Bytes per GPU at the peak of a step."""
         return sum(self.memory.values())
 
     @property
@@ -108,37 +110,37 @@ class Candidate:
 
     @property
     def missing_host_bytes(self) -> int:
-        """Bytes beyond the host memory of a node; 0 or less if the candidate fits, 0 if it is not checked."""
+        """Bytes per node beyond its host memory; 0 or less if the candidate fits, 0 if the host memory is not checked."""
         return 0 if self.machine.host_memory is None else self.host_bytes_per_node - self.machine.host_memory
 
     @property
     def fits(self) -> bool:
-        """Whether a step fits into the usable GPU memory, and into the host memory if that is known."""
+        """Whether a step fits into the usable GPU memory and, if the host memory is known, into the host memory."""
         return self.missing_bytes <= 0 and self.missing_host_bytes <= 0
 
     @cached_property
     def elements_sent(self) -> dict[str, float]:
-        """Elements that a rank sends in an optimizer step, by kind."""
+        """Elements that one rank sends in an optimizer step, by kind."""
         return elements_sent(self.workload, self.strategy)
 
     @cached_property
     def bytes_sent(self) -> float:
-        """Bytes that a rank sends in an optimizer step."""
+        """Bytes that one rank sends in an optimizer step."""
         return sum(bytes_sent(self.workload, self.strategy).values())
 
     @cached_property
     def flops(self) -> dict[str, float]:
-        """FLOPs of a rank in an optimizer step, by part."""
+        """FLOPs of one rank in an optimizer step, by part."""
         return flops(self.workload, self.strategy)
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Seconds of an optimizer step for "compute", "wire" and "host", without overlap."""
+        """Seconds of an optimizer step for "compute", "wire" (communication) and "host" (offload), assuming no overlap."""
         w, s, m = self.workload, self.strategy, self.machine
         sizes = bytes_sent(w, s)
         wire = sum(sizes[kind] for kind in dispatch_elements(w, s)) / m.bytes_per_second(s.ep_size, s.ep_size)
         for c in collectives(w, s):
-            # Expert-parallel groups are consecutive ranks; groups of the same experts span all ranks.
+            # An expert-parallel group consists of consecutive ranks; every other group spans all ranks.
             span = s.ep_size if c.ranks == s.ep_size and c.kind == "norm" else s.ranks
             width = sizes[c.kind] / self.elements_sent[c.kind] if self.elements_sent[c.kind] else 0
             wire += c.sent * width / m.bytes_per_second(span, c.ranks)
@@ -148,8 +150,9 @@ class Candidate:
     def _host_seconds(self) -> float:
         """Return the seconds of offloading per optimizer step.
 
-        Counted are gradients (out once per micro-batch, in again for each further one), updated parameters (in), the passes
-        of Adam over host memory, and with offloaded parameters this rank's shards for every fetch.
+        This counts the gradients (copied to the host once per micro-batch, and back for each micro-batch after the first), the
+        updated parameters (copied to the device), the passes of Adam over host memory and, with offloaded parameters, a copy of
+        this rank's shards for every fetch.
         """
         w, s = self.workload, self.strategy
         if s.offload == "none":
@@ -165,7 +168,7 @@ class Candidate:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of an optimizer step."""
+        """Seconds of an optimizer step, the sum of `seconds`."""
         return sum(self.seconds.values())
 
     @property
@@ -191,7 +194,11 @@ def all_candidates(workload: Workload, machine: Machine) -> list[Candidate]:
 
 
 def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates that fit by step time, the simpler first among similar ones; then the others by missing memory."""
+    """Return the candidates in order of preference.
+
+    Candidates that fit come first, by step time; those within a factor SIMILAR of the shortest step time are sorted by
+    simplicity instead. Candidates that do not fit follow, by missing memory.
+    """
     fitting = sorted((c for c in candidates if c.fits), key=lambda c: c.step_seconds)
     similar = [c for c in fitting if c.step_seconds <= SIMILAR * fitting[0].step_seconds]
     others = [c for c in candidates if not c.fits]
@@ -209,7 +216,10 @@ def _complexity(candidate: Candidate) -> tuple[bool, int, int, int]:
 
 
 def alternatives(candidate: Candidate, candidates: Sequence[Candidate]) -> dict[str, Candidate]:
-    """Return the best candidate that differs in one setting only, for each of `SETTINGS` that can be changed."""
+    """Return, for each of `SETTINGS` that can be changed alone, the best candidate that differs in that setting only.
+
+    For the ZeRO stage, lower stages are preferred.
+    """
     found: dict[str, Candidate] = {}
     for setting in SETTINGS:
         others = [other for other in candidates if _differences(candidate.strategy, other.strategy) == {setting}]
@@ -227,10 +237,10 @@ def _differences(a: Strategy, b: Strategy) -> set[str]:
 
 
 def changes_that_fit(candidate: Candidate) -> list[str]:
-    """Return options that make a candidate fit.
+    """Return options of `ldmole plan` that each make a candidate fit, such as "--seq 512".
 
-    For each option, this is the value nearest to the current one. If no single option suffices, each is combined with
-    `--micro-batch 1`.
+    Each option has the sufficient value that is nearest to the current one. If no single option suffices, each is combined
+    with `--micro-batch 1`.
     """
     found = _sufficient(candidate, candidate.workload)
     if found or candidate.workload.micro_batch == 1 or candidate.missing_bytes <= 0:
@@ -260,7 +270,7 @@ def _sufficient(candidate: Candidate, w: Workload) -> list[str]:
 
     found = []
     for values in options:
-        first = bisect_left(values, True, key=fits)  # memory decreases from value to value
+        first = bisect_left(values, True, key=fits)  # the memory decreases along `values`
         if first < len(values):
             found.append(values[first][0])
     return found

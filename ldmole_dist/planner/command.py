@@ -1,4 +1,4 @@
-"""`ldmole plan`: arguments and command. Heavy imports are inside `plan`, so that building the parser stays fast."""
+"""`ldmole plan`: its arguments and its command. Slow imports are inside `plan`, so that the parser is built fast."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ldmole_dist.cli_arguments import positive
 from ldmole_dist.errors import UserError
 from ldmole_dist.planner.presets import is_preset, load_backbone_config, preset_names
 
-PLAN = """Estimate, without weights and without GPUs, the memory of each GPU by part, the traffic and the FLOPs of training with
-every ZeRO stage, expert-parallel size, gradient checkpointing and offload; list those that fit and recommend one. See
+PLAN = """Estimate memory, traffic and FLOPs of a training step for every ZeRO stage, expert-parallel size, gradient
+checkpointing and offload setting, without weights or GPUs. List the configurations that fit, and recommend one. See
 docs/planner.md."""
 UNITS = {"": 1, "B": 1}
 UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", start=1)}
@@ -33,9 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workload("--seq", type=positive, default=1024, help=f"tokens per sequence {default}")
     workload("--micro-batch", type=positive, default=8, help=f"sequences per forward {default}")
     workload("--accumulation", type=positive, default=1, help=f"micro-batches per optimizer step {default}")
-    workload("--answer-tokens", type=positive, help="positions with a label per sequence (default: all)")
+    workload("--answer-tokens", type=positive, help="positions per sequence whose logits are computed (default: all)")
     workload("--active", type=float, help="mean number of active experts per token (default: 2, or 1 if E = 1)")
-    workload("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help=f"precision of training {default}")
+    workload(
+        "--precision",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
+        help=f"precision of backbone and activations {default}",
+    )
     workload("--dropout", type=float, default=0.1, help=f"dropout on the input of the adapters {default}")
     workload("--no-padding", action="store_true", help="assume that all sequences of a batch have the same length")
     machine = parser.add_argument_group("machine").add_argument
@@ -43,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine("--gpu-memory", required=True, help="memory per GPU, such as 80GB or 79GiB")
     machine("--gpus-per-node", type=positive, default=8, help=f"GPUs per node {default}")
     machine("--host-memory", help="host memory per node, such as 1TB (default: not checked)")
-    machine("--reserve", type=float, default=0.1, help=f"share of GPU memory to keep free {default}")
+    machine("--reserve", type=float, default=0.1, help=f"fraction of GPU memory to keep free {default}")
     machine("--tflops", type=float, default=150.0, help=f"achieved TFLOP/s per GPU {default}")
     machine("--bandwidth", type=float, default=150.0, help=f"GB/s per GPU within a node {default}")
     machine("--inter-bandwidth", type=float, default=20.0, help=f"GB/s per GPU between nodes {default}")
@@ -120,7 +125,11 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def parse_memory(text: str, option: str = "--gpu-memory") -> int:
-    """Return bytes: 80GB is 80 x 10^9, 80GiB is 80 x 2^30.
+    """Return a memory size in bytes: 80GB is 80 x 10^9, 80GiB is 80 x 2^30.
+
+    Args:
+        text: Size with an optional unit, in upper or lower case.
+        option: Option that the error message names.
 
     Raises:
         UserError: If the text is not a size.

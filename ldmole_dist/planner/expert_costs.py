@@ -1,7 +1,7 @@
 """Traffic, memory and computation of the experts of one input group.
 
-A token is assumed to use `active` experts of each linear, drawn uniformly and independently per linear, so the numbers are
-expectations. They are exact where every token uses all experts, or where all experts are sent.
+Each token is assumed to use `Workload.active` experts of each linear, drawn uniformly and independently per linear, so the
+numbers are expectations. They are exact if every token uses all experts, or if all experts are sent.
 
 Shapes: T tokens, D in-features, O out-features, E experts, L local experts, R LoRA rank, P ranks of the expert-parallel group,
 G linears of the input group.
@@ -22,12 +22,12 @@ INT64 = 8  # bytes
 
 
 class Volume(NamedTuple):
-    """What one rank exchanges in the forward of a micro-batch.
+    """Token rows and experts that one rank exchanges in the forward of a micro-batch.
 
     Args:
         rows: Token rows sent, shared by the linears of the group.
-        linear_rows: Token rows of each linear whose outputs are returned.
-        experts: Experts of each linear fetched from other ranks.
+        linear_rows: Token rows per linear for which an output is returned.
+        experts: Experts per linear that are fetched from other ranks.
     """
 
     rows: float
@@ -36,7 +36,13 @@ class Volume(NamedTuple):
 
 
 class ExpertCall(NamedTuple):
-    """One call of `apply_experts` with a number of rows, experts, and active (row, expert) pairs."""
+    """Sizes of one call of `apply_experts`.
+
+    Args:
+        rows: Number of token rows.
+        experts: Number of experts.
+        pairs: Number of active (row, expert) pairs.
+    """
 
     rows: float
     experts: int
@@ -47,7 +53,7 @@ class ExpertCall(NamedTuple):
         return self.experts * workload.lora_rank * self.rows <= fused_threshold(workload.on_cpu) * self.pairs
 
     def hidden(self, workload: Workload) -> float:
-        """Return the elements between A and B: R for each computed (row, expert) pair."""
+        """Return the number of elements between A and B: R for each computed (row, expert) pair."""
         return (self.rows * self.experts if self.fused(workload) else self.pairs) * workload.lora_rank
 
 
@@ -58,7 +64,7 @@ def group_sizes(group: Group, workload: Workload, strategy: Strategy) -> GroupSi
 
 
 def dispatch_volume(group: Group, workload: Workload, strategy: Strategy) -> Volume:
-    """Return what one rank exchanges; mode "auto" takes the cheaper of rows and experts."""
+    """Return the rows or experts that one rank exchanges; dispatch mode "auto" uses those with the smaller payload."""
     P, T = strategy.ep_size, workload.tokens
     if P == 1:
         return Volume(0, 0, 0)
@@ -73,7 +79,10 @@ def dispatch_volume(group: Group, workload: Workload, strategy: Strategy) -> Vol
 
 
 def _probability_of_any(num_experts: int, local: int, active: float) -> float:
-    """Return the probability that a token uses any of `local` experts; a fractional `active` mixes two numbers."""
+    """Return the probability that a token uses at least one of `local` experts.
+
+    A fractional `active` is the mean of its two neighboring integers, weighted by its distance to them.
+    """
     if active == num_experts:
         return 1.0
     fewer, share = int(active), active % 1
@@ -85,9 +94,9 @@ def _probability_of_any(num_experts: int, local: int, active: float) -> float:
 
 
 def payload(volume: Volume, sizes: GroupSizes) -> dict[str, float]:
-    """Return the elements that one rank sends in a forward, by kind.
+    """Return the number of elements that one rank sends in a forward, by kind.
 
-    Balanced routing makes each rank send as many sums and weights as it receives.
+    With balanced routing, each rank sends as many sums and weights as it receives.
     """
     return {
         "rows": volume.rows * sizes.in_features,
@@ -98,12 +107,16 @@ def payload(volume: Volume, sizes: GroupSizes) -> dict[str, float]:
 
 
 def count_payload(group: Group, workload: Workload, strategy: Strategy) -> int:
-    """Return the elements of the counts that one rank sends before the dispatch."""
+    """Return the number of elements in the count messages that one rank sends before the dispatch."""
     return count_message_elements(strategy.ep_size, group_sizes(group, workload, strategy))
 
 
 def expert_calls(group: Group, workload: Workload, strategy: Strategy) -> Iterator[tuple[int, ExpertCall]]:
-    """Yield (O, call) for each linear: own tokens at local and fetched experts, then received rows at local experts."""
+    """Yield pairs (O, call) for each linear of a group.
+
+    The first call of a linear applies the local and the fetched experts to the tokens of this rank. With expert parallelism, a
+    second call applies the local experts to the received rows.
+    """
     volume = dispatch_volume(group, workload, strategy)
     local = workload.num_experts // strategy.ep_size
     T, k, E = workload.tokens, workload.active, workload.num_experts
@@ -115,9 +128,9 @@ def expert_calls(group: Group, workload: Workload, strategy: Strategy) -> Iterat
 
 
 def saved_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
-    """Return the bytes that the experts of a group keep for the backward, beyond x and the routing.
+    """Return the bytes that the experts of a group save for the backward, in addition to x and the routing.
 
-    A saved view keeps the whole tensor that it views.
+    A saved view keeps the memory of its whole base tensor.
     """
     w, itemsize = workload, workload.itemsize
     hidden = sum(call.hidden(w) for _, call in expert_calls(group, w, strategy)) * itemsize
@@ -127,9 +140,9 @@ def saved_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
     G, L, fetched = len(group.out_features), sizes.experts, volume.experts
     row_indices = volume.rows * (2 + G) * INT64  # token, and position among the gates of each linear
     received = volume.rows * (group.in_features * itemsize + G * L * 4)  # x, and float32 gates
-    sum_indices = G * volume.linear_rows * 2 * INT64  # tokens that the returned sums belong to
+    sum_indices = G * volume.linear_rows * 2 * INT64  # token indices of the returned sums
     if volume.linear_rows < volume.rows:
-        sum_indices += G * volume.linear_rows * INT64  # received rows that are answered
+        sum_indices += G * volume.linear_rows * INT64  # indices of the received rows with a returned sum
     gathered = 0.0
     if fetched:
         gathered = (L + fetched) * sum(sizes.weights()) * itemsize
@@ -138,7 +151,7 @@ def saved_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
 
 
 def temporary_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
-    """Return an estimate of the temporary bytes in the backward of one linear's experts."""
+    """Return an estimate of the temporary bytes in the backward of the experts of one linear, the maximum over the linears."""
     w, most = workload, 0.0
     for out, call in expert_calls(group, w, strategy):
         hidden = call.hidden(w)

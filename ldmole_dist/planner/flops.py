@@ -1,9 +1,10 @@
-"""Floating-point operations of one rank and optimizer step, in closed form; an (m, k) x (k, n) product counts 2 m k n.
+"""Floating-point operations (FLOPs) of one rank in an optimizer step, in closed form.
 
-The backward of a frozen linear costs as much as its forward, since its weight has no gradient; that of a trained one costs
-twice as much. Attention counts all pairs of positions, as a kernel with a mask computes it.
+A product of an (m, k) and a (k, n) matrix is counted as 2 m k n FLOPs. The backward of a frozen linear costs as much as its
+forward, because its weight has no gradient; the backward of a trained linear costs twice as much. Attention is counted for all
+pairs of positions, because a kernel with a mask computes all of them.
 
-Shapes: T tokens, D in-features, O out-features, E experts, R LoRA rank, H hidden units of the lambda-MLP.
+Shape letter: T tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BACKWARD = {"base": 1.0, "attention": 2.5, "head": 1.0, "router": 2.0, "lambda_m
 
 
 def flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Return the FLOPs of one rank and optimizer step, by part.
+    """Return the FLOPs of one rank in an optimizer step, by part.
 
     Returns:
         base (frozen linears of the decoder layers), attention, head (logits), router, lambda_mlp and experts: Forward and
@@ -38,7 +39,7 @@ def flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
 
 
 def forward_flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Return the FLOPs of one rank and forward, by the parts of `flops` without "recompute"."""
+    """Return the FLOPs of one rank in the forward of a micro-batch, by the parts of `flops` without "recompute"."""
     w, T = workload, workload.tokens
     groups = shapes_of(w).groups
     linears, head, attention_width = _backbone(w)
@@ -58,7 +59,12 @@ def forward_flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
 
 @lru_cache(maxsize=32)
 def _backbone(workload: Workload) -> tuple[int, int, int]:
-    """Return the elements of the decoder layers' linears and of the head, and the summed width of all attention heads."""
+    """Return sizes of the whole backbone.
+
+    Returns:
+        Weight elements of the linears in all decoder layers; weight elements of the head; width of all attention heads, summed
+        over the layers.
+    """
     (one, head), (two, _) = [_linears(workload, layers) for layers in (1, 2)]
     config = workload.backbone
     depth = config.num_hidden_layers

@@ -1,7 +1,7 @@
 """Simulation of ZeRO-3's all-gathers: DeepSpeed's parameter coordinator, run on the recorded order of the modules.
 
-A weight is fetched before a module that uses it, or earlier if it is among the next `stage3_prefetch_bucket_size` elements, and
-released after the module unless it is used again within `stage3_max_reuse_distance` elements. Weights with at most
+A weight is fetched before a module that uses it, or earlier if it is among the next `stage3_prefetch_bucket_size` elements.
+It is released after the module unless it is used again within `stage3_max_reuse_distance` elements. Weights with at most
 `stage3_param_persistence_threshold` elements are never released; they are gathered after each update.
 """
 
@@ -22,14 +22,14 @@ from ldmole_dist.planner.zero import local_elements, settings
 
 
 class Gather(NamedTuple):
-    """Fetches of one kind within a group of `ranks`; all-gathers if the group has several ranks.
+    """Fetches of weights of one kind within one group of ranks. They are all-gathers if the group has several ranks.
 
     Args:
         kind: "gather" for frozen weights, "gather_adapter" for dense trainable ones, "gather_experts", or "update" and
             "update_experts" for persistent weights after the update.
-        ranks: Size of the group.
-        elements: Elements of all calls together.
-        calls: Number of collectives.
+        ranks: Number of ranks in the group.
+        elements: Elements of the whole weights, summed over all calls.
+        calls: Number of calls.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Gather(NamedTuple):
 
 
 def gathers(workload: Workload, strategy: Strategy) -> tuple[Gather, ...]:
-    """Return the fetches of an optimizer step at stage 3."""
+    """Return the fetches of an optimizer step at ZeRO stage 3."""
     n = workload.accumulation
     return tuple(
         g if g.kind.startswith("update") else g._replace(elements=g.elements * n, calls=g.calls * n)
@@ -48,19 +48,19 @@ def gathers(workload: Workload, strategy: Strategy) -> tuple[Gather, ...]:
 
 
 def gathered_bytes(workload: Workload, strategy: Strategy) -> int:
-    """Return the peak size of the temporarily gathered weights."""
+    """Return the peak size of the temporarily gathered weights, in bytes."""
     return _simulated(workload, strategy)[1]
 
 
 def _simulated(workload: Workload, strategy: Strategy) -> tuple[tuple[Gather, ...], int]:
-    # Reset the fields that do not matter here, to hit the cache.
+    # Reset the fields that do not change the fetches, to hit the cache.
     small = replace(workload, seq=16, micro_batch=1, accumulation=1, answer_tokens=None)
     return _simulate(small, replace(strategy, dispatch="auto"))
 
 
 @lru_cache(maxsize=256)
 def _simulate(workload: Workload, strategy: Strategy) -> tuple[tuple[Gather, ...], int]:
-    """Return the fetches of one micro-batch and its update, and the peak of gathered bytes."""
+    """Return the fetches of one micro-batch and one update, and the peak size of the gathered weights in bytes."""
     coordinator = _Coordinator(workload, strategy)
     coordinator.micro_batch(module_order(workload, strategy.checkpointing).events)
     found = [Gather(*key, *numbers) for key, numbers in coordinator.gathered.items()]
@@ -88,7 +88,7 @@ class _Coordinator:
         fetches = [event.module for event in events if event.kind == "fetch"]
         next_uses = _NextUses([self.uses(m) for m in fetches], [self._elements(m) for m in fetches])
         queue = deque((name, step) for step, module in enumerate(fetches) for name in self.uses(module))
-        fetched_for = dict.fromkeys(self.parameters, -1)  # last step for which a weight was fetched
+        fetched_for = dict.fromkeys(self.parameters, -1)  # last step (module) for which a weight was fetched
         active: dict[str, set[str]] = {name: set() for name in self.parameters}  # modules that use a weight now
         recomputed: defaultdict[str, set[str]] = defaultdict(set)  # weights that only a recomputation fetched
         in_backward: dict[str, None] = {}  # modules whose backward runs, innermost last
@@ -146,7 +146,7 @@ class _Coordinator:
     def gather(self, names: Sequence[str]) -> None:
         """Fetch weights together: one collective per group of ranks and data type."""
         called: set[tuple[int, bool]] = set()
-        # DeepSpeed flattens by group and data type, so the kinds of trainable weights share a collective.
+        # DeepSpeed flattens weights by group and data type, so that both kinds of trainable weights share a collective.
         kinds = dict.fromkeys(self._kind(self.parameters[name]) for name in names)
         for name in names:
             self._hold(name, +1)
@@ -166,7 +166,7 @@ class _Coordinator:
             self._hold(name, -1)
 
     def _hold(self, name: str, sign: int) -> None:
-        """Count a weight that is gathered (+1) or released (-1)."""
+        """Update the counters for a weight that is gathered (`sign` = 1) or released (`sign` = -1)."""
         p = self.parameters[name]
         n = local_elements(p, self.strategy)
         self.available ^= {name}
@@ -194,7 +194,7 @@ class _Coordinator:
 
 
 class _NextUses:
-    """Distance to the next use of each weight, in elements of the modules fetched in between."""
+    """Distance to the next use of each weight, in elements of the modules that are fetched in between."""
 
     def __init__(self, uses: list[tuple[str, ...]], elements: list[int]) -> None:
         self.until = [0]
@@ -206,7 +206,7 @@ class _NextUses:
                 self.steps[name].append(step)
 
     def within(self, step: int, distance: int, names: set[str]) -> set[str]:
-        """Return the weights in `names` that are used again from `step` on, within `distance` elements."""
+        """Return the weights in `names` that are used again at or after `step`, within `distance` elements."""
         found = set()
         for name in names:
             index = bisect_left(self.steps[name], step)

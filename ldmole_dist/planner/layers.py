@@ -1,4 +1,4 @@
-"""Decoder layers by name. Deep models are estimated from shallow ones with the same layers, which are faster to build."""
+"""Names of decoder layers. The planner builds a shallow model, which is fast, and repeats its layers under new names."""
 
 from __future__ import annotations
 
@@ -17,16 +17,29 @@ def last_layer(model: PeftModel) -> nn.Module:
 
 
 def layer_prefix(model: PeftModel) -> str:
-    """Return the name of the list of decoder layers."""
+    """Return the name of the module list of decoder layers, such as "base_model.model.model.layers"."""
     last = last_layer(model)
     return next(name for name, module in model.named_modules() if module is last).rpartition(".")[0]
 
 
 def rename(name: str, prefix: str, old: int, new: int) -> str:
-    """Return a name with decoder layer `old` replaced by `new`; other names are returned unchanged."""
+    """Replace the decoder layer in the name of a module or parameter.
+
+    Args:
+        name: Name of a module or parameter; returned unchanged if it does not belong to decoder layer `old`.
+        prefix: Name of the module list of decoder layers.
+        old: Index of the decoder layer to replace.
+        new: Index of the decoder layer that replaces it.
+    """
     return re.sub(rf"^{re.escape(prefix)}\.{old}(?=\.|$)", lambda _: f"{prefix}.{new}", name)
 
 
 def in_layer(name: str, prefix: str, index: int) -> bool:
-    """Return whether a module or parameter belongs to a decoder layer."""
+    """Return whether a module or parameter belongs to decoder layer `index`.
+
+    Args:
+        name: Name of the module or parameter.
+        prefix: Name of the module list of decoder layers.
+        index: Index of the decoder layer.
+    """
     return name == f"{prefix}.{index}" or name.startswith(f"{prefix}.{index}.")

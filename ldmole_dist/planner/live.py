@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Dispatch mode that counts the storages created by operations until they are freed.
+    """Dispatch mode that counts the bytes of storages, from their creation by an operation until they are freed.
 
     Attributes:
         now: Bytes alive.
-        peak: Maximum of `now` since the mode was created, or since a caller reset it.
+        peak: Maximum of `now` since the mode was created, or since a caller set `peak`.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Inputs that no counted operation created existed before: record them first, so that their views count 0 bytes.
+        # An input that was not recorded existed before the mode. Record it with 0 bytes, so that its views add none.
         self._record((args, kwargs), counted=False)
         result = function(*args, **(kwargs or {}))
         self._record(result, counted=True)

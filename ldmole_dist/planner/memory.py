@@ -20,24 +20,25 @@ from ldmole_dist.planner.zero import (
 
 FLOAT = 4  # bytes; trainable parameters, their gradients, masters and moments are float32 in every precision
 PARTS = ("backbone", "experts", "adapter", "gradients", "optimizer", "activations", "working", "gathered", "buckets")
-# Temporary copies of a rank's shard during the update, by stage: Adam's roots and quotients, from stage 1 the flattened
-# gradient, at stage 3 the updated parameters. Measured on the CPU with DeepSpeed 0.19.8.
+# Temporary copies of a rank's shard during the update, by stage: Adam's roots and quotients, from stage 1 also the flattened
+# gradient, at stage 3 also the updated parameters. Measured on the CPU with DeepSpeed 0.19.8.
 UPDATE_COPIES = (1, 3, 3, 4)
 
 
 def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
-    """Return the bytes on the device of one rank at the peak of a step, by part.
+    """Return the device memory of one rank at the peak of a step, in bytes by part.
 
     Returns:
         backbone: Frozen weights, or this rank's shard of them.
         experts: A and B of the local experts.
         adapter: Routers and lambda-MLPs.
-        gradients: Gradients of the trainable parameters after a backward.
+        gradients: Gradients of the trainable parameters that this rank holds after a backward.
         optimizer: Adam's moments, and from stage 1 the float32 masters.
         activations: Tensors kept from the forward to the backward.
-        working: Largest temporary amount: logits and loss, the backward (and recomputation) of a decoder layer, or the update.
+        working: Temporary memory at the peak: the maximum over logits and loss, the backward (with recomputation) of a decoder
+            layer, and the update.
         gathered: ZeRO-3's temporarily gathered weights.
-        buckets: DeepSpeed's gradient buckets.
+        buckets: DeepSpeed's gradient buckets, and at stage 2 the sum of the gradients over micro-batches.
     """
     check(workload, strategy)
     w, s = workload, strategy
@@ -50,7 +51,7 @@ def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
         working = max(working, updated * UPDATE_COPIES[s.stage] - kept)
     sizes = held | {
         "gradients": gradient_bytes(w, s),
-        # At stage 0 the parameters are their own masters.
+        # At stage 0 there are no separate masters: the optimizer updates the float32 parameters.
         "optimizer": updated * (2 if s.stage == 0 else 3) if s.offload == "none" else 0,
         "activations": kept,
         "working": working,
@@ -61,12 +62,13 @@ def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
 
 
 def host_memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
-    """Return the bytes in host memory of one rank with offload, by part; empty without offload."""
+    """Return the host memory of one rank with offload, in bytes by part; empty without offload."""
     w, s = workload, strategy
     if s.offload == "none":
         return {}
     updated = _updated_bytes(w, s)
-    # Besides masters and moments, stage 2 keeps a copy of the updated parameters and stage 3 one of the gradients.
+    # "optimizer" is the masters and two moments, and at stage 2 also a copy of the updated parameters. "gradients" is one shard
+    # at stage 2; stage 3 keeps a second copy of it.
     sizes = {"gradients": updated * (1 if s.stage == 2 else 2), "optimizer": updated * (4 if s.stage == 2 else 3)}
     return sizes if s.stage == 2 else parameter_bytes(w, s)[0] | sizes
 
@@ -79,7 +81,7 @@ def parameter_bytes(workload: Workload, strategy: Strategy) -> tuple[dict[str, i
     """Return the bytes of backbone, experts and adapter between two steps, with padding.
 
     Returns:
-        This rank's shards, and the persistent weights that ZeRO-3 keeps unsharded besides.
+        Two dicts by part: this rank's shards, and the persistent weights that ZeRO-3 keeps unsharded in addition.
     """
     shards = dict.fromkeys(("backbone", "experts", "adapter"), 0)
     persistent = dict(shards)
@@ -99,7 +101,7 @@ def parameter_bytes(workload: Workload, strategy: Strategy) -> tuple[dict[str, i
 
 
 def gradient_bytes(workload: Workload, strategy: Strategy) -> int:
-    """Return the bytes of the gradients after the backward of the micro-batch with most."""
+    """Return the bytes of the gradients after a backward, the maximum over the micro-batches of a step."""
     groups, stage = param_groups(workload, strategy), strategy.stage
     if strategy.offload != "none":
         # Stage 2 copies one gradient at a time to the host; stage 3 copies from its bucket.

@@ -22,13 +22,13 @@ from ldmole_dist.tuner.layer import LdMoleLinear
 
 
 class Event(NamedTuple):
-    """A hook call before or after a module.
+    """Call of a DeepSpeed hook before or after a module.
 
     Args:
         kind: "fetch" before the module, "release" after it.
         module: Name of the module.
         forward: True in a forward or a recomputed forward, False in the backward.
-        recomputing: Whether the forward is a recomputation.
+        recomputing: Whether `forward` is a recomputation in the backward.
     """
 
     kind: Literal["fetch", "release"]
@@ -38,7 +38,12 @@ class Event(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Events of a micro-batch, and the names of each module's own parameters."""
+    """Order of the hooks in one micro-batch.
+
+    Args:
+        events: Calls of hooks, in their order.
+        uses: Names of the parameters that each module uses itself, by name of the module.
+    """
 
     events: tuple[Event, ...]
     uses: dict[str, tuple[str, ...]]
@@ -46,13 +51,14 @@ class Order(NamedTuple):
 
 @lru_cache(maxsize=16)
 def module_order(workload: Workload, checkpointing: bool) -> Order:
-    """Return the events of one forward and backward of the whole model."""
+    """Return the order of the hooks in one forward and backward of the whole model."""
     small = replace(workload, seq=16, micro_batch=1, answer_tokens=None)  # the order does not depend on the batch
     depth = workload.backbone.num_hidden_layers
     layers = min(depth, 3)
     model = traced_model(small, layers, checkpointing, partitioned=True)
     names = {module: name for name, module in model.named_modules()}
-    first = {parameter: name for name, parameter in model.named_parameters()}  # a tied head is listed as the embedding
+    # A tied output head has the name of the embedding, because `named_parameters` lists each parameter once.
+    first = {parameter: name for name, parameter in model.named_parameters()}
     uses = {name: tuple(first[p] for p in module.parameters(recurse=False)) for module, name in names.items()}
     for module, name in names.items():
         if isinstance(module, LdMoleLinear):
@@ -77,7 +83,7 @@ def module_order(workload: Workload, checkpointing: bool) -> Order:
 
 
 def _record(module: nn.Module, name: str, events: list[Event], in_backward: Callable[[], bool]) -> None:
-    """Register the same hooks as DeepSpeed; each appends an event."""
+    """Register hooks at the same places as DeepSpeed; each call appends an event."""
     remaining = [0]
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -107,7 +113,7 @@ def _record(module: nn.Module, name: str, events: list[Event], in_backward: Call
 
 
 class _OnGradient(torch.autograd.Function):
-    """Identity that calls `callback` when the gradient arrives."""
+    """Identity whose backward calls `callback`."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, callback: Callable[[], None]) -> Tensor:

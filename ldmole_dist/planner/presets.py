@@ -1,4 +1,4 @@
-"""Backbone configs, by preset name or from a file. Presets are the size-determining values of published configs."""
+"""Backbone configs, by preset name or from a file. A preset has the values of a published config that determine sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def preset_names() -> list[str]:
 
 
 def is_preset(name_or_path: str) -> bool:
-    """Return whether an argument names a preset; a folder of the same name with a config.json takes precedence."""
+    """Return whether an argument is the name of a preset; a folder of that name with a config.json takes precedence."""
     return name_or_path in preset_names() and not (Path(name_or_path) / "config.json").exists()
 
 
@@ -37,7 +37,7 @@ def load_backbone_config(name_or_path: str) -> PretrainedConfig:
     """Return the config of a preset, of a config.json, or of a folder that contains one.
 
     Raises:
-        UserError: If it cannot be read, or is not the config of a dense causal language model.
+        UserError: If the file cannot be read, or is not the config of a dense causal language model.
     """
     from transformers import AutoConfig  # slow to import, and the argument parser only needs the preset names
 
@@ -54,7 +54,7 @@ def load_backbone_config(name_or_path: str) -> PretrainedConfig:
     with explain_build_errors(f"--backbone: {path}"):
         config = AutoConfig.for_model(**values)
     _check_kind(config, path)
-    # transformers would replace a missing size by that of some published model.
+    # transformers would replace a missing size with a default, the size of a published model.
     names = [name for name in SIZES if hasattr(config, name)]
     if missing := [name for name in names if not {name, config.attribute_map.get(name)} & values.keys()]:
         raise UserError(f"--backbone: {path} does not contain {', '.join(missing)}; give a complete config.json.")
@@ -63,10 +63,10 @@ def load_backbone_config(name_or_path: str) -> PretrainedConfig:
 
 @contextmanager
 def explain_build_errors(what: str) -> Iterator[None]:
-    """Convert any exception of transformers into a UserError.
+    """Context manager that converts any exception of transformers into a UserError.
 
     Args:
-        what: What is being built, as the start of the message.
+        what: Subject of the error message: option and model that is built.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def explain_build_errors(what: str) -> Iterator[None]:
 
 
 def _file(name_or_path: str) -> Path:
-    """Return the path of the config.json."""
+    """Return the path of the config.json; raise UserError if there is none."""
     path = FOLDER / f"{name_or_path}.json" if is_preset(name_or_path) else Path(name_or_path)
     if path.is_dir():
         if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):

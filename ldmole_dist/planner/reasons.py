@@ -1,4 +1,4 @@
-"""Why a candidate is recommended: its memory and step time, and what changing each setting would cost."""
+"""Reasons for a recommendation: memory and step time of the candidate, and the effect of changing each setting."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ldmole_dist.planner.candidates import SIMILAR, Candidate, alternatives, cha
 
 
 def gb(size: float) -> str:
-    """Return a size as "3.1 GB"."""
+    """Format a number of bytes, such as "3.1 GB"."""
     value = size / 1e9
     return f"{value:,.0f} GB" if abs(value) >= 100 else f"{value:.1f} GB" if abs(value) >= 0.1 else f"{value:.2f} GB"
 
 
 def missing(candidate: Candidate) -> str:
-    """Return the missing memory as "3.1 GB per GPU" or "40 GB of host memory per node"."""
+    """Format the missing memory, such as "3.1 GB per GPU" or "40.0 GB of host memory per node"."""
     parts = [f"{gb(candidate.missing_bytes)} per GPU"] if candidate.missing_bytes > 0 else []
     if candidate.missing_host_bytes > 0:
         parts.append(f"{gb(candidate.missing_host_bytes)} of host memory per node")
@@ -22,7 +22,7 @@ def missing(candidate: Candidate) -> str:
 
 
 def reasons(best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """Return memory, step time, and one line per setting with the effect of changing it."""
+    """Return lines of text: memory, step time, host memory with offload, and the effect of changing each setting."""
     machine = best.machine
     found = [
         f"memory: {gb(best.total_bytes)} of {gb(machine.usable)} usable per GPU",

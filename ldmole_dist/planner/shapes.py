@@ -1,4 +1,4 @@
-"""Parameters and input groups of an adapted model, from its config alone: the model is built on the meta device."""
+"""Parameters and input groups of an adapted model, from its config only: the model is built on the meta device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 class Parameter(NamedTuple):
-    """A parameter of the model; `elements` counts all experts."""
+    """A parameter of the adapted model.
+
+    Args:
+        name: Name of the parameter.
+        elements: Number of elements; for an expert parameter, over all experts.
+        expert: Whether it is the A or B of a linear's experts.
+        trainable: Whether it is trained.
+    """
 
     name: str
     elements: int
@@ -34,7 +41,13 @@ class Parameter(NamedTuple):
 
 
 class Group(NamedTuple):
-    """An input group: linears that read the same tensor, named after the first of them."""
+    """An input group: adapted linears that read the same tensor.
+
+    Args:
+        name: Name of the first linear of the group.
+        in_features: In-features of the linears.
+        out_features: Out-features of each linear.
+    """
 
     name: str
     in_features: int
@@ -51,20 +64,20 @@ class Shapes(NamedTuple):
     groups: tuple[Group, ...]
 
     def frozen(self) -> int:
-        """Return the elements of the backbone."""
+        """Return the number of elements of the backbone."""
         return sum(p.elements for p in self.parameters if not p.trainable)
 
     def experts(self) -> int:
-        """Return the elements of all experts."""
+        """Return the number of elements of all experts."""
         return sum(p.elements for p in self.parameters if p.expert)
 
     def dense(self) -> int:
-        """Return the trainable elements that every rank holds: routers and lambda-MLPs."""
+        """Return the number of trainable elements that are not experts: routers and lambda-MLPs."""
         return sum(p.elements for p in self.parameters if p.trainable and not p.expert)
 
 
 def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
-    """Build the adapted model on the meta device, in training mode.
+    """Return the adapted model on the meta device, in training mode.
 
     Args:
         workload: Backbone and adapter.
@@ -93,7 +106,7 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
             )
         if name := next((name for name, p in backbone.named_parameters() if p.dim() > 2), None):
             raise UserError(
-                f"--backbone: {name} of this {config.model_type} has three dimensions, as in experts or convolutions, "
+                f"--backbone: {name} of this {config.model_type} has more than two dimensions, as in experts or convolutions, "
                 "which are not supported; choose a dense model."
             )
         model = new_adapter(backbone, adapter)
@@ -117,7 +130,7 @@ def _shapes_of(workload: Workload) -> Shapes:
             bare = AutoModelForCausalLM.from_config(workload.backbone)
         if shapes.frozen() == sum(p.numel() for p in bare.parameters()):
             return shapes
-    return _shapes(meta_model(workload))  # layers differ from each other
+    return _shapes(meta_model(workload))  # the layers differ from each other, so that the second one cannot be repeated
 
 
 def _shapes(model: PeftModel) -> Shapes:
@@ -129,7 +142,7 @@ def _shapes(model: PeftModel) -> Shapes:
 
 
 def _deepened(shapes: Shapes, prefix: str, depth: int) -> Shapes:
-    """Repeat the second decoder layer up to `depth` layers."""
+    """Repeat the second decoder layer, so that the model has `depth` decoder layers."""
     bare_prefix = prefix.removeprefix("base_model.model.")  # input groups carry the names of the model without PEFT
     parameters = tuple(_repeated(shapes.parameters, prefix, depth))
     return Shapes(parameters, tuple(_repeated(shapes.groups, bare_prefix, depth)))

@@ -14,7 +14,7 @@ from ldmole_dist.planner.workload import Workload
 MAX_ROWS = 8
 HEADS = ("backb", "expert", "adapt", "grads", "optim", "activ", "work", "gather", "bucket")
 OFFLOADS = {"none": "-", "optimizer": "optim", "optimizer+params": "opt+par"}
-MIN_ELEMENTS = 5000  # smaller amounts would print as 0.00 million
+MIN_ELEMENTS = 5000  # fewer elements would be printed as 0.00 million
 
 
 def report(
@@ -96,7 +96,7 @@ def _details(candidate: Candidate) -> Iterator[str]:
 
 
 def as_json(name: str, workload: Workload, machine: Machine, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Return the output of `--json`; "recommended" is the first candidate, or None if it does not fit."""
+    """Return the output of `--json`; "recommended" is the first candidate with its reasons, or None if it does not fit."""
     shapes, best = shapes_of(workload), candidates[0]
     settings = {key: value for key, value in vars(workload).items() if key not in ("backbone", "lora_rank", "_key")}
     return {

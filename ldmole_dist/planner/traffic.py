@@ -1,8 +1,8 @@
-"""Elements and collectives that one rank sends in an optimizer step, by kind.
+"""Elements that one rank sends, and collectives that it takes part in, in an optimizer step, by kind.
 
-The kinds of the experts are those that `parallel.wire` counts: elements sent to other ranks. The kinds of ZeRO are DeepSpeed's
-collectives: of n elements, a ring of P ranks sends 2 n (P-1)/P per rank in an all-reduce and n (P-1)/P in an all-gather or
-reduce-scatter.
+The kinds of the experts (`DISPATCH`) are those that `parallel.wire` counts: elements sent to other ranks. The kinds of ZeRO
+are DeepSpeed's collectives. In a ring of P ranks, an all-reduce of n elements sends 2 n (P-1)/P elements per rank, and an
+all-gather or a reduce-scatter sends n (P-1)/P.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Collective(NamedTuple):
             and 2, persistent parameters at stage 3), "gather…" (weights in forward and backward at stage 3), "norm" (gradient
             norm).
         operation: Collective operation.
-        ranks: Size of its group.
-        elements: Payload of all calls together.
+        ranks: Number of ranks in its group.
+        elements: Elements that are reduced or gathered, summed over all calls.
         calls: Number of calls.
     """
 
@@ -42,12 +42,12 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Elements that one rank sends in a ring."""
+        """Elements that one rank sends if the collective is a ring."""
         return self.elements * (self.ranks - 1) / self.ranks * (2 if self.operation == "all_reduce" else 1)
 
 
 def elements_sent(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Return the elements that one rank sends in an optimizer step, by kind: for experts, then for ZeRO."""
+    """Return the elements that one rank sends in an optimizer step, by kind: first those of the experts, then those of ZeRO."""
     sent = dispatch_elements(workload, strategy)
     for collective in collectives(workload, strategy):
         sent[collective.kind] = sent.get(collective.kind, 0) + collective.sent
@@ -60,7 +60,11 @@ def bytes_sent(workload: Workload, strategy: Strategy) -> dict[str, float]:
 
 
 def element_bytes(kind: str, workload: Workload) -> int:
-    """Return the bytes per element: int64 counts, activations in the workload's precision, all else float32."""
+    """Return the bytes per element of a kind.
+
+    Counts are int64. Frozen weights that ZeRO-3 gathers, and all payloads of the experts except gates, have the precision of
+    the workload. All other kinds are float32.
+    """
     if kind == "counts":
         return 8
     activation = kind == "gather" or (kind in DISPATCH and not kind.endswith("gates"))
@@ -68,7 +72,7 @@ def element_bytes(kind: str, workload: Workload) -> int:
 
 
 def dispatch_elements(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Return the elements sent for experts in an optimizer step, by kind; empty without expert parallelism."""
+    """Return the elements that one rank sends for experts in an optimizer step, by kind; empty without expert parallelism."""
     check(workload, strategy)
     if strategy.ep_size == 1:
         return {}
@@ -83,12 +87,12 @@ def dispatch_elements(workload: Workload, strategy: Strategy) -> dict[str, float
 def micro_batch_elements(
     forwards: Sequence[Mapping[str, float]], workload: Workload, strategy: Strategy
 ) -> dict[str, float]:
-    """Return the elements of a micro-batch, by kind: counts, forward, backward and recomputation.
+    """Return the elements that one rank sends for experts in a micro-batch, by the kinds of `DISPATCH`.
 
     Args:
         forwards: Elements that the forward of each input group sends, in the order of the model.
         workload: Workload with these input groups.
-        strategy: Distribution of the experts.
+        strategy: Strategy, which determines the counts and whether layers are recomputed.
     """
     sent = dict.fromkeys(DISPATCH, 0.0)
     for i, (group, forward) in enumerate(zip(shapes_of(workload).groups, forwards, strict=True)):
@@ -104,7 +108,7 @@ def micro_batch_elements(
 
 
 def collective_calls(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Return the collectives of one rank in an optimizer step, by kind; "dispatch" counts the experts' all-to-alls."""
+    """Return the number of collectives of one rank in an optimizer step, by kind; "dispatch" are the all-to-alls of experts."""
     calls: dict[str, float] = {}
     if strategy.ep_size > 1:
         # Per input group: counts, dispatch, return, and the gradients of both; a recomputation repeats dispatch and return.
@@ -147,7 +151,7 @@ def _updates(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
 
 
 def _norms(strategy: Strategy) -> Iterable[Collective]:
-    """Yield the all-reduces of one element that gradient clipping needs."""
+    """Yield the all-reduces of the gradient norm, each of one element, that gradient clipping needs."""
     s = strategy
     if s.ep_size == 1:
         groups = [] if s.stage == 0 else [s.ranks]

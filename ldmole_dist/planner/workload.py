@@ -20,7 +20,7 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """What one rank trains in an optimizer step.
+    """Model and batch sizes that one rank trains with in an optimizer step.
 
     Args:
         backbone: Config of a Hugging Face causal language model; its weights are not needed.
@@ -30,13 +30,13 @@ class Workload:
         target_modules: Names of the linears to adapt.
         micro_batch: Sequences per forward.
         accumulation: Micro-batches per rank and optimizer step.
-        seq: Tokens per sequence, without padding tokens.
-        answer_tokens: Positions per sequence whose logits are computed; None for all.
+        seq: Tokens per sequence, excluding padding.
+        answer_tokens: Number of positions per sequence whose logits are computed; None for all.
         active: Mean number of active experts per token. Routing is assumed to be balanced and independent between linears.
         precision: Data type of the frozen backbone and of the activations.
         padded: Whether batches contain padding; attention then keeps a mask.
         dropout: Dropout on the input of the adapters.
-        on_cpu: Whether training runs on a CPU, where many experts are computed differently (`apply_experts`).
+        on_cpu: Whether training runs on a CPU, which changes when `apply_experts` computes all experts for all rows.
     """
 
     backbone: PretrainedConfig
@@ -65,7 +65,7 @@ class Workload:
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be in [0, 1).")
 
-    # PretrainedConfig is neither hashable nor frozen; its JSON makes workloads usable as cache keys.
+    # PretrainedConfig is neither hashable nor frozen, so compare and hash its JSON; workloads are keys of caches.
     @cached_property
     def _key(self) -> tuple[object, ...]:
         values = [getattr(self, field.name) for field in fields(self) if field.name != "backbone"]
@@ -79,12 +79,12 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one forward on one rank, T."""
+        """Number of tokens in one forward on one rank, T."""
         return self.micro_batch * self.seq
 
     @property
     def answers(self) -> int:
-        """Positions of one forward whose logits are computed."""
+        """Number of positions in one forward on one rank whose logits are computed."""
         return self.micro_batch * (self.answer_tokens or self.seq)
 
     @property
@@ -100,15 +100,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a workload is distributed over ranks.
+    """Distribution of a workload over ranks.
 
     Args:
         ranks: World size.
         stage: ZeRO stage.
-        ep_size: Ranks that share one copy of the experts.
+        ep_size: Number of ranks that share one copy of the experts.
         dispatch: Mode of the expert-parallel dispatch (`parallel.dispatch.ExpertParallel`).
         checkpointing: Whether decoder layers are recomputed in the backward.
-        offload: What the shipped DeepSpeed config keeps in host memory.
+        offload: States that the shipped DeepSpeed config keeps in host memory.
         zero: Overrides of the `zero_optimization` section of that config.
     """
 
@@ -132,7 +132,7 @@ class Strategy:
 
     @property
     def expert_copies(self) -> int:
-        """Ranks that hold the same experts, the size of the expert-data-parallel group."""
+        """Number of ranks that hold the same experts, which is the size of the expert-data-parallel group."""
         return self.ranks // self.ep_size
 
     @property

@@ -1,4 +1,4 @@
-"""Run config and DeepSpeed config of a candidate."""
+"""Write the run config and the DeepSpeed config of a candidate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLACEHOLDER = "FILL_IN"
 def write_configs(
     candidate: Candidate, folder: Path, backbone: str | None, train: str | None, output: str | None
 ) -> list[str]:
-    """Write `run.yaml` and `deepspeed.json`, both or none; existing files are kept.
+    """Write `run.yaml` and `deepspeed.json`, either both or neither. An existing file is never overwritten.
 
     Args:
         candidate: Candidate to train.
@@ -29,10 +29,10 @@ def write_configs(
         output: Output folder of the run; None writes `PLACEHOLDER`.
 
     Returns:
-        Config keys with a placeholder.
+        Names of the config fields that contain the placeholder.
 
     Raises:
-        UserError: If the folder cannot be written, or contains one of the files.
+        UserError: If the config is invalid, the folder cannot be written, or it contains one of the files.
     """
     run, deepspeed = folder / "run.yaml", folder / "deepspeed.json"
     given = {"backbone.path": backbone, "data.train": train, "run.output_dir": output}
@@ -62,7 +62,7 @@ def write_configs(
         ),
         run=Run(output_dir=output or PLACEHOLDER),
     )
-    # Check the config before writing; deepspeed.json does not exist yet, so check with the shipped one.
+    # Check the config before writing. deepspeed.json does not exist yet, so use the shipped DeepSpeed config for the check.
     resolve_run(replace(config, parallelism=replace(config.parallelism, deepspeed=s.deepspeed)), s.ranks)
     header = f"# {candidate.name}, {s.ranks} ranks. Start it with: ldmole launch {run}\n"
     if missing:
@@ -72,7 +72,7 @@ def write_configs(
 
 
 def _write_new(folder: Path, contents: dict[Path, str]) -> None:
-    """Write all files or none, and overwrite none."""
+    """Write either all files or none, and overwrite none."""
     existing = [path for path in contents if path.exists()]
     if folder.exists() and not folder.is_dir():
         existing.append(folder)

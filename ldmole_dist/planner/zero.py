@@ -1,7 +1,7 @@
-"""How DeepSpeed 0.19.8 shards trainable parameters and buckets their gradients, by ZeRO stage.
+"""Sharding of trainable parameters and bucketing of their gradients in DeepSpeed 0.19.8, by ZeRO stage.
 
-DeepSpeed gets float32 parameters in every precision. Experts are sharded over the ranks that hold the same experts, all other
-parameters over all ranks.
+The trainable parameters are float32 in every precision. Experts are sharded over the ranks that hold the same experts, and
+all other parameters over all ranks.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ STAGE0_BUCKET = 500_000_000  # elements; without ZeRO, DeepSpeed ignores `reduce
 
 
 class ParamGroup(NamedTuple):
-    """Trainable parameters that are sharded over the same ranks.
+    """Trainable parameters that are sharded over the same group of ranks.
 
     Args:
-        elements: Elements of each parameter before sharding.
+        elements: Number of elements of each parameter before sharding.
         ranks: Number of ranks in the group.
     """
 
@@ -40,18 +40,24 @@ class ParamGroup(NamedTuple):
 
 
 def settings(strategy: Strategy) -> dict[str, Any]:
-    """Return the `zero_optimization` section of the shipped config, completed with DeepSpeed's defaults."""
-    defaults = DEFAULTS | {"overlap_comm": strategy.stage == 3}  # stage 3 overlaps unless the config disables it
+    """Return the `zero_optimization` section that DeepSpeed uses.
+
+    It is that of the shipped config with the overrides of `Strategy.zero`, completed with DeepSpeed's defaults.
+    """
+    defaults = DEFAULTS | {"overlap_comm": strategy.stage == 3}  # stage 3 enables it unless the config disables it
     return defaults | load_ds_config(strategy.deepspeed)["zero_optimization"] | dict(strategy.zero)
 
 
 def local_elements(parameter: Parameter, strategy: Strategy) -> int:
-    """Return the elements of a parameter on one rank, before ZeRO shards it."""
+    """Return the number of elements of a parameter on one rank, before ZeRO shards it."""
     return parameter.elements // strategy.ep_size if parameter.expert else parameter.elements
 
 
 def param_groups(workload: Workload, strategy: Strategy) -> list[ParamGroup]:
-    """Return the groups of trainable parameters: one group, or dense parameters and experts with expert parallelism."""
+    """Return the groups of trainable parameters.
+
+    There is one group without expert parallelism; with it, one of routers and lambda-MLPs and one of experts.
+    """
     trainable = [p for p in shapes_of(workload).parameters if p.trainable]
     separate = strategy.ep_size > 1
     dense = tuple(p.elements for p in trainable if not (separate and p.expert))
@@ -61,7 +67,7 @@ def param_groups(workload: Workload, strategy: Strategy) -> list[ParamGroup]:
 
 
 def padded_elements(group: ParamGroup, stage: int) -> int:
-    """Return the elements of all shards together.
+    """Return the number of elements of all shards together, including padding.
 
     Stages 1 and 2 pad the flattened group to an even number of elements per rank; stage 3 pads each parameter.
     """
@@ -71,12 +77,12 @@ def padded_elements(group: ParamGroup, stage: int) -> int:
 
 
 def shard_elements(group: ParamGroup, stage: int) -> int:
-    """Return the elements that one rank updates."""
+    """Return the number of elements that one rank updates, including padding."""
     return sum(group.elements) if stage == 0 else padded_elements(group, stage) // group.ranks
 
 
 def max_overlapping_elements(group: ParamGroup) -> int:
-    """Return the elements of all parameters that overlap a rank's shard, for the rank with most.
+    """Return the number of elements of the parameters that overlap the shard of a rank, the maximum over the ranks.
 
     Stages 1 and 2 keep the gradients of these parameters unsharded.
     """
@@ -91,7 +97,12 @@ def max_overlapping_elements(group: ParamGroup) -> int:
 
 
 def bucket_flushes(elements: Sequence[int], bucket: int) -> int:
-    """Return how often a backward flushes its gradient bucket; gradients arrive in reverse order of the parameters."""
+    """Return the number of times that a backward flushes its gradient bucket.
+
+    Args:
+        elements: Number of elements of each parameter; the gradients arrive in reverse order.
+        bucket: Capacity of the bucket, in elements.
+    """
     flushes, filled = 0, 0
     for n in reversed(elements):
         if filled and filled + n > bucket:
