@@ -39,7 +39,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"cannot load a tokenizer from backbone.path={path!r}: {_first_line(error)}; "
             "copy the tokenizer's files into the folder of the backbone"
         ) from error
-    # Any token would do: the attention mask and the labels leave padding out everywhere.
+    # Any token can serve as padding, because the attention mask and the labels exclude it.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -52,12 +52,15 @@ def check_backbone(path: str) -> PretrainedConfig:
         The config of the backbone.
 
     Raises:
-        UserError: if the config cannot be loaded, the weights are quantized, or a weight file is truncated.
+        UserError: if the config cannot be loaded, the weights are quantized, or a weight file cannot be read or is truncated.
     """
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load backbone.path={path!r}: {_first_line(error)}") from error
+        raise UserError(
+            f"cannot load backbone.path={path!r}: {_first_line(error)}; set it to a model folder or to the name of a "
+            "model on the Hugging Face Hub"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"backbone.path={path!r} is quantized, which is not supported (ZeRO-3 cannot partition packed integers); "
@@ -67,7 +70,11 @@ def check_backbone(path: str) -> PretrainedConfig:
         try:
             with safe_open(weights, "pt"):
                 pass
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
+            raise UserError(
+                f"cannot read {weights}: {_first_line(error)}; check that the file exists and is readable"
+            ) from error
+        except SafetensorError as error:
             raise UserError(f"{weights} is damaged: {_first_line(error)}; copy or download it again") from error
     return config
 
@@ -81,15 +88,15 @@ def load_backbone(
     attention: str | None = None,
     pad_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """Load the backbone in the dtype of `precision`; inside `partitioned_loading`, partitioned over the ranks.
+    """Load the backbone in the dtype of `precision`. Inside `partitioned_loading`, each rank keeps only its partition.
 
     Args:
-        path: folder, or name on the Hugging Face hub.
+        path: model folder, or model name on the Hugging Face Hub.
         task: "causal_lm" or "sequence_classification".
         precision: "fp32", "bf16" or "fp16".
         labels: class names, for sequence classification.
-        attention: attention implementation, as transformers names it; None for its default.
-        pad_token_id: a sequence classifier needs it to find the last token.
+        attention: attention implementation by its name in transformers; None for the default.
+        pad_token_id: id of the padding token, with which a sequence classifier finds the last token; unused for "causal_lm".
 
     Raises:
         UserError: if the model cannot be loaded or is quantized.
@@ -104,7 +111,9 @@ def load_backbone(
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
         return AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load backbone.path={path!r}: {_first_line(error)}") from error
+        raise UserError(
+            f"cannot load backbone.path={path!r}: {_first_line(error)}; copy or download the model again"
+        ) from error
 
 
 def new_adapter(backbone: PreTrainedModel, config: LdMoleConfig) -> PeftModel:
@@ -128,7 +137,7 @@ def load_adapter(backbone: PreTrainedModel, folder: str, trainable: bool) -> Pef
         trainable: whether the adapter's parameters get gradients.
 
     Raises:
-        UserError: if there is no adapter, it is of another method, or it was trained on another backbone.
+        UserError: if the folder has no LD-MoLE adapter, or the adapter does not fit the backbone.
     """
     _adapter_config(folder)
     try:
@@ -141,7 +150,7 @@ def backbone_of(folder: str) -> str:
     """Return the path of the backbone that a saved adapter was trained on.
 
     Raises:
-        UserError: if there is no adapter, or its config does not name a backbone.
+        UserError: if the folder has no LD-MoLE adapter, or the adapter's config does not name a backbone.
     """
     path = _adapter_config(folder).base_model_name_or_path
     if not path:
@@ -153,9 +162,11 @@ def _adapter_config(folder: str) -> LdMoleConfig:
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read an adapter in {folder!r}: {_first_line(error)}") from error
+        raise UserError(
+            f"cannot read an adapter in {folder!r}: {_first_line(error)}; pass the folder with its adapter_config.json"
+        ) from error
     if not isinstance(config, LdMoleConfig):
-        raise UserError(f"the adapter in {folder!r} has peft_type {config.peft_type}; pass an LD-MoLE adapter")
+        raise UserError(f"the adapter in {folder!r} has peft_type={config.peft_type}; pass an LD-MoLE adapter")
     return config
 
 
@@ -165,7 +176,7 @@ def convert_gguf(gguf_path: str, folder: str) -> None:
     The folder is written under a temporary name and renamed when it is complete.
 
     Raises:
-        UserError: if the GGUF file does not exist, or the folder does.
+        UserError: if the GGUF file does not exist, or the folder already exists or cannot be written.
     """
     source, target = Path(gguf_path), Path(folder)
     if target.exists():
@@ -175,7 +186,7 @@ def convert_gguf(gguf_path: str, folder: str) -> None:
     location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     loaded = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **location)
     config = loaded.config
-    # transformers keeps GGUF's quantization_config; a saved one would claim that the dequantized weights are packed.
+    # transformers keeps the quantization_config of GGUF, which would declare the dequantized weights as quantized.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -186,7 +197,7 @@ def convert_gguf(gguf_path: str, folder: str) -> None:
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:
-    """Enable gradient checkpointing: the backward recomputes every decoder layer and replays its routing decisions."""
+    """Enable gradient checkpointing: the backward recomputes each decoder layer, with the routing decisions of the forward."""
     tuner_of(model).activation_checkpointing_enable()
 
 

@@ -27,20 +27,21 @@ from ldmole_dist.tuner.model import spread_experts, tuner_of
 def build_model(
     config: Config, parallel: ExpertParallel, process: Process, stage: int, pad_token_id: int | None
 ) -> PeftModel:
-    """Load the backbone, attach the adapter and set the loss weights. Every rank must call it.
+    """Load the backbone, attach the adapter and set the loss weights. Collective: every rank must call it.
 
     Args:
-        config: of the run.
+        config: config of the run.
         parallel: expert-parallel group that the experts are spread over.
         process: this process.
         stage: ZeRO stage; stage 3 partitions the backbone while it is loaded.
-        pad_token_id: of the tokenizer; a sequence classifier needs it to find the last token.
+        pad_token_id: id of the tokenizer's padding token, with which a sequence classifier finds the last token.
 
     Returns:
-        The model in training mode, on the device unless stage 3 moves its partitions itself.
+        The model in training mode, on the device of this process. At stage 3, DeepSpeed moves the partitions there later.
 
     Raises:
         UserError: if the backbone cannot be loaded or the adapter does not fit it.
+        PeerError: if that happens on another rank.
     """
     b, a = config.backbone, config.adapter
     torch.manual_seed(config.run.seed)  # loading a classifier initializes its new head from the global generator
@@ -48,8 +49,8 @@ def build_model(
         tqdm.write(f"loading {b.path}")
     with raise_on_all_ranks("checking the backbone"):
         check_backbone(b.path)
-    # Loading at stage 3 runs collectives, so it must not be inside raise_on_all_ranks: a rank that failed would go to its
-    # all_gather_object, while the others wait in a broadcast of a parameter.
+    # Loading at stage 3 runs collectives, so it must not be inside raise_on_all_ranks: a rank that fails would enter its
+    # all_gather_object while the others wait in the broadcast of a parameter.
     with (
         partitioned_loading(stage, config.parallelism.precision),
         raise_on_all_ranks("loading the backbone") if stage < 3 else nullcontext(),
@@ -86,7 +87,7 @@ def build_model(
 
 
 def adapter_config(config: Config) -> LdMoleConfig:
-    """Return the PEFT config of a new adapter."""
+    """Return the PEFT config of the new adapter that a run config describes."""
     values = {name: value for name, value in vars(config.adapter).items() if name != "init_from"}
     task_type = "CAUSAL_LM" if config.backbone.task == "causal_lm" else "SEQ_CLS"
     return LdMoleConfig(task_type=task_type, init_seed=config.run.seed, **values)

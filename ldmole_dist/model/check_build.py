@@ -1,4 +1,4 @@
-"""Build what a run would build, without weights or other ranks, to find errors that the config alone does not show."""
+"""Build the model of a run without its weights, in one process, to find errors that the config alone does not show."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def check_build(config: Config, world_size: int) -> None:
     Needs one process, whatever the world size.
 
     Args:
-        config: of the run.
+        config: config of the run.
         world_size: number of ranks of the run.
 
     Raises:
-        UserError: if any of these fails.
+        UserError: if the backbone, the adapter, the tokenizer or the DeepSpeed config is invalid.
     """
     b, a = config.backbone, config.adapter
     model_config = check_backbone(b.path)
@@ -40,7 +40,9 @@ def check_build(config: Config, world_size: int) -> None:
                 model_config, dtype=DTYPES[config.parallelism.precision], attn_implementation=b.attention
             )
     except (ImportError, ValueError) as error:
-        raise UserError(f"backbone.path={b.path!r} cannot be built: {error}") from error
+        raise UserError(
+            f"cannot build the model of backbone.path={b.path!r}: {error}; check backbone.task and backbone.attention"
+        ) from error
     with torch.device("meta"):
         if a.init_from is not None:
             load_adapter(backbone, a.init_from, trainable=True)

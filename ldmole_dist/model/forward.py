@@ -1,4 +1,4 @@
-"""Forward passes that compute only the logits that the caller needs."""
+"""Forward passes that compute only the logits that are needed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ldmole_dist.tuner.model import tuner_of
 
 
 def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the targets of a batch and their logits.
+    """Run the forward of a batch and return its targets and their logits.
 
     Args:
         model: Hugging Face model, or an `Engine` around one.
-        batch: from `collate` or `pack`.
+        batch: batch from `collate` or `pack`.
 
     Returns:
         Targets (B, S') and logits (B, S', V) of a causal model, at the S' positions that have a target in any sequence;
@@ -40,13 +40,13 @@ def observe_routing(model: PeftModel, batch: Mapping[str, Tensor], observer: Obs
 
     Args:
         model: model in evaluation mode.
-        batch: from `collate`.
-        observer: see `StepContext.observer`.
+        batch: batch from `collate`.
+        observer: function to call with each routing (`StepContext.observer`); None for none.
     """
     base: Any = model.get_base_model()
     inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask")} | {"use_cache": False}
-    # The head of a causal model is its widest product, and the logits are not used: compute one position, unless the head is
-    # adapted and its routing is observed too.
+    # The logits are not used, and the head of a causal model is its widest product. So compute one position only, unless
+    # the head is adapted: its routing is then observed at every position.
     if batch["labels"].dim() == 2 and not isinstance(base.get_output_embeddings(), LdMoleLinear):
         inputs["logits_to_keep"] = 1
     context = tuner_of(model).context

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # importlib.abc is slow to import
 
 
 def register_with_peft() -> None:
-    """Register LD-MoLE now if PEFT is imported, else right after its import; further calls change nothing."""
+    """Register LD-MoLE with PEFT, now if PEFT is imported, else right after its import. Further calls have no effect."""
     if "peft" in sys.modules:
         _register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
@@ -28,14 +28,14 @@ def register_with_peft() -> None:
 
 
 def _register() -> None:
-    # If the package is being imported already, it registers itself when it is complete. Importing it from here could then
-    # meet a partly initialized module or, if another thread imports it and waits for PEFT, a deadlock.
+    # If the package is already being imported, it registers itself at the end of its import. Importing it here could then
+    # find a partly initialized module or, if another thread imports it and waits for PEFT, deadlock.
     if "ldmole_dist.tuner" not in sys.modules:
         importlib.import_module("ldmole_dist.tuner")
 
 
 class _PeftFinder:
-    """Finds PEFT with the other finders and wraps its loader; every other module is left to them."""
+    """Import finder that finds PEFT with the other finders and wraps its loader. It ignores every other module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -54,14 +54,14 @@ class _PeftFinder:
 class _RegisteringLoader:
     """Loads PEFT with its own loader, then registers LD-MoLE and removes the finder.
 
-    The finder stays if PEFT's code raises, so that the error is reported as without it, and a later import registers.
+    If PEFT's code raises, the error is not changed and the finder stays, so that a later import registers LD-MoLE.
     """
 
     def __init__(self, loader: Any, finder: _PeftFinder) -> None:
         self._loader, self._finder = loader, finder
 
     def __getattr__(self, name: str) -> Any:
-        # For tools that call other methods of a loader, such as get_source, on a spec that is not executed.
+        # Tools may call other methods of a loader, such as get_source, on a spec that is not executed.
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

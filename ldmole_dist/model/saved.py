@@ -1,4 +1,4 @@
-"""A saved run or adapter, found from the folder that the user names."""
+"""Find a saved run or adapter in a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldmole_dist.model.backbone import backbone_of
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved adapter with its backbone, and the run that trained it, if known.
+    """A saved adapter and its backbone; also the run that trained it, if the adapter is in the folder of its run.
 
     Attributes:
         adapter: folder of the adapter.
@@ -30,7 +30,7 @@ class SavedModel:
 
     @property
     def name(self) -> str:
-        """Name of the folder, for titles and output paths."""
+        """Name of the folder of the run or adapter, for titles and output paths."""
         return (self.run or self.adapter).resolve().name
 
     @property
@@ -47,10 +47,10 @@ def find_saved_model(path: str, backbone: str | None) -> SavedModel:
 
     Args:
         path: folder of a run or of an adapter.
-        backbone: path of the backbone; None uses the path that the run or the adapter names.
+        backbone: path of the backbone; None uses the path in the config of the run or of the adapter.
 
     Raises:
-        UserError: if the folder is neither, or the run has no adapter yet.
+        UserError: if the folder is neither a run nor an adapter, or the run has no adapter yet.
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():

@@ -16,7 +16,7 @@ _FIELDS = TypeAdapter(AdapterFields)
 
 
 class LdMolePeftType(StrEnum):
-    """The `peft_type` of LD-MoLE. PEFT's own enumeration cannot be extended."""
+    """The `peft_type` of LD-MoLE. PEFT's own enumeration of methods cannot be extended."""
 
     LDMOLE = "LDMOLE"
 
@@ -28,7 +28,8 @@ class LdMoleConfig(AdapterFields, PeftConfig):
     The defaults are those of the paper. The config does not depend on the number of ranks.
 
     Raises:
-        ValueError: if a field is out of range, or the adapter was saved in a newer format.
+        ValueError: if a field is out of range, `top_k` exceeds `num_experts` with router "topk", or the adapter was saved in a
+            newer format.
     """
 
     exclude_modules: list[str] | str | None = field(
@@ -43,7 +44,7 @@ class LdMoleConfig(AdapterFields, PeftConfig):
     )
     init_seed: int = field(
         default=0,
-        metadata={"help": "Seed of the initial values, which depend on it, the module and the expert only."},
+        metadata={"help": "Seed of the initial values, which depend only on the seed, the module and the expert."},
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter file format."})
 
@@ -61,7 +62,7 @@ class LdMoleConfig(AdapterFields, PeftConfig):
         except ValidationError as error:
             raise ValueError(explain(error, AdapterFields)) from error
         for name, value in given.items():
-            # Values that only differ in type, such as 16 and 16.0, stay as they are in adapter_config.json.
+            # Keep values that differ only in type, such as 16 and 16.0, as they are in adapter_config.json.
             if getattr(checked, name) != value:
                 setattr(self, name, getattr(checked, name))
         check_top_k(self)

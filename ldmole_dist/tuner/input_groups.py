@@ -1,4 +1,4 @@
-"""Input groups: the linears of a model that read the same tensor (q, k, v; gate, up), found by tracing and not by name."""
+"""Input groups: the linears of a model that read the same tensor (q, k, v; gate, up), found by tracing a forward."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ logger = logging.getLogger(__name__)
 
 
 def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str]]:
-    """Return groups of linears that read the same tensor object.
+    """Group linears that read the same tensor object in a forward.
 
-    The forward of a copy on the meta device is run on two tokens. This computes nothing, allocates no memory, and also works if
-    the weights of the model are partitioned.
+    Runs the forward of a copy of the model on the meta device, with two tokens. This computes nothing, allocates no memory, and
+    also works if the weights of the model are partitioned.
 
     Args:
         model: backbone, before adapters are injected.
-        names: of the linears to group.
+        names: names of the linears to group.
 
     Returns:
-        The names of each group, in the order of calls. A linear that is not called gets a group of its own, and so does every
-        linear of a model that cannot run on the meta device; results are then the same, with more dispatches.
+        The names of each group, in the order of calls. A linear that is not called has a group of its own. So does every linear
+        if the model is not a `PreTrainedModel` or cannot run on the meta device; this needs more dispatches, but gives the same
+        results.
     """
-    inputs: dict[str, Tensor] = {}  # keeps the tensors alive, because id() is only unique among living objects
+    inputs: dict[str, Tensor] = {}  # keeps the tensors alive: id() is unique only among objects that exist
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -38,9 +39,8 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str
 
     if isinstance(model, PreTrainedModel):
         config = copy.deepcopy(model.config)
-        config._attn_implementation = (
-            "eager"  # fused kernels have no meta implementation; the linears read the same tensors
-        )
+        # Fused attention kernels have no meta implementation. The linears read the same tensors with eager attention.
+        config._attn_implementation = "eager"
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
                 copied = type(model)(config).eval()
@@ -50,7 +50,9 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str
                 copied(input_ids=torch.zeros(1, 2, dtype=torch.long))
         except Exception as error:
             logger.warning(
-                "each linear is dispatched separately, because this model does not run on the meta device (%s)", error
+                "each linear is dispatched separately, because this model does not run on the meta device (%s); this is "
+                "slower, but the results are the same",
+                error,
             )
             inputs.clear()
     groups: dict[int, list[str]] = {}

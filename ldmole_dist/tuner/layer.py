@@ -9,7 +9,7 @@ from ldmole_dist.method.layer import MoELinear
 
 
 class LdMoleLinear(MoELinear, BaseTunerLayer):
-    """A `MoELinear` with the attributes and methods that PEFT expects of a tuner layer."""
+    """`MoELinear` with the attributes and methods that PEFT expects of a tuner layer."""
 
     adapter_layer_names = ("lora_A", "lora_B", "router")
     other_param_names = ("lora_dropout", "scaling", "lambda_mlps", "groups")
@@ -32,7 +32,7 @@ class LdMoleLinear(MoELinear, BaseTunerLayer):
         """Activate one adapter.
 
         Raises:
-            ValueError: if more than one name is given; routing over two banks of experts at once is not defined.
+            ValueError: if more than one name is given. Routing over the experts of several adapters is not defined.
         """
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
             raise ValueError(f"LD-MoLE activates one adapter at a time, not {adapter_names}; choose one of them")

@@ -2,7 +2,7 @@
 
 A config does not depend on the number of ranks. To spread the experts over ranks, call
 `spread_experts(model, ExpertParallel(group))` on the bare model before the adapter is injected: each rank then allocates only
-its own experts, and saving gathers all of them, one tensor at a time, on all ranks.
+its own experts. Saving gathers all experts, one tensor at a time, so every rank must take part in it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class LdMoleModel(BaseTuner):
 
     Attributes:
         context: state of the current forward, shared by all adapted linears.
-        parallel: ranks that the experts are spread over.
-        lambda_mlp: the lambda-MLPs, by adapter name and then by input size.
+        parallel: expert-parallel group that the experts are spread over.
+        lambda_mlp: lambda-MLPs, by adapter name and then by input size.
         gather_parameter: function that returns the full tensor of a parameter of which this rank holds a shard; set under
             ZeRO-3, None otherwise.
     """
@@ -63,8 +63,8 @@ class LdMoleModel(BaseTuner):
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        # transformers' logits_to_keep is a tensor of positions or a count from the end. The context aligns masks to the end
-        # of the sequence already, so only a tensor needs to be passed on.
+        # transformers' logits_to_keep is a tensor of positions, or a number of positions at the end. The context aligns masks
+        # to the end of the sequence anyway, so it needs only a tensor.
         positions = given.get("logits_to_keep", given.get("kwargs", {}).get("logits_to_keep"))
         self.context.begin(given.get("attention_mask"), positions if isinstance(positions, Tensor) else None)
         self.context.hidden = self._hidden(model, given) if self.reads_hidden else None
@@ -101,7 +101,7 @@ class LdMoleModel(BaseTuner):
         """Enable the model's activation checkpointing, with a recomputation that replays the routing of the forward.
 
         Raises:
-            ValueError: on `use_reentrant=True`, which silently drops the gradient of the auxiliary losses.
+            ValueError: if `use_reentrant` is True, which would silently drop the gradient of the auxiliary losses.
         """
         settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
         if settings["use_reentrant"]:
@@ -116,7 +116,7 @@ class LdMoleModel(BaseTuner):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Call `activation_checkpointing_enable`; transformers used this name before."""
+        """Call `activation_checkpointing_enable`. This is its name in earlier versions of transformers."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -177,7 +177,7 @@ class LdMoleModel(BaseTuner):
         target.add_adapter(adapter_name, bank, router, lambda_mlp, config.lora_dropout)
 
     def _lambda_mlp(self, adapter_name: str, config: LdMoleConfig, in_features: int, like: Tensor) -> LambdaMLP:
-        """Return the lambda-MLP for inputs of this size, created on first use."""
+        """Return the adapter's lambda-MLP for inputs of size `in_features`; create it on first use."""
         shared: Any = self.lambda_mlp[adapter_name]
         if str(in_features) not in shared:
             mlp = LambdaMLP(in_features, config.lambda_hidden, config.lambda_eps).to(like)
@@ -188,7 +188,7 @@ class LdMoleModel(BaseTuner):
         return mlp
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate an adapter, and freeze the lambda-MLPs of the others along with the rest of them."""
+        """Activate an adapter and freeze all others, including their lambda-MLPs."""
         super().set_adapter(adapter_name, inference_mode)
         for name, mlps in self.lambda_mlp.items():
             mlps.requires_grad_(name in self.active_adapters and not inference_mode)
@@ -229,7 +229,7 @@ class LdMoleModel(BaseTuner):
     def _get_adapter_state_dict(  # type: ignore[override]  # PEFT passes every argument by name
         cls, *, model: nn.Module, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Return full tensors on global rank 0 and meta tensors on the others; every rank must call it."""
+        """Return full tensors on global rank 0, and meta tensors on the others. Collective: every rank must call it."""
         selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
         tuner = tuner_of(model)
         keeps = not dist.is_initialized() or dist.get_rank() == 0
@@ -241,11 +241,13 @@ class LdMoleModel(BaseTuner):
         return {key: state_dict[key] for key in selected}
 
     def full_parameter(self, name: str, parameter: Tensor) -> Tensor:
-        """Return the full tensor of a trainable parameter, with all E experts; every rank must call it in the same order.
+        """Return the full tensor of a trainable parameter, with all E experts of a bank.
+
+        Collective: every rank must call it, for the same parameters in the same order.
 
         Args:
-            name: of the parameter in the model.
-            parameter: what this rank holds of it.
+            name: name of the parameter in the model.
+            parameter: the parameter as this rank holds it, possibly a shard.
         """
         value = parameter.detach() if self.gather_parameter is None else self.gather_parameter(parameter)
         return self.parallel.all_gather(value) if is_expert_tensor(name) else value
@@ -254,7 +256,7 @@ class LdMoleModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Rename the keys of an adapter file, and reduce expert tensors to the experts of this rank."""
+        """Rename the keys of an adapter file to those of the model, and slice expert tensors to the experts of this rank."""
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -267,7 +269,12 @@ class LdMoleModel(BaseTuner):
 
 
 def spread_experts(model: nn.Module, parallel: ExpertParallel) -> None:
-    """Spread the experts of every adapter that is injected into a bare model after this call over a group of ranks."""
+    """Set the ranks that the experts of a model are spread over.
+
+    Args:
+        model: model without adapters. Adapters that are injected later hold only the experts of this rank.
+        parallel: expert-parallel group.
+    """
     carrier: Any = model
     carrier.expert_parallel = parallel
 
@@ -276,15 +283,15 @@ def tuner_of(model: nn.Module) -> LdMoleModel:
     """Return the `LdMoleModel` inside a PEFT model, which has its step context and expert-parallel group.
 
     Args:
-        model: as `peft.get_peft_model` or `PeftModel.from_pretrained` returns it, with an LD-MoLE adapter.
+        model: PEFT model with an LD-MoLE adapter, from `peft.get_peft_model` or `PeftModel.from_pretrained`.
     """
     tuner = model.base_model
-    assert isinstance(tuner, LdMoleModel), f"{type(tuner).__name__} holds no LD-MoLE adapter"
+    assert isinstance(tuner, LdMoleModel), f"{type(tuner).__name__} has no LD-MoLE adapter; inject one first"
     return tuner
 
 
 def _keep_at_least_float32(module: nn.Module) -> None:
-    """Convert a fully trained module to float32 at least, like all trainable parameters, and cast its inputs to match."""
+    """Convert a module that is trained in full to at least float32, like all trained parameters, and cast its inputs."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
 

@@ -1,4 +1,4 @@
-"""Entries of LD-MoLE in PEFT's tables of methods."""
+"""Register LD-MoLE in PEFT's tables of methods."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ldmole_dist.tuner.model import LdMoleModel
 
 
 def register() -> None:
-    """Register LD-MoLE with PEFT; `ldmole_dist.tuner` does so when it is imported."""
-    # PEFT's own register_peft_method refuses names outside its enumeration of methods; its tables take any key.
+    """Register LD-MoLE with PEFT. Importing `ldmole_dist.tuner` calls this function."""
+    # PEFT's register_peft_method accepts only names in its own enumeration of methods; the tables accept any key.
     tables: list[tuple[Any, Any]] = [
         (PEFT_TYPE_TO_CONFIG_MAPPING, LdMoleConfig),
         (PEFT_TYPE_TO_TUNER_MAPPING, LdMoleModel),

@@ -1,4 +1,4 @@
-"""The parameters of an adapter: their names in the model and in an adapter file, and a check of what is loaded.
+"""The parameters of an adapter: their names in the model and in an adapter file, and a check of loaded tensors.
 
 Names in an adapter file: `<module>.lora_A` (E, r, D), `<module>.lora_B` (E, O, r), `<module>.router.weight` (E, D) and, once
 per input size D, the shared lambda-MLP `base_model.lambda_mlp.<D>.fc1.weight` and so on.
@@ -20,12 +20,12 @@ EXPERT_TENSORS = ("lora_A", "lora_B")
 
 
 def is_expert_tensor(name: str) -> bool:
-    """Return whether a parameter, given by name, stacks experts; expert parallelism splits those along dimension 0."""
+    """Return whether the parameter `name` holds experts, which expert parallelism splits along dimension 0."""
     return any(f".{tensor}." in name or name.endswith(f".{tensor}") for tensor in EXPERT_TENSORS)
 
 
 def adapter_keys(model: nn.Module) -> dict[str, str]:
-    """Map the parameter names of the active adapter in a PEFT model to their names in an adapter file."""
+    """Return the name in an adapter file of each parameter of the active adapter, by its name in the PEFT model."""
     tuner: Any = model.base_model
     (adapter,) = tuner.active_adapters
     keys = {}
@@ -39,20 +39,20 @@ def adapter_keys(model: nn.Module) -> dict[str, str]:
 def check_adapter_fits(
     model: nn.Module, config: LdMoleConfig, adapter_name: str, loaded: dict[str, Tensor], ep_size: int
 ) -> set[str]:
-    """Check that a loaded adapter matches the parameters of the model.
+    """Check that the tensors of an adapter file match the parameters of the model.
 
     Args:
         model: PEFT model with the adapter injected.
-        config: of the adapter.
-        adapter_name: of the adapter.
-        loaded: tensors from the adapter file by parameter name, with all E experts.
-        ep_size: ranks that the experts of the model are spread over.
+        config: config of the adapter.
+        adapter_name: name of the adapter in the model.
+        loaded: tensors of the adapter file, with all E experts, by parameter name in the model.
+        ep_size: number of ranks that the experts of the model are spread over.
 
     Returns:
         The names of the expert tensors in `loaded`.
 
     Raises:
-        ValueError: if a name or shape differs.
+        ValueError: if a tensor is missing, has another shape, or belongs to no parameter.
     """
     expected = {
         f"{path}.{holder}.{name}": parameter
@@ -78,7 +78,7 @@ def check_adapter_fits(
 
 
 def _adapter_parameters(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, str, nn.Parameter]]:
-    """Yield (module, its attribute, name below that, parameter) for each parameter of an adapter.
+    """Yield (module name, attribute of the module, parameter name below the attribute, parameter) for an adapter.
 
     Parameters are found by the container that holds them, not by their full name, because an adapter may have the same name
     as a module of the backbone.

@@ -11,9 +11,9 @@ from ldmole_dist.tuner.config import LdMoleConfig
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether a module is an `nn.Linear` itself, not a subclass, with floating-point weights.
+    """Return whether a module is an `nn.Linear`, not a subclass, with floating-point weights.
 
-    Subclasses are excluded because quantization libraries use them for packed weights.
+    Subclasses are excluded, because quantization libraries use them for packed weights.
     """
     return type(module) is nn.Linear and module.weight.is_floating_point()
 
@@ -37,16 +37,17 @@ def check_targets_exist(model: nn.Module, config: LdMoleConfig) -> None:
 def experts_of_linear(model: nn.Module, config: LdMoleConfig, name: str) -> int:
     """Return E, the number of experts of one adapted linear.
 
-    A list in `num_experts` is assigned to the decoder layers in order, each entry to an equal share of them.
+    If `num_experts` is a list of n entries, the decoder layers are divided in order into n groups of equal size, up to
+    rounding. Each entry is the number of experts of one group.
 
     Args:
         model: the backbone.
-        config: of the adapter.
-        name: of the linear in the backbone; the first integer in it is its decoder layer.
+        config: config of the adapter.
+        name: full name of the linear in the backbone; the first integer in it is the index of its decoder layer.
 
     Raises:
-        ValueError: if `num_experts` is a list and the linear is outside the decoder layers, or the list has more entries
-            than there are layers.
+        ValueError: if `num_experts` is a list of several entries and the linear is not in a decoder layer, or there are fewer
+            layers than entries.
     """
     counts = config.expert_counts
     if len(counts) == 1:
@@ -54,8 +55,8 @@ def experts_of_linear(model: nn.Module, config: LdMoleConfig, name: str) -> int:
     layered = re.match(r"(.+?)\.(\d+)\.", name)
     if layered is None:
         raise ValueError(
-            f"num_experts={counts} is given by layer, but {name} is in no numbered layer; set num_experts to one integer, or "
-            "remove this linear from target_modules"
+            f"num_experts={counts} is a list, but {name} is not in a numbered decoder layer; set num_experts to one integer, "
+            "or remove this linear from target_modules"
         )
     layers: Any = model.get_submodule(layered[1])
     if len(layers) < len(counts):

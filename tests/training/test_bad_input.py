@@ -96,7 +96,7 @@ def test_failure_on_one_rank_stops_all_ranks(folder: Path, tmp_path: Path, stage
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     for override, doing in (
         ("data.train=nowhere.jsonl", "reading the data"),
-        (f"backbone.path={damaged.parent}", "looking at the backbone"),
+        (f"backbone.path={damaged.parent}", "checking the backbone"),
     ):
         output = fail_training(make_config(folder), f"parallelism.deepspeed=zero{stage}", only_rank_1=(override,))
         message = "data file nowhere.jsonl: No such file" if "nowhere" in override else f"{damaged} is damaged"

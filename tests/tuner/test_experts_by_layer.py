@@ -40,7 +40,7 @@ def test_entries_are_assigned_to_equal_shares_of_layers() -> None:
 
 def test_invalid_counts_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"num_experts=\[2, 4\] is given by layer, but lm_head is in no numbered layer"
+        ValueError, match=r"num_experts=\[2, 4\] is a list, but lm_head is not in a numbered decoder layer"
     ):
         adapt(num_experts=[2, 4], target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match=r"top_k=3 is greater than num_experts=\[2, 4\]; lower it to at most 2"):
