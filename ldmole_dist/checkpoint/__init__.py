@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `checkpoints/step_N` with these files:
 
-- `rank_R.safetensors`: the shard of the optimizer state that rank R held, as flat ranges of the full parameters, and the
-  rank's random states.
+- `rank_R.safetensors` for each rank R: its shard of the optimizer state, as flat ranges of the full parameters, and its random
+  states.
 - `adapter_config.json`: the adapter's PEFT config.
 - `manifest.json`: written last; lists every other file with its size and SHA-256.
 

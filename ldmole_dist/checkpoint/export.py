@@ -1,6 +1,6 @@
-"""Export of the portable adapter, an ordinary PEFT folder, from a model in training or from a checkpoint.
+"""Export of the adapter as an ordinary PEFT folder, from a model in training or from a checkpoint.
 
-Both hold one full tensor in memory at a time. Exporting a checkpoint needs no process group.
+Both exports hold one full tensor in memory at a time. Exporting a checkpoint needs no process group.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ldmole_dist.io import atomic_folder, publish_folder, start_folder, sync, un
 from ldmole_dist.tuner.model import tuner_of
 from ldmole_dist.tuner.state_dict import adapter_keys
 
-METADATA = {"format": "pt"}  # of the safetensors file, as PEFT writes it
+METADATA = {"format": "pt"}  # metadata that PEFT writes to a safetensors file
 
 
 def write_adapter_config(model: PeftModel, folder: Path) -> None:
@@ -37,12 +37,19 @@ def write_adapter_config(model: PeftModel, folder: Path) -> None:
 
 
 def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
-    """Write the adapter of a model in training, with all experts; every rank calls this, rank 0 writes.
+    """Write the adapter of a model in training, with the experts of all ranks.
 
-    The write is atomic: the folder is complete or absent. An existing adapter is replaced.
+    Collective: every rank must call it; rank 0 writes. The write is atomic: the folder is complete or absent. An existing
+    adapter is replaced.
+
+    Args:
+        engine: engine that holds the model.
+        folder: folder of the adapter.
+        process: this rank.
 
     Raises:
-        UserError: on rank 0 if the folder cannot be written; PeerError on the others.
+        UserError: on rank 0, if the folder cannot be written.
+        PeerError: on the other ranks in that case.
     """
     heartbeat("writing the adapter")
     tuner, keys = tuner_of(engine.module), adapter_keys(engine.module)
@@ -61,7 +68,8 @@ def export_adapter(engine: Engine, folder: Path, process: Process) -> None:
             write_tensors(unfinished / SAFETENSORS_WEIGHTS_NAME, specs, gathered, METADATA)
         except Exception as error:  # raised below, after the collectives that the other ranks wait in
             write_error = error
-    for _ in gathered:  # gathering is collective: other ranks take part, and rank 0 finishes it after a write error
+    # Gathering is collective: the other ranks only take part in it, and rank 0 must complete it after a write error.
+    for _ in gathered:
         pass
     with raise_on_all_ranks("writing the adapter"), write_errors(f"the adapter {folder}"):
         if write_error is not None:
@@ -78,13 +86,13 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """
     manifest = read_manifest(checkpoint)
     if problems := verify(checkpoint):
-        raise UserError(problems[0])
+        raise UserError(f"{problems[0]}; restore the checkpoint or export another one")
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or choose another folder")
     if json.loads((checkpoint / CONFIG_NAME).read_text()).get("train_experts") is False:
         raise UserError(
             f"{checkpoint} does not hold the experts, which are frozen in this run; resume the run to its end, which writes "
-            "the full adapter"
+            "the complete adapter"
         )
     specs = [TensorSpec(manifest.adapter_keys[n], shape, torch.float32) for n, shape in manifest.shapes.items()]
     with write_errors(f"the adapter {folder}"), atomic_folder(folder) as unfinished:

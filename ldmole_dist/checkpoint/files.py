@@ -1,8 +1,8 @@
 """Tensor files of a checkpoint: written and hashed one tensor at a time, and read back by flat range.
 
 The files are ordinary safetensors files. The safetensors library can write a file only from tensors that are all in memory,
-so `write_tensors` implements the format itself. A shard is a flat tensor under the key "state/parameter name"; its offset in
-the flattened full parameter is in the file's metadata.
+so `write_tensors` implements the format itself. A shard is a flat tensor under the key "STATE/PARAMETER"; its offset in the
+flattened full parameter is in the file's metadata.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from ldmole_dist.errors import UserError
 from ldmole_dist.io import Digest
 
-# Names of the dtypes in the safetensors format.
+# dtype -> name in the safetensors format.
 DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -36,7 +36,10 @@ DTYPE_NAMES = {
 
 
 class TensorSpec(NamedTuple):
-    """Key, shape and dtype of a tensor to write; the header of the file needs them before the tensor is available."""
+    """Key, shape and dtype of a tensor to write.
+
+    The file starts with a header that holds them, so they must be known before the tensor is available.
+    """
 
     key: str
     shape: Sequence[int]
@@ -49,10 +52,10 @@ def write_tensors(
     """Write a safetensors file one tensor at a time, sync it to disk, and return its size and hash.
 
     Args:
-        path: file to write.
-        specs: of all tensors, in order.
-        tensors: in the order of `specs`, on any device. Each is released before the next is requested.
-        metadata: of the file.
+        path: path of the file.
+        specs: specs of all tensors.
+        tensors: tensors in the order of `specs`, on any device. Each is released before the next is requested.
+        metadata: metadata to store in the file.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -68,7 +71,7 @@ def write_tensors(
             file.write(data)
         for spec, tensor in zip(specs, tensors, strict=True):
             assert tensor.dtype == spec.dtype and list(tensor.shape) == list(spec.shape), spec.key
-            # As bytes, because numpy has no bfloat16.
+            # Viewed as bytes, because numpy has no bfloat16.
             values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
             digest.update(values)
             file.write(values)
@@ -79,10 +82,10 @@ def write_tensors(
 
 
 class ShardReader:
-    """Context manager that reads flattened tensors whose shards are spread over several files, which it keeps open.
+    """Reader of flattened tensors whose shards are spread over several files; a context manager that keeps the files open.
 
     Args:
-        paths: of the files.
+        paths: paths of the files.
 
     Raises:
         UserError: if a file cannot be opened.
@@ -90,7 +93,7 @@ class ShardReader:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._stack = ExitStack()
-        # key -> (start, end, file) of each shard, sorted by start
+        # Key -> (start, end, file) of each shard, sorted by start.
         self._shards: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
         for path in paths:
             try:
@@ -98,11 +101,11 @@ class ShardReader:
                 for key, start in json.loads((file.metadata() or {})["starts"]).items():
                     (length,) = file.get_slice(key).get_shape()
                     self._shards[key].append((start, start + length, file))
-            except (
-                Exception
-            ) as error:  # damaged files raise several types: SafetensorError, KeyError, ValueError, OSError
+            except Exception as error:  # SafetensorError, KeyError, ValueError or OSError, by the kind of damage
                 self._stack.close()
-                raise UserError(f"checkpoint file {path} cannot be read: {error}") from error
+                raise UserError(
+                    f"checkpoint file {path} cannot be read ({error}); restore it or use another checkpoint"
+                ) from error
         for shards in self._shards.values():
             shards.sort(key=lambda shard: shard[:2])
 
@@ -122,14 +125,26 @@ class ShardReader:
         return flat.view(*shape)
 
     def read_range(self, key: str, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (position relative to `start`, values) for every shard that overlaps elements `start` to `end`."""
+        """Yield the values of elements `start` to `end` - 1 of a flattened tensor, shard by shard.
+
+        Yields:
+            Position of the values relative to `start`, and the values.
+        """
         for first, last, file in self._shards[key]:
             low, high = max(first, start), min(last, end)
             if low < high:
                 yield low - start, file.get_slice(key)[low - first : high - first]
 
     def find_gap(self, key: str, length: int) -> str | None:
-        """Return a description of the first missing or duplicate range of a tensor of `length` elements; None if complete."""
+        """Describe the first range of a tensor that no shard or more than one holds.
+
+        Args:
+            key: key of the tensor.
+            length: number of elements of the full tensor.
+
+        Returns:
+            Description of the range; None if the shards hold every element once.
+        """
         reached = 0
         for start, end, _ in self._shards.get(key, []):
             if start != reached:

@@ -11,7 +11,7 @@ from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 def print_table(checkpoint: Path) -> None:
-    """Print the origin of a checkpoint, its parameters by kind, and its files.
+    """Print where a checkpoint comes from, its parameters by kind, and its files.
 
     Raises:
         UserError: if its manifest cannot be read.

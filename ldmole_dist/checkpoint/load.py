@@ -33,16 +33,19 @@ from ldmole_dist.errors import UserError
 
 
 def choose_checkpoint(config: Config, data: dict[str, int | str], process: Process) -> Path | None:
-    """Return the checkpoint to resume from, verified, or None to start fresh; every rank calls this.
+    """Choose and verify the checkpoint to resume from. Collective: every rank must call it.
 
     Args:
-        config: of the run; `run.resume` selects the checkpoint.
-        data: what the order of the examples depends on (`data.batches.describe_order`).
+        config: config of the run; `run.resume` selects the checkpoint.
+        data: values that determine the order of the examples (`data.batches.describe_order`).
         process: this rank, which verifies its share of the files.
 
+    Returns:
+        The checkpoint, the same on every rank; None to start fresh.
+
     Raises:
-        UserError, PeerError: if the requested checkpoint, or every checkpoint of the run, is damaged, or if it belongs to
-            another adapter, backbone or data.
+        UserError, PeerError: if no checkpoint that may be chosen is intact, or if the chosen one was trained with another
+            adapter, backbone or data.
     """
     resume = config.run.resume
     if resume == "never":
@@ -66,22 +69,21 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
     if candidates:
         with raise_on_all_ranks("choosing a checkpoint"):
             raise UserError(
-                f"no intact checkpoint to resume from: {problems[0]}; restore it, or set run.resume to another checkpoint or "
-                "to never"
+                f"no intact checkpoint to resume from ({problems[0]}); set run.resume to another checkpoint or to never"
             )
     return None
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
-    """Load a checkpoint into a fresh engine; every rank calls this.
+    """Load a checkpoint into a new engine. Collective: every rank must call it.
 
     Args:
-        engine: with the same backbone and adapter, under any topology, before its first step.
-        checkpoint: from `choose_checkpoint`.
+        engine: engine with the same backbone and adapter, under any topology, before its first step.
+        checkpoint: return value of `choose_checkpoint`.
         process: this rank.
 
     Returns:
-        The number of optimizer steps done.
+        Number of optimizer steps after which the checkpoint was saved.
 
     Raises:
         UserError, PeerError: if the parameters of the checkpoint differ from those of the engine.
@@ -102,12 +104,14 @@ def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
     if manifest.topology == here:
         _restore_random_states(checkpoint / manifest.rank_files()[process.rank], process.device)
     elif process.is_main:
-        tqdm.write(f"{checkpoint} was written under {manifest.topology}; this run uses {here}")
+        tqdm.write(
+            f"{checkpoint} was written under {manifest.topology}, but this run uses {here}: random states are not restored"
+        )
     return manifest.step
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder, the latest first."""
+    """Return the checkpoints in a run's folder, latest first."""
     return sorted((run / "checkpoints").glob("step_*"), reverse=True)
 
 
@@ -135,7 +139,10 @@ def _resumed_from(checkpoint: Path, resume: str) -> bool:
 
 
 def _problems(checkpoint: Path, process: Process) -> list[str]:
-    """Return what is wrong with a checkpoint, the same on every rank; each rank hashes its share of the files."""
+    """Return the problems of a checkpoint; empty if it is intact.
+
+    Collective: each rank hashes its share of the files, and all ranks return the same problems.
+    """
     own: list[str] = []
     try:
         manifest = read_manifest(checkpoint)
@@ -156,7 +163,7 @@ def _problems(checkpoint: Path, process: Process) -> list[str]:
 
 
 def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict[str, int | str]) -> None:
-    # Keys that did not exist when the checkpoint was written have their default.
+    # Adapter keys that the version which wrote the checkpoint did not have get their default.
     saved_adapter = asdict(Adapter()) | manifest.config["adapter"]
     for key in ("router", "top_k", "top_p", "num_experts", "r", "lambda_hidden", "target_modules"):
         saved, here = saved_adapter[key], getattr(config.adapter, key)

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its origin, its parameters, and the size and hash of every file."""
+"""Manifest of a checkpoint: the run that wrote it, its parameters, and the size and hash of every file."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Manifest:
     """Content of `manifest.json`.
 
     Args:
-        step: optimizer steps done.
+        step: number of optimizer steps done.
         topology: zero_stage, ep_size and world_size of the run that wrote the checkpoint.
         shapes: full shape of every trainable parameter by name, all experts included.
         adapter_keys: parameter name -> key in an adapter file.
-        training: remaining state of the training loop: counters, scheduler, loss scale, adaptive coefficient.
-        data: what the order of the examples depends on.
-        backbone: its path and fingerprint (`fingerprint`).
-        config: of the run.
+        training: counters, scheduler state, loss scale and adaptive L1 coefficient (`engine.training_state`).
+        data: values that determine the order of the examples (`data.batches.describe_order`).
+        backbone: "path" and "fingerprint" (`fingerprint`) of the backbone.
+        config: config of the run.
         files: size and hash of every other file in the folder, by name.
-        dtype: of master weights and moments.
-        format_version: of the folder's layout.
+        dtype: dtype of master weights and Adam moments.
+        format_version: version of the checkpoint format.
     """
 
     step: int
@@ -50,16 +50,16 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """Return the content of `manifest.json`, which ends with a hash of the rest."""
+        """Return the content of `manifest.json`: all fields, and their hash under "sha256"."""
         plain = asdict(self) | {"files": {n: d._asdict() for n, d in self.files.items()}}
         return json.dumps(plain | {"sha256": _own_hash(plain)}, indent=1)
 
     def required_files(self) -> list[str]:
-        """Return the names of all files that must exist: those listed and those that the world size implies."""
+        """Return the names of the files that the checkpoint must have: all in `files`, and one rank file for each rank."""
         return list(dict.fromkeys([*self.files, *self.rank_files()]))
 
     def rank_files(self) -> list[str]:
-        """Return the names of the files that hold the optimizer state, by rank."""
+        """Return the names of the files that hold the optimizer state, one per rank of the run that wrote them, in order."""
         return [f"rank_{rank:05d}.safetensors" for rank in range(self.topology["world_size"])]
 
 
@@ -67,14 +67,17 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Read the manifest of a checkpoint and check its own hash.
 
     Raises:
-        UserError: if it is missing, damaged, or of another format version.
+        UserError: if the manifest is missing or damaged, or has another format version.
     """
     path = checkpoint / MANIFEST_NAME
     try:
         raw = json.loads(path.read_text())
         version, expected = raw["format_version"], raw.pop("sha256", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read, so {checkpoint} is not a complete checkpoint: {error}") from error
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path} cannot be read ({reason}), so {checkpoint} is not a complete checkpoint; use another one"
+        ) from error
     if version != FORMAT_VERSION:
         remedy = (
             "upgrade ldmole_dist"
@@ -83,29 +86,29 @@ def read_manifest(checkpoint: Path) -> Manifest:
         )
         raise UserError(f"{path} has format {version}, but this version reads format {FORMAT_VERSION}; {remedy}")
     if _own_hash(raw) != expected:
-        raise UserError(f"{path} was changed after it was written: its sha256 differs")
+        raise UserError(f"{path} was changed after it was written: its sha256 differs; use another checkpoint")
     manifest = Manifest(**raw)
     manifest.files = {name: Digest(**digest) for name, digest in raw["files"].items()}
     return manifest
 
 
 def verify(checkpoint: Path) -> list[str]:
-    """Return a description of everything wrong with a checkpoint; empty if it is intact.
+    """Return a description of each problem of a checkpoint; empty if it is intact.
 
     Raises:
-        UserError: if its manifest cannot be read.
+        UserError: if its manifest or a rank file cannot be read.
     """
     manifest = read_manifest(checkpoint)
     return file_problems(checkpoint, manifest, manifest.required_files()) or content_problems(checkpoint, manifest)
 
 
 def file_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Return one description per file that is missing, cut off or changed, by size and hash.
+    """Return one description per file that is missing, unreadable, or of another size or hash than in the manifest.
 
     Args:
-        checkpoint: folder.
-        manifest: of the checkpoint.
-        names: files to check.
+        checkpoint: folder of the checkpoint.
+        manifest: manifest of the checkpoint.
+        names: names of the files to check.
     """
     problems = []
     for name in names:
@@ -125,7 +128,7 @@ def file_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) ->
 
 
 def content_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
-    """Return one description per tensor of the optimizer state that the rank files do not hold in full.
+    """Return one description per tensor of the optimizer state with elements that are missing or stored twice.
 
     Raises:
         UserError: if a rank file cannot be opened.
@@ -140,10 +143,10 @@ def content_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
 
 
 def fingerprint(backbone: str) -> str | None:
-    """Return a hash that identifies the weights of a backbone folder; None for a name on the hub.
+    """Return a hash of the weights in a backbone folder; None if it has no safetensors files, as for a name on the hub.
 
-    It covers the name, the size, and the first and last MiB of each safetensors file: enough to distinguish two trainings of
-    the same architecture without reading terabytes.
+    The hash covers the name, the size, and the first and last MiB of each safetensors file. This distinguishes two trainings of
+    the same architecture without reading complete files.
     """
     files = sorted(Path(backbone).glob("*.safetensors"))
     if not files:

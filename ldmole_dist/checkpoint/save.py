@@ -1,13 +1,13 @@
 """Write checkpoints in the background while training continues.
 
-1. `Saver.save` records the small state at once and starts a thread. The thread copies this rank's optimizer shards to host
-   memory and writes them from there.
+1. `Saver.save` records the counters and random states at once and starts a thread. The thread copies this rank's optimizer
+   shards to host memory and writes them from there.
 2. Training continues with the next forward. Only the next optimizer step waits for the copy (`wait_for_copy`).
 3. When the files of all ranks are on disk, which the training loop detects with an all-reduce at the end of a later step,
    `finish` writes the manifest, renames the folder and updates `latest`.
 
-A crash at any moment leaves earlier checkpoints intact. The threads run no collectives: those would interleave with the
-collectives of training.
+A crash at any moment leaves earlier checkpoints intact. The threads run no collectives, which would interleave with those of
+training.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ldmole_dist.io import (
 )
 from ldmole_dist.tuner.state_dict import adapter_keys
 
-HEARTBEAT_SECONDS = 10  # between heartbeats while waiting for a write, far below any stall time-out of the launcher
+HEARTBEAT_SECONDS = 10  # interval while waiting for a write; far below any stall time-out of the launcher
 
 
 @dataclass
@@ -65,24 +65,26 @@ class Saver:
     """Writer of a run's checkpoints; every rank has one and makes the same calls.
 
     Args:
-        folder: `checkpoints` in the output folder of the run.
-        config: of the run.
+        folder: folder of the run's checkpoints.
+        config: config of the run.
         process: this rank.
-        data: what the order of the examples depends on (`data.batches.describe_order`).
+        data: values that determine the order of the examples (`data.batches.describe_order`).
     """
 
     def __init__(self, folder: Path, config: Config, process: Process, data: dict[str, int | str]) -> None:
         self.folder, self.config, self.process, self.data = folder, config, process, data
         self._pending: _PendingCheckpoint | None = None
-        self._host: dict[
-            str, Tensor
-        ] = {}  # host buffers, reused by every checkpoint: pinned memory is slow to allocate
+        # Host buffers, which every checkpoint reuses: pinned memory is slow to allocate.
+        self._host: dict[str, Tensor] = {}
 
     def save(self, engine: Engine, step: int) -> None:
-        """Start a checkpoint of the state after `step` optimizer steps; finish the previous one first.
+        """Finish the pending checkpoint, if any, and start one of the state after `step` optimizer steps.
+
+        Collective: every rank must call it.
 
         Raises:
-            UserError, PeerError: if the folder cannot be created or, with run.save_async=false, the checkpoint not be written.
+            UserError, PeerError: if the pending checkpoint cannot be written, the folder of the new one cannot be created or,
+                with run.save_async=false, the new one cannot be written.
         """
         self.finish()
         heartbeat(f"saving after step {step}")
@@ -91,7 +93,7 @@ class Saver:
         unfinished = unfinished_folder(final)
         with raise_on_all_ranks("preparing the checkpoint"), write_errors(f"the checkpoint {unfinished}"):
             if self.process.is_main:
-                # Left by a run that was killed while it wrote or removed a checkpoint.
+                # Folders that a run left when it was killed while it wrote or removed a checkpoint.
                 for left in [*self.folder.glob(".step_*"), *self.folder.glob(".removed_*")]:
                     shutil.rmtree(left, ignore_errors=True)
                 start_folder(final)
@@ -104,7 +106,7 @@ class Saver:
             self._write(pending, shards, random_states, None)
             self.finish()
             return
-        # The copy runs on a stream of its own and must wait for the kernels that training has queued so far.
+        # The copy runs on its own stream and must wait for the kernels that training has queued so far.
         ready = torch.cuda.Event() if self.process.device.type == "cuda" else None
         if ready is not None:
             ready.record()
@@ -112,20 +114,22 @@ class Saver:
         pending.thread.start()
 
     def wait_for_copy(self) -> None:
-        """Wait until the shards are copied to host memory; call this before an optimizer step, which changes them."""
+        """Wait until the shards are copied to host memory. Call it before an optimizer step, which changes the shards."""
         if self._pending is not None:
             self._pending.copied.wait()
 
     @property
     def done(self) -> bool:
-        """Whether this rank has written its file of the pending checkpoint, or failed to."""
+        """Whether a checkpoint is pending and this rank has finished, or failed, writing its file."""
         return self._pending is not None and (self._pending.thread is None or not self._pending.thread.is_alive())
 
     def finish(self) -> None:
-        """Wait for the files of all ranks and publish the pending checkpoint, if there is one; every rank calls this.
+        """Wait for the files of all ranks and publish the pending checkpoint; do nothing if none is pending.
+
+        Collective: every rank must call it.
 
         Raises:
-            UserError, PeerError: if it could not be written.
+            UserError, PeerError: if the checkpoint could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -149,7 +153,7 @@ class Saver:
         random_states: dict[str, Tensor],
         ready: torch.cuda.Event | None,
     ) -> None:
-        """Write this rank's file, in a thread if run.save_async is set; an error is stored for `finish` to raise."""
+        """Write this rank's file; an error is stored, and `finish` raises it. With run.save_async, this runs in a thread."""
         try:
             states = {f"{state}/{shard.name}": value for shard in shards for state, value in shard.states.items()}
             starts = {f"{state}/{shard.name}": shard.start for shard in shards for state in shard.states}
@@ -164,12 +168,12 @@ class Saver:
         except Exception as error:
             pending.error = error
         finally:
-            pending.copied.set()  # also after an error: training must not wait forever
+            pending.copied.set()  # also after an error: otherwise training would wait forever
 
     def _copy_to_host(self, states: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
         stream = None
         if ready is not None:
-            torch.cuda.set_device(self.process.device)  # the current device is a property of the thread
+            torch.cuda.set_device(self.process.device)  # each thread has its own current device
             stream = torch.cuda.Stream()
             stream.wait_event(ready)
         with torch.cuda.stream(stream):
@@ -195,8 +199,8 @@ class Saver:
             self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
-        # Renamed first, so that a partly removed folder never looks like a checkpoint. In a thread, because removing large
-        # files takes time; not a daemon, so that the process waits for it at its end.
+        # The folder is renamed first, so that a partly removed one never looks like a checkpoint. It is removed in a thread,
+        # because large files take time. The thread is no daemon, so that the process waits for it before it exits.
         removed = checkpoint.rename(self.folder / f".removed_{checkpoint.name}_{time.time_ns()}")
         threading.Thread(target=shutil.rmtree, args=(removed,), kwargs={"ignore_errors": True}).start()
 
@@ -216,7 +220,7 @@ class Saver:
 
 
 def topology(engine: Engine, process: Process) -> dict[str, int]:
-    """Return the ZeRO stage, ep_size and world size of a run, as the manifest stores them."""
+    """Return the ZeRO stage, ep_size and world size of this run, under the names in the manifest."""
     return {"zero_stage": engine.stage, "ep_size": engine.parallel.size, "world_size": process.world_size}
 
 

@@ -1,7 +1,9 @@
-"""LD-MoLE adapter whose experts are existing LoRA adapters; only its routers are left to train.
+"""LD-MoLE adapter whose experts are existing LoRA adapters; only its routers remain to be trained.
 
-Expert e of a linear is s_e B_e A_e of the e-th LoRA adapter, and zero if that adapter does not adapt the linear. Smaller LoRA
-ranks are padded with zeros, which does not change the product.
+Expert e of a linear is s_e B_e A_e, with the matrices B_e and A_e and the scaling s_e of the e-th LoRA adapter. It is zero if
+that adapter does not adapt the linear. Smaller LoRA ranks are padded with zeros, which does not change the product.
+
+Shapes: E experts, R LoRA rank, D inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ from ldmole_dist.tuner.state_dict import adapter_keys
 
 
 class Expert(NamedTuple):
-    """Weights of one LoRA adapter for one linear of D inputs and O outputs.
+    """Weights of one LoRA adapter for one linear, as keys in the adapter's file.
 
     Args:
-        A_key: key of A (R, D) in the adapter's file.
+        A_key: key of A (R, D).
         B_key: key of B (O, R).
         r: LoRA rank R.
-        scaling: factor of B A.
+        scaling: factor by which the product B A is scaled.
     """
 
     A_key: str
@@ -47,12 +49,12 @@ class Expert(NamedTuple):
 
 
 class LoraAdapter(NamedTuple):
-    """LoRA adapter that can be an expert.
+    """LoRA adapter that becomes one expert of each linear.
 
     Args:
         folder: folder of the adapter.
-        backbone: backbone of the adapter.
-        experts: weights for each linear, by the linear's name in the backbone.
+        backbone: path of the backbone.
+        experts: expert of each adapted linear, by the linear's name in the backbone.
     """
 
     folder: Path
@@ -68,21 +70,24 @@ def compose(
     top_k: int = 2,
     router_input: str = "layer",
 ) -> LdMoleConfig:
-    """Write an LD-MoLE adapter composed of LoRA adapters. One expert tensor at a time is in memory.
+    """Write an LD-MoLE adapter composed of LoRA adapters.
+
+    The tensor of all A or all B of one linear is the largest that is held in memory.
 
     Args:
         output: folder to create.
         adapters: folders of LoRA adapters.
-        backbone: path of the backbone; None uses the one in the adapters' configs.
-        router: see `LdMoleConfig`.
-        top_k: see `LdMoleConfig`.
-        router_input: see `LdMoleConfig`.
+        backbone: path of the backbone; None uses the one that all adapters' configs name.
+        router: router of the new adapter (`LdMoleConfig.router`).
+        top_k: active experts per token of the router "topk" (`LdMoleConfig.top_k`).
+        router_input: input of the routers (`LdMoleConfig.router_input`).
 
     Returns:
-        The config of the new adapter.
+        Config of the new adapter.
 
     Raises:
-        UserError: if an adapter cannot be an expert, the adapters do not match, or the folder exists or cannot be written.
+        UserError: if an adapter cannot be an expert, the adapters have different backbones, or the folder exists or cannot be
+            written.
     """
     folder = Path(output)
     if folder.exists():
@@ -145,7 +150,7 @@ def _initialize_routers(model: Any, linears: dict[str, LdMoleLinear], config: Ld
 
 
 def _stack_experts(loras: Sequence[LoraAdapter], linear: str, part: str, like: Tensor) -> Tensor:
-    """Return A (E, R, D) or B (E, O, R) of all experts of a linear, with the shape of `like`."""
+    """Return the stacked A (E, R, D) or B (E, O, R) of all experts of a linear, with the shape of `like`."""
     stacked = torch.zeros(like.shape)
     for index, lora in enumerate(loras):
         if (expert := lora.experts.get(linear)) is not None:
@@ -173,7 +178,10 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
     Args:
         folder: folder of the adapter.
         backbone: path of the backbone.
-        explicit: whether the user set the backbone; if not, the adapter's config must name the same one.
+        explicit: whether the user set the backbone; if not, the adapter's config must name `backbone`.
+
+    Raises:
+        UserError: if the adapter cannot be read, is not plain LoRA or does not match the backbone.
     """
     config = _load_config(folder)
     unsupported = {
@@ -197,7 +205,7 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({error}); copy the adapter again.") from error
-    # PEFT resolves the config: patterns of ranks and alphas, layer selection, rank-stabilized scaling.
+    # PEFT resolves rank and alpha patterns, layer selection and rank-stabilized scaling when it builds the adapter.
     config.init_lora_weights = False
     model: Any = get_peft_model(_meta_backbone(backbone), config)
     experts = {}

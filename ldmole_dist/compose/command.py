@@ -6,8 +6,8 @@ import argparse
 
 from ldmole_dist.method.names import ROUTER_NAMES
 
-COMPOSE = """Compose an LD-MoLE adapter from LoRA adapters that PEFT saved; each becomes one expert. Then train the routers with
-adapter.init_from=OUTPUT; the experts stay frozen."""
+COMPOSE = """Compose an LD-MoLE adapter from LoRA adapters that PEFT saved; each becomes one expert. To train the routers, run
+`ldmole train` with adapter.init_from=OUTPUT; the experts remain frozen."""
 ROUTERS = tuple(name for name in ROUTER_NAMES if name != "lora")  # "lora" has no router to train
 
 
@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ldmole compose`."""
     parser.add_argument("output", help="folder for the new adapter")
     parser.add_argument("adapters", nargs="+", help="folders of LoRA adapters of the same backbone")
-    parser.add_argument("--backbone", metavar="PATH", help="path of the backbone (default: from the adapters)")
-    parser.add_argument("--router", choices=ROUTERS, default="sparsegen", help="router (default: %(default)s)")
+    parser.add_argument("--backbone", metavar="PATH", help="path of the backbone (default: the adapters' backbone)")
+    parser.add_argument("--router", choices=ROUTERS, default="sparsegen", help="router of the new adapter (default: %(default)s)")
     parser.add_argument(
         "--router-input",
         choices=("layer", "hidden"),
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in X-LoRA (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=int, default=2, metavar="K", help="experts per token with --router topk (default: %(default)s)"
+        "--top-k", type=int, default=2, metavar="K", help="active experts per token with --router topk (default: %(default)s)"
     )
     parser.set_defaults(call=run)
 
