@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="folder for the new adapter")
     parser.add_argument("adapters", nargs="+", help="folders of LoRA adapters of the same backbone")
     parser.add_argument("--backbone", metavar="PATH", help="path of the backbone (default: the adapters' backbone)")
-    parser.add_argument("--router", choices=ROUTERS, default="sparsegen", help="router of the new adapter (default: %(default)s)")
+    parser.add_argument(
+        "--router", choices=ROUTERS, default="sparsegen", help="router of the new adapter (default: %(default)s)"
+    )
     parser.add_argument(
         "--router-input",
         choices=("layer", "hidden"),
@@ -25,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in X-LoRA (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=int, default=2, metavar="K", help="active experts per token with --router topk (default: %(default)s)"
+        "--top-k",
+        type=int,
+        default=2,
+        metavar="K",
+        help="active experts per token with --router topk (default: %(default)s)",
     )
     parser.set_defaults(call=run)
 

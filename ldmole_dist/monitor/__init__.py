@@ -1,1 +1,1 @@
-"""Reports of a run: metrics of each optimizer step and routing statistics, as JSON lines and in TensorBoard."""
+"""Reports of a run: metrics of optimizer steps, evaluations and routing statistics, as JSON lines and in TensorBoard."""

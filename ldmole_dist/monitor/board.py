@@ -1,11 +1,13 @@
-"""Routing statistics in TensorBoard, grouped so that models with many layers stay readable.
+"""Routing statistics in TensorBoard, grouped so that charts of models with many layers remain readable.
 
-- Scalars `routing/<statistic>/<projection>`: the mean over layers.
-- Scalars `layers/<projection>/<statistic>/<layer>`: each linear.
-- Histograms `experts_per_token/<projection>`: how many experts are active per token.
-- Images `load/<projection>`: the load of each expert (column) in each layer (row).
+- Scalars `routing/<statistic>/<projection>`: mean over the layers.
+- Scalars `layers/<projection>/<statistic>/<layer>`: value of one linear.
+- Histograms `experts_per_token/<projection>`: number of active experts per token, mean over the layers.
+- Images `load/<projection>`: load of each expert (column) in each layer (row).
 
-The layout of the custom scalars page combines related scalars into one chart.
+The layout of the custom scalars page combines related scalars in one chart.
+
+Shapes: N linears, E experts.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ PIXELS = 16  # width and height of one (layer, expert) cell in an image
 
 HEADLINES: dict[str, list[str]] = {
     "loss": ["train/loss$", "train/loss_task$"],
-    "auxiliary losses": [],  # filled in by write_layout: they depend on the router
+    "auxiliary losses": [],  # write_layout adds those of the router
     "evaluation loss": ["eval/eval_loss$"],
     "evaluation accuracy": ["eval/accuracy$"],
     "experts per token": ["train/experts_per_token$"],
@@ -43,11 +45,11 @@ HEADLINES: dict[str, list[str]] = {
 
 
 def write_layout(board: SummaryWriter, metrics: Iterable[str], routing: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the layout of TensorBoard's custom scalars page: which scalars share a chart.
+    """Write the layout of TensorBoard's custom scalars page, which determines the scalars of each chart.
 
     Args:
         board: TensorBoard writer of the run.
-        metrics: names of the metrics of a step; the router decides which auxiliary losses and whether lambda are among them.
+        metrics: names of the metrics of a step; auxiliary losses and lambda are among them only if the router has them.
         routing: name of a linear -> statistics from `statistics.summarize`.
     """
     headlines, table, metrics = dict(HEADLINES), Linears(routing), set(metrics)
@@ -69,10 +71,15 @@ def write_layout(board: SummaryWriter, metrics: Iterable[str], routing: Mapping[
 
 
 def write_scalars(board: SummaryWriter, step: int, values: Mapping[str, float]) -> None:
-    """Write scalars, given by tag, as one TensorBoard event.
+    """Write several scalars as one TensorBoard event.
 
-    `SummaryWriter.add_scalar` writes an event per scalar: thousands of them fill the writer's queue, which then blocks rank 0
-    and with it all ranks.
+    `SummaryWriter.add_scalar` writes one event per scalar. Thousands of events fill the writer's queue, which then blocks rank
+    0, and the other ranks wait for it.
+
+    Args:
+        board: TensorBoard writer of the run.
+        step: optimizer step, from 1.
+        values: tag -> value.
     """
     assert board.file_writer is not None, "the TensorBoard writer is closed"
     scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
@@ -100,17 +107,23 @@ def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, 
 
 
 def write_changes(board: SummaryWriter, step: int, changed: dict[str, float]) -> None:
-    """Write each linear's share (0 to 1) of probe tokens whose active experts changed since the last evaluation."""
+    """Write how routing changed since the last evaluation.
+
+    Args:
+        board: TensorBoard writer of the run.
+        step: number of optimizer steps done.
+        changed: name of a linear -> share (0 to 1) of probe tokens whose set of active experts changed.
+    """
     write_scalars(board, step, _tagged(Linears(changed), CHANGED, changed))
 
 
 def _reported(routing: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the `STATISTICS` that the router has; only some routers have a lambda."""
+    """Return the names in `STATISTICS` that are in `routing`; only some routers have a lambda."""
     return [name for name in STATISTICS if name in next(iter(routing.values()))]
 
 
 def _tagged(linears: Linears, statistic: str, values: Mapping[str, float]) -> dict[str, float]:
-    """Return values by TensorBoard tag: the mean of each projection, and each linear that is in a numbered layer."""
+    """Return TensorBoard tag -> value: the mean of each projection, and the value of each linear in a numbered layer."""
     tags: dict[str, float] = {}
     for projection in linears.projections:
         names = linears.of(projection)
@@ -128,8 +141,8 @@ def _write_histogram(board: SummaryWriter, step: int, projection: str, share_of_
     Args:
         board: TensorBoard writer of the run.
         step: optimizer step, from 1.
-        projection: of the linears.
-        share_of_count: (E + 1,) share of tokens with 0, 1, ..., E active experts; each becomes one bucket.
+        projection: projection of the linears, such as "q_proj".
+        share_of_count: (E + 1,) share of the tokens with 0, 1, ..., E active experts; each count is one bucket.
     """
     counts = np.arange(len(share_of_count))
     board.add_histogram_raw(
@@ -146,10 +159,10 @@ def _write_histogram(board: SummaryWriter, step: int, projection: str, share_of_
 
 
 def _heat_map(load_NE: list[list[float]]) -> np.ndarray:
-    """Return the load of N linears' experts as an RGB image, (height, width, 3) from 0 to 1.
+    """Return the load of the experts of N linears as an RGB image, (N * PIXELS, E * PIXELS, 3) from 0 to 1.
 
-    White is no load, dark blue twice the balanced share or more, red an expert without tokens, and grey a cell of a linear with
-    fewer than E experts.
+    E is the largest number of experts. The color of a cell ranges from white for a load near 0 to dark blue for twice the
+    balanced load or more. Red marks an expert without tokens, grey an expert that the linear does not have.
     """
     load = as_table(load_NE, np.nan)
     exists = np.isfinite(load)

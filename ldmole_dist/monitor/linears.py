@@ -1,4 +1,4 @@
-"""Layer and projection of the adapted linears, parsed from their module names."""
+"""Layer and projection of each adapted linear, parsed from its module name."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 
 
 class Position(NamedTuple):
-    """Projection and layer of a linear; the layer is None outside the numbered layers, such as for a head."""
+    """Projection and layer of a linear; the layer is None for a linear outside the numbered layers, such as a head."""
 
     projection: str
     layer: int | None
 
 
 class Linears:
-    """The adapted linears of a model as a table of projections by layers.
+    """Table of the adapted linears of a model, by projection and layer.
 
     Args:
-        names: module names in the model's order, such as "model.layers.3.self_attn.q_proj".
+        names: module names in the order of the model, such as "model.layers.3.self_attn.q_proj".
 
     Attributes:
         position: name -> projection and layer.
-        projections: in the model's order.
-        layers: in ascending order, None last.
+        projections: projections in the order of the model.
+        layers: layers in ascending order, None last.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -37,7 +37,7 @@ class Linears:
         self.layers = sorted(layers, key=lambda layer: math.inf if layer is None else layer)
 
     def name(self, projection: str, layer: int | None) -> str | None:
-        """Return the name of the linear at a position; None if there is none."""
+        """Return the name of the linear of a projection in a layer; None if there is none."""
         return self._name.get(Position(projection, layer))
 
     def of(self, projection: str) -> list[str]:
@@ -45,12 +45,17 @@ class Linears:
         return [name for layer in self.layers if (name := self.name(projection, layer)) is not None]
 
     def values(self, projection: str, value: Callable[[str], float]) -> np.ndarray:
-        """Return `value(name)` for each layer's linear of a projection, (layers,), with NaN for layers that have none."""
+        """Return the value of a projection's linear in each layer, as a (layers,) array.
+
+        Args:
+            projection: projection of the linears.
+            value: function that returns the value of a linear, given its name; layers without the projection get NaN.
+        """
         names = (self.name(projection, layer) for layer in self.layers)
         return np.array([np.nan if name is None else value(name) for name in names])
 
     def layer_labels(self) -> list[str]:
-        """Return the layers as axis labels, "–" for None."""
+        """Return the axis labels of the layers, "–" for None."""
         return ["–" if layer is None else str(layer) for layer in self.layers]
 
     def label(self, name: str) -> str:
@@ -60,11 +65,11 @@ class Linears:
 
 
 def as_table(rows: Sequence[Sequence[float]], filler: float, width: int = 0) -> np.ndarray:
-    """Return one row per linear as a rectangular array; linears may have different numbers of experts.
+    """Return a rectangular array with one row per linear; linears may have different numbers of experts.
 
     Args:
-        rows: values of each linear, one per expert.
-        filler: value that pads the shorter rows.
+        rows: values of each linear, such as one per expert.
+        filler: value that pads shorter rows.
         width: minimum number of columns.
     """
     width = max(width, *map(len, rows))
@@ -74,8 +79,8 @@ def as_table(rows: Sequence[Sequence[float]], filler: float, width: int = 0) -> 
 def _positions(names: list[str]) -> dict[str, Position]:
     """Return the position of each linear: the first number in its name is its layer, the last component its projection.
 
-    If two linears would share a position, as in an encoder and a decoder, the projection is the full name with "*" for the
-    layer.
+    If two linears would have the same position, as in an encoder and a decoder, their projection is the full name with "*" in
+    place of the layer.
     """
     split = {name: _split(name) for name in names}
     counts = Counter((pattern.rsplit(".", 1)[-1], layer) for pattern, layer in split.values())

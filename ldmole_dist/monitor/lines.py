@@ -1,4 +1,4 @@
-"""JSON-lines files of a run, one line per optimizer step or evaluation, that a resumed run truncates and continues."""
+"""JSON-lines files of a run, with one line per optimizer step or evaluation; a resumed run removes later lines and appends."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _STEP = re.compile(rb'\{"step": (\d+)')
 class JsonLines:
     """JSON-lines file opened for appending.
 
-    Writes are unbuffered, so every appended line survives if the process is killed.
+    Writes are unbuffered, so that appended lines are kept if the process is killed.
 
     Args:
-        path: of the file; created if it does not exist.
-        last_step: lines of later steps, and an incomplete last line, are removed.
+        path: path of the file, which is created if it does not exist.
+        last_step: last step to keep; lines of later steps, and an incomplete last line, are removed.
 
     Raises:
         OSError: if the file cannot be written.
@@ -33,13 +33,13 @@ class JsonLines:
         self._file.truncate(_end_of(path, last_step))
 
     def append(self, step: int, values: dict[str, Any]) -> None:
-        """Write `{"step": step, ...}`.
+        """Append the line `{"step": step, ...}` with the values; NaN and infinity become null.
 
         Raises:
             OSError: if the line cannot be written in full.
         """
         line = json.dumps({"step": step, **_plain(values)}, allow_nan=False).encode() + b"\n"
-        if self._file.write(line) < len(line):
+        if self._file.write(line) < len(line):  # an unbuffered write to a full disk may write less, without an error
             raise OSError(ENOSPC, os.strerror(ENOSPC))
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class JsonLines:
 
 
 def _end_of(path: Path, last_step: int) -> int:
-    """Return the offset in bytes after the lines up to `last_step`.
+    """Return the byte offset after the last line of a step up to `last_step`.
 
     Only the start of each line is parsed: a line of routing.jsonl can be large.
     """
@@ -62,7 +62,10 @@ def _end_of(path: Path, last_step: int) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Return a copy with NaN and infinity as None, which JSON lacks; the gradient norm of a skipped step is infinite."""
+    """Return a copy with None in place of NaN and infinity, which JSON lacks.
+
+    They occur in normal runs: the gradient norm of a skipped step is infinite.
+    """
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):

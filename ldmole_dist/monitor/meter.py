@@ -21,15 +21,16 @@ from ldmole_dist.method.statistics import RoutingSums, merge_sums, summarize
 from ldmole_dist.parallel.wire import KINDS, TIMED
 from ldmole_dist.tuner.model import tuner_of
 
-# Summed over micro-batches and ranks; "decisions" counts (token, linear) pairs.
+# Metrics that are summed over micro-batches and ranks. "decisions" is the number of (token, linear) pairs, over which "active"
+# and "lambda" are summed.
 SUMS = ("loss", "loss_task", *(f"loss_{term}" for term in TERMS), "active", "lambda", "decisions", "tokens")
 
 
 class Report(NamedTuple):
-    """Metrics of one optimizer step, equal on every rank.
+    """Metrics of one optimizer step, the same on every rank.
 
     Args:
-        metrics: name -> number, or a dictionary of numbers.
+        metrics: name -> number or dictionary of numbers.
         routing: name of a linear -> statistics from `statistics.summarize`; empty unless the report is detailed.
     """
 
@@ -38,12 +39,14 @@ class Report(NamedTuple):
 
 
 class StepMeter:
-    """Collector of the metrics of one optimizer step; every rank creates one per step.
+    """Collector of the metrics of one optimizer step.
+
+    Every rank creates one before the first forward of the step, which resets the engine's counters of sent elements.
 
     Args:
-        engine: that runs the step.
+        engine: engine that runs the step.
         process: this rank.
-        detailed: whether to add routing by linear, gradient norms by part, times and memory.
+        detailed: also report the routing of each linear, gradient norms by part, dispatch times and peak memory.
     """
 
     def __init__(self, engine: Engine, process: Process, detailed: bool) -> None:
@@ -57,12 +60,12 @@ class StepMeter:
         self._micro_batches = 0
 
     def add(self, loss: Tensor, task: Tensor, batch: dict[str, Tensor]) -> None:
-        """Add a micro-batch to the sums, after its forward.
+        """Add a micro-batch to the sums; call it after the forward of the micro-batch.
 
         Args:
             loss: total loss, a detached scalar.
             task: task loss, a detached scalar.
-            batch: from `collate` or `pack`.
+            batch: return value of `collate` or `pack`.
         """
         tokens = real_tokens(batch)
         active, lam, decisions = torch.stack(list(self.context.stats.values())).sum(0)
@@ -72,11 +75,14 @@ class StepMeter:
         self._micro_batches += 1
 
     def report(self) -> Report:
-        """Return the metrics of all ranks; every rank calls this after the last backward and before the update."""
+        """Reduce the metrics over all ranks and return them.
+
+        Collective: every rank must call it, after the last backward and before the update.
+        """
         self.context.observer, self.wire.clock.on = None, False
         groups, table = self.wire.table()
         routed = self._routed.by_linear
-        # One all-reduce and one copy to the host for everything: each of them synchronizes the GPU.
+        # A single all-reduce and a single copy to the host for all sums: every copy waits for the GPU.
         reduced = torch.cat([self._sums, table.flatten().to(self._sums), *routed.values()])
         dist.all_reduce(reduced)
         sums, sent, routing_sums = reduced.cpu().split(
@@ -94,7 +100,8 @@ class StepMeter:
         by_linear = dict(zip(routed, routing_sums.split([len(s) for s in routed.values()]), strict=True))
         routing = {name: summarize(linear_sums) for name, linear_sums in by_linear.items()}
         if "lambda_mean" in metrics:
-            # Over all linears together: lambda has the same scale in each, whereas expert indices are unrelated.
+            # Lambda has the same scale in all linears, so its spread is taken over all of them. Experts with the same index in
+            # different linears are unrelated, so the other statistics are not merged.
             metrics["lambda_std"] = summarize(merge_sums(by_linear.values()))["lambda_std"]
         metrics["dead_experts"] = sum(summary["dead_experts"] for summary in routing.values())
         metrics |= self._extremes()  # before the gradient norms, whose own buffers would raise the peak
@@ -102,7 +109,7 @@ class StepMeter:
         return Report(metrics, routing)
 
     def _means(self, total: dict[str, float]) -> dict[str, Any]:
-        """Return the metrics of every step from the sums over micro-batches and ranks."""
+        """Return the metrics that are in every report, from the sums over micro-batches and ranks."""
         decisions = max(total["decisions"], 1)
         # Losses that the router lacks are left out: a 0 would look like a measurement.
         losses = ["loss", "loss_task", *(f"loss_{term}" for term in TERMS if term in self.context.terms)]
@@ -113,7 +120,7 @@ class StepMeter:
         return means | {"tokens": total["tokens"]}
 
     def _extremes(self) -> dict[str, Any]:
-        """Return the peak memory and dispatch times, each the maximum over ranks."""
+        """Return the peak memory and the dispatch times, each the maximum over ranks. Collective."""
         values = [self.process.peak_memory(), *(self.wire.clock.seconds(part) for part in TIMED)]
         largest = torch.tensor(values, dtype=torch.float64, device=self.process.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -124,7 +131,12 @@ class StepMeter:
 
 
 def _by_group(groups: list[str], elements_GK: Tensor) -> dict[str, dict[str, int]]:
-    """Return the number of elements of each kind that each input group sent, without zeros."""
+    """Return the number of elements sent, by input group and kind, without zeros.
+
+    Args:
+        groups: names of G input groups.
+        elements_GK: (G, K) number of elements, with the K kinds in the order of `KINDS`.
+    """
     return {
         group: {kind: number for kind, number in zip(KINDS, of_group, strict=True) if number}
         for group, of_group in zip(groups, elements_GK.tolist(), strict=True)

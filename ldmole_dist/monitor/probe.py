@@ -1,4 +1,4 @@
-"""Probe set: fixed sequences whose routing is compared between evaluations, to see whether the router has settled."""
+"""Probe set: fixed sequences whose routing is compared between evaluations, to show whether the routing has converged."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.model.forward import observe_routing
 from ldmole_dist.monitor.supports import Supports
 
-# The memory stays small: 16 sequences of 1024 tokens with 8 experts in 224 linears take 4 MB, one bit per (token, expert).
+# Few, to save memory: 16 sequences of 1024 tokens with 8 experts in 224 linears take 4 MB, at one bit per token and expert.
 SEQUENCES = 16
 
 
 class Probe:
-    """Active experts of every real token of the probe set in every linear, from one evaluation to the next.
+    """Comparison of the active experts of the probe tokens between one evaluation and the next.
 
     Args:
-        examples: the first `SEQUENCES` of them are the probe set; the same on every rank.
-        pad_id: token id for padding.
-        batch_size: sequences per forward.
+        examples: examples, the same on every rank; the first `SEQUENCES` are the probe set.
+        pad_id: token id of the padding.
+        batch_size: sequences per forward of a rank.
         process: this rank, which routes its share of the probe set.
     """
 
@@ -36,16 +36,18 @@ class Probe:
         share = -(-len(chosen) // process.world_size)
         mine = chosen[process.rank :: process.world_size]
         self.counted = len(mine)
-        # Every rank must run the same number of forwards, which contain collectives: pad with sequences that are not counted.
+        # Forwards contain collectives, so every rank must run the same number: pad with sequences that are not counted.
         self.examples = (mine + chosen[:1] * share)[:share]
         self.pad_id, self.batch_size, self.process = pad_id, batch_size, process
         self._before: Supports | None = None
 
     def changed(self, engine: Engine) -> dict[str, float]:
-        """Route the probe set and compare with the previous call; every rank calls this.
+        """Route the probe set and compare its active experts with those of the previous call.
+
+        Collective: every rank must call it.
 
         Returns:
-            Name of a linear -> share (0 to 1) of real tokens whose set of active experts has changed; empty at the first call.
+            Name of a linear -> share (0 to 1) of real tokens whose set of active experts changed; empty at the first call.
         """
         before, self._before = self._before, self._supports(engine)
         if before is None:

@@ -15,17 +15,20 @@ class Supports:
         self._packed: dict[str, list[np.ndarray]] = {}
 
     def __call__(self, name: str, routing: Routing, mask_T: Tensor | None) -> None:
-        """Record the routing of one forward of a linear; see `context.Observer`."""
+        """Record the supports in one forward of the linear `name`; has the signature of `context.Observer`."""
         active_TE = routing.p_TE != 0
         if mask_T is not None:
             active_TE = active_TE[mask_T]
         self._packed.setdefault(name, []).append(np.packbits(active_TE.cpu().numpy(), axis=1))
 
     def changed_from(self, other: Supports) -> dict[str, tuple[int, int]]:
-        """Return, by linear, the number of tokens whose support differs from that in `other`, and the number of tokens.
+        """Count the tokens whose support differs between two recordings.
 
         Args:
-            other: supports of the same sequences.
+            other: supports of the same sequences, recorded earlier.
+
+        Returns:
+            Name of a linear -> number of tokens whose support differs, and number of all tokens.
         """
         counts = {}
         for name, packed in self._packed.items():

@@ -17,16 +17,16 @@ from ldmole_dist.monitor.meter import Report
 
 
 class Monitor:
-    """Writer of a run's reports on one rank; it does nothing on the others.
+    """Writer of a run's reports on one rank; on the other ranks it does nothing.
 
-    A write error is not raised at once: the other ranks would wait for this one in the next collective. It is stored, later
-    reports are skipped, and `check` raises it after all ranks have seen `failed`.
+    A write error is not raised at once, because the other ranks would then wait for this one in the next collective. It is
+    stored, later reports are skipped, and `check` raises it after all ranks have seen `failed`.
 
     Args:
         folder: output folder of the run.
         writes: whether this rank writes.
-        first_step: optimizer steps already done. Later steps in existing files were reported after the checkpoint that the
-            run resumes from; they are removed.
+        first_step: number of optimizer steps already done. Later steps in existing files were reported after the checkpoint
+            that the run resumes from, and are removed.
 
     Raises:
         UserError: if the files cannot be opened.
@@ -62,9 +62,9 @@ class Monitor:
         """Write the report of an evaluation.
 
         Args:
-            step: optimizer steps done.
-            values: metrics by name.
-            changed: name of a linear -> share (0 to 1) of probe tokens whose active experts changed; empty if unknown.
+            step: number of optimizer steps done.
+            values: name of a metric -> value.
+            changed: return value of `Probe.changed`; empty at the first evaluation.
         """
         if not self._writes or self.failed:
             return
@@ -102,7 +102,7 @@ class Monitor:
 
 
 def _scalars(values: dict[str, Any], section: str, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the TensorBoard tag and value of each number: "section/name" at the top level, "outer/inner" in a dictionary."""
+    """Yield (TensorBoard tag, value) of each number; the tag is "section/name", or "outer/inner" within a dictionary."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _scalars(value, section, f"{prefix}{name}/")
@@ -111,7 +111,7 @@ def _scalars(values: dict[str, Any], section: str, prefix: str = "") -> Iterator
 
 
 def _rounded(value: Any) -> Any:
-    """Round to five significant digits, to keep routing.jsonl small: a detailed report has thousands of numbers."""
+    """Round all floats to five significant digits: a detailed report has thousands, and routing.jsonl must remain small."""
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""Training: from the config to the trained adapter, the training loop, stop requests and the diagnosis of non-finite losses."""
+"""Training: setup of a run from its config, the training loop, stop requests, and diagnosis of non-finite losses."""

@@ -1,4 +1,4 @@
-"""Locate the source of a NaN or infinite loss by repeating the forward with hooks."""
+"""Locate the source of a NaN or infinite loss or gradient, by repeating the forward with hooks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from ldmole_dist.model.forward import batch_logits
 def explain_nonfinite(engine: Engine, batch: dict[str, Tensor], own_loss_is_bad: bool) -> str:
     """Repeat the forward of a micro-batch and describe where the first non-finite value appears on each rank.
 
-    Every rank must call this; all of them return the same text.
+    Collective: every rank must call it.
 
     Args:
-        engine: that computed the non-finite loss.
-        batch: the micro-batch whose loss was non-finite on this rank; on other ranks any micro-batch.
-        own_loss_is_bad: whether this rank's own loss was non-finite.
+        engine: engine that computed the non-finite value.
+        batch: micro-batch whose loss was non-finite on this rank; any micro-batch if there was none.
+        own_loss_is_bad: whether the loss of `batch` was non-finite.
+
+    Returns:
+        Description for the error message, the same on every rank.
     """
     parameter = _first_nonfinite_parameter(engine)
     layer = _first_nonfinite_layer(engine, batch)
@@ -36,7 +39,7 @@ def explain_nonfinite(engine: Engine, batch: dict[str, Tensor], own_loss_is_bad:
                 f"rank {found['rank']}: first non-finite output in {found['layer'] or 'the loss itself'}"
                 + (f", its shard of parameter {found['parameter']} is not finite" if found["parameter"] else "")
             )
-    return "; ".join(texts) or "a second forward is finite on every rank; try parallelism.precision=bf16 or fp32"
+    return "; ".join(texts) or "the repeated forward is finite on every rank; try parallelism.precision=bf16 or fp32"
 
 
 def _first_nonfinite_parameter(engine: Engine) -> str | None:
@@ -57,7 +60,7 @@ def _first_nonfinite_layer(engine: Engine, batch: dict[str, Tensor]) -> str | No
 
         return check_output
 
-    # Forward hooks run when a module returns, so an inner module is recorded before the modules that contain it.
+    # A forward hook runs when its module returns, so an inner module is recorded before the modules that contain it.
     hooks = [module.register_forward_hook(make_hook(name)) for name, module in engine.module.named_modules()]
     try:
         batch_logits(engine.module, batch)

@@ -13,9 +13,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Context manager that records SIGTERM and SIGINT instead of ending the process.
 
-    The training loop reads `requested` at the end of each step and saves a checkpoint. A second SIGINT ends the process as
-    usual. A SIGTERM after another signal is ignored: DeepSpeed's launcher receives a Ctrl-C too and forwards it as SIGTERM at
-    once, before the ranks could save; it kills the ranks that are left after 30 s.
+    The training loop reads `requested` at the end of each step and, if it is set, saves a checkpoint and stops. A second SIGINT
+    interrupts the process as usual. Later SIGTERMs are ignored: on Ctrl-C, DeepSpeed's launcher at once sends SIGTERM to the
+    ranks, which have not saved yet. After 30 s it kills the ranks that still run.
 
     Attributes:
         requested: whether a signal was received.
@@ -26,7 +26,7 @@ class StopRequest:
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
+        if threading.current_thread() is threading.main_thread():  # Python can set signal handlers only there
             self._previous_handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 

@@ -1,4 +1,4 @@
-"""A training run, from its config to its adapter, on one process or many."""
+"""Setup of a training run from its config, and export of the trained adapter."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 def train(config: Config) -> dict[str, float]:
-    """Train an adapter and write it to `adapter/` in the output folder; every rank calls this.
+    """Train an adapter and write it to `adapter/` in the output folder. Collective: every rank must call it.
 
     Returns:
-        The metrics of the final evaluation.
+        Metrics of the final evaluation; empty without evaluation data.
 
     Raises:
-        UserError, PeerError, NonFiniteLoss, Preempted: on every rank.
+        UserError, PeerError: on every rank, as in `prepare` and `Trainer.run`, or if the adapter cannot be written.
+        NonFiniteLoss, Preempted: on every rank, as in `Trainer.run`.
     """
     trainer = prepare(config)
     result = trainer.run()
-    with StopRequest():  # a stop signal must not interrupt the export: the run ends after it anyway
+    with StopRequest():  # a stop signal must not interrupt the export, after which the run ends anyway
         export_adapter(trainer.engine, Path(config.run.output_dir) / "adapter", trainer.process)
     return result
 
@@ -52,15 +53,18 @@ def train(config: Config) -> dict[str, float]:
 def prepare(config: Config) -> Trainer:
     """Build the data, model, engine and trainer of a run, and load the checkpoint that it resumes from.
 
+    Collective: every rank must call it.
+
     Raises:
-        UserError, PeerError: on every rank.
+        UserError, PeerError: on every rank, if the config, the data, the checkpoint, the output folder or the backbone is not
+            usable.
     """
     process = start(config.parallelism.timeout_minutes)
     with raise_on_all_ranks("checking the config"):
         check_parallelism(config, process.world_size)
         ds_config = resolve_run(config, process.world_size)
         tokenizer = load_tokenizer(config.backbone.path)
-    # Data and checkpoint are checked before the model is built: loading a large backbone takes minutes.
+    # Check data and checkpoint before the model is built, because loading a large backbone takes minutes.
     data = read_data(config, tokenizer, process)
     checkpoint = choose_checkpoint(config, data.order, process)
     folder = Path(config.run.output_dir)
@@ -78,7 +82,7 @@ def prepare(config: Config) -> Trainer:
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
     total_steps = number_of_steps(config.optimisation, data.size)
     engine = Engine(model, ds_config, config.optimisation, total_steps)
-    # From here on each rank draws its own dropout masks. Initial values are equal on all ranks: they were drawn above.
+    # From here on, each rank draws its own dropout masks. The initial values, drawn above, must be equal on all ranks.
     torch.manual_seed(config.run.seed * 1_000_003 + process.rank)
     first_step = 0 if checkpoint is None else load_checkpoint(engine, checkpoint, process)
 
@@ -94,7 +98,7 @@ def prepare(config: Config) -> Trainer:
 
 
 def number_of_steps(o: Optimisation, examples: int) -> int:
-    """Return the total optimizer steps of a run over `examples` training examples."""
+    """Return the number of optimizer steps of a run with `examples` training examples."""
     if o.max_steps is not None:
         return o.max_steps
     assert o.epochs is not None  # the config requires one of the two
@@ -104,10 +108,10 @@ def number_of_steps(o: Optimisation, examples: int) -> int:
 def _prepare_folder(folder: Path, config: Config, checkpoint: Path | None) -> None:
     """Create the output folder and write its config.yaml.
 
-    A fresh run moves an earlier run in the folder aside. A resumed one renames the checkpoints later than its own, which are
-    damaged or discarded, to `unused_step_N`.
+    If the folder holds an earlier run that is not resumed, it is renamed to FOLDER.1, FOLDER.2, ... A resumed run renames
+    checkpoints later than `checkpoint`, which are damaged or discarded, to `unused_step_N`.
     """
-    # Resolved, because one of the paths may be relative or contain a link.
+    # Paths are resolved, because one of them may be relative or contain a link.
     if checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve():
         for later in list_checkpoints(folder):
             if later.name > checkpoint.name:

@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, evaluations, reports, checkpoints, and errors that stop all ranks together."""
+"""Training loop: optimizer steps, evaluations, reports, checkpoints, and errors that stop all ranks together."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Trainer:
     """Training loop of one run; every rank has one and makes the same calls.
 
     Args:
-        config: of the run.
-        engine: that holds the model and its optimizer.
+        config: config of the run.
+        engine: engine that holds the model and its optimizer.
         data: micro-batches of this rank.
-        evaluator: of the evaluation set; None without one.
-        probe: that measures how routing changes between evaluations.
-        pad_id: token id for padding.
+        evaluator: evaluator of the evaluation set; None without one.
+        probe: probe set, whose routing is compared between evaluations.
+        pad_id: token id of the padding.
         process: this rank.
-        saver: of checkpoints.
-        first_step: optimizer steps already done by the run that is resumed; 0 for a fresh run.
-        last_step: total optimizer steps of the run.
+        saver: writer of the checkpoints.
+        first_step: number of optimizer steps that the resumed run has done; 0 for a fresh run.
+        last_step: total number of optimizer steps of the run.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Trainer:
         self.context = tuner_of(engine.module).context
 
     def run(self) -> dict[str, float]:
-        """Train to the last step.
+        """Train to the last step. Collective: every rank must call it.
 
         Returns:
-            The metrics of the final evaluation; empty without an evaluator.
+            Metrics of the final evaluation; empty without an evaluator.
 
         Raises:
-            NonFiniteLoss: on every rank, with the step, rank and layer.
-            Preempted: on every rank, after a checkpoint was saved because some rank received a stop signal.
+            NonFiniteLoss: on every rank, if the loss or the gradient is not finite; the message names step, rank and layer.
+            Preempted: on every rank, if any rank received a stop signal, after a checkpoint was saved.
             UserError, PeerError: if data cannot be read, or reports or checkpoints cannot be written.
         """
         with self.stop:
@@ -96,7 +96,7 @@ class Trainer:
 
     def _training_loop(self) -> dict[str, float]:
         run = self.config.run
-        if self.first_step >= self.last_step:  # nothing left to train; this evaluation was reported before
+        if self.first_step >= self.last_step:  # nothing left to train; the evaluation was reported by the resumed run
             return self._evaluate(self.first_step)
         result = self._report_evaluation(0) if self.first_step == 0 and run.eval_before else {}
         steps = tqdm(
@@ -116,7 +116,7 @@ class Trainer:
                 result = self._report_evaluation(step)
 
             stop_requested, checkpoint_written, report_failed = self._reduce_flags()
-            if checkpoint_written or report_failed:  # after a failed report, keep the checkpoint that is being written
+            if checkpoint_written or report_failed:  # after a failed report, the pending checkpoint is still published
                 self.saver.finish()
             if report_failed:
                 self._check_reports()
@@ -131,12 +131,12 @@ class Trainer:
         return result
 
     def _train_step(self, step: int) -> Report:
-        """Run one optimizer step (numbered from 1) and return its report, which is the same on every rank."""
+        """Run optimizer step `step` (from 1) and return its report, which is the same on every rank."""
         started = time.perf_counter()
         meter = StepMeter(self.engine, self.process, detailed=step % self.config.run.detail_every == 0)
         batches, loss_factor = self._load_batches(step)
         losses = self._forward_backward(step, batches, loss_factor, meter)
-        report = meter.report()  # before the update, which clears the gradients that a detailed report measures
+        report = meter.report()  # before the update, which clears the gradients that a detailed report needs
         metrics = report.metrics
         if not math.isfinite(metrics["loss"]):
             self._raise_nonfinite_loss(step, metrics["loss"], batches, losses)
@@ -156,13 +156,14 @@ class Trainer:
         return report
 
     def _load_batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Return this rank's micro-batches of a step and the factor for their summed losses.
+        """Return this rank's micro-batches of a step, and the factor by which their task losses are multiplied.
 
         `answer_loss` sums over tokens, and the engine averages over ranks and micro-batches. The factor turns that average
         into the mean loss per answer token of the global batch, however it is split.
 
         Raises:
-            UserError: on a rank that cannot read a row; PeerError on the others.
+            UserError: on a rank that cannot read a row.
+            PeerError: on the other ranks in that case.
         """
         batches: list[dict[str, Tensor]] = []
         read_error: UserError | None = None
@@ -170,12 +171,12 @@ class Trainer:
             batches = self._micro_batches(step)
         except UserError as error:
             read_error = error
-        # Packed labels (1-D) are shifted already.
+        # Labels of sequence classification (1-D) are targets already; token labels are shifted by one position.
         targets = [b["labels"] if b["labels"].dim() == 1 else next_tokens(b["labels"]) for b in batches]
         answers = sum(
             (answer_count(t) for t in targets), torch.zeros((), dtype=torch.int64, device=self.process.device)
         )
-        # The flag shares the all-reduce of the count, so that agreeing on errors costs nothing in the usual case.
+        # The error flag shares the all-reduce of the count, so that a step without errors needs no further collective.
         counts = torch.stack([answers, torch.tensor(int(read_error is not None), device=self.process.device)])
         dist.all_reduce(counts)
         if counts[1] > 0:
@@ -206,11 +207,11 @@ class Trainer:
             losses.append(loss.detach())
             meter.add(loss.detach(), task_loss.detach(), batch)
             if index < len(batches) - 1:
-                self.engine.step()  # DeepSpeed counts micro-batches here; the caller makes the last call, which updates
+                self.engine.step()  # DeepSpeed counts the micro-batch; only the last call, by the caller, updates
         return losses
 
     def _router_noise(self, step: int, micro_batch: int) -> RouterNoise | None:
-        """Return the noise on the router scores of one micro-batch of this rank; None if there is none."""
+        """Return the noise on the router scores of one micro-batch of this rank; None if the noise is zero."""
         o, run = self.config.optimisation, self.config.run
         std = linear_decay(o.router_noise, o.router_noise_share, step, self.last_step)
         return RouterNoise(std, (run.seed, step, micro_batch, self.process.rank)) if std > 0 else None
@@ -227,14 +228,14 @@ class Trainer:
         self.context.noise = self._router_noise(step, 0)
         finding = explain_nonfinite(self.engine, batches[0], False)
         raise NonFiniteLoss(
-            f"the gradient norm is {self.engine.grad_norm} at step {step} although the loss is {loss}: "
-            f"resume from the last checkpoint with a smaller learning rate; {finding}"
+            f"the gradient norm is {self.engine.grad_norm} at step {step} although the loss is {loss}; {finding}. Resume from "
+            "the last checkpoint with a smaller learning rate."
         )
 
     def _adapt_l1(self, metrics: dict[str, Any]) -> None:
-        """Report the L1 coefficient of this step and set that of the next (router `relu`).
+        """Add the L1 coefficient of this step to the metrics and set that of the next step (router `relu` only).
 
-        It follows from metrics of all ranks, so it stays the same on every rank.
+        The coefficient depends only on metrics reduced over all ranks, so it is the same on every rank.
         """
         if "loss_l1" in metrics:
             weights = self.context.weights
@@ -243,7 +244,7 @@ class Trainer:
             weights.l1 = next_l1_coefficient(weights.l1, metrics["experts_per_token"], weights.target_k, rate)
 
     def _report_evaluation(self, step: int) -> dict[str, float]:
-        """Evaluate, measure how routing has changed, report both, and return the metrics of the evaluation."""
+        """Evaluate, measure how routing changed since the last evaluation, report both, and return the metrics."""
         changed = self.probe.changed(self.engine)
         result = self._evaluate(step)
         if result or changed:
@@ -262,9 +263,11 @@ class Trainer:
         return result
 
     def _reduce_flags(self) -> tuple[bool, bool, bool]:
-        """Return whether any rank received a stop signal, every rank has written its checkpoint file, and any report failed.
+        """Reduce the flags of all ranks, so that all ranks act on them in the same step.
 
-        Each flag is local to a rank, but what follows is collective: all ranks must act on it in the same step.
+        Returns:
+            Whether any rank received a stop signal; whether every rank has finished its file of the pending checkpoint; whether
+            any rank failed to write a report.
         """
         own = [self.stop.requested, self.saver.done, self.monitor.failed]
         flags = torch.tensor(own, dtype=torch.int64, device=self.process.device)
@@ -273,6 +276,6 @@ class Trainer:
         return stop_requested > 0, written == self.process.world_size, report_failed > 0
 
     def _check_reports(self) -> None:
-        """Raise UserError on the rank that could not write its reports and PeerError on the others; every rank calls it."""
+        """Raise UserError on the rank that could not write its reports and PeerError on the others. Collective."""
         with raise_on_all_ranks("writing the reports"):
             self.monitor.check()
