@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=VALUE]",
-        help="environment variable to pass to the ranks, besides those of docs/clusters.md; can be repeated",
+        help="environment variable to pass to the ranks, in addition to those of docs/clusters.md; can be repeated",
     )
     how.add_argument(
         "--ssh-args",

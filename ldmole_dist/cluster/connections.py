@@ -175,7 +175,7 @@ class Connections:
             return [(None, message) for message in others]
         try:
             status = RankStatus(channel=channel, **hello)
-        except TypeError:  # a supervisor of another version of this package, with other fields
+        except TypeError:  # a supervisor of another version of this package sends other fields
             self._reject(channel)
             return []
         del self._unidentified[channel]

@@ -56,7 +56,7 @@ def _check_hosts(
     rows, problems = [], []
     with ExitStack() as stack:
         probes = []
-        for name in names:  # start all probes before waiting for one, so that they run in parallel
+        for name in names:  # start all probes before waiting for any, so that they run in parallel
             towards = next((other for other in names if other != name), None)
             probes.append(stack.enter_context(RemoteProbe(spec, name, exports, common | {"towards": towards})))
         for probe in probes:

@@ -24,7 +24,7 @@ def exit_process(code: int) -> NoReturn:
             thread.join(max(0.0, deadline - time.monotonic()))
     mpi = sys.modules.get("mpi4py.MPI")
     if code == 0 and mpi is not None:
-        mpi.Finalize()  # mpirun reports a process that exits without it as crashed
+        mpi.Finalize()  # mpirun reports a process that exits without MPI_Finalize as crashed
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -70,11 +70,11 @@ def find_lost_ranks(running: Sequence[RankStatus], now: float) -> Failure | None
     description = "lost its supervisor (it was killed, or the host went down)"
     if not first.channel.closed:
         description = f"sent no message for {LOST_SECONDS:.0f} s: the host is unreachable or hangs"
-        # All ranks of the host are lost: their last messages are at most two keepalive intervals apart.
+        # Report all ranks of the host: their last messages are at most two keepalive intervals apart.
         silence = LOST_SECONDS - 2 * KEEPALIVE_SECONDS
         lost = [s for s in running if s.host == first.host and now - s.last_message_at > silence]
     for status in lost:
-        status.channel.close()  # a supervisor that is still alive then ends its rank
+        status.channel.close()  # a supervisor that is still alive then kills its rank
     ranks = ", ".join(str(status.rank) for status in lost if status.host == first.host)
     return Failure(f"rank(s) {ranks} on {first.host}", description + first.last_activity, abrupt=True)
 

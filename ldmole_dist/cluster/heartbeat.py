@@ -7,7 +7,7 @@ import faulthandler
 import os
 import signal
 
-HEARTBEAT_FD = "LDMOLE_HEARTBEAT_FD"  # environment variable: the file descriptor to write heartbeats to
+HEARTBEAT_FD = "LDMOLE_HEARTBEAT_FD"  # environment variable with the file descriptor for heartbeats
 
 
 def heartbeat(activity: str) -> None:

@@ -59,7 +59,7 @@ def slurm_hosts(environ: Mapping[str, str]) -> list[Host]:
     """
     tasks: list[int] = []
     for part in environ.get("SLURM_TASKS_PER_NODE", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)  # "8(x2),4" stands for 8, 8, 4
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)  # "8(x2),4" means 8, 8, 4
         if match is None:
             raise UserError(
                 f"SLURM_TASKS_PER_NODE={environ.get('SLURM_TASKS_PER_NODE')!r} does not set the number of ranks per node; "

@@ -127,7 +127,7 @@ def run_attempt(
             script = supervisor_command(command, job_arguments, all_exports, spec.interface)
             argv = launcher_command(spec, script, Path(folder))
             print_status(shlex.join(argv))
-            # A new session, so that Ctrl-C reaches this process only, which then stops all ranks together.
+            # Start a new session, so that Ctrl-C reaches only this process, which then stops all ranks together.
             launcher = subprocess.Popen(
                 argv, env=launcher_environment(spec, os.environ), stdin=subprocess.DEVNULL, start_new_session=True
             )

@@ -8,7 +8,7 @@ import threading
 import time
 from typing import IO
 
-KEPT_BYTES = 8192  # size of the end of the output that is kept for error reports
+KEPT_BYTES = 8192  # number of last output bytes that are kept for error reports
 PROGRESS_BAR_SECONDS = 10.0  # interval at which the state of a progress bar is written to a log
 
 

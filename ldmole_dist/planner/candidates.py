@@ -211,7 +211,7 @@ def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _complexity(candidate: Candidate) -> tuple[bool, int, int, int]:
     s = candidate.strategy
-    # Among stages 0 to 2, prefer the one with most free memory.
+    # Among stages 0 to 2, prefer the one with the most free memory.
     return s.offload != "none", s.ep_size, s.stage == 3, candidate.total_bytes
 
 
@@ -232,7 +232,7 @@ def alternatives(candidate: Candidate, candidates: Sequence[Candidate]) -> dict[
 
 def _differences(a: Strategy, b: Strategy) -> set[str]:
     settings = {name for name in SETTINGS if getattr(a, name) != getattr(b, name)}
-    # The shipped offload configs fix the stage, so a change of both counts as one.
+    # The shipped offload configs fix the stage, so a change of both is treated as one.
     return {"offload"} if settings == {"offload", "stage"} else settings
 
 
@@ -252,7 +252,7 @@ def changes_that_fit(candidate: Candidate) -> list[str]:
 def _sufficient(candidate: Candidate, w: Workload) -> list[str]:
     answers, gpus = w.answer_tokens or w.seq, candidate.machine.gpus
     options: list[list[tuple[str, Workload, int]]] = []
-    if candidate.missing_bytes > 0:  # host memory holds no activations
+    if candidate.missing_bytes > 0:  # these options only reduce activations, which are in GPU memory
         options += [
             [(f"--micro-batch {n}", replace(w, micro_batch=n), gpus) for n in _halves(w.micro_batch)],
             [(f"--answer-tokens {n}", replace(w, answer_tokens=n), gpus) for n in _halves(answers)],

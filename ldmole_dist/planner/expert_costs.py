@@ -138,9 +138,9 @@ def saved_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
         return hidden
     volume, sizes = dispatch_volume(group, w, strategy), group_sizes(group, w, strategy)
     G, L, fetched = len(group.out_features), sizes.experts, volume.experts
-    row_indices = volume.rows * (2 + G) * INT64  # token, and position among the gates of each linear
+    row_indices = volume.rows * (2 + G) * INT64  # (destination, token), and the index of the gates of each linear
     received = volume.rows * (group.in_features * itemsize + G * L * 4)  # x, and float32 gates
-    sum_indices = G * volume.linear_rows * 2 * INT64  # token indices of the returned sums
+    sum_indices = G * volume.linear_rows * 2 * INT64  # (destination, token) of the returned sums
     if volume.linear_rows < volume.rows:
         sum_indices += G * volume.linear_rows * INT64  # indices of the received rows with a returned sum
     gathered = 0.0

@@ -130,7 +130,7 @@ def _shapes_of(workload: Workload) -> Shapes:
             bare = AutoModelForCausalLM.from_config(workload.backbone)
         if shapes.frozen() == sum(p.numel() for p in bare.parameters()):
             return shapes
-    return _shapes(meta_model(workload))  # the layers differ from each other, so that the second one cannot be repeated
+    return _shapes(meta_model(workload))  # the layers differ, so the second one cannot be repeated
 
 
 def _shapes(model: PeftModel) -> Shapes:

@@ -172,7 +172,7 @@ def worst(results: list[dict[str, float]]) -> tuple[float, str]:
     """Return the largest distance over all ranks and tensors, and the name of its tensor.
 
     Args:
-        results: distances by tensor, for each rank; NaN counts as infinity.
+        results: distances by tensor, for each rank; NaN is treated as infinity.
     """
     # `max` could skip a NaN, because every comparison with NaN is False.
     return max((math.inf if math.isnan(d) else d, name) for result in results for name, d in result.items())

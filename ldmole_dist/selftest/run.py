@@ -17,7 +17,7 @@ from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.tiny import EXPERTS
 
 EXACT, FLOAT64, FLOAT32 = 0.0, 1e-12, 1e-4
-BFLOAT16 = 0.25  # rounding error is 0.004 relative, but larger where gradients nearly cancel
+BFLOAT16 = 0.25  # the relative rounding error is 0.004, but larger where gradients nearly cancel
 
 
 class Case(NamedTuple):
