@@ -1,1 +1,1 @@
-"""Benchmarks, the scaling study and the comparison of routers."""
+"""Measurements: benchmarks, the scaling study and the comparison of routers."""

@@ -1,1 +1,1 @@
-"""The comparison of routers and plain LoRA with the same data, budget and seeds: `ldmole compare`."""
+"""Compare routers and plain LoRA on the same data, with the same budget and seeds: `ldmole compare`."""

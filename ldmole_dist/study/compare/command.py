@@ -1,4 +1,4 @@
-"""`ldmole compare`: run the missing runs of a comparison and write its page."""
+"""`ldmole compare`: execute the missing runs of a comparison and write its page."""
 
 from __future__ import annotations
 
@@ -19,39 +19,47 @@ if TYPE_CHECKING:
     from ldmole_dist.config import Config
     from ldmole_dist.study.compare.store import Store
 
-COMPARE = """Trains every router, and plain LoRA with as many parameters, on the same data with the same budget and seeds, and
-writes tables of the results to OUTPUT/routers.md. The same command resumes an interrupted comparison."""
+COMPARE = """Train with every router, and plain LoRA with as many parameters, on the same data with the same budget and seeds.
+Write tables of the results to OUTPUT/routers.md. To resume an interrupted comparison, run the same command again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ldmole compare`."""
-    parser.add_argument("config", help="YAML file that all runs start from, such as launch/configs/compare.yaml")
+    parser.add_argument("config", help="YAML config of all runs, such as launch/configs/compare.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file, in all runs"
+        "overrides", nargs="*", metavar="a.b=c", help="values that override those of the config in all runs"
     )
     parser.add_argument(
         "--vader",
         metavar="ARCHIVE",
-        help="path of vaderSentiment-3.3.2.tar.gz: train on WordNet and VADER instead of the config's data",
+        help="path of vaderSentiment-3.3.2.tar.gz; trains on WordNet and VADER instead of the config's data",
     )
     parser.add_argument("--output", default="runs/compare", help="folder of the comparison (default: %(default)s)")
-    parser.add_argument("--methods", help="comma-separated methods (default: all routers and plain LoRA)")
+    parser.add_argument("--methods", help="comma-separated methods to run (default: all routers and plain LoRA)")
     parser.add_argument(
-        "--seeds", type=positive, default=3, metavar="N", help="number of seeds, from 0 (default: %(default)s)"
+        "--seeds",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="number of seeds; uses seeds 0 to N - 1 (default: %(default)s)",
     )
-    parser.add_argument("--jobs", type=positive, help="concurrent runs (default: one per GPU, or per CPU core)")
-    parser.add_argument("--page-only", action="store_true", help="run nothing; write the page of the finished runs")
+    parser.add_argument(
+        "--jobs", type=positive, help="number of concurrent runs (default: one per GPU, or one per CPU core)"
+    )
+    parser.add_argument(
+        "--page-only", action="store_true", help="write the page of the finished runs without running more"
+    )
     parser.set_defaults(call=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a comparison.
+    """Run `ldmole compare`.
 
     Returns:
-        0, or EXIT_PREEMPTED if it was interrupted and the same command resumes it.
+        0, or `EXIT_PREEMPTED` after Ctrl-C or SIGTERM; the same command then resumes the comparison.
 
     Raises:
-        UserError: for a value that is not supported, a folder that cannot be used, or a run that failed.
+        UserError: if an option has a value that is not supported, the folder cannot be used, or a run failed.
     """
     from ldmole_dist.io import atomic_write, write_errors
     from ldmole_dist.study.compare.page import page
@@ -80,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _base(args: argparse.Namespace, folder: Path) -> Config:
-    """Return the config that all runs start from."""
+    """Return the config of all runs.
+
+    With --vader, also write the data to `folder`.
+    """
     from ldmole_dist.config import load_config
     from ldmole_dist.study.compare.data import ALL_LABELS, write_data
 
@@ -88,26 +99,32 @@ def _base(args: argparse.Namespace, folder: Path) -> Config:
     if args.vader is not None:
         train, test = write_data(args.vader, folder / "data")
         overrides += [f"data.train={train}", f"data.eval={test}", f"data.labels={ALL_LABELS}"]
-    # Checkpoints are needed only to resume an interrupted run.
+    # Checkpoints are needed only to resume an interrupted run, so one per run is enough.
     return load_config(args.config, [*overrides, f"run.output_dir={folder}", "run.save_every=10", "run.keep_last=1"])
 
 
 def _about(args: argparse.Namespace, base: Config) -> dict[str, str]:
-    """Return what the results depend on: machine, versions, data, settings and code."""
+    """Return what the results depend on: machine, library versions, data, settings, code and command.
+
+    Raises:
+        UserError: if data.eval is not set, or a data file cannot be read.
+    """
     from ldmole_dist.config import dump_config
     from ldmole_dist.data.sources import as_sources
     from ldmole_dist.study.compare.store import commit
     from ldmole_dist.study.machine import machine
 
     if base.data.eval is None:
-        raise UserError("data.eval is not set; a comparison needs evaluation data")
+        raise UserError("data.eval is not set, but a comparison needs evaluation data; set data.eval=FILE")
     contents = hashlib.sha256()
     for source in [*as_sources(base.data.train), *as_sources(base.data.eval)]:
         contents.update(repr(source).encode())
         try:
             contents.update(b"" if source.path is None else Path(source.path).read_bytes())
         except OSError as error:
-            raise UserError(f"data file {source.path}: {error.strerror}; check data.train and data.eval") from error
+            raise UserError(
+                f"cannot read the data file {source.path} ({error.strerror}); check data.train and data.eval"
+            ) from error
     settings = hashlib.sha256(dump_config(base).encode()).hexdigest()[:12]
     vader = [] if args.vader is None else ["--vader", Path(args.vader).name]
     command = shlex.join(["launch/compare_routers.py", args.config, *args.overrides, *vader])
@@ -123,9 +140,10 @@ def _run(args: argparse.Namespace, store: Store, base: Config) -> None:
 
     names = args.methods.split(",") if args.methods else list(DEFAULT)
     if unknown := [name for name in names if name not in METHODS]:
-        raise UserError(f"--methods {','.join(unknown)} is not supported; use some of {', '.join(METHODS)}")
+        raise UserError(f"--methods {','.join(unknown)} is not supported; choose from {', '.join(METHODS)}")
     jobs = args.jobs or torch.cuda.device_count() or len(os.sched_getaffinity(0))
-    # Ordered by seed, so that an interrupted comparison has the same seeds of all methods.
+    # Run all methods with one seed before the next seed: an interrupted comparison then has the same seeds for all
+    # methods.
     run_missing(store, base, [(name, seed) for seed in range(args.seeds) for name in names], jobs)
 
 

@@ -1,4 +1,4 @@
-"""The data of the comparison: WordNet definitions and VADER's rated sentences, mixed as five domains."""
+"""Write the data of the comparison: WordNet definitions as one domain, and VADER's rated sentences as four domains."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from ldmole_dist.io import atomic_write, write_errors
 
 WORDNET_LABELS = [" animal", " plant", " food", " person", " object", " body", " place", " time"]
 ALL_LABELS = [*WORDNET_LABELS, *LABELS]
-TRAIN, TEST = {"wordnet": 480, "vader": 200}, 80  # rows of a domain
+TRAIN = {"wordnet": 480, "vader": 200}  # training rows: of WordNet, and of each of VADER's domains
+TEST = 80  # test rows of each domain
 
 
 def write_data(archive: str, folder: Path) -> tuple[Path, Path]:
-    """Write train.jsonl and test.jsonl, always with the same randomly drawn rows, and return their paths.
+    """Write train.jsonl and test.jsonl. The rows are drawn with a fixed seed.
 
     Args:
         archive: path of vaderSentiment-3.3.2.tar.gz (`data.vader`).
         folder: output folder; created if it does not exist.
 
+    Returns:
+        The paths of train.jsonl and test.jsonl.
+
     Raises:
-        UserError: if the archive is another one, or the folder cannot be written.
+        UserError: if the archive cannot be read or is not vaderSentiment-3.3.2, or the folder cannot be written.
     """
     draw = random.Random(0)
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}

@@ -1,4 +1,4 @@
-"""Run the missing runs of a comparison: each method with each seed is a training run in its own process."""
+"""Execute the missing runs of a comparison. Each method with each seed is a training run in its own process."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ Cell = tuple[str, int]  # a method and a seed
 
 
 def run_missing(store: Store, base: Config, cells: Sequence[Cell], jobs: int) -> None:
-    """Run the cells that have no row; an interrupted run resumes from its last checkpoint.
+    """Run the cells that have no row in the store, and add their rows.
+
+    An interrupted run resumes from its last checkpoint.
 
     Args:
         store: folder of the comparison.
         base: config that all runs start from.
-        cells: all runs; the first one also evaluates before training, which gives the same result for all.
-        jobs: concurrent runs; each has one GPU, or one thread on a CPU.
+        cells: all runs. Only the first one also evaluates before training, because the result is the same for all runs.
+        jobs: number of concurrent runs; each uses one GPU, or one CPU thread.
 
     Raises:
-        UserError: if a run fails, with the end of its log; the other runs are stopped first and can be resumed.
+        UserError: if a run fails, with the last line of its log. The other runs save a checkpoint and are stopped
+            first.
     """
     known = {(row.method, row.seed) for row in store.rows()}
     waiting = [cell for cell in cells if cell not in known]
-    running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}  # by slot, which is the GPU
+    running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}  # slot -> run; with GPUs, a slot is a GPU index
     progress = tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run")
     try:
         while waiting or running:
@@ -52,19 +55,22 @@ def run_missing(store: Store, base: Config, cells: Sequence[Cell], jobs: int) ->
                 if process.poll() is not None:
                     del running[slot]
                     if process.returncode != 0:
-                        raise UserError(f"{cell[0]} with seed {cell[1]} failed: {_last_log_line(store, cell)}")
+                        raise UserError(
+                            f"{cell[0]} with seed {cell[1]} failed: {_last_log_line(store, cell)}; fix the cause, then run "
+                            "the same command again to resume"
+                        )
                     store.add(row_of(*cell, folder_of(store, cell)))
                     progress.update()
     finally:
         progress.close()
-        for _, process in running.values():  # a run saves a checkpoint and exits
+        for _, process in running.values():  # on SIGTERM a run saves a checkpoint and exits
             process.send_signal(signal.SIGTERM)
         for _, process in running.values():
             process.wait()
 
 
 def folder_of(store: Store, cell: Cell) -> Path:
-    """Return the output folder of a run."""
+    """Return the output folder of one run."""
     return store.path / cell[0] / f"seed_{cell[1]}"
 
 
@@ -79,7 +85,7 @@ def _start(store: Store, base: Config, cell: Cell, slot: int, before: bool) -> s
         f"run.output_dir={folder}",
         f"run.eval_before={str(before).lower()}",
     ]
-    # A run has one rank, even if a launcher started this process.
+    # Remove the variables of a launcher that may have started this process: a run has one rank.
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }

@@ -1,4 +1,4 @@
-"""The compared methods of methods.yaml; each changes a few keys of the same run config."""
+"""The methods to compare, loaded from methods.yaml. Each overrides a few keys of the same run config."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from ldmole_dist.method.names import ROUTER_NAMES
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.targets import experts_of_linear
 
-BASELINE = "sparsegen"  # the other methods are compared with it, seed by seed
+BASELINE = "sparsegen"  # method that the others are compared with, for each seed
 
 
 class Method(NamedTuple):
-    """A row of the table: its title, and overrides of the run config such as "a.b=c"."""
+    """A method of the comparison.
+
+    Args:
+        title: name of the method in the tables.
+        overrides: overrides of the run config, such as "adapter.router=topk".
+    """
 
     title: str
     overrides: list[str]
@@ -34,11 +39,13 @@ DEFAULT = ROUTER_NAMES
 
 
 def overrides_of(name: str, adapter: Adapter, backbone: str) -> list[str]:
-    """Return the overrides of a method; those of plain LoRA set r so that it has as many parameters as LD-MoLE.
+    """Return the config overrides of a method.
+
+    For plain LoRA they set r so that it has about as many parameters as the LD-MoLE adapter, with the same alpha / r.
 
     Args:
         name: name of the method.
-        adapter: config that all methods start from.
+        adapter: adapter config that all methods start from.
         backbone: path of the frozen model.
     """
     overrides = list(METHODS[name].overrides)
@@ -50,7 +57,15 @@ def overrides_of(name: str, adapter: Adapter, backbone: str) -> list[str]:
 
 
 def linears_of(backbone: str, adapter: Adapter) -> list[tuple[int, int, int]]:
-    """Return (in-features, out-features, experts) of every adapted linear, without loading the weights."""
+    """Return the sizes of every adapted linear, without loading the weights.
+
+    Args:
+        backbone: path of the frozen model.
+        adapter: config of the LD-MoLE adapter.
+
+    Returns:
+        (in-features D, out-features O, experts E) for each linear.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(backbone))
     config = LdMoleConfig(num_experts=adapter.num_experts, target_modules=adapter.target_modules)

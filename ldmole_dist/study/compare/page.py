@@ -1,4 +1,4 @@
-"""The page of a comparison: page.md has the text; its tables are computed from the rows."""
+"""Compose the page of a comparison: page.md has the text, and its tables are computed from the finished runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldmole_dist.study.table import Rows, markdown_table
 
 
 def page(store: Store) -> str:
-    """Return the page in Markdown."""
+    """Return the page as Markdown."""
     rows, about = store.rows(), store.about
     by_method = {name: [row for row in rows if row.method == name] for name in METHODS}
     by_method = {name: runs for name, runs in by_method.items() if runs}
@@ -36,7 +36,11 @@ def page(store: Store) -> str:
 
 
 def result_rows(by_method: dict[str, list[Row]]) -> Rows:
-    """Return a row for each method: its number of runs, and mean and standard deviation of its results."""
+    """Return one table row per method: number of runs, and mean and standard deviation of the results over seeds.
+
+    Args:
+        by_method: name of a method -> its finished runs, at least one.
+    """
     return [
         {
             "method": METHODS[name].title,
@@ -53,7 +57,11 @@ def result_rows(by_method: dict[str, list[Row]]) -> Rows:
 
 
 def domain_rows(by_method: dict[str, list[Row]]) -> Rows:
-    """Return a row for each method with its accuracy in every domain and in all of them, and one before training."""
+    """Return table rows of the accuracy in each domain and over all domains: one before training, then one per method.
+
+    Args:
+        by_method: name of a method -> its finished runs, at least one.
+    """
     rows = [row for runs in by_method.values() for row in runs]
     keys = sorted(key for key in rows[0].after if key.endswith("accuracy"))
     evaluations = {"before training": [row.before for row in rows if row.before is not None][:1]}
@@ -68,7 +76,13 @@ def domain_rows(by_method: dict[str, list[Row]]) -> Rows:
 
 
 def difference_rows(by_method: dict[str, list[Row]]) -> Rows:
-    """Return a row for each method with its differences to the baseline, for the seeds that both have."""
+    """Return one table row per method except the baseline, with its differences from the baseline.
+
+    Differences are between runs with the same seed. Methods that have no seed in common with the baseline are left out.
+
+    Args:
+        by_method: name of a method -> its finished runs.
+    """
     quantities: dict[str, tuple[Callable[[Row], float], int]] = {
         "accuracy, points": (lambda row: 100 * row.after["accuracy"], 1),
         "evaluation loss": (lambda row: row.after["eval_loss"], 3),
@@ -90,7 +104,11 @@ def difference_rows(by_method: dict[str, list[Row]]) -> Rows:
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean of at least two differences, by Student's t."""
+    """Return the 95 % confidence interval of the mean, by Student's t-distribution.
+
+    Args:
+        differences: at least two values.
+    """
     error = float(stats.sem(differences))
     half = error * float(stats.t.ppf(0.975, len(differences) - 1))
     mean = statistics.mean(differences)
@@ -98,7 +116,13 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def spread(values: Sequence[float], digits: int, sign: bool = False) -> str:
-    """Return "mean ± standard deviation"; the mean alone for one value, "–" for none."""
+    """Return "mean ± standard deviation" as text; the mean alone for one value, "–" for none.
+
+    Args:
+        values: values to summarize.
+        digits: number of digits after the decimal point.
+        sign: whether to write a plus sign before a positive mean.
+    """
     if not values:
         return "–"
     mean = f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}"

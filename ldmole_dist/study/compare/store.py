@@ -1,4 +1,4 @@
-"""The folder of a comparison: about.json, and a line of cells.jsonl for each finished run."""
+"""The folder of a comparison: about.json, and cells.jsonl with one line per finished run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ class Row:
     """A finished run; the fields are keys of cells.jsonl.
 
     Args:
-        method: name in `methods.METHODS`.
+        method: name of the method, a key of `methods.METHODS`.
         seed: seed of initial values, dropout and data order.
-        after: metrics of the evaluation after training.
-        before: metrics of the evaluation before training, which is the same for all runs; only one run has it.
-        experts_per_token: active experts, mean over linears and tokens in the last quarter of the steps.
-        parameters: parameters of the adapter.
-        tokens_per_second: median over the steps.
-        peak_memory_gb: peak memory of the GPU, or of the process on a CPU; None if there was no detailed report.
+        after: metrics of the last evaluation.
+        before: metrics of the evaluation before training; None for all runs but one, because all runs would have the
+            same.
+        experts_per_token: active experts per token, mean over tokens, linears and the last quarter of the logged steps.
+        parameters: number of parameters in the adapter.
+        tokens_per_second: training throughput, median over the logged steps.
+        peak_memory_gb: peak memory of the GPU, or of the process on a CPU, in GB; None if the run wrote no detailed
+            report.
     """
 
     method: str
@@ -41,11 +43,17 @@ class Row:
 
 
 def row_of(method: str, seed: int, run: Path) -> Row:
-    """Return the row of a finished run, read from its folder."""
+    """Read the row of a finished run from its files.
+
+    Args:
+        method: name of the method.
+        seed: seed of the run.
+        run: output folder of the run.
+    """
     evaluations, metrics = read_jsonl(run / "evaluations.jsonl"), read_jsonl(run / "metrics.jsonl")
     last = metrics[-max(1, len(metrics) // 4) :]
     with safe_open(run / "adapter" / "adapter_model.safetensors", "pt") as file:
-        # safe_open's object is not iterable, it only has keys().
+        # The object of safe_open has keys() but is not iterable.
         parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     return Row(
         method,
@@ -60,22 +68,41 @@ def row_of(method: str, seed: int, run: Path) -> Row:
 
 
 class Store(StudyFolder):
-    """The folder of a comparison; see `StudyFolder` for the arguments and errors."""
+    """The folder of a comparison.
+
+    Args:
+        folder: path of the folder.
+        about: what the results depend on; None opens an existing folder for reading.
+
+    Raises:
+        UserError: if the folder cannot be used, see `StudyFolder`.
+    """
 
     def __init__(self, folder: Path, about: Mapping[str, str] | None) -> None:
         super().__init__(folder, about, "about.json", "cells.jsonl")
 
     def rows(self) -> list[Row]:
-        """Return all finished runs; raise UserError for a line that cannot be read."""
+        """Return all finished runs in the order in which they finished.
+
+        Raises:
+            UserError: if a line cannot be read.
+        """
         return self.parsed(lambda line: Row(**json.loads(line)))
 
     def add(self, row: Row) -> None:
-        """Append a finished run and synchronize it to disk."""
+        """Append a finished run and sync it to disk.
+
+        Raises:
+            UserError: if the row cannot be written.
+        """
         self.append(json.dumps(asdict(row)))
 
 
 def commit() -> str:
-    """Return the git commit of this package and whether it has uncommitted changes, or "unknown"."""
+    """Return the git commit of this package, followed by ", with changes" if a tracked file is modified.
+
+    Returns "unknown" if git fails, such as outside a repository.
+    """
     folder = Path(__file__).parent
     try:
         head, changes = (
