@@ -1,1 +1,1 @@
-"""The only room that imports deepspeed: start-up, expert groups and marks, partitioned loading, masters, clipping."""
+"""The only package that imports DeepSpeed: process groups, engine, partitioned loading, clipping, optimizer state."""

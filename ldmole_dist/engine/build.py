@@ -1,4 +1,4 @@
-"""A DeepSpeed engine for a model with LD-MoLE adapters, with one interface for every ZeRO stage."""
+"""DeepSpeed engine for a model with LD-MoLE adapters, with the same interface at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ class Engine:
     """A DeepSpeed engine around a PEFT model with LD-MoLE adapters.
 
     Args:
-        model: with its adapter injected; equal on all ranks except for the experts, of which each rank holds its own.
+        model: PEFT model with its adapter injected. All ranks must have the same parameters, except that each has its own
+            experts.
         ds_config: complete config from `resolve_ds_config`.
         optimisation: optimizer, learning-rate schedule and gradient clipping.
-        total_steps: optimizer steps of the run, for the learning-rate schedule.
+        total_steps: number of optimizer steps of the run, for the learning-rate schedule.
 
     Attributes:
         module: the model.
-        grad_norm: gradient norm of the last optimizer step, over the parameters of all ranks, before clipping.
+        stage: ZeRO stage.
+        parallel: expert-parallel group of the model.
+        deepspeed: the wrapped DeepSpeed engine.
+        grad_norm: gradient norm of the last optimizer step, over the parameters of all ranks, before clipping; infinite if
+            DeepSpeed has skipped the step.
     """
 
     def __init__(
@@ -70,15 +75,18 @@ class Engine:
             tuner.gather_parameter = gathered_parameter
 
     def __call__(self, **batch: Tensor) -> Any:
-        """Run the forward of the model; every rank must make the same number of calls."""
+        """Run the forward of the model. Collective: every rank must call it the same number of times."""
         return self.deepspeed(**batch)
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of a micro-batch; DeepSpeed averages them over ranks and micro-batches."""
+        """Run the backward of a micro-batch. DeepSpeed averages gradients over ranks and micro-batches. Collective."""
         self.deepspeed.backward(loss)
 
     def step(self) -> None:
-        """Call after each micro-batch; the last one of a step clips and updates, unless gradients are non-finite."""
+        """Finish a micro-batch; after the last one of an optimizer step, clip the gradients and update the parameters.
+
+        DeepSpeed skips the update where it detects non-finite gradients. Collective: call it after each micro-batch.
+        """
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         if boundary and self._clips_itself:
             self.grad_norm = clip_local_gradients(self.module, self.max_grad_norm, self.parallel)
@@ -88,24 +96,24 @@ class Engine:
         if boundary and not self._clips_itself:
             self.grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
             if getattr(self.deepspeed.optimizer, "overflow", False):
-                self.grad_norm = math.inf  # DeepSpeed has skipped the step
+                self.grad_norm = math.inf  # DeepSpeed has skipped the update
 
     @property
     def overflowed(self) -> bool:
-        """Whether the last step was skipped because fp16 gradients overflowed at the current loss scale.
+        """Whether the last step was skipped because fp16 gradients overflowed and a lower loss scale can prevent that.
 
-        False for non-finite gradients in another precision or at the minimum loss scale; those are errors.
+        False for non-finite gradients in another precision, or at a fixed or minimum loss scale, where they are errors.
         """
         return self._may_overflow and not math.isfinite(self.grad_norm)
 
     @property
     def skipped_steps(self) -> int:
-        """Number of optimizer steps skipped since the run began, before a resume as well."""
+        """Number of optimizer steps skipped since the start of the run, including those before a resume."""
         return int(self.deepspeed.skipped_steps)
 
     @property
     def loss_scale(self) -> float:
-        """Factor that losses, and gradients until the step, are multiplied by; 1 except in fp16."""
+        """Factor by which the loss, and until the step its gradients, are multiplied; 1 except in fp16."""
         return float(self.deepspeed.optimizer.loss_scaler.cur_scale) if self._scales_losses else 1.0
 
     @property
@@ -130,7 +138,11 @@ def register_experts_of_linears(model: PeftModel) -> None:
 
 
 def gathered_parameter(parameter: Tensor) -> Tensor:
-    """Return a full parameter that ZeRO-3 has partitioned (of a bank: the experts of this rank); all its ranks call it."""
+    """Return a detached copy of the full tensor of a parameter that ZeRO-3 may have partitioned.
+
+    Of an expert parameter, the full tensor has the experts of this rank only. Collective over the ranks that the parameter is
+    partitioned over.
+    """
     if not hasattr(parameter, "ds_status") or parameter.ds_status == ZeroParamStatus.AVAILABLE:
         return parameter.detach().clone()
     with deepspeed.zero.GatheredParameters([parameter]):

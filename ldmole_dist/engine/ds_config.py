@@ -1,4 +1,4 @@
-"""DeepSpeed JSON configs: find them by name, check them, and complete them for a run.
+"""Find DeepSpeed JSON configs by name, check them, and complete them for a run.
 
 This module imports neither DeepSpeed nor torch, so that `ldmole validate` starts quickly.
 """
@@ -43,7 +43,7 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
             f"use one of {shipped} or the path of a JSON file"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"parallelism.deepspeed: {path} is not JSON: {error}") from error
+        raise UserError(f"parallelism.deepspeed: {path} is not JSON: {error}; correct the file") from error
     try:
         _check_keys(config)
     except UserError as error:
@@ -52,7 +52,7 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
 
 
 def stage_of(config: dict[str, Any]) -> int:
-    """Return the ZeRO stage of a DeepSpeed config, by default 0."""
+    """Return the ZeRO stage of a DeepSpeed config; 0 if it sets none."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -65,18 +65,19 @@ def resolve_ds_config(
     precision: str,
     ep_size: int,
 ) -> dict[str, Any]:
-    """Return a complete config for `Engine`: "auto" values replaced, and the keys set that the engine relies on.
+    """Return a complete config for `Engine`, with "auto" values replaced and the keys set that the engine depends on.
 
     Args:
-        config: from `load_ds_config`; not changed.
+        config: config from `load_ds_config`; not modified.
         micro_batch_size: sequences per forward on one rank.
         accumulation: micro-batches per optimizer step.
         max_grad_norm: norm that gradients are clipped to; 0 disables clipping.
         precision: "fp32", "bf16" or "fp16" (trainable parameters are always float32: docs/train.md).
-        ep_size: ranks that hold all experts once.
+        ep_size: number of ranks that together hold all experts once.
 
     Raises:
-        UserError: if the file contradicts the run config, or sets something that breaks experts or checkpoints.
+        UserError: if the DeepSpeed config contradicts the run config, or sets a value that experts or checkpoints do not
+            support.
     """
     _check_keys(config)
     given = {
@@ -103,15 +104,18 @@ def resolve_ds_config(
     _check_support(zero, ep_size)
     if precision == "fp16":
         if stage == 0:
-            raise UserError("fp16 needs the loss scale of ZeRO stages 1 to 3; set parallelism.deepspeed=zero1")
+            raise UserError(
+                "parallelism.precision=fp16 needs a loss scale, which ZeRO stage 0 does not have; set "
+                "parallelism.deepspeed=zero1"
+            )
         config["fp16"] = half["fp16"] | {"enabled": True}
     elif stage == 0:
         # The engine clips itself at stage 0: DeepSpeed 0.19.8 computes the norm of experts incorrectly there.
         config["gradient_clipping"] = 0.0
-    # AdamW of torch is the default optimizer, because DeepSpeed's own need a compiler.
+    # DeepSpeed requires this for torch's AdamW, the default optimizer. DeepSpeed's own optimizers need a compiler.
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
-    config["steps_per_print"] = 10**12  # this package prints its own progress
+    config["steps_per_print"] = 10**12  # the trainer prints its own progress
     return config
 
 
@@ -119,7 +123,8 @@ def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
     """Return the complete DeepSpeed config of a run on `world_size` ranks.
 
     Raises:
-        UserError: see `load_ds_config`, `resolve_ds_config` and `accumulation_steps`.
+        UserError: if the DeepSpeed config is invalid or contradicts the run config, or the global batch size does not fit the
+            number of ranks.
     """
     return resolve_ds_config(
         load_ds_config(config.parallelism.deepspeed),
@@ -132,7 +137,7 @@ def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def _check_keys(config: Any) -> None:
-    """Raise UserError for a key that is unknown or not supported, and for a value of a wrong type or out of range."""
+    """Raise UserError if a key is unknown or not supported, or a value has a wrong type or is out of range."""
     if not isinstance(config, dict):
         raise UserError(f"the DeepSpeed config must be a JSON object, not {config!r:.80}")
     if refused := next((key for key in REFUSED if _has(config, key)), None):
@@ -144,7 +149,7 @@ def _check_keys(config: Any) -> None:
 
 
 def _check_support(zero: dict[str, Any], ep_size: int) -> None:
-    """Raise UserError for values of section zero_optimization that would break experts or checkpoints."""
+    """Raise UserError for values of section zero_optimization that experts or checkpoints do not support."""
     if zero.get("zero_hpz_partition_size", 1) > 1 and ep_size > 1:
         raise UserError(
             f"zero_optimization.zero_hpz_partition_size={zero['zero_hpz_partition_size']} does not work with "
@@ -153,14 +158,14 @@ def _check_support(zero: dict[str, Any], ep_size: int) -> None:
     for section in ("offload_optimizer", "offload_param"):
         if (zero.get(section) or {}).get("device") == "nvme":
             raise UserError(
-                f"zero_optimization.{section}.device=nvme is not supported, because checkpoints would miss the offloaded "
-                "state; set it to cpu"
+                f"zero_optimization.{section}.device=nvme is not supported, because checkpoints would not contain the "
+                "offloaded state; set it to cpu"
             )
     ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
     if ratio < 1:
         raise UserError(
-            f"zero_optimization.offload_optimizer.ratio={ratio} is not supported, because checkpoints would miss moments; "
-            "set it to 1"
+            f"zero_optimization.offload_optimizer.ratio={ratio} is not supported, because checkpoints would not contain "
+            "all Adam moments; set it to 1"
         )
     if zero.get("compute_grad_norm", True) is False:
         raise UserError(
@@ -169,7 +174,7 @@ def _check_support(zero: dict[str, Any], ep_size: int) -> None:
 
 
 def _without_auto(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy without keys that are "auto", for which DeepSpeed takes its default."""
+    """Return a copy without the keys whose value is "auto", so that DeepSpeed uses its defaults for them."""
     return {
         key: _without_auto(item) if isinstance(item, dict) else item for key, item in value.items() if item != "auto"
     }
@@ -193,7 +198,7 @@ def _explain(details: Any) -> str:
 
 
 def _known_keys(path: list[str]) -> list[str]:
-    """Return the accepted keys of a section."""
+    """Return the accepted keys of the section at `path`."""
     section: Any = DeepSpeedFile
     for name in path:
         hint = get_type_hints(section)[name]

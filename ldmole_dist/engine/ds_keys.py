@@ -1,7 +1,7 @@
-"""The keys of a DeepSpeed config that this package accepts, with their types and ranges, and those that it refuses.
+"""The keys of a DeepSpeed config that this package accepts, with their types and ranges, and the keys that it rejects.
 
-They are those of DeepSpeed 0.19.8, checked here so that `ldmole validate` needs neither DeepSpeed nor torch, whose import takes
-seconds. A test compares this file with DeepSpeed's own models.
+All are keys of DeepSpeed 0.19.8. They are checked here so that `ldmole validate` needs neither DeepSpeed nor torch, whose
+import takes seconds. A test compares this file with DeepSpeed's own models.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ class BF16(TypedDict, total=False):
 
 @with_config(_FORBID)
 class FP16(TypedDict, total=False):
-    """Section fp16; a `loss_scale` of 0 adapts the loss scale during training. DeepSpeed refuses booleans as numbers here."""
+    """Section fp16. A `loss_scale` of 0 adapts the loss scale during training.
+
+    Numbers are strict, because DeepSpeed rejects booleans here.
+    """
 
     enabled: bool
     loss_scale: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
@@ -107,7 +110,7 @@ class FP16(TypedDict, total=False):
 
 @with_config(_FORBID)
 class DeepSpeedFile(TypedDict, total=False):
-    """A DeepSpeed config file. The sections that only log are left to DeepSpeed's own checks."""
+    """A DeepSpeed config file. Sections that only configure logging are checked by DeepSpeed itself."""
 
     train_batch_size: _Positive
     train_micro_batch_size_per_gpu: _Positive
@@ -139,14 +142,14 @@ class DeepSpeedFile(TypedDict, total=False):
 
 DEEPSPEED_FILE = TypeAdapter(DeepSpeedFile)
 
-# Keys that DeepSpeed knows but that contradict the run config, break this package or have no effect in it, with the remedy.
+# Keys of DeepSpeed that contradict the run config, are not supported or have no effect, each with the reason and the remedy.
 REFUSED = {
     "optimizer": "the run config decides the optimizer; remove this section and set optimisation.optimizer",
     "scheduler": "the run config decides the schedule; remove this section and set optimisation.schedule",
     "elasticity": "the run config decides the batch sizes; remove this section",
     "torch_autocast": "the run config decides the precision; remove this section and set parallelism.precision",
     "activation_checkpointing": "it has no effect on transformers models; remove it and set parallelism.gradient_checkpointing",
-    "aio": "it is for offload to nvme, which checkpoints would miss; remove it",
+    "aio": "it is for offloading to NVMe, which checkpoints do not support; remove this section",
     "autotuning": "use `ldmole plan` to choose a config; remove this section",
     "checkpoint": "checkpoints are written by this package; remove this section",
     "compile": "compiled engines are not supported; remove this section",
@@ -176,7 +179,7 @@ REFUSED = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "the optimizer is AdamW; remove this key",
     "zero_optimization.leaf_module": "adapters must be fetched layer by layer; remove this section",
     "zero_optimization.zenflow": "its optimizer state is not in checkpoints; remove this section",
-    "zero_optimization.mics_shard_size": "it is not supported with checkpoints of shards; remove this key",
+    "zero_optimization.mics_shard_size": "sharded checkpoints do not support it; remove this key",
     "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed does not support it any more; remove this key",
     "zero_optimization.zeropp_loco_param": "DeepSpeed does not support it any more; remove this key",
     "zero_optimization.offload_optimizer.super_offload": "its optimizer state is not in checkpoints; remove this key",

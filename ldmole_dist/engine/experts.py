@@ -22,12 +22,14 @@ from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 
 def expert_parallel(ep_size: int, mode: Mode = "auto", overlap: bool = True) -> ExpertParallel:
-    """Create expert-parallel groups of `ep_size` consecutive ranks, each of which holds all experts once; every rank calls it.
+    """Create the expert-parallel groups and return that of this rank. Collective: every rank must call it.
+
+    Each group has `ep_size` consecutive ranks, which together hold all experts once.
 
     Args:
         ep_size: ranks per group; 1 keeps all experts on every rank.
-        mode: what the ranks of a group exchange (`ExpertParallel`).
-        overlap: exchange while the frozen linears compute.
+        mode: what the ranks of a group exchange (see `ExpertParallel`).
+        overlap: whether to exchange while the frozen linears compute.
 
     Raises:
         UserError: if `ep_size` does not divide the world size.
@@ -44,7 +46,7 @@ def _group_name(ep_size: int) -> str:
 
 
 class _ExpertMarker(MoE):
-    """Empty MoE module by which DeepSpeed's stages 0 to 2 recognize that the model has experts."""
+    """Empty MoE module, by which DeepSpeed recognizes at ZeRO stages 0 to 2 that the model has experts."""
 
     def __init__(self, num_experts: int, ep_size: int) -> None:
         nn.Module.__init__(self)
@@ -56,7 +58,14 @@ class _ExpertMarker(MoE):
 
 
 def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -> None:
-    """Declare the expert parameters of `model` to DeepSpeed; call it before `deepspeed.initialize`."""
+    """Declare the expert parameters of `model` to DeepSpeed; call it before `deepspeed.initialize`.
+
+    Args:
+        model: model with its adapter injected.
+        num_experts: largest number of experts of a linear.
+        ep_size: number of ranks per expert-parallel group; with 1 there is nothing to declare.
+        stage: ZeRO stage.
+    """
     if ep_size == 1:
         return
     name = _group_name(ep_size)
@@ -64,18 +73,18 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
     trained = False
     parameter: Any  # DeepSpeed reads these from the parameter itself
     for parameter_name, parameter in model.named_parameters():
-        if is_expert_tensor(parameter_name):  # frozen experts too: each rank has its own
+        if is_expert_tensor(parameter_name):  # frozen ones too, because each rank has other experts
             trained = trained or parameter.requires_grad
             parameter.allreduce, parameter.group_name = False, name
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = name
             parameter.ds_zero_partition_process_group = data_parallel
-    if stage < 3 and trained:  # stages 1 and 2 fail if a model has experts but its optimizer none
+    if stage < 3 and trained:  # stages 1 and 2 fail if the model has experts but the optimizer has none
         model.add_module("expert_marker", _ExpertMarker(num_experts, ep_size))
 
 
 def optimizer_groups(model: nn.Module, ep_size: int, stage: int) -> list[dict[str, Any]]:
-    """Return the parameter groups of the optimizer, with experts in groups of their own at ZeRO stages 1 and 2."""
+    """Return the parameter groups of the optimizer; at ZeRO stages 1 and 2, experts are in separate groups."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     everything: list[dict[str, Any]] = [{"params": trainable, "name": "adapter"}]
     if ep_size > 1 and stage in (1, 2):
@@ -84,10 +93,12 @@ def optimizer_groups(model: nn.Module, ep_size: int, stage: int) -> list[dict[st
 
 
 def check_partition_groups(model: nn.Module, ep_size: int) -> None:
-    """Check under ZeRO-3 that each expert is partitioned over the ranks that hold it; otherwise it would be corrupted.
+    """Check under ZeRO-3 that each expert is partitioned only over the ranks that hold it.
+
+    Partitioning it over other ranks would mix different experts.
 
     Raises:
-        RuntimeError: if DeepSpeed has ignored the attributes that `mark_experts` set.
+        RuntimeError: if DeepSpeed ignores the attributes that `mark_experts` sets.
     """
     if ep_size == 1:
         return
@@ -104,14 +115,14 @@ def check_partition_groups(model: nn.Module, ep_size: int) -> None:
 
 @torch.no_grad()
 def clip_local_gradients(model: nn.Module, max_norm: float, parallel: ExpertParallel) -> float:
-    """Clip the gradients at stage 0 to a norm over the parameters of all ranks.
+    """Clip the gradients at ZeRO stage 0 by their norm over the parameters of all ranks. Collective.
 
-    DeepSpeed 0.19.8 averages the norms of the ranks at stage 0, which is incorrect for experts.
+    At stage 0, DeepSpeed 0.19.8 averages the norms of the ranks, which is incorrect for experts.
 
     Args:
-        model: whose gradients are already reduced.
+        model: model whose gradients have been averaged over ranks.
         max_norm: norm to clip to; 0 only computes the norm.
-        parallel: ranks that the experts are spread over.
+        parallel: expert-parallel group that the experts are spread over.
 
     Returns:
         The norm before clipping.

@@ -1,7 +1,8 @@
 """Gradient norms of the parts of an adapter, just before the optimizer step.
 
-Each rank sums the squares of the reduced gradients that it holds, and one small all-reduce gives the norms. Where DeepSpeed
-0.19.8 keeps the gradients depends on the ZeRO stage; a test compares the parts with the norm that the engine reports.
+Each rank sums the squares of the reduced gradients that it holds, and one small all-reduce adds the sums of all ranks. The
+ZeRO stage determines where DeepSpeed 0.19.8 stores the gradients; a test compares the result with the norm that the engine
+reports.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from torch import Tensor
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.tuner.state_dict import is_expert_tensor
 
+# Part that a trainable parameter belongs to, by a component of its name.
 MARKS = {"lora_A": "experts_A", "lora_B": "experts_B", "router": "router", "lambda_mlp": "lambda_mlp"}
 PARTS = (*MARKS.values(), "head")
 
 
 def gradient_norms(engine: Engine) -> dict[str, float]:
-    """Return the gradient norms by part, before clipping; every rank calls it, after the last backward of a step.
+    """Return the gradient norm of each part before clipping. Call it after the last backward of a step, on every rank.
 
     Returns:
-        For each of `PARTS` the norm over the parameters of all ranks and linears; "head" are the modules trained in full.
+        The norm of each of `PARTS`, over all ranks and linears. "head" are the modules that are trained in full.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     squares = dict.fromkeys(PARTS, torch.zeros((), dtype=torch.float64))
     for parameter, square in _squares(engine):
         name = names[id(parameter)]
-        # At stage 0, several ranks hold the same gradient.
+        # At stage 0, all ranks hold the same gradients; dividing counts each gradient once.
         replicas = dist.get_world_size() if engine.stage == 0 else 1
         if is_expert_tensor(name):
             replicas = max(replicas // engine.parallel.size, 1)
@@ -44,7 +46,7 @@ def gradient_norms(engine: Engine) -> dict[str, float]:
 
 
 def part_of(name: str) -> str:
-    """Return the part of `PARTS` that a trainable parameter belongs to, by its name."""
+    """Return which of `PARTS` the trainable parameter `name` belongs to."""
     for mark, part in MARKS.items():
         if f".{mark}." in f".{name}.":
             return part
@@ -52,7 +54,7 @@ def part_of(name: str) -> str:
 
 
 def _squares(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (parameter, sum of squares of what this rank holds of its gradient)."""
+    """Yield each parameter with the sum of squares of its gradient, or of this rank's shard of the gradient."""
     if engine.stage == 0:
         for parameter in engine.module.parameters():
             if parameter.grad is not None:
@@ -63,15 +65,16 @@ def _squares(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
     offloaded = optimizer.offload_optimizer if engine.stage == 3 else optimizer.cpu_offload
     for index, parameters in enumerate(groups):
         if offloaded:
-            # The gradients are in host memory already. DeepSpeed has stored the norm of each shard before the copy, and none
-            # for a parameter of which this rank holds no shard.
+            # The gradients are already in host memory. DeepSpeed stored the norm of each shard before it copied the shard
+            # there; there is no norm if this rank holds no shard of a parameter.
             norms = optimizer.norm_for_param_grads
             for parameter in parameters:
                 if (norm := norms.get(optimizer.get_param_id(parameter))) is not None:
                     yield parameter, torch.as_tensor(norm).double().square()
         else:
             shards = [g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
-            for parameter, shard in zip(parameters, shards, strict=False):  # a shard of padding may follow
+            # Not strict: a shard of padding may follow the shards of parameters.
+            for parameter, shard in zip(parameters, shards, strict=False):
                 yield parameter, _square(shard)
 
 

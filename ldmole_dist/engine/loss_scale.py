@@ -1,4 +1,4 @@
-"""Loss scale of fp16 runs, whose trainable parameters are float32 as in every run.
+"""Loss scale of fp16 runs, in which trainable parameters are float32 as in every run.
 
 DeepSpeed 0.19.8 creates a loss scaler only if the trainable parameters are fp16. Its ZeRO optimizers work with any scaler that
 they are given: they scale the loss, unscale the gradients before clipping, and skip steps whose gradients overflow.
@@ -14,16 +14,16 @@ from torch import Tensor
 
 
 class GrowingLossScaler(DynamicLossScaler):
-    """Dynamic loss scaler that raises the scale between steps.
+    """Dynamic loss scaler that raises the scale only between two steps.
 
-    DeepSpeed's raises it before it unscales the gradients, and so halves the update once per `loss_scale_window` steps.
+    DeepSpeed's own raises the scale before it unscales the gradients, which halves one update per `loss_scale_window` steps.
     """
 
     cur_scale: float
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.grown = 0.0  # raised scale to use from the next loss on; 0 for none
+        self.grown = 0.0  # raised scale, which the next loss uses first; 0 if the scale was not raised
 
     def update_scale(self, overflow: bool) -> None:
         """Update the scale after an optimizer step."""
@@ -33,7 +33,7 @@ class GrowingLossScaler(DynamicLossScaler):
             self.grown, self.cur_scale = self.cur_scale, before
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Multiply the loss by the current scale."""
+        """Return the loss multiplied by the current scale, after applying a raise of the last step."""
         self.cur_scale, self.grown = self.grown or self.cur_scale, 0.0
         return super().scale_loss(loss)
 
@@ -42,8 +42,8 @@ def use_loss_scale(optimizer: Any, fp16: dict[str, Any]) -> None:
     """Give a ZeRO optimizer (stages 1 to 3) a loss scaler.
 
     Args:
-        optimizer: of an engine that has not stepped yet.
-        fp16: section fp16 of a DeepSpeed config; a `loss_scale` of 0 adapts during training.
+        optimizer: ZeRO optimizer of an engine that has not stepped yet.
+        fp16: section fp16 of a DeepSpeed config; a `loss_scale` of 0 adapts the loss scale during training.
     """
     settings = DeepSpeedFP16Config(**fp16)
     if settings.loss_scale:
@@ -55,6 +55,6 @@ def use_loss_scale(optimizer: Any, fp16: dict[str, Any]) -> None:
         min_scale=settings.min_loss_scale,
         delayed_shift=settings.hysteresis,
         consecutive_hysteresis=settings.consecutive_hysteresis,
-        raise_error_at_min_scale=False,  # Engine.overflowed reports it instead
+        raise_error_at_min_scale=False,  # the trainer raises the error, see Engine.overflowed
     )
     optimizer.dynamic_loss_scale = True

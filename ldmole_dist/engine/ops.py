@@ -1,14 +1,22 @@
-"""Availability of the compiled operator that DeepSpeed's optimizers need."""
+"""Availability of the compiled operators that DeepSpeed's optimizers need."""
 
 from __future__ import annotations
 
 import shutil
 
-_OPS = {"fused_adam": "fused_adam", "cpu_adam": "cpu_adam"}  # by optimisation.optimizer; "adamw" needs none
+# DeepSpeed's operator for each value of optimisation.optimizer; "adamw" needs none.
+_OPS = {"fused_adam": "fused_adam", "cpu_adam": "cpu_adam"}
 
 
 def how_built(optimizer: str) -> str:
-    """Return "not needed", "prebuilt", "built at the first start" or, if tools are missing, "cannot be built: ..."."""
+    """Return how the compiled operator of an optimizer is built.
+
+    Args:
+        optimizer: value of optimisation.optimizer.
+
+    Returns:
+        "not needed", "prebuilt", "built at the first start" or, if tools are missing, "cannot be built: no g++ and no ninja".
+    """
     if optimizer not in _OPS:
         return "not needed"
     from deepspeed.git_version_info import installed_ops

@@ -28,12 +28,12 @@ class OptimizerShard(NamedTuple):
     """Optimizer state that this rank holds for one parameter.
 
     Args:
-        name: of the parameter.
-        shape: of the full parameter, all experts included.
+        name: name of the parameter.
+        shape: shape of the full parameter, with all experts.
         start: offset of the shard in the flattened full parameter.
-        states: "master" and the Adam moments, as flat views that can be written to.
-        copy: index of this copy among the `copies` identical ones on other ranks (stage 0 only).
-        copies: number of ranks that hold this shard.
+        states: master weights ("master") and Adam moments (`MOMENTS`) of the shard, as flat views that can be written to.
+        copy: index of this rank among the ranks that hold the same shard; above 0 only at ZeRO stage 0.
+        copies: number of ranks that hold the same shard; 1 at ZeRO stages 1 to 3.
     """
 
     name: str
@@ -44,7 +44,7 @@ class OptimizerShard(NamedTuple):
     copies: int
 
     def without_copies(self) -> OptimizerShard:
-        """Return the subrange that this rank writes, so that ranks with identical copies write each element once."""
+        """Return the part of the shard that this rank writes, so that ranks with the same shard write each element once."""
         number = len(self.states[MASTER])
         first, last = number * self.copy // self.copies, number * (self.copy + 1) // self.copies
         states = {kind: value[first:last] for kind, value in self.states.items()}
@@ -52,10 +52,10 @@ class OptimizerShard(NamedTuple):
 
 
 def full_shapes(engine: Engine, frozen_experts: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return the full shape of every trainable parameter by name, all experts included.
+    """Return the full shape, with all experts, of every trainable parameter, by its name.
 
     Args:
-        engine: whose model is described.
+        engine: engine of the model.
         frozen_experts: include experts that are not trained.
     """
     shapes = {}
@@ -67,13 +67,13 @@ def full_shapes(engine: Engine, frozen_experts: bool = False) -> dict[str, tuple
 
 
 def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
-    """Yield this rank's shard of every trainable parameter; under ZeRO 1 to 3 a rank may hold none of some.
+    """Yield this rank's shard of each trainable parameter. At ZeRO stages 1 to 3, a rank may hold no shard of some.
 
     The Adam moments must exist (`create_moments`).
     """
     if engine.stage in (1, 2):
-        # DeepSpeed links moments to parameters only once, after the first group has stepped, so that the moments of later
-        # groups stay unlinked; link again.
+        # DeepSpeed links moments to parameters only once, after the step of the first parameter group. The moments of later
+        # groups then stay unlinked, so link them again.
         optimizer = engine.deepspeed.optimizer
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -93,7 +93,10 @@ def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
 
 
 def _held(engine: Engine, parameter: Any) -> tuple[int, dict[str, Tensor]]:
-    """Return the offset in the flattened parameter (of experts: those of this rank) and the state held from there."""
+    """Return this rank's shard of a parameter: its offset and its state, which is empty if this rank holds none.
+
+    The offset is in the flattened parameter, which has only this rank's experts if it is an expert parameter.
+    """
     kinds: dict[str, str | None] = {MASTER: None} | {moment: moment for moment in MOMENTS}
     if engine.stage == 3:
         first = 0
@@ -109,7 +112,7 @@ def _held(engine: Engine, parameter: Any) -> tuple[int, dict[str, Tensor]]:
             return 0, {}
         return mapping.lp_fragment_address.start, {kind: mapping.get_hp_fragment(key) for kind, key in kinds.items()}
     state = _torch_optimizer(engine).state[parameter]
-    # view() and not reshape(): it raises where a flat view is impossible, instead of returning a copy that is written in vain.
+    # Not reshape(), which returns a copy where a flat view is impossible: writes to the copy would be lost. view() raises.
     return 0, {MASTER: parameter.data.view(-1)} | {moment: state[moment].view(-1) for moment in MOMENTS}
 
 
@@ -117,8 +120,8 @@ def create_moments(engine: Engine, step: int | None = None) -> None:
     """Create the Adam moments that do not exist yet, so that they can be saved or loaded before the first step.
 
     Args:
-        engine: to create them in.
-        step: Adam's step count to set; None keeps the present one, or sets 0 where there is none.
+        engine: engine whose optimizer gets the moments.
+        step: step count of Adam to set; None keeps the current count, or sets 0 if there is none.
     """
     inner, optimizer = _torch_optimizer(engine), engine.deepspeed.optimizer
     flat_masters = {
@@ -136,7 +139,7 @@ def create_moments(engine: Engine, step: int | None = None) -> None:
             if moment not in state:
                 state[moment] = torch.zeros_like(master.data)
         if step is not None or "step" not in state:
-            # One tensor per master: at stage 3 DeepSpeed shares one between sub-groups, which then counts several times.
+            # Use one tensor per master: at stage 3, DeepSpeed shares one between sub-groups, and each would increment it.
             state["step"] = torch.tensor(float(step or 0))
     for group in inner.param_groups:
         if "step" in group and step is not None:
@@ -144,7 +147,10 @@ def create_moments(engine: Engine, step: int | None = None) -> None:
 
 
 def refresh_parameters(engine: Engine) -> None:
-    """Copy the master weights to the parameters that the forward uses; every rank calls it after writing to its shards."""
+    """Copy the master weights to the parameters that the forward uses.
+
+    Call it after writing to the shards of `optimizer_shards`. Collective: every rank must call it.
+    """
     optimizer = engine.deepspeed.optimizer
     if engine.stage in (1, 2):
         optimizer.update_lp_params()
@@ -163,6 +169,6 @@ def refresh_parameters(engine: Engine) -> None:
 
 
 def _torch_optimizer(engine: Engine) -> Any:
-    """Return the optimizer that ZeRO wraps; at stage 0 there is no wrapper."""
+    """Return the torch optimizer inside DeepSpeed's ZeRO optimizer; at stage 0 there is no ZeRO optimizer."""
     optimizer = engine.deepspeed.optimizer
     return getattr(optimizer, "optimizer", optimizer)

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name."""
+"""Create the optimizer and the learning-rate schedule that a config names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldmole_dist.config import Optimisation
 
 
 def make_optimizer(o: Optimisation, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return AdamW over parameter groups, in the implementation that the config names."""
+    """Return AdamW for parameter groups, in the implementation that `o.optimizer` names."""
     settings: dict[str, Any] = dict(lr=o.learning_rate, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     if o.optimizer == "fused_adam":
         from deepspeed.ops.adam import FusedAdam  # compiles its kernels when it is created
@@ -27,7 +27,7 @@ def make_optimizer(o: Optimisation, groups: list[dict[str, Any]]) -> torch.optim
 
 
 def make_scheduler(o: Optimisation, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Return a scheduler with linear warm-up, followed by the schedule of the config."""
+    """Return a learning-rate scheduler: linear warm-up, then the schedule that `o.schedule` names."""
 
     def factor(step: int) -> float:
         if step < o.warmup_steps:

@@ -1,4 +1,4 @@
-"""Joining the process group of a run."""
+"""Join the process group of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ldmole_dist.distributed import Process, free_port
 
-# DeepSpeed detects the accelerator when it is imported, and without one logs several warnings unless it is told.
+# DeepSpeed detects the accelerator when it is imported. Without one it logs several warnings, unless this variable is set.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -21,10 +21,13 @@ from deepspeed.accelerator import get_accelerator
 
 
 def start(timeout_minutes: float = 30.0) -> Process:
-    """Join the process group that the launcher describes in the environment; without a launcher, create one of one rank.
+    """Join the process group that the launcher describes in the environment; without a launcher, create one with a single rank.
 
     Args:
         timeout_minutes: time after which a collective that some rank has not entered raises an error.
+
+    Returns:
+        Rank, world size and device of this process.
     """
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, and warns at each call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -41,8 +44,8 @@ def start(timeout_minutes: float = 30.0) -> Process:
         # package does not use them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
-            # By default each rank would use all cores of the host, and ranks would slow each other down many times over.
-            # These are the names of torchrun, DeepSpeed and Open MPI for the number of ranks on this host.
+            # By default each rank would use all cores of the host, and ranks would slow each other down many times over. The
+            # number of ranks on this host is in a variable of torchrun, DeepSpeed or Open MPI; else assume a single host.
             names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
             local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))

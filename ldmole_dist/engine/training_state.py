@@ -1,7 +1,7 @@
-"""State of a DeepSpeed engine: the counters that a checkpoint keeps, and the tensors that this rank holds.
+"""State of a DeepSpeed engine: values that a checkpoint stores, and tensors that this rank holds.
 
-Modules outside engine/ use these functions and `optimizer_state` instead of the attributes of DeepSpeed, which change between
-its versions.
+Modules outside engine/ use these functions and `optimizer_state` instead of DeepSpeed's attributes, which change between
+versions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def training_state(engine: Engine, step: int) -> dict[str, Any]:
-    """Return the counters, the schedule, the loss scale and the adaptive coefficient of an engine, as JSON holds them.
+    """Return the counters, the position in the schedule, the loss scale and the L1 coefficient of an engine, as JSON values.
 
     Args:
         engine: engine between two optimizer steps.
-        step: optimizer steps of the run, skipped ones included.
+        step: number of optimizer steps of the run so far, including skipped ones.
     """
     deepspeed = engine.deepspeed
     scaler = getattr(deepspeed.optimizer, "loss_scaler", None)
@@ -41,7 +41,7 @@ def restore_training_state(engine: Engine, state: dict[str, Any], step: int) -> 
     Args:
         engine: engine that has not stepped yet, under any ZeRO stage, ep_size and world size.
         state: return value of `training_state`.
-        step: optimizer steps of the run when the state was saved.
+        step: value of `step` when the state was saved.
     """
     deepspeed = engine.deepspeed
     if "l1_coef" in state:  # checkpoints of version 0.1.0 may lack it
@@ -49,32 +49,33 @@ def restore_training_state(engine: Engine, state: dict[str, Any], step: int) -> 
     for name, value in state["counters"].items():
         setattr(deepspeed, name, value)
     deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
-    # The scheduler's state_dict lists parameter groups, which differ by ZeRO stage. Learning rates follow from the config.
+    # Do not load the scheduler's state_dict: it lists parameter groups, which depend on the ZeRO stage. The config determines
+    # the learning rates.
     scheduler = deepspeed.lr_scheduler
     scheduler.last_epoch = state["scheduler"]["last_epoch"]
     for group, base, factor in zip(
         deepspeed.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = base * factor(scheduler.last_epoch)
-    # A run in another precision or with a fixed loss scale also has a scaler, whose state must not be restored to this one.
+    # A run in another precision or with a fixed loss scale also saves the state of a scaler, which must not be restored here.
     scaler = getattr(deepspeed.optimizer, "loss_scaler", None)
     if scaler is not None and scaler.dynamic and state["loss_scaler"].get("dynamic"):
         vars(scaler).update(state["loss_scaler"])
 
 
 def element_count(parameter: Any) -> int:
-    """Return the number of elements of a parameter, also of one that ZeRO-3 has partitioned (whose own shape is empty)."""
+    """Return the number of elements of the full parameter; `numel()` is 0 for one that ZeRO-3 has partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def local_shard(parameter: Any) -> Tensor:
-    """Return what this rank holds of a parameter: its shard under ZeRO-3, else the parameter itself."""
+    """Return this rank's shard of a parameter under ZeRO-3, else the parameter itself."""
     shard: Tensor = getattr(parameter, "ds_tensor", parameter)
     return shard
 
 
 def held_parameters(engine: Engine) -> Iterator[Tensor]:
-    """Yield the tensors that this rank keeps for parameters."""
+    """Yield the tensors in which this rank stores parameters, frozen ones included."""
     for parameter in engine.module.parameters():
         yield parameter.data
         if hasattr(parameter, "ds_tensor"):
@@ -82,7 +83,7 @@ def held_parameters(engine: Engine) -> Iterator[Tensor]:
 
 
 def held_gradients(engine: Engine) -> Iterator[Tensor]:
-    """Yield the tensors that this rank keeps for gradients between two micro-batches."""
+    """Yield the tensors in which this rank stores gradients between two micro-batches."""
     for parameter in engine.module.parameters():
         if parameter.grad is not None:
             yield parameter.grad
@@ -96,7 +97,7 @@ def held_gradients(engine: Engine) -> Iterator[Tensor]:
 
 
 def held_optimizer_state(engine: Engine) -> Iterator[Tensor]:
-    """Yield the tensors that this rank keeps for the optimizer: master weights and moments."""
+    """Yield the tensors in which this rank stores optimizer state: moments, step counts and, under ZeRO, master weights."""
     optimizer = engine.deepspeed.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     yield from tensors_in([dict(state) for state in inner.state.values()])
