@@ -7,6 +7,8 @@ sequence; each source yields its own examples, in a new permutation on every pas
 An optimizer step takes the next `global_batch_size` examples, sorts them by length and cuts them into micro-batches, which are
 assigned to the ranks in turn. The micro-batches are therefore the same for every world size. A step may contain the end of one
 epoch and the start of the next, so every step has the same number of examples.
+
+Shapes: B examples of a micro-batch, S tokens of the longest of them, T tokens of all of them.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Mixture(NamedTuple):
 
     Args:
         sizes: number of examples of each source; the training set concatenates the sources in this order.
-        weights: sampling weight of each source; positive, in any unit.
+        weights: positive sampling weight of each source, relative to those of the others.
     """
 
     sizes: list[int]
@@ -81,7 +83,7 @@ class TrainingOrder:
         micro_batch_size: examples per forward pass of one rank.
         world_size: number of ranks.
         seed: seed of the shuffles.
-        mixture: sources that are sampled by weight; None visits every example once per epoch.
+        mixture: sources that are sampled by weight; None if every example is seen once per epoch.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class TrainingOrder:
         self._draws_before: list[Tensor] = [torch.zeros(len(sizes), dtype=torch.long)]  # of each source, by block
 
     def step(self, step: int) -> list[int]:
-        """Return the example indices of optimizer step `step` (from 0) for all ranks, in the order of the sequence."""
+        """Return the indices of the examples of optimizer step `step` (from 0), over all ranks."""
         first = step * self.global_batch_size
         return [self._example(position) for position in range(first, first + self.global_batch_size)]
 
@@ -135,7 +137,7 @@ class TrainingOrder:
 
 
 def content_digest(examples: Sequence[Encoded]) -> str:
-    """Return a hash of the examples: of the number and sum of the token ids of each, and of its labels."""
+    """Return a hash of a training set: of the number and the sum of the token ids, and the labels, of each example."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{len(example.input_ids)} {sum(example.input_ids)} {example.labels}\n".encode())
@@ -168,7 +170,7 @@ def collate(examples: Sequence[Encoded], pad_id: int, device: torch.device) -> d
     """Pad examples on the right to the length of the longest.
 
     Args:
-        examples: B sequences.
+        examples: B examples.
         pad_id: token id of the padding.
         device: device of the result.
 
@@ -196,7 +198,7 @@ def pack(examples: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]
     attends only to its own sequence.
 
     Args:
-        examples: sequences with token labels and T tokens in total.
+        examples: examples with token labels.
         device: device of the result.
 
     Returns:

@@ -27,7 +27,7 @@ ROLES = {
 
 
 def prompt_completion(record: Record, where: str) -> Row:
-    """Convert {"prompt": ..., "completion": ...}; the completion is trained on.
+    """Convert {"prompt": ..., "completion": ...} to a row; the completion is trained on.
 
     A list under "choices" is optional and holds all possible completions of the record.
     """
@@ -45,7 +45,7 @@ def prompt_completion(record: Record, where: str) -> Row:
 
 
 def alpaca(record: Record, where: str) -> Row:
-    """Convert {"instruction": ..., "input": ..., "output": ...}, with the prompt of Alpaca; the output is trained on.
+    """Convert {"instruction": ..., "input": ..., "output": ...} to a row with the prompt of Alpaca; the output is trained on.
 
     "input" may be empty or missing.
     """
@@ -61,22 +61,22 @@ def alpaca(record: Record, where: str) -> Row:
 
 
 def sharegpt(record: Record, where: str) -> Row:
-    """Convert {"conversations": [{"from": "human", "value": ...}, ...]}; the turns from "gpt" are trained on."""
+    """Convert {"conversations": [{"from": "human", "value": ...}, ...]} to a row; the turns from "gpt" are trained on."""
     return _conversation(record, "conversations", "from", "value", where)
 
 
 def messages(record: Record, where: str) -> Row:
-    """Convert {"messages": [{"role": "user", "content": ...}, ...]}; the assistant's turns are trained on."""
+    """Convert {"messages": [{"role": "user", "content": ...}, ...]} to a row; the assistant's turns are trained on."""
     return _conversation(record, "messages", "role", "content", where)
 
 
 def text(record: Record, where: str) -> Row:
-    """Convert {"text": ...}; the complete text is trained on."""
+    """Convert {"text": ...} to a row; the complete text is trained on."""
     return Row("", get_text(record, "text", where), where, get_domain(record))
 
 
 def classification(record: Record, where: str) -> Row:
-    """Convert {"text": ..., "label": ...}, where the label is a class name."""
+    """Convert {"text": ..., "label": ...} to a row; the label is a class name."""
     return Row(get_text(record, "text", where), get_text(record, "label", where), where, get_domain(record))
 
 

@@ -64,7 +64,7 @@ class RowParser:
         source: source from the config. Its name is the domain of rows without one.
         task: "causal_lm" or "sequence_classification".
         labels: allowed targets of rows that have no choices of their own; None allows any.
-        named: name a source without a name after its task or file.
+        named: if the source has no name, use that of its task or file.
 
     Raises:
         UserError: if the source's task or format does not fit `task`.

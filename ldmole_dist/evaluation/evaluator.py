@@ -80,7 +80,8 @@ class Evaluator:
     def _evaluate_batch(self, model: nn.Module, examples: Sequence[Encoded]) -> Tensor:
         """Return the outcomes of B examples as a (B, 5) tensor, one column per field of `Outcomes`.
 
-        The chosen answer is the one whose token has the highest logit at the position of the first answer token.
+        The chosen answer is the one whose token has the highest logit at the position of the first answer token; for sequence
+        classification, it is the class with the highest logit.
         """
         targets, logits = batch_logits(model, collate(examples, self.pad_id, self.process.device))
         # Class labels are one target per sequence: add a position dimension of size 1.

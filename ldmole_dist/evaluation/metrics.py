@@ -98,7 +98,7 @@ def mean_and_stderr(name: str, correct_N: Tensor) -> dict[str, float]:
 
 
 def confusion_matrix(target_N: Tensor, chosen_N: Tensor, classes: int) -> Tensor:
-    """Return the (K, K) numbers of rows by target (first dimension) and choice (second dimension), as float64."""
+    """Return the confusion matrix (K, K) in float64: its rows are targets, its columns choices."""
     return torch.bincount(target_N * classes + chosen_N, minlength=classes**2).view(classes, classes).double()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from typing import Any
@@ -172,14 +173,22 @@ def _streamer(tokenizer: Any) -> Any:
 
 
 def _non_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number that is at least 0")
+    value = _float_or_nan(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number that is at least 0")
     return value
 
 
 def _probability(text: str) -> float:
-    value = float(text)
+    value = _float_or_nan(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in the range (0, 1]")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in the range (0, 1]")
     return value
+
+
+def _float_or_nan(text: str) -> float:
+    # Without it, argparse would report "invalid _probability value" for text that is not a number.
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

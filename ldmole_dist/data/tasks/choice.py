@@ -45,7 +45,7 @@ class ChoiceTask(Task):
     question: Callable[[Mapping[str, Any], str], Question] | None = None
 
     def text_row(self, record: Mapping[str, Any], where: str) -> Row:
-        """Return the row of a record, without options in the prompt and with the text of the correct one as the answer.
+        """Return the row of a record: the prompt lists no options, and the answer is the text of the correct one.
 
         Raises:
             UserError: for an invalid record; the message names `where` and the column.
@@ -56,7 +56,7 @@ class ChoiceTask(Task):
         return Row(f"{text}Answer:", choices[answer], where, choices=choices)
 
     def row(self, record: Mapping[str, Any], where: str) -> Row:
-        """Return the row of a record, with options in the prompt and the letter of the correct one as the answer.
+        """Return the row of a record: the prompt lists the options, and the answer is the letter of the correct one.
 
         Raises:
             UserError: for an invalid record; the message names `where` and the column.
