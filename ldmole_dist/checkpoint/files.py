@@ -82,7 +82,9 @@ def write_tensors(
 
 
 class ShardReader:
-    """Reader of flattened tensors whose shards are spread over several files; a context manager that keeps the files open.
+    """Reader of flattened tensors whose shards are in several files.
+
+    It is a context manager, which closes the files at the end of the block.
 
     Args:
         paths: paths of the files.
@@ -101,7 +103,7 @@ class ShardReader:
                 for key, start in json.loads((file.metadata() or {})["starts"]).items():
                     (length,) = file.get_slice(key).get_shape()
                     self._shards[key].append((start, start + length, file))
-            except Exception as error:  # SafetensorError, KeyError, ValueError or OSError, by the kind of damage
+            except Exception as error:  # SafetensorError, KeyError, ValueError or OSError, depending on the damage
                 self._stack.close()
                 raise UserError(
                     f"checkpoint file {path} cannot be read ({error}); restore it or use another checkpoint"
@@ -136,7 +138,7 @@ class ShardReader:
                 yield low - start, file.get_slice(key)[low - first : high - first]
 
     def find_gap(self, key: str, length: int) -> str | None:
-        """Describe the first range of a tensor that no shard or more than one holds.
+        """Describe the first range of elements that is missing or that more than one shard holds.
 
         Args:
             key: key of the tensor.

@@ -163,7 +163,7 @@ def _problems(checkpoint: Path, process: Process) -> list[str]:
 
 
 def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict[str, int | str]) -> None:
-    # Adapter keys that the version which wrote the checkpoint did not have get their default.
+    # A checkpoint of an earlier version may lack adapter keys; these have their default values.
     saved_adapter = asdict(Adapter()) | manifest.config["adapter"]
     for key in ("router", "top_k", "top_p", "num_experts", "r", "lambda_hidden", "target_modules"):
         saved, here = saved_adapter[key], getattr(config.adapter, key)

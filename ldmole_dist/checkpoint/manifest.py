@@ -59,7 +59,7 @@ class Manifest:
         return list(dict.fromkeys([*self.files, *self.rank_files()]))
 
     def rank_files(self) -> list[str]:
-        """Return the names of the files that hold the optimizer state, one per rank of the run that wrote them, in order."""
+        """Return the names of the files that hold the optimizer state, in rank order of the run that wrote them."""
         return [f"rank_{rank:05d}.safetensors" for rank in range(self.topology["world_size"])]
 
 
@@ -103,7 +103,7 @@ def verify(checkpoint: Path) -> list[str]:
 
 
 def file_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Return one description per file that is missing, unreadable, or of another size or hash than in the manifest.
+    """Return one description per file that is missing, cannot be read, or differs from the manifest in size or hash.
 
     Args:
         checkpoint: folder of the checkpoint.

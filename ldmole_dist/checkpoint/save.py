@@ -200,7 +200,7 @@ class Saver:
 
     def _remove(self, checkpoint: Path) -> None:
         # The folder is renamed first, so that a partly removed one never looks like a checkpoint. It is removed in a thread,
-        # because large files take time. The thread is no daemon, so that the process waits for it before it exits.
+        # because large files take time. The thread is not a daemon thread, so the process waits for it before it exits.
         removed = checkpoint.rename(self.folder / f".removed_{checkpoint.name}_{time.time_ns()}")
         threading.Thread(target=shutil.rmtree, args=(removed,), kwargs={"ignore_errors": True}).start()
 

@@ -33,11 +33,11 @@ from ldmole_dist.tuner.state_dict import adapter_keys
 
 
 class Expert(NamedTuple):
-    """Weights of one LoRA adapter for one linear, as keys in the adapter's file.
+    """Location of the weights of one LoRA adapter for one linear, and their scaling.
 
     Args:
-        A_key: key of A (R, D).
-        B_key: key of B (O, R).
+        A_key: key of A (R, D) in the file of the adapter.
+        B_key: key of B (O, R) in the file of the adapter.
         r: LoRA rank R.
         scaling: factor by which the product B A is scaled.
     """
@@ -72,7 +72,7 @@ def compose(
 ) -> LdMoleConfig:
     """Write an LD-MoLE adapter composed of LoRA adapters.
 
-    The tensor of all A or all B of one linear is the largest that is held in memory.
+    At most one stacked tensor (A or B of all experts of one linear) is in memory at a time.
 
     Args:
         output: folder to create.

@@ -61,7 +61,7 @@ def eval_config(
         saved: run or adapter.
         overrides: config values to override, each as "a.b=c".
         data: evaluation file that replaces `data.eval`; None keeps it.
-        limit: maximum number of rows of each source; None keeps the run's limit, unless `data` is set.
+        limit: maximum number of rows of each source; None keeps `data.eval_limit`, or reads all rows if `data` is set.
         batch_size: rows per forward pass; None uses twice the run's micro-batch size.
 
     Raises:
@@ -92,7 +92,7 @@ def load_distributed(config: Config, with_adapter: bool) -> Iterator[Distributed
 
     Args:
         config: return value of `eval_config`; its ep_size and global_batch_size are set to values that fit the world size.
-        with_adapter: False disables the adapter in the block.
+        with_adapter: if False, disable the adapter in the context.
 
     Raises:
         UserError, PeerError: on every rank, if the model cannot be loaded.
@@ -121,7 +121,7 @@ def load_eval_data(config: Config) -> tuple[list[Row], Encoder]:
     Call it before `load_distributed`, so that an error in the data is reported before the model is loaded.
 
     Raises:
-        UserError, PeerError: on every rank, if the config has no evaluation data, or it cannot be read.
+        UserError, PeerError: on every rank, if there is no evaluation data or it cannot be read.
     """
     start(config.parallelism.timeout_minutes)
     data, task = config.data, config.backbone.task

@@ -96,7 +96,7 @@ class Trainer:
 
     def _training_loop(self) -> dict[str, float]:
         run = self.config.run
-        if self.first_step >= self.last_step:  # nothing left to train; the evaluation was reported by the resumed run
+        if self.first_step >= self.last_step:  # nothing left to train; the resumed run has reported the evaluation
             return self._evaluate(self.first_step)
         result = self._report_evaluation(0) if self.first_step == 0 and run.eval_before else {}
         steps = tqdm(
