@@ -1,1 +1,1 @@
-"""`ldmole report`: run data through a saved adapter and write an HTML page about its routing."""
+"""`ldmole report`: route data through a saved adapter and write an HTML page about its routing."""

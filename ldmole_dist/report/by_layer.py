@@ -1,4 +1,4 @@
-"""Figures by layer and projection: lambda, experts per token and load."""
+"""Draw figures by layer and projection: lambda, experts per token and load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Summaries = Mapping[str, Mapping[str, Any]]  # name of a linear -> result of `st
 
 
 def has_lambda(summaries: Summaries) -> bool:
-    """Return whether the router has a lambda."""
+    """Return whether every linear has a lambda, which depends on the router."""
     return all("lambda_mean" in summary for summary in summaries.values())
 
 
@@ -28,7 +28,7 @@ def max_experts(summaries: Summaries) -> int:
 
 
 def lambda_by_layer(linears: Linears, summaries: Summaries) -> Figure:
-    """Plot the mean and standard deviation of lambda over tokens, by layer."""
+    """Plot mean and standard deviation of lambda over tokens by layer; projections with equal means share a panel."""
     means = {p: linears.values(p, lambda n: summaries[n]["lambda_mean"]) for p in linears.projections}
     stds = {p: linears.values(p, lambda n: summaries[n]["lambda_std"]) for p in linears.projections}
     # Projections that read the same tensor have the same lambda: draw them in one panel.
@@ -41,7 +41,7 @@ def lambda_by_layer(linears: Linears, summaries: Summaries) -> Figure:
         mean, std = means[group[0]], stds[group[0]]
         line = style.line_style(linears.projections.index(group[0]))
         ax.fill_between(x, mean - std, mean + std, color=line["color"], alpha=0.22, linewidth=0)
-        if len(x) == 1:  # a band over one point is invisible
+        if len(x) == 1:  # a band around a single point is invisible
             ax.errorbar(x, mean, std, color=line["color"], capsize=6)
         ax.plot(x, mean, **line)
         ax.set_title(", ".join(group))
@@ -52,7 +52,7 @@ def lambda_by_layer(linears: Linears, summaries: Summaries) -> Figure:
 
 
 def experts_by_layer(linears: Linears, summaries: Summaries) -> Figure:
-    """Plot the mean number of active experts per token, by layer."""
+    """Plot the mean number of active experts per token by layer, one line per projection."""
     experts = max_experts(summaries)
     figure = Figure(figsize=(style.WIDTH, 4.6), layout="constrained")
     ax = figure.subplots()
@@ -97,10 +97,14 @@ def experts_histogram(linears: Linears, summaries: Summaries) -> Figure:
 
 
 def load_map(linears: Linears, summaries: Summaries) -> Figure:
-    """Draw each expert's share of the active (token, expert) pairs, relative to an even share; dead experts are marked."""
+    """Draw each expert's load relative to an even share as a heat map per projection, and mark dead experts.
+
+    The load is the expert's share of the active (token, expert) pairs of its linear.
+    """
     grids = {p: load_grid(linears, summaries, p) for p in linears.projections}
     with np.errstate(divide="ignore"):
-        # The even share is 1 over the row's own number of experts; shorter rows are padded with NaN.
+        # The even share is 1 / E. E can differ between linears: the rows of linears with fewer experts are padded with
+        # NaN.
         ratios = {p: np.log2(grid * np.isfinite(grid).sum(axis=1, keepdims=True)) for p, grid in grids.items()}
     limit = style.log2_limit(ratios.values(), 0.25, 3)
     height = float(np.clip(1.1 + 0.13 * len(linears.layers), 2.4, 7))
@@ -120,7 +124,7 @@ def load_map(linears: Linears, summaries: Summaries) -> Figure:
 
 
 def load_grid(linears: Linears, summaries: Summaries, projection: str) -> np.ndarray:
-    """Return (layers, experts) shares of active pairs; NaN where there is no linear or no such expert."""
+    """Return the loads of a projection's experts, (layers, experts); NaN if the linear or the expert does not exist."""
     names = [linears.name(projection, layer) for layer in linears.layers]
     rows = [[] if name is None else summaries[name]["load"] for name in names]
     return as_table(rows, np.nan, max_experts(summaries))

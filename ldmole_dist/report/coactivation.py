@@ -1,4 +1,4 @@
-"""Co-activation: which experts of a linear are active for the same tokens. Shapes: E experts."""
+"""Co-activation: how often two experts of a linear are active for the same token. Shapes: E experts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import Tensor
 from ldmole_dist.monitor.linears import Linears
 from ldmole_dist.report.style import DIVERGING, expert_ticks, heat_map, log2_colorbar, log2_limit, panels
 
-MIN_EXPECTED = 5.0  # expected joint tokens below which a lift is not shown, the usual minimum of a chi-squared test
+# A lift is shown only if at least this number of joint tokens is expected, the usual minimum for a chi-squared test.
+MIN_EXPECTED = 5.0
 
 
 def lift(together_EE: np.ndarray, tokens: int) -> np.ndarray:
     """Return the joint frequency of each pair of experts divided by its value under independence.
 
     Args:
-        together_EE: Number of tokens in which both experts are active; the diagonal counts single experts.
+        together_EE: (E, E), number of tokens for which both experts are active; on the diagonal, tokens of a single
+            expert.
         tokens: Total number of tokens.
 
     Returns:
-        (E, E); NaN on the diagonal and where fewer than `MIN_EXPECTED` joint tokens are expected.
+        (E, E), NaN on the diagonal and where fewer than `MIN_EXPECTED` joint tokens are expected.
     """
     active_E = np.diag(together_EE)
     expected_EE = np.outer(active_E, active_E) / max(tokens, 1)
@@ -35,12 +37,12 @@ def coactivation(linears: Linears, together: Mapping[str, Tensor], tokens: int) 
     """Draw the lift of every pair of experts in the first, middle and last layer of each projection.
 
     Args:
-        linears: Linears of the model.
-        together: Name of a linear -> (E, E) joint counts, as in `lift`.
+        linears: Adapted linears of the model.
+        together: Name of a linear -> (E, E) joint counts, see `lift`.
         tokens: Total number of tokens.
 
     Returns:
-        None where no linear has more than one expert.
+        The figure; None if no linear has more than one expert.
     """
     experts = max(map(len, together.values()))
     if experts == 1:
@@ -55,7 +57,7 @@ def coactivation(linears: Linears, together: Mapping[str, Tensor], tokens: int) 
     columns = len(linears.projections) if len(linears.projections) > 2 else len(shown)
     figure, axes = panels(len(shown), 2.15 if columns > 4 else 3.2, columns=columns)
     for (layer, projection, name), ax in zip(shown, axes, strict=True):
-        # Clip, so that a pair that never occurs (-inf) takes the end of the scale and is not masked.
+        # The lift of a pair that never occurs is -inf, which would be masked. Clip it to the end of the color scale.
         values = np.clip(maps[name], -limit, limit)
         image = heat_map(ax, values, norm=CenteredNorm(0, limit), cmap=DIVERGING)
         if experts <= 10:

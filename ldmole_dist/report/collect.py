@@ -1,8 +1,8 @@
-"""Route a data set through a model and count what its routers do.
+"""Run a data set through a model and count the experts that its routers activate.
 
-Memory is O(vocabulary + linears x E x E), independent of the size of the data.
+The counts take O(V + linears x E x E) memory, independent of the size of the data.
 
-Shapes: B sequences, S positions, T = B S tokens, E experts, V vocabulary.
+Shapes: B sequences, S positions, T = B S tokens, E experts, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ldmole_dist.model.forward import observe_routing
 
 @dataclass(frozen=True)
 class Observed:
-    """Routing of a data set, without padding.
+    """Routing counts of a data set. Padding is not counted.
 
     Attributes:
         by_domain: Domain -> name of a linear -> `routing_sums`.
-        together: Name of a linear -> (E, E) number of tokens in which both experts are active; the diagonal counts single
-            experts.
-        tokens_V: Occurrences of each token.
-        active_V: Active experts of each token, summed over occurrences and linears.
+        together: Name of a linear -> (E, E), number of tokens for which both experts are active; on the diagonal,
+            tokens of a single expert.
+        tokens_V: (V,), occurrences of each token id.
+        active_V: (V,), active experts of each token id, summed over occurrences and linears.
     """
 
     by_domain: Mapping[str, Mapping[str, Tensor]]
@@ -43,13 +43,20 @@ class Observed:
 
     @property
     def by_linear(self) -> dict[str, Tensor]:
-        """Routing sums of each linear over all domains."""
+        """Name of a linear -> `routing_sums` over all domains."""
         names = next(iter(self.by_domain.values()))
         return {name: merge_sums(sums[name] for sums in self.by_domain.values()) for name in names}
 
 
 class Counter:
-    """Observer (`context.Observer`) that accumulates the counts of `Observed` on the device."""
+    """Observer (`context.Observer`) that accumulates the counts of `Observed` on a device.
+
+    Call `begin` before each forward.
+
+    Args:
+        vocabulary: V, number of token ids.
+        device: Device of the counts.
+    """
 
     def __init__(self, vocabulary: int, device: torch.device) -> None:
         self._domains: dict[str, RoutingSums] = {}
@@ -57,7 +64,7 @@ class Counter:
         self._tokens_V, self._active_V = (torch.zeros(vocabulary, dtype=torch.int64, device=device) for _ in range(2))
 
     def begin(self, domain: str, batch: Mapping[str, Tensor]) -> None:
-        """Set the batch of the next forward; all its rows belong to `domain`."""
+        """Set the batch of the next forward. All of its sequences belong to `domain`."""
         self._sums = self._domains.setdefault(domain, RoutingSums())
         self._ids_T = batch["input_ids"].flatten()
         self._mask_T = batch["attention_mask"].flatten() != 0
@@ -67,23 +74,23 @@ class Counter:
         """Count the routing of one linear; see `context.Observer`.
 
         Raises:
-            UserError: If the linear does not read exactly one row per token.
+            UserError: If the number of the linear's input rows differs from the number of tokens.
         """
         if len(routing.p_TE) != len(self._mask_T):
             raise UserError(
                 f"{name} reads {len(routing.p_TE)} rows for a batch of {len(self._mask_T)} tokens, so rows cannot be assigned "
-                "to tokens; `ldmole report` needs adapters on linears that read every token."
+                "to tokens; `ldmole report` supports only adapters on linears that read one row per token."
             )
         self._sums(name, routing, self._mask_T)
         active_TE = (routing.p_TE != 0) & self._mask_T.unsqueeze(1)
         self._active_V.index_add_(0, self._ids_T, active_TE.sum(1))
-        active_TE = active_TE.float()  # float32 counts exactly up to 2^24, far above the tokens of a batch
+        active_TE = active_TE.float()  # float32 is exact up to 2^24, far above the number of tokens in a batch
         together_EE = (active_TE.T @ active_TE).double()
         previous = self._together.get(name)
         self._together[name] = together_EE if previous is None else previous + together_EE
 
     def result(self) -> Observed:
-        """Return the counts so far, on the CPU."""
+        """Return the counts of all forwards so far, copied to the CPU."""
         return Observed(
             {domain: {n: s.cpu() for n, s in sums.by_linear.items()} for domain, sums in self._domains.items()},
             {name: together.cpu() for name, together in self._together.items()},
@@ -93,7 +100,7 @@ class Counter:
 
 
 def collect(model: PeftModel, examples: Mapping[str, Sequence[Encoded]], pad_id: int, batch_size: int) -> Observed:
-    """Run all examples through the model once and count its routing.
+    """Run all examples through the model once and return the routing counts.
 
     Args:
         model: Model with its adapter, in evaluation mode.
@@ -102,7 +109,7 @@ def collect(model: PeftModel, examples: Mapping[str, Sequence[Encoded]], pad_id:
         batch_size: Sequences per forward.
 
     Raises:
-        UserError: If an adapted linear does not read every token.
+        UserError: If an adapted linear does not read one row per token.
     """
     base: Any = model.get_base_model()
     device = next(base.parameters()).device
@@ -119,7 +126,14 @@ def collect(model: PeftModel, examples: Mapping[str, Sequence[Encoded]], pad_id:
 def batches(
     examples: Sequence[Encoded], pad_id: int, batch_size: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of sequences of similar length, shortest first."""
+    """Yield padded batches of sequences of similar length, shortest first.
+
+    Args:
+        examples: Sequences.
+        pad_id: Token id of the padding.
+        batch_size: Sequences per batch.
+        device: Device of the tensors.
+    """
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     for start in range(0, len(by_length), batch_size):
         yield collate(by_length[start : start + batch_size], pad_id, device)

@@ -20,7 +20,7 @@ from ldmole_dist.report.history import read_routing_log, trace_history
 from ldmole_dist.report.inputs import adapter_config, load_model, read_data
 from ldmole_dist.report.page import ReportData, sections, summary
 
-BATCH_SIZE = 8  # for an adapter without a run
+BATCH_SIZE = 8  # sequences per forward for an adapter without a run
 LEAD = (
     "Routing of an LD-MoLE adapter: how many experts each token uses, which ones, and how this changed during training."
 )
@@ -33,7 +33,7 @@ def report(args: argparse.Namespace) -> int:
         Exit code 0.
 
     Raises:
-        UserError: If the run, the data or the output folder cannot be used.
+        UserError: If the run or adapter, the data or the output folder cannot be used.
     """
     saved = find_saved_model(args.run_or_adapter, args.backbone)
     tokenizer = load_tokenizer(saved.backbone)
@@ -41,7 +41,7 @@ def report(args: argparse.Namespace) -> int:
     records = read_routing_log(saved.run)
     output = Path(args.output or (saved.run / "report" if saved.run else f"report_{saved.name}"))
     writing = f"the report in --output {output}"
-    with write_errors(writing):  # fail before the data is routed
+    with write_errors(writing):  # fail here rather than after routing the data
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     config = saved.config
@@ -60,7 +60,7 @@ def report(args: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     setup = f"{precision}, {name}, {1000 * seconds / int(observed.tokens_V.sum()):.2g} s per 1,000 tokens"
     contents = ReportData(saved, adapter_config(model), data, observed, history, records, setup)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # warns about each font it does not find
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # hide its warning for each missing font
     drawn = sections(contents, tokenizer)
     footer = f"Written by ldmole report on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."
     figures = [part for section in drawn for part in section.parts if isinstance(part, html.Figure)]

@@ -1,4 +1,4 @@
-"""Routing by the domain of the data."""
+"""Draw a figure and a table of the routing by domain."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def domain_table(linears: Linears, by_domain: ByDomain, rows: Mapping[str, int])
     """Return a table with one row per domain.
 
     Args:
-        linears: Linears of the model.
-        by_domain: Routing sums.
-        rows: Number of data rows of each domain.
+        linears: Adapted linears of the model.
+        by_domain: Domain -> name of a linear -> `routing_sums`.
+        rows: Domain -> number of data rows.
     """
     cells = []
     for domain, sums in by_domain.items():
@@ -54,4 +54,5 @@ def domain_table(linears: Linears, by_domain: ByDomain, rows: Mapping[str, int])
         experts = [f"{summarize(merge_sums(group))['experts_per_token']:.2f}" for group in groups]
         cells.append([domain, f"{rows[domain]:,}", f"{tokens:,}", lam, *experts])
     header = ["domain", "rows", "tokens", "λ (± std)", "experts per token", *linears.projections]
-    return Table(header, cells, "Mean λ and mean active experts per token: over all linears, and by projection.")
+    caption = "Mean λ over all linears; mean active experts per token over all linears, and for each projection."
+    return Table(header, cells, caption)

@@ -1,4 +1,4 @@
-"""Routing over the course of a run: its initial adapter, checkpoints and final adapter route the same tokens."""
+"""Route the same tokens with the initial adapter, the checkpoints and the final adapter of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ldmole_dist.report.collect import batches
 from ldmole_dist.report.inputs import adapter_config
 
 RECORDED = ("lambda_mean", "experts_per_token", "max_load", "dead_experts")  # keys of a linear in routing.jsonl
-PROBE_TOKENS = 1024  # supports of 200 linears with 64 experts take 2 MB per state
+PROBE_TOKENS = 1024  # limits the memory: for 200 linears with 64 experts, the supports take 2 MB per state
 MAX_CHECKPOINTS = 12
 
 
@@ -38,9 +38,10 @@ class RoutingState:
 
     Attributes:
         label: Number of optimizer steps, or "final".
-        sums: Name of a linear -> `routing_sums` over the probe.
-        changed: Name of a linear -> share of tokens whose support differs from the previous state; empty for the first.
-        to_final: Name of a linear -> share of tokens whose support differs from the final adapter's.
+        sums: Name of a linear -> `routing_sums` of the probe tokens.
+        changed: Name of a linear -> fraction of tokens whose support differs from that in the previous state; empty for
+            the first state.
+        to_final: Name of a linear -> fraction of tokens whose support differs from that with the final adapter.
     """
 
     label: str
@@ -51,12 +52,12 @@ class RoutingState:
 
 @dataclass(frozen=True)
 class RoutingHistory:
-    """States of a run in order, the final adapter last.
+    """Routing of the probe tokens over the course of a run.
 
     Attributes:
-        states: At least two states.
+        states: At least two states in the order of training, the last one with the final adapter.
         tokens: Number of probe tokens.
-        skipped: Number of checkpoints left out to stay within `MAX_CHECKPOINTS`.
+        skipped: Number of checkpoints left out, because at most `MAX_CHECKPOINTS` are routed.
     """
 
     states: list[RoutingState]
@@ -65,7 +66,7 @@ class RoutingHistory:
 
 
 class _Snapshot:
-    """Observer that records the routing sums and supports of one state."""
+    """Observer (`context.Observer`) that records the routing sums and supports of the probe tokens with one adapter."""
 
     def __init__(self) -> None:
         self.sums, self.supports = RoutingSums(), Supports()
@@ -75,7 +76,7 @@ class _Snapshot:
         self.supports(name, routing, mask_T)
 
     def changed_from(self, other: _Snapshot) -> dict[str, float]:
-        """Return the share of tokens whose support differs, by linear."""
+        """Return, by name of the linear, the fraction of tokens whose support differs from that in `other`."""
         counts = self.supports.changed_from(other.supports)
         return {name: changed / tokens for name, (changed, tokens) in counts.items()}
 
@@ -86,17 +87,18 @@ def trace_history(
     """Route the same tokens with the initial adapter, the checkpoints and the final adapter of a run.
 
     Args:
-        model: Model with the final adapter, in evaluation mode; restored before the function returns.
+        model: Model with the final adapter, in evaluation mode. Other adapters are added and removed; its state is the
+            same after the call.
         saved: Run or adapter of the report.
-        examples: Sequences; the first `PROBE_TOKENS` tokens are routed.
+        examples: Sequences; the first ones with at most `PROBE_TOKENS` tokens in total are routed.
         pad_id: Token id of the padding.
         batch_size: Sequences per forward.
 
     Returns:
-        None without a run, or for a run that kept no checkpoint.
+        The history; None for an adapter without a run, for a run without checkpoints, or if there is only one state.
 
     Raises:
-        UserError: If a checkpoint is damaged or does not fit the model.
+        UserError: If a checkpoint is damaged or does not match the model.
     """
     checkpoints = [] if saved.run is None else list_checkpoints(saved.run)[::-1]
     if saved.run is None or not checkpoints:
@@ -112,7 +114,7 @@ def trace_history(
         return observer
 
     def snapshot_with(add_adapter: Callable[[str], Any]) -> _Snapshot:
-        """Add another adapter under the given name, take a snapshot with it, and remove it."""
+        """Add an adapter with `add_adapter(name)`, return a snapshot with it, and remove it."""
         (own,) = model.active_adapters
         add_adapter("other")
         try:
@@ -127,7 +129,8 @@ def trace_history(
     taken: list[tuple[str, _Snapshot]] = []
     with tqdm(total=len(chosen) + 1, desc="routing by checkpoint", unit="checkpoint") as progress:
         if saved.config is not None and saved.config.adapter.init_from is None:
-            # The initial values depend on the seed alone, so they need no checkpoint.
+            # The initial values depend only on the seed, so the initial adapter can be created again without a
+            # checkpoint.
             initial = replace(adapter_config(model), inference_mode=False)
             taken.append(("0", snapshot_with(lambda name: model.add_adapter(name, initial))))
         progress.update()
@@ -149,7 +152,10 @@ def trace_history(
 
 
 def read_routing_log(run: Path | None) -> list[dict[str, Any]]:
-    """Return the lines of the run's routing.jsonl, reduced to the keys in `RECORDED`; empty where there is no file.
+    """Read the run's routing.jsonl, reduced to the keys in `RECORDED`.
+
+    Returns:
+        One record per line, {"step": ..., "linears": {name: {key: value}}}; empty without a run or a file.
 
     Raises:
         UserError: If a line is damaged.
@@ -160,18 +166,20 @@ def read_routing_log(run: Path | None) -> list[dict[str, Any]]:
     for number, record in enumerate(read_jsonl(path), start=1):
         try:
             linears = {
-                # Routers without a lambda do not record one; the other keys are required.
+                # lambda_mean is optional, because some routers have no lambda; the other keys are required.
                 name: {key: summary[key] for key in RECORDED if key in summary or key != "lambda_mean"}
                 for name, summary in record["linears"].items()
             }
             records.append({"step": int(record["step"]), "linears": linears})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number} is damaged; remove the line or the file.") from error
+            raise UserError(
+                f"{path}, line {number} is damaged ({type(error).__name__}: {error}); delete the line or the file."
+            ) from error
     return records
 
 
 def last_step(run: Path) -> int | None:
-    """Return the step of the last line of metrics.jsonl, or None without one."""
+    """Return the last step in the run's metrics.jsonl; None if the file is missing or empty."""
     metrics = read_jsonl(run / "metrics.jsonl")
     return metrics[-1]["step"] if metrics else None
 
@@ -187,7 +195,7 @@ def _loader(model: PeftModel, folder: str) -> Callable[[str], None]:
 
 
 def _probe(examples: Sequence[Encoded]) -> list[Encoded]:
-    """Return the first sequences with at most `PROBE_TOKENS` tokens in total; the first one is truncated to fit."""
+    """Return the first sequences that together have at most `PROBE_TOKENS` tokens; a longer first one is truncated."""
     probe: list[Encoded] = []
     left = PROBE_TOKENS
     for example in examples:
@@ -200,6 +208,6 @@ def _probe(examples: Sequence[Encoded]) -> list[Encoded]:
 
 
 def _evenly_spaced(checkpoints: Sequence[Path], most: int) -> list[Path]:
-    """Return at most `most` checkpoints, evenly spaced, including the first and the last."""
+    """Return `most` evenly spaced checkpoints, including the first and the last; all of them if there are fewer."""
     count = min(len(checkpoints), most)
     return [checkpoints[round(i)] for i in np.linspace(0, len(checkpoints) - 1, count)]

@@ -1,4 +1,4 @@
-"""Figures over the course of a run: routing at its checkpoints, and the routing that the run recorded while training."""
+"""Draw figures over the course of a run: routing at its checkpoints, and the routing recorded during training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ldmole_dist.report.style import SEQUENTIAL, heat_map, layer_ticks, legend_a
 
 
 def change_map(linears: Linears, history: RoutingHistory) -> Figure:
-    """Draw the share of tokens whose support changed from each state to the next, by linear."""
+    """Draw, for each linear, the percentage of tokens whose support changed from each state to the next."""
     pairs = list(zip(history.states[:-1], history.states[1:], strict=True))
-    columns = -(-len(pairs) // -(-len(pairs) // 6))  # rows of similar length, at most 6 panels each
+    columns = -(-len(pairs) // -(-len(pairs) // 6))  # at most 6 panels per row, in rows of similar length
     height = float(np.clip(2.0 + 0.09 * len(linears.layers), 2.7, 5.5))
     figure, axes = panels(len(pairs), height, columns, sharey=True)
     for (previous, state), ax in zip(pairs, axes, strict=True):
@@ -34,11 +34,11 @@ def change_map(linears: Linears, history: RoutingHistory) -> Figure:
 
 
 def state_lines(linears: Linears, history: RoutingHistory) -> Figure:
-    """Plot the distance to the final routing, experts per token and lambda at each state, by projection."""
+    """Plot difference from the final routing, experts per token and lambda at each state, one line per projection."""
     states = history.states
     summaries = [{name: summarize(sums) for name, sums in state.sums.items()} for state in states]
     quantities: dict[str, Callable[[int, str], float]] = {
-        "tokens with another support than at the end, %": lambda i, name: 100 * states[i].to_final[name],
+        "tokens whose support differs from the final one, %": lambda i, name: 100 * states[i].to_final[name],
         "active experts per token": lambda i, name: summaries[i][name]["experts_per_token"],
     }
     if has_lambda(summaries[0]):
@@ -58,7 +58,12 @@ def state_lines(linears: Linears, history: RoutingHistory) -> Figure:
 
 
 def training_lines(linears: Linears, records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot the run's routing.jsonl by projection."""
+    """Plot the routing recorded during training, one line per projection.
+
+    Args:
+        linears: Adapted linears of the model.
+        records: Result of `read_routing_log`, at least one record.
+    """
     quantities: dict[str, tuple[str, Callable[[Sequence[float]], Any]]] = {
         "experts_per_token": ("active experts per token, mean", np.mean),
         "lambda_mean": ("λ, mean", np.mean),

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages of text, tables and figures; images are embedded and nothing is loaded from elsewhere."""
+"""Build self-contained HTML pages from text, tables and figures; images are embedded in the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Figure:
     Args:
         name: File name without extension; also the id of the HTML element.
         title: Short title, shown at the start of the caption.
-        caption: What is plotted, its units and how to read it, as plain text.
+        caption: Plain text that says what is plotted, in which units, and how to read it.
         png: Contents of the PNG file.
     """
 
@@ -44,7 +44,8 @@ class Table:
 
     Args:
         header: Column titles; empty for a two-column table of names and values.
-        rows: Cells. With a header, a column whose cells all start with a digit or a sign is right-aligned.
+        rows: Cells of each row. If there is a header, columns whose cells all start with a digit, sign or dash are
+            right-aligned.
         caption: Plain text above the table.
     """
 
@@ -53,7 +54,7 @@ class Table:
     caption: str = ""
 
     def html(self) -> str:
-        """Return the `<table>` element in a scrollable container."""
+        """Return the `<table>` element inside a horizontally scrollable `<div>`."""
         columns = zip(*self.rows, strict=True)
         numeric = [
             bool(self.header) and all(cell[:1] in set("0123456789−-+–") for cell in column) for column in columns
@@ -86,7 +87,12 @@ class Points:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and its content; a string is a paragraph of plain text."""
+    """A section of a page.
+
+    Args:
+        title: Heading.
+        parts: Content in order; a string becomes a paragraph of plain text.
+    """
 
     title: str
     parts: Sequence[str | Points | Figure | Table]

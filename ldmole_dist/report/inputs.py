@@ -1,4 +1,4 @@
-"""Data and model of a report."""
+"""Load the data and the model of a report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ldmole_dist.model.backbone import load_adapter, load_backbone
 from ldmole_dist.model.saved import SavedModel
 from ldmole_dist.tuner.config import LdMoleConfig
 
-MAX_LENGTH = 4096  # tokens per sequence without a run config
-ALL_ROWS = ""  # domain of every row if no row names one
-NO_DOMAIN = "(no domain)"  # domain of rows without one if other rows name one
+MAX_LENGTH = 4096  # maximum tokens per sequence for an adapter without a run config
+ALL_ROWS = ""  # domain of all rows if no row has a domain
+NO_DOMAIN = "(no domain)"  # domain of rows without a domain, if other rows have one
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class DataSet:
     """Encoded rows of a report.
 
     Attributes:
-        path: File or files of the data.
-        examples: Domain -> sequences; the single domain `ALL_ROWS` if no row names one.
-        max_length: Sequences are truncated at the left to this number of tokens.
+        path: Comma-separated paths of the data files; the task's name for a task loaded from the Hugging Face Hub.
+        examples: Domain -> sequences; the only domain is `ALL_ROWS` if no row has a domain.
+        max_length: Maximum tokens per sequence; longer sequences are truncated at the left.
         full: Number of sequences with exactly `max_length` tokens, truncated or not.
     """
 
@@ -46,7 +46,7 @@ class DataSet:
 
     @property
     def has_domains(self) -> bool:
-        """Whether any row names a domain."""
+        """Whether any row has a domain."""
         return list(self.examples) != [ALL_ROWS]
 
 
@@ -54,13 +54,14 @@ def read_data(saved: SavedModel, path: str | None, limit: int | None, tokenizer:
     """Read and encode the rows of a report.
 
     Args:
-        saved: Run or adapter, which sets task, labels and maximum length.
-        path: Data file; None for the run's evaluation data, or its training data if it has none.
-        limit: Maximum number of rows; None for all, or for `data.eval_limit` of the run's evaluation data.
+        saved: Run or adapter of the report. Sets the task, and with a run the labels and the maximum length.
+        path: Path of the data file. None reads the run's evaluation data, or its training data if it has none.
+        limit: Maximum number of rows. None reads `data.eval_limit` rows of the run's evaluation data, and all rows of
+            other data.
         tokenizer: Tokenizer of the backbone.
 
     Raises:
-        UserError: If there is no file, or a row cannot be read.
+        UserError: If `path` is None for an adapter without a run, or the data cannot be read.
     """
     task, max_length, labels = saved.task, MAX_LENGTH, None
     given: str | Sequence[Source] = path or ""
@@ -70,8 +71,9 @@ def read_data(saved: SavedModel, path: str | None, limit: int | None, tokenizer:
         if path is None:
             given, limit = data.eval or data.train, limit or (data.eval_limit if data.eval else None)
     elif path is None:
-        raise UserError(f"{saved.adapter} is an adapter without a run and has no data of its own; give --data FILE.")
-    # Labels are not checked against the run's: other data may have other classes, which do not affect routing.
+        raise UserError(f"{saved.adapter} is an adapter outside a run folder, so there is no default data; set --data FILE.")
+    # Do not check the labels against the run's labels: other data can have other classes, which do not affect the
+    # routing.
     rows = [row for source in read_rows(given, task, None, limit, split="eval") for row in source]
     if task == "sequence_classification":
         labels = sorted({row.target for row in rows})
@@ -86,9 +88,9 @@ def load_model(saved: SavedModel, precision: str, tokenizer: PreTrainedTokenizer
     """Load the backbone and the adapter in evaluation mode, on the GPU if there is one.
 
     Raises:
-        UserError: If they cannot be loaded or do not fit together.
+        UserError: If one of them cannot be loaded, or the adapter does not match the backbone.
     """
-    # PEFT 0.21 reads an attribute that transformers 5.23 renamed, in every injection.
+    # PEFT 0.21 reads this attribute, which transformers 5.23 deprecated, whenever it adds an adapter.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
     task = saved.task
     classes = _class_names(saved.adapter) if task == "sequence_classification" else None

@@ -1,4 +1,4 @@
-"""Content of the report's page: summary, figures with the captions of figures.toml, and the table of domains."""
+"""Compose the report: summary, figures with the captions in figures.toml, and the table of domains."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ FIGURES: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_name("fig
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that a report shows.
+    """Data that a report shows.
 
     Attributes:
-        saved: Run or adapter.
+        saved: Run or adapter that the report is about.
         config: Config of the adapter.
         data: Data set that was routed.
         observed: Routing of the data set.
-        history: Routing over the run's checkpoints, if there are any.
-        records: Lines of the run's routing.jsonl.
-        setup: Precision, device and speed.
+        history: Routing over the run's checkpoints; None if there are none.
+        records: Lines of the run's routing.jsonl, see `read_routing_log`.
+        setup: Precision, device and speed, as text.
     """
 
     saved: SavedModel
@@ -53,7 +53,7 @@ class ReportData:
 
 
 def summary(report: ReportData) -> list[tuple[str, str]]:
-    """Return names and values of the key numbers, for the page and the terminal."""
+    """Return (name, value) pairs of the main results, for the page and the terminal."""
     config, data, sums = report.config, report.data, report.observed.by_linear
     linears, summaries = Linears(sums), {name: summarize(s) for name, s in sums.items()}
     total, experts = summarize(merge_sums(sums.values())), experts_text(summaries)
@@ -73,7 +73,7 @@ def summary(report: ReportData) -> list[tuple[str, str]]:
         ("adapted linears", f"{len(summaries)}: {len(linears.layers)} layers × {', '.join(linears.projections)}"),
         ("data", f"{data.path}: {sum(map(len, data.examples.values())):,} rows"),
         ("tokens", f"{int(report.observed.tokens_V.sum()):,} without padding"),
-        ("rows at maximum length", f"{data.full:,} of {data.max_length:,} tokens"),
+        ("rows at maximum length", f"{data.full:,} (maximum: {data.max_length:,} tokens)"),
         ("setup", report.setup),
         ("experts per token", f"{total['experts_per_token']:.2f} of {experts}, mean over tokens and linears"),
         ("most experts", of_linear(by_experts[-1])),
@@ -88,7 +88,7 @@ def summary(report: ReportData) -> list[tuple[str, str]]:
 
 
 def sections(report: ReportData, tokenizer: PreTrainedTokenizerBase) -> list[html.Section]:
-    """Draw all figures and return the sections of the page."""
+    """Draw all figures and return the sections of the page in order."""
     linears, observed, history = Linears(report.observed.together), report.observed, report.history
     summaries = {name: summarize(sums) for name, sums in observed.by_linear.items()}
     use, tokens = most_frequent(observed), int(observed.tokens_V.sum())
@@ -129,6 +129,6 @@ def sections(report: ReportData, tokenizer: PreTrainedTokenizerBase) -> list[htm
 
 
 def experts_text(summaries: by_layer.Summaries) -> str:
-    """Return the number of experts per linear, as "8" or "4 to 8"."""
+    """Return the number of experts per linear as text: "8", or "4 to 8" if it differs between linears."""
     counts = {len(summary["load"]) for summary in summaries.values()}
     return str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"

@@ -1,4 +1,4 @@
-"""Shared look of the report's figures: colors, sizes, panels, line plots, heat maps and PNG output."""
+"""Style and building blocks of the report's figures: colors, sizes, panels, line plots, heat maps and PNG output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ldmole_dist.monitor.linears import Linears
 
-# Okabe and Ito's palette for color-blind readers, without yellow, which is too light for lines.
+# Palette of Okabe and Ito for color-blind readers, without its yellow, which is too light for lines.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", ":", "-."]
@@ -44,7 +44,7 @@ DPI = 130
 
 
 def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file; equal figures give equal files."""
+    """Return the contents of a PNG file of the figure. Equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
@@ -69,18 +69,28 @@ def panels(count: int, height: float, columns: int = 4, **options: Any) -> tuple
     for unused in axes[count:]:
         unused.set_axis_off()
     for ax in axes[:count]:
-        ax.tick_params(labelbottom=True)  # sharex hides them, also where the panel below is unused
+        ax.tick_params(labelbottom=True)  # sharex hides the tick labels, even if the panel below is unused
     return figure, axes[:count]
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return color, marker and line style number `index`; the line style changes after each pass through the palette."""
+    """Return the keyword arguments of `Axes.plot` for line number `index`: color, marker and line style.
+
+    Colors and markers repeat after each pass through the palette, with the next line style.
+    """
     n = len(PALETTE)
     return {"color": PALETTE[index % n], "marker": MARKERS[index % n], "linestyle": LINES[index // n % len(LINES)]}
 
 
 def plot_lines(ax: Axes, title: str, x: Sequence[float] | np.ndarray, lines: Mapping[str, Iterable[float]]) -> None:
-    """Plot one labeled line per entry of `lines`; markers are left out above 40 points."""
+    """Plot one labeled line per entry of `lines`.
+
+    Args:
+        ax: Axes to draw into.
+        title: Title of the axes.
+        x: Common x values; with more than 40, lines have no markers.
+        lines: Label -> y values, for all x or only for the first ones.
+    """
     for index, (label, values) in enumerate(lines.items()):
         y = list(values)
         style = line_style(index) if len(x) <= 40 else line_style(index) | {"marker": None}
@@ -89,7 +99,7 @@ def plot_lines(ax: Axes, title: str, x: Sequence[float] | np.ndarray, lines: Map
 
 
 def legend_above(figure: Figure, ax: Axes, title: str | None = None) -> None:
-    """Add a legend of the lines of `ax` above all panels, and make the figure taller by its height."""
+    """Add a legend for the lines of `ax` above all panels, and increase the figure's height accordingly."""
     handles, labels = ax.get_legend_handles_labels()
     columns = min(7, len(labels))
     rows = -(-len(labels) // columns) + (title is not None)
@@ -98,7 +108,7 @@ def legend_above(figure: Figure, ax: Axes, title: str | None = None) -> None:
 
 
 def heat_map(ax: Axes, values: np.ndarray, **options: Any) -> AxesImage:
-    """Draw a matrix as a heat map; NaN is grey.
+    """Draw a matrix as a heat map. Non-finite values are grey.
 
     Args:
         ax: Axes to draw into.
@@ -114,19 +124,21 @@ def heat_map(ax: Axes, values: np.ndarray, **options: Any) -> AxesImage:
 
 
 def log2_limit(values: Iterable[np.ndarray], least: float, most: float) -> float:
-    """Return half the range of a color scale for binary logarithms, centered at 0.
+    """Return the limit of a symmetric color scale from -limit to limit for binary logarithms.
+
+    The limit is the largest absolute value, clipped to between `least` and `most`.
 
     Args:
         values: Arrays that share the scale; non-finite elements are ignored.
-        least: Minimum to return.
-        most: Maximum to return.
+        least: Minimum of the limit.
+        most: Maximum of the limit.
     """
     every = np.abs(np.concatenate([array.ravel() for array in values]))
     return float(np.clip(max(every[np.isfinite(every)], default=least), least, most))
 
 
 def log2_colorbar(figure: Figure, axes: Sequence[Axes], image: AxesImage, limit: float, label: str) -> None:
-    """Add the color bar of an image of binary logarithms between `-limit` and `limit`; its labels are ratios."""
+    """Add a color bar for an image of binary logarithms from `-limit` to `limit`, labeled with the ratios 2^value."""
     ticks = np.linspace(-limit, limit, 5)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, aspect=30)
     bar.set_ticks(list(ticks), labels=[f"{2**t:.3g}" for t in ticks])
@@ -134,12 +146,12 @@ def log2_colorbar(figure: Figure, axes: Sequence[Axes], image: AxesImage, limit:
 
 
 def layer_ticks(axis: Any, linears: Linears, most: int = 9) -> None:
-    """Label an axis with layer numbers, with at most `most` labels."""
+    """Set the ticks of an axis to layer numbers, with at most `most` ticks."""
     labels = linears.layer_labels()
     shown = range(0, len(labels), -(-len(labels) // most))
     axis.set_ticks(list(shown), [labels[i] for i in shown])
 
 
 def expert_ticks(axis: Any, experts: int, most: int = 8) -> None:
-    """Label an axis with expert numbers, with at most `most` labels."""
+    """Set the ticks of an axis to expert numbers, with at most `most` ticks."""
     axis.set_ticks(range(0, experts, -(-experts // most)))

@@ -1,4 +1,4 @@
-"""Experts per token against token frequency. Shapes: V vocabulary, N tokens shown."""
+"""Plot experts per token against token frequency. Shapes: V vocabulary size, N tokens shown."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ldmole_dist.report.collect import Observed
 from ldmole_dist.report.style import DPI, GREY, PALETTE, WIDTH
 
 MAX_TOKENS = 200
-LABELED = 14  # labels for each of: most frequent, most experts, fewest experts
-KINDS = {
+LABELED = 14  # number of tokens to label in each group: most frequent, most experts, fewest experts
+KINDS = {  # kind of a token -> color and marker
     "begins a word": (PALETTE[0], "o"),
     "continues a word": (PALETTE[4], "^"),
     "punctuation, digits": (PALETTE[2], "s"),
@@ -35,10 +35,10 @@ class TokenUse(NamedTuple):
     """The most frequent tokens of a data set.
 
     Args:
-        ids_N: Token ids, most frequent first.
-        counts_N: Occurrences in the data.
-        experts_N: Active experts, averaged over occurrences and linears.
-        mean_experts: The same average over all tokens of the data.
+        ids_N: (N,), token ids, most frequent first.
+        counts_N: (N,), occurrences in the data.
+        experts_N: (N,), active experts per token, averaged over occurrences and linears.
+        mean_experts: Active experts per token, averaged over all tokens of the data and over linears.
     """
 
     ids_N: np.ndarray
@@ -48,7 +48,7 @@ class TokenUse(NamedTuple):
 
 
 def most_frequent(observed: Observed) -> TokenUse:
-    """Return at most `MAX_TOKENS` tokens of the data."""
+    """Return the `MAX_TOKENS` most frequent tokens, or fewer if the data contains fewer distinct tokens."""
     counts_V, active_V, linears = observed.tokens_V.numpy(), observed.active_V.numpy(), len(observed.together)
     ids_N = np.argsort(-counts_V, kind="stable")[:MAX_TOKENS]
     ids_N = ids_N[counts_V[ids_N] > 0]
@@ -58,14 +58,14 @@ def most_frequent(observed: Observed) -> TokenUse:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Return Spearman's rank correlation; None where one side is constant."""
+    """Return Spearman's rank correlation of x and y; None if one of them is constant."""
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(spearmanr(x, y).statistic)
 
 
 def tokens_figure(use: TokenUse, tokenizer: PreTrainedTokenizerBase) -> Figure:
-    """Plot experts per token against frequency, with labels for the extreme tokens."""
+    """Plot experts per token against frequency, and label the most frequent and the most extreme tokens."""
     texts = [token_text(tokenizer, int(token)) for token in use.ids_N]
     kinds_N = np.array([kind_of(tokenizer, int(token), text) for token, text in zip(use.ids_N, texts, strict=True)])
     figure = Figure(figsize=(WIDTH, 6.6), dpi=DPI, layout="constrained")
@@ -85,23 +85,33 @@ def tokens_figure(use: TokenUse, tokenizer: PreTrainedTokenizerBase) -> Figure:
     ax.set_ylabel("active experts per token, mean over linears")
     figure.legend(loc="outside upper left", ncols=5)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # labels are placed in pixels, which are only known after the layout
+    canvas.draw()  # drawing computes the layout; labels are placed in pixels, which depend on it
     _label(ax, use, texts, canvas.get_renderer())
     return figure
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Return the text of a token with visible white space; characters that the font lacks are escaped."""
+    """Return the text of a token for a plot.
+
+    White space is replaced by visible characters, characters that the font lacks by their escape sequence, and part of
+    a multi-byte character by "#" and the token id.
+    """
     piece = str(tokenizer.convert_ids_to_tokens(token))
     text = " " + piece[1:] if piece.startswith("▁") else str(tokenizer.decode([token]))
-    if "\N{REPLACEMENT CHARACTER}" in text:  # part of a multi-byte character
+    if "\N{REPLACEMENT CHARACTER}" in text:  # the token is a part of a multi-byte character
         return f"#{token}"
     text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "→")
     return "".join(c if ord(c) in _drawable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def kind_of(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> str:
-    """Return the key of `KINDS` for a token and its `token_text`."""
+    """Return the kind of a token, a key of `KINDS`.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        token: Token id.
+        text: `token_text` of the token.
+    """
     letters = text.lstrip("␣⏎→")
     if token in tokenizer.all_special_ids or not letters:
         return "special, white space"
@@ -116,7 +126,7 @@ def _drawable() -> Any:
 
 
 def _label(ax: Axes, use: TokenUse, texts: Sequence[str], renderer: Any) -> None:
-    """Label extreme tokens wherever the label covers no other label and no point."""
+    """Label the most frequent and most extreme tokens, if the label fits without covering a point or another label."""
     by_experts = np.argsort(use.experts_N, kind="stable")
     by_count = np.argsort(-use.counts_N, kind="stable")
     turns = itertools.islice(zip(by_count, by_experts[::-1], by_experts, strict=True), LABELED)
@@ -144,5 +154,5 @@ def _label(ax: Axes, use: TokenUse, texts: Sequence[str], renderer: Any) -> None
             label.remove()
 
 
-# Positions of a label around its point, in points, in the order in which they are tried.
+# Offsets of a label from its data point, in typographic points, in the order in which they are tried.
 _OFFSETS = [(5, 0), (-5, 0), (0, 5), (0, -5), (4, 4), (4, -4), (-4, 4), (-4, -4)]

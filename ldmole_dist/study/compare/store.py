@@ -72,7 +72,7 @@ class Store(StudyFolder):
 
     Args:
         folder: path of the folder.
-        about: what the results depend on; None opens an existing folder for reading.
+        about: description of what the results depend on; None opens an existing folder for reading.
 
     Raises:
         UserError: if the folder cannot be used, see `StudyFolder`.
