@@ -204,7 +204,9 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
             # safe_open objects are not iterable.
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}); copy the adapter again.") from error
+        raise UserError(
+            f"cannot read {path} ({error}); check that the adapter is complete and readable."
+        ) from error
     # PEFT resolves rank and alpha patterns, layer selection and rank-stabilized scaling when it builds the adapter.
     config.init_lora_weights = False
     model: Any = get_peft_model(_meta_backbone(backbone), config)

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "ldmole generate runs in one process only, because ranks would generate different numbers of tokens; start it "
             "without a launcher. A run's adapter/ holds the experts of all ranks; `ldmole checkpoint export CHECKPOINT "
-            "ADAPTER` writes one from a checkpoint."
+            "ADAPTER` creates an adapter from a checkpoint."
         )
     if args.output is not None and args.file is None:
         raise UserError("--output requires --file.")

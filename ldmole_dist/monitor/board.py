@@ -78,7 +78,7 @@ def write_scalars(board: SummaryWriter, step: int, values: Mapping[str, float]) 
 
     Args:
         board: TensorBoard writer of the run.
-        step: optimizer step, from 1.
+        step: number of optimizer steps done.
         values: tag -> value.
     """
     assert board.file_writer is not None, "the TensorBoard writer is closed"

@@ -45,11 +45,11 @@ class Linears:
         return [name for layer in self.layers if (name := self.name(projection, layer)) is not None]
 
     def values(self, projection: str, value: Callable[[str], float]) -> np.ndarray:
-        """Return the value of a projection's linear in each layer, as a (layers,) array.
+        """Return the value of a projection's linear in each layer, as a (layers,) array with NaN for layers without one.
 
         Args:
             projection: projection of the linears.
-            value: function that returns the value of a linear, given its name; layers without the projection get NaN.
+            value: function that takes the name of a linear and returns its value.
         """
         names = (self.name(projection, layer) for layer in self.layers)
         return np.array([np.nan if name is None else value(name) for name in names])

@@ -1,4 +1,7 @@
-"""JSON-lines files of a run, with one line per optimizer step or evaluation; a resumed run removes later lines and appends."""
+"""JSON-lines files of a run, with one line per optimizer step or evaluation.
+
+A resumed run removes the lines of later steps and appends to the files.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ class JsonLines:
 
 
 def _end_of(path: Path, last_step: int) -> int:
-    """Return the byte offset after the last line of a step up to `last_step`.
+    """Return the length in bytes of the leading lines with steps up to `last_step`.
 
     Only the start of each line is parsed: a line of routing.jsonl can be large.
     """

@@ -41,7 +41,8 @@ class Report(NamedTuple):
 class StepMeter:
     """Collector of the metrics of one optimizer step.
 
-    Every rank creates one before the first forward of the step, which resets the engine's counters of sent elements.
+    Every rank creates one per step, before the first forward. Creating it resets the counters of sent elements and the times of
+    the dispatch.
 
     Args:
         engine: engine that runs the step.
