@@ -1,6 +1,7 @@
 """The configuration of a run: one YAML file of dataclasses, with overrides `a.b=c` from the command line.
 
-An unknown key, a wrong type or a value out of range raises one `UserError` that names the key and the remedy.
+If a key is unknown, or a value has a wrong type or is out of range, loading raises one `UserError` that names the key and the
+remedy.
 """
 
 from ldmole_dist.config.checks import accumulation_steps, check_ep_size, check_parallelism

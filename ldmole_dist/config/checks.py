@@ -1,4 +1,4 @@
-"""Checks of a run config that involve more than one key."""
+"""Check the keys of a run config that depend on each other or on the number of ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ PACKING_ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
 def check_config(config: Config) -> None:
-    """Check the keys of a config against each other, and set data.labels from the task where it is not set.
+    """Check the keys of a config against each other. Set data.labels from the training task if it is not set.
 
     Raises:
-        UserError: naming the keys that contradict each other.
+        UserError: if keys contradict each other; the message names them.
     """
     o, a, ep_size = config.optimisation, config.adapter, config.parallelism.ep_size
     if (o.epochs is None) == (o.max_steps is None):
-        raise UserError("set exactly one of optimisation.epochs and optimisation.max_steps")
+        found = "unset" if o.epochs is None else "set"
+        raise UserError(f"optimisation.epochs and optimisation.max_steps are both {found}; set exactly one of them")
     try:
         check_top_k(a, "adapter.")
     except ValueError as error:
@@ -37,14 +38,16 @@ def check_config(config: Config) -> None:
     if config.backbone.task == "sequence_classification" and not config.data.labels:
         raise UserError("backbone.task=sequence_classification needs class names; set data.labels")
     if config.data.labels is not None and len(set(config.data.labels)) < max(2, len(config.data.labels)):
-        raise UserError(f"data.labels={config.data.labels} must be two or more different values")
+        raise UserError(
+            f"data.labels={config.data.labels} must have at least two entries, all different; correct the list"
+        )
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Return the number of micro-batches per optimizer step on each rank.
 
     Raises:
-        UserError: if the global batch size is not a multiple of micro-batch size times world size.
+        UserError: if the global batch size is not a multiple of the micro-batch size times the world size.
     """
     o = config.optimisation
     per_forward = o.micro_batch_size * world_size
@@ -53,7 +56,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
         fits = [n for n in (lower, lower + per_forward) if n]
         raise UserError(
             f"optimisation.global_batch_size={o.global_batch_size} is not a multiple of optimisation.micro_batch_size="
-            f"{o.micro_batch_size} times {world_size} ranks; use {' or '.join(map(str, fits))}"
+            f"{o.micro_batch_size} times {world_size} ranks; set it to {' or '.join(map(str, fits))}"
         )
     return o.global_batch_size // per_forward
 
@@ -82,12 +85,12 @@ def _check_packing(config: Config) -> None:
         return
     if config.backbone.task == "sequence_classification":
         raise UserError(
-            "data.packing=true needs backbone.task=causal_lm, because a classifier reads the last token of each row; set it "
-            "to false"
+            "data.packing=true needs backbone.task=causal_lm, because a classifier reads the last token of each row; "
+            "set data.packing=false"
         )
     if config.backbone.attention not in (None, *PACKING_ATTENTION):
         raise UserError(
-            f"data.packing=true is not tested with backbone.attention={config.backbone.attention}; use one of "
+            f"data.packing=true is not tested with backbone.attention={config.backbone.attention}; set it to one of "
             f"{PACKING_ATTENTION}"
         )
 
@@ -101,13 +104,14 @@ def _check_streaming(data: Data) -> None:
         return
     if not data.truncation:
         raise UserError(
-            "data.streaming=true needs data.truncation=true, because the length of a row is only known when it is encoded"
+            "data.streaming=true needs data.truncation=true, because rows are encoded, and their length is known, only "
+            "during training; set data.truncation=true or data.streaming=false"
         )
     for source in data.train if isinstance(data.train, list) else [Source(path=data.train)]:
         if source.path is None or Path(source.path).suffix != ".jsonl":
             raise UserError(
-                f"data.streaming=true reads .jsonl files only, not {source.path or source.task}; convert it to one JSON object "
-                "per line, or set data.streaming=false"
+                f"data.streaming=true reads only .jsonl files, not {source.path or source.task}; convert the data to one JSON "
+                "object per line, or set data.streaming=false"
             )
 
 
@@ -118,10 +122,10 @@ def _check_sources(config: Config) -> None:
             raise UserError(f"data.{key} is an empty list; give at least one source")
         for source in sources:
             if source.task is None and source.path is None:
-                raise UserError(f"data.{key}: a source has neither path nor task; set one of them")
+                raise UserError(f"data.{key}: a source has neither path nor task; set at least one of them")
             if source.answers == "text" and (source.task is None or source.task in TASK_CLASSES):
                 raise UserError(
-                    f"data.{key}: answers=text is for multiple-choice tasks, not for {source.task or source.path}; remove it"
+                    f"data.{key}: answers=text needs a multiple-choice task, not {source.task or source.path}; remove it"
                 )
             if source.task is not None and source.format is not None:
                 raise UserError(f"data.{key}: task {source.task} defines its own format; remove format={source.format}")

@@ -1,4 +1,4 @@
-"""Validation errors of pydantic, as messages that name the key of a config."""
+"""Convert validation errors of pydantic to messages that name the key of a config."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _TAGS = ("<number>", "<list>", "<text>")
 
 
 def explain(error: ValidationError, section: Any) -> str:
-    """Return one message for all errors of a validation.
+    """Return one message with all errors of a validation.
 
     Args:
-        error: raised by pydantic.
-        section: the dataclass that was validated.
+        error: error that pydantic raised.
+        section: dataclass that was validated.
     """
     return "; ".join(_explain(details, section) for details in error.errors())
 
 
 def key_names(section: Any) -> list[str]:
-    """Return the keys of a section."""
+    """Return the keys of a section, given as a dataclass."""
     return [field.name for field in fields(section)]
 
 
 def subsection(section: Any, path: list[str]) -> Any:
-    """Return the dataclass at a path of keys below a section; an index leads to an item of a list of sources."""
+    """Return the dataclass at a path of keys below a section. An index in the path is that of a `Source` in a list."""
     for name in path:
         section = Source if name.isdigit() else typing.get_type_hints(section)[name]
     return section
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """Return the hint for an unknown name: the most similar known one, or all of them."""
+    """Return a hint for an unknown name: the most similar known name, or all known names if none is similar."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else f"choose from {known}"
 

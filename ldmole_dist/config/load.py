@@ -19,31 +19,34 @@ def load_config(path: str, overrides: list[str]) -> Config:
     """Read the config of a run from a YAML file, apply overrides and check the result.
 
     Args:
-        path: of the YAML file.
-        overrides: "a.b=c" with c in YAML; "b=c" if only one section has a key b.
+        path: path of the YAML file.
+        overrides: assignments "section.key=value" with the value in YAML. The section may be left out if only one section has
+            the key.
 
     Raises:
-        UserError: if the file cannot be read, a key is unknown, or a value is missing, of a wrong type or out of range.
+        UserError: if the file cannot be read, a key is unknown, a value is missing, has a wrong type or is out of range, or
+            keys contradict each other.
     """
     try:
         raw = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}; correct the file") from error
     return make_config(raw, overrides, path)
 
 
 def make_config(raw: Any, overrides: list[str], path: str) -> Config:
-    """Apply overrides to a parsed config and check the result.
+    """Apply overrides to a parsed config, check it and return it as a `Config`.
 
     Args:
-        raw: parsed YAML; overrides are written to it.
-        overrides: see `load_config`.
-        path: of the file, for messages.
+        raw: content of the parsed YAML file. It is modified: overrides are written to it.
+        overrides: assignments "section.key=value", as in `load_config`.
+        path: path of the YAML file, used in error messages.
 
     Raises:
-        UserError: see `load_config`.
+        UserError: if `raw` is not a mapping, a key is unknown, a value is missing, has a wrong type or is out of range, or keys
+            contradict each other.
     """
     if not isinstance(raw, dict):
         raise UserError(f"config {path} must be a mapping with the sections {key_names(Config)}, not {raw!r:.80}")
@@ -58,7 +61,7 @@ def make_config(raw: Any, overrides: list[str], path: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Return a config as YAML that `load_config` can read."""
+    """Return a config as YAML text that `load_config` can read."""
     return yaml.safe_dump(plain_config(config), sort_keys=False)
 
 
@@ -76,7 +79,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not sections and name not in key_names(Config):
         sections = [section for section in key_names(Config) if name in key_names(subsection(Config, [section]))]
         if len(sections) != 1:
-            where = f"sections {sections} have it" if sections else f"no section has it; there are {key_names(Config)}"
+            where = (
+                f"sections {sections} have it"
+                if sections
+                else f"no section has it; the sections are {key_names(Config)}"
+            )
             raise UserError(f"override {override!r} must look like section.key=value: {where}")
     target = raw
     for section in sections:
@@ -90,7 +97,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _without_tuples(value: Any) -> Any:
-    """Replace tuples by lists, which is how YAML represents both."""
+    """Replace tuples by lists, because `yaml.safe_dump` cannot write tuples."""
     if isinstance(value, dict):
         return {key: _without_tuples(item) for key, item in value.items()}
     return [_without_tuples(item) for item in value] if isinstance(value, list | tuple) else value

@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 TaskName = Literal[
     "arc_challenge", "arc_easy", "commonsense_qa", "openbookqa", "swag", "hellaswag", "mmlu_pro", "cola", "rte"
 ]
-# Class names of the tasks that are sequence classification, indexed by the label in their data.
+# Class names of the sequence-classification tasks; the labels in their data are indices into these.
 TASK_CLASSES: dict[str, tuple[str, ...]] = {
     "cola": ("unacceptable", "acceptable"),
     "rte": ("entailment", "not_entailment"),
@@ -60,12 +60,13 @@ class Source:
     Args:
         path: .jsonl, .json, .csv or .parquet file; null loads the task from the Hugging Face Hub.
         task: one of the paper's tasks (docs/tasks.md), whose columns the data has.
-        format: row format of data that is not a task's; null detects it from the keys of the first row.
-        answers: of a multiple-choice task: "letter" lists the options in the prompt and answers with a letter, as the paper
-            does; "text" lists none, and the answer is the text of the option.
-        split: split of a task on the Hub; null for the default one.
+        format: row format of data without a task; null detects it from the keys of the first row.
+        answers: format of a multiple-choice task: "letter" lists the options in the prompt and answers with a letter, as in the
+            paper; "text" lists no options and answers with the text of an option.
+        split: split of a task on the Hub; null for the default split.
         weight: sampling weight relative to the other sources; set it for all sources or for none.
-        name: domain in results of rows that name none; by default, with several sources, the name of the task or file.
+        name: domain, in results, of rows that have none of their own. The default with several sources is the name of the task
+            or file.
     """
 
     path: str | None = None
@@ -77,7 +78,7 @@ class Source:
     name: str | None = None
 
 
-# With tags, pydantic reports only the errors of the alternative that was meant.
+# The tags make pydantic report only the errors of the alternative that matches the type of the value.
 Sources = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[Source], Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<text>"),
@@ -91,16 +92,17 @@ class Data:
     Args:
         train: file to train on, or a list of sources.
         eval: file to evaluate on, a list of sources, or null.
-        labels: possible completions, one token each, or class names. If set, each row must have one of them, and evaluation
+        labels: class names, or possible completions of one token each. If set, each row must have one of them, and evaluation
             reports accuracy. Tasks set their own.
         max_length: maximum number of tokens of a sequence.
-        truncation: cut longer sequences: prompts at their start, plain texts at their end. If false, they are an error.
+        truncation: cut sequences longer than max_length: prompts at their start, plain texts at their end. If false, such a
+            sequence is an error.
         packing: concatenate the sequences of a micro-batch into one row instead of padding them; each keeps its own positions
             and attention mask. Needs attention "sdpa", "eager" or "flash_attention_2".
         cache: folder for encoded data sets, visible to all ranks. The file names depend on everything that affects encoding.
         streaming: keep the training set on disk: .jsonl files are read and checked once at the start, and rows are encoded when
             a step needs them. Needs truncation.
-        workers: processes per rank that read and encode ahead, with streaming.
+        workers: number of processes per rank that read and encode rows ahead; needs streaming.
         eval_limit: number of rows to evaluate on, taken from the start of each source; null for all.
     """
 
@@ -121,8 +123,8 @@ class Optimisation:
     """Batch sizes, optimizer, learning-rate schedule and losses.
 
     Args:
-        epochs: passes over the training data; set either this or max_steps.
-        max_steps: optimizer steps; set either this or epochs.
+        epochs: number of passes over the training data; set either this or max_steps.
+        max_steps: number of optimizer steps; set either this or epochs.
         micro_batch_size: sequences per forward on one rank.
         global_batch_size: sequences per optimizer step, over all ranks and micro-batches.
         learning_rate: learning rate after the warm-up.
@@ -132,18 +134,18 @@ class Optimisation:
         optimizer: "adamw" is PyTorch's; "fused_adam" and "cpu_adam" are DeepSpeed's and need a compiler.
         schedule: learning rate after the warm-up: "cosine" decays to 0, "multistep" multiplies by gamma at each milestone,
             "constant" keeps it.
-        warmup_steps: steps over which the learning rate increases linearly from 0.
-        milestones: of "multistep", as fractions of all steps.
-        gamma: factor of "multistep".
+        warmup_steps: number of first steps over which the learning rate increases linearly.
+        milestones: milestones of "multistep", as fractions of all steps.
+        gamma: factor by which "multistep" multiplies the learning rate at each milestone.
         max_grad_norm: norm that gradients are clipped to; 0 disables clipping.
         label_smoothing: label smoothing of the task loss.
         balance_coef: coefficient of the load-balancing loss (c_lb); 1.0 in the paper.
         sparsity_coef: coefficient of the sparsity loss (c_sp); 0 in the paper's main results.
-        sparsity_target: number of active experts that the sparsity loss and the L1 loss of router "relu" aim for (k*).
+        sparsity_target: target number of active experts per token (k*), of the sparsity loss and the L1 loss of router "relu".
         z_coef: coefficient of the router z-loss.
-        l1_coef: initial coefficient of the L1 loss of router "relu"; each step multiplies or divides it by l1_rate, until
-            sparsity_target experts are active. ReMoE's default.
-        l1_rate: factor by which l1_coef changes per step. ReMoE's default.
+        l1_coef: initial coefficient of the L1 loss of router "relu"; the default is ReMoE's. Each step multiplies it by l1_rate
+            if more than sparsity_target experts are active, and divides it if fewer are.
+        l1_rate: factor by which l1_coef changes per step; the default is ReMoE's.
         entropy_coef: coefficient of the entropy loss of router "top_p"; 1e-4 in its paper.
         router_noise: initial standard deviation of Gaussian noise on the router logits in training; 0, as in the paper,
             disables it.
@@ -183,10 +185,10 @@ class Parallelism:
     Args:
         ep_size: expert-parallel size: each group of this many consecutive ranks holds all experts once. Must divide num_experts
             and the number of ranks.
-        dispatch: what the ranks of an expert-parallel group exchange: "all_to_all" sends tokens, "gather" sends experts,
-            "auto" the smaller of both.
-        overlap: exchange while the frozen linears compute; results do not change.
-        deepspeed: name of a file in ds_configs/ ("zero2"), or path of a DeepSpeed JSON config.
+        dispatch: exchange in an expert-parallel group: "all_to_all" sends tokens, "gather" sends experts, "auto" sends the
+            smaller of both for each expert.
+        overlap: exchange while the frozen linears compute; this does not change the results.
+        deepspeed: name of a file in ds_configs/, such as "zero2", or path of a DeepSpeed JSON config.
         precision: dtype of the backbone and the activations; adapter parameters are always float32. fp16 uses a loss scale.
         gradient_checkpointing: recompute decoder layers in the backward instead of keeping their activations.
         timeout_minutes: time after which a collective that some rank has not entered raises an error.
@@ -208,14 +210,14 @@ class Run:
     Args:
         output_dir: folder of the run (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl, routing.jsonl).
         seed: seed of initial values, dropout and data order.
-        eval_every: optimizer steps between evaluations; 0 evaluates only before and after training.
+        eval_every: number of optimizer steps between evaluations; 0 evaluates only before and after training.
         eval_before: evaluate before the first step as well.
-        save_every: optimizer steps between checkpoints; 0 saves none.
-        keep_last: number of checkpoints to keep.
-        detail_every: optimizer steps between detailed reports: routing of each linear, gradient norms by part, time spent in
-            dispatch, volume sent per input group.
-        save_async: write checkpoints in the background from a copy in host memory; false stops training while it writes, and
-            needs no copy.
+        save_every: number of optimizer steps between checkpoints; 0 saves one only after a stop request (SIGTERM or SIGINT).
+        keep_last: number of latest checkpoints to keep.
+        detail_every: number of optimizer steps between detailed reports: routing of each linear, gradient norms by part, time
+            spent in dispatch, volume sent per input group.
+        save_async: write checkpoints in the background from a copy in host memory. If false, training waits while a checkpoint
+            is written, and no copy is needed.
         resume: "auto" resumes from the latest complete checkpoint in output_dir, if there is one; "never" starts fresh and
             moves previous results in output_dir aside; a path resumes from that checkpoint, or from the latest one of that run.
     """
@@ -233,7 +235,7 @@ class Run:
 
 @dataclass(config=_strict_keys)
 class Config:
-    """The configuration of a run."""
+    """The configuration of a run; each field is a section of the YAML file."""
 
     backbone: Backbone
     data: Data
