@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,14 @@ def commands(spec: LaunchSpec, folder: Path) -> str:
     return shlex.join(launcher_command(spec, SCRIPT, folder))
 
 
+@pytest.fixture
+def paths_without_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's pdsh runner does not support spaces, and the checkout may have one in its path."""
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("paths_without_spaces")
 def test_pdsh_command_and_environment(tmp_path: Path) -> None:
     spec = LaunchSpec("pdsh", [Host("a", (0, 2)), Host("b", (1,))], ssh_args="-p 2222")
     assert spec.world_size == 3
@@ -120,6 +129,7 @@ def test_pdsh_command_and_environment(tmp_path: Path) -> None:
     assert environment == {"PATH": "/bin", "DS_ENV_FILE": "/nowhere", "PDSH_SSH_ARGS_APPEND": "-p 2222"}
 
 
+@pytest.mark.usefixtures("paths_without_spaces")
 def test_pdsh_preserves_special_arguments(tmp_path: Path) -> None:
     from deepspeed.launcher.multinode_runner import PDSHRunner
     from deepspeed.launcher.runner import parse_args

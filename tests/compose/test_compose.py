@@ -121,7 +121,7 @@ def test_training_keeps_the_experts(
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value, after[name]) == ("router" not in name), name
-    with pytest.raises(UserError, match="the experts of this run are frozen"):
+    with pytest.raises(UserError, match="does not hold the experts, which are frozen in this run"):
         export_checkpoint(tmp_path / "spread" / "checkpoints" / "step_00000004", tmp_path / "exported")
 
 
