@@ -6,8 +6,8 @@ import argparse
 
 from ldmole_dist.cli_arguments import positive
 
-DESCRIPTION = """Route data through a saved adapter in one process. Write a self-contained page, index.html, and its figures
-as PNG files: lambda, experts per token, token frequency, load, co-activation, changes over the run, and domains."""
+DESCRIPTION = """Route data through a saved adapter in one process. Write a self-contained page, index.html, and its
+figures as PNG files: lambda, experts per token, token frequency, load, co-activation, changes over the run, and domains."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

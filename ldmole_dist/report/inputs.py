@@ -71,7 +71,9 @@ def read_data(saved: SavedModel, path: str | None, limit: int | None, tokenizer:
         if path is None:
             given, limit = data.eval or data.train, limit or (data.eval_limit if data.eval else None)
     elif path is None:
-        raise UserError(f"{saved.adapter} is an adapter outside a run folder, so there is no default data; set --data FILE.")
+        raise UserError(
+            f"{saved.adapter} is an adapter outside a run folder, so there is no default data; set --data FILE."
+        )
     # Do not check the labels against the run's labels: other data can have other classes, which do not affect the
     # routing.
     rows = [row for source in read_rows(given, task, None, limit, split="eval") for row in source]

@@ -280,7 +280,7 @@ def test_report_of_a_classifier(tmp_path: Path, ranks1: LocalRanks) -> None:
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere is neither a run"),
-        (["adapter"], "give --data FILE"),
+        (["adapter"], "set --data FILE"),
         (["unfinished"], "has no adapter yet"),
         (["adapter", "--data", "missing.jsonl"], "missing.jsonl: No such file"),
         (["adapter", "--data", "empty.jsonl"], "empty.jsonl has no rows"),

@@ -79,13 +79,13 @@ def test_active_experts_follow_a_power_law() -> None:
 
 
 def test_fit_needs_more_cells_than_rates() -> None:
-    with pytest.raises(UserError, match="1 cells are too few"):
+    with pytest.raises(UserError, match="1 measured configurations are too few"):
         fit_model([Point(TINY, measured(1.0))], cores=2)
-    with pytest.raises(UserError, match="0 cells are too few"):
+    with pytest.raises(UserError, match="0 measured configurations are too few"):
         points = [Point(replace(TINY, ranks=2), measured(1.0)), Point(replace(TINY, experts=8), measured(1.0))]
         fit_model(points, cores=2)
     samples = [Sample({"a": 1.0, "b": float(n), "none": 0.0}, 1.0 + n) for n in range(3)]
-    with pytest.raises(UserError, match=r"2 cells are too few to fit the model \(2 terms"):
+    with pytest.raises(UserError, match=r"2 measured configurations are too few to fit the model \(2 terms\)"):
         fit(samples[:2])
     model = Model(fit(samples), fit_active([Point(TINY, measured(1.0))]), {SEEN: samples})
     assert model.seconds_per == pytest.approx({"a": 1.0, "b": 1.0})  # a term that is always 0 has no rate

@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=positive, default=7, help="timed optimizer steps per cell (default: %(default)s)"
     )
     parser.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds per cell, including start-up (default: %(default)s)"
+        "--timeout",
+        type=float,
+        default=300.0,
+        help="maximum seconds per cell, including start-up; a slower cell fails (default: %(default)s)",
     )
     parser.add_argument("--ranks", help="comma-separated numbers of ranks, such as 1,2,4")
     for axis in AXES[1:]:
