@@ -1,7 +1,7 @@
-"""The `ldmole` command: parse arguments, call the subcommand, report its errors.
+"""The `ldmole` command: parse arguments, call the subcommand, print its errors.
 
-Importing this module and printing help must stay fast: it imports only what the arguments need, and each subcommand imports
-torch, DeepSpeed and so on when it is called.
+This module must be fast to import, so that help is printed at once. It imports only what the arguments need; each subcommand
+imports torch, DeepSpeed and other slow packages when it is called.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from ldmole_dist.study.bench import command as bench_command
 from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.study.scaling import command as scaling_command
 
-# Subcommands that draw figures: the extra of the package and the modules that it installs.
+# Extra that subcommands with figures need, and the modules that it installs (arguments of `require_extra`).
 REPORT_EXTRA = ("report", "matplotlib", "scipy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; `train` and `eval` end the process instead of returning.
+    """Run the subcommand that `argv` names. `train` and `eval` exit the process instead of returning.
 
     Returns:
-        0 on success; EXIT_EXPLAINED after an error whose message is printed; EXIT_PEER if another rank failed; EXIT_PREEMPTED
-        if a run was stopped by a signal, has saved a checkpoint and can be resumed; 1 otherwise.
+        Exit code: 0 on success; EXIT_EXPLAINED after a `UserError` or `NonFiniteLoss`, whose message is printed; EXIT_PEER if
+        another rank failed; EXIT_PREEMPTED if a run was stopped by a signal, has saved a checkpoint and can be resumed; 1
+        otherwise.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest:  # argparse does not continue a list of positional arguments after an option
+    if rest:  # argparse leaves out positional arguments of a list (nargs="*") that follow an option
         more = next((getattr(args, name) for name in ("overrides", "prompts") if hasattr(args, name)), None)
         if more is None or any(argument.startswith("-") for argument in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -65,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _call(args: argparse.Namespace) -> int:
-    """Call the subcommand; print only the message of errors that the user can resolve."""
+    """Call the subcommand and return the exit code. Errors of this package are printed without a traceback."""
     call: Callable[[argparse.Namespace], int] = args.call
-    # Read this before the subcommand runs: joining the process group may renumber LOCAL_RANK.
+    # Read this before the subcommand runs, because joining the process group may renumber LOCAL_RANK.
     is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         if hasattr(args, "extra"):
@@ -81,8 +82,8 @@ def _call(args: argparse.Namespace) -> int:
             print(error, file=sys.stderr, flush=True)
         return EXIT_PREEMPTED
     except (UserError, NonFiniteLoss) as error:
-        # In a process group, the rank that found a UserError raises it and the others raise PeerError, so each UserError is
-        # printed. Before that, and for a non-finite loss, all ranks raise the same error; one per node prints it.
+        # In a process group, only the rank that finds a UserError raises it, and the others raise PeerError: print every
+        # UserError. Before the group exists, and for a non-finite loss, all ranks raise the same error: print it once per node.
         is_alone = isinstance(error, UserError) and _in_process_group()
         if is_alone or is_first_of_node:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -97,7 +98,7 @@ def _call(args: argparse.Namespace) -> int:
 
 
 def _in_process_group() -> bool:
-    # Without torch in this process there is no process group; do not import torch only to find out.
+    # Without torch there is no process group. Do not import torch here: it is slow.
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and bool(distributed.is_initialized())
 
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train in this process, or as one rank of a launcher (launch/train.py)")
     _add_config(train)
-    # DeepSpeed's launcher passes --local_rank; the environment variable LOCAL_RANK is what counts.
+    # DeepSpeed's launcher passes --local_rank. It is ignored: LOCAL_RANK in the environment has the same value.
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
     train.set_defaults(call=_train)
 
@@ -127,13 +128,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare the hosts of a job, time collectives across them, and print each problem with its remedy.",
     )
     doctor.add_argument("config", nargs="?", help="YAML file of the run; without it, only the hosts are compared")
-    doctor.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
+    doctor.add_argument("overrides", nargs="*", metavar="a.b=c", help="config values that override those of the file")
     cluster_arguments.add_arguments(doctor)
     doctor.set_defaults(call=_doctor)
 
     validate = commands.add_parser("validate", help="check a config without training")
     _add_config(validate)
-    validate.add_argument("--ranks", type=int, metavar="N", help="also check that the config can run on N ranks")
+    validate.add_argument("--ranks", type=int, metavar="N", help="number of ranks of the run, to check the config for")
     validate.add_argument(
         "--build",
         action="store_true",
@@ -159,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation_command.add_arguments(evaluate)
 
     generate = commands.add_parser(
-        "generate", help="continue prompts with an adapter", description=generation_command.GENERATE
+        "generate", help="generate text with an adapter", description=generation_command.GENERATE
     )
     generation_command.add_arguments(generate)
 
@@ -186,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(call=plan_command.plan)
 
     selftest = commands.add_parser("selftest", help="verify this installation: compare several ranks with one process")
-    selftest.add_argument("--ranks", type=int, help="number of ranks (default: one per GPU, or 4 on the CPU)")
+    selftest.add_argument("--ranks", type=int, help="number of ranks (default: one per GPU; 4 without a GPU)")
     selftest.set_defaults(call=_selftest)
 
     scaling = commands.add_parser(
@@ -205,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config values that override those of the file")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -213,9 +214,8 @@ def _train(args: argparse.Namespace) -> int:
     from ldmole_dist.config import load_config
 
     show_stacks()
-    config = load_config(
-        args.config, args.overrides
-    )  # before the slow imports, so that errors in it are reported at once
+    # Before the slow imports, so that errors in the config are reported at once.
+    config = load_config(args.config, args.overrides)
     import torch.distributed
 
     from ldmole_dist.training.run import train

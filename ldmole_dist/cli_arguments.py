@@ -6,11 +6,11 @@ import argparse
 
 
 def positive(text: str) -> int:
-    """Parse an integer that is at least 1.
+    """Parse a positive integer.
 
     Raises:
-        argparse.ArgumentTypeError: for any other text.
+        argparse.ArgumentTypeError: if `text` is anything else.
     """
     if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)

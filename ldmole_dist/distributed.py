@@ -1,4 +1,4 @@
-"""Helpers on plain torch.distributed: this process's rank and device, broadcasts, and errors that reach all ranks.
+"""Helpers for torch.distributed: rank and device of this process, broadcasts, and errors that are raised on all ranks.
 
 Everything here also works in a single process without a process group.
 """
@@ -40,14 +40,14 @@ class Process:
         return self.rank == 0
 
     def peak_memory(self) -> int:
-        """Return the peak memory in bytes since the start: of the device, or on a CPU the resident memory of the process."""
+        """Return the peak memory since the start in bytes: allocated on the device or, on a CPU, resident in this process."""
         if self.device.type == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
         return int(torch.get_device_module(self.device).max_memory_allocated(self.device))
 
 
 def broadcast_from_main(value: T) -> T:
-    """Return rank 0's value on every rank. Every rank must call it; the value must be picklable."""
+    """Return rank 0's value on every rank. Collective: every rank must call it. The value must be picklable."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
@@ -64,12 +64,13 @@ def free_port() -> int:
 
 @contextmanager
 def raise_on_all_ranks(activity: str) -> Iterator[None]:
-    """Raise an error on every rank if the body fails on any rank, so that no rank waits in the next collective forever.
+    """Context manager that raises an error on every rank if its body fails on any rank.
 
-    Every rank must enter. The body must not contain collectives: a rank that fails would leave the others waiting in them.
+    Without it, the other ranks would wait in the next collective forever. Every rank must enter it. The body itself must not
+    contain collectives, because the other ranks would wait in them for a rank that has failed.
 
     Args:
-        activity: what the body does, for the message on the other ranks, as in "reading the data".
+        activity: activity of the body, such as "reading the data", for the message on the other ranks.
 
     Raises:
         The original error on the lowest rank whose body failed; `PeerError`, which names that rank and its error, on all

@@ -6,14 +6,14 @@ import importlib.util
 
 
 class UserError(Exception):
-    """Error that the user can resolve, in a config, a file or a combination of options.
+    """Error that the user can resolve, such as a wrong value in a config or a damaged file.
 
-    The message names the value and the remedy, and is printed without a traceback.
+    The message names the value and the remedy. The command line prints it without a traceback.
     """
 
 
 class PeerError(Exception):
-    """Error on another rank, whose own message gives the reason."""
+    """Another rank has failed. That rank prints the original error."""
 
 
 class Preempted(Exception):
@@ -24,9 +24,9 @@ class NonFiniteLoss(Exception):
     """The loss or a gradient became NaN or infinite, so training cannot continue."""
 
 
-EXIT_EXPLAINED = 2  # a UserError or NonFiniteLoss; starting the same command again would fail again
+EXIT_EXPLAINED = 2  # a UserError or NonFiniteLoss; the same command would fail again
 EXIT_PEER = 3  # another rank failed
-EXIT_PREEMPTED = 75  # saved after a stop request, resumes when started again; EX_TEMPFAIL of sysexits.h
+EXIT_PREEMPTED = 75  # stopped after saving a checkpoint, can be resumed; EX_TEMPFAIL of sysexits.h
 
 
 def require_extra(extra: str, *modules: str) -> None:
@@ -38,4 +38,4 @@ def require_extra(extra: str, *modules: str) -> None:
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} not installed: pip install 'ldmole-dist[{extra}]'")
+        raise UserError(f"missing packages: {', '.join(missing)}; run: pip install 'ldmole-dist[{extra}]'")

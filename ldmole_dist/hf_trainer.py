@@ -1,8 +1,8 @@
-"""LD-MoLE with Hugging Face's `Trainer` and its subclasses, such as TRL's `SFTTrainer`.
+"""Train LD-MoLE with Hugging Face's `Trainer` and its subclasses, such as TRL's `SFTTrainer`.
 
-A `Trainer` does not know the auxiliary losses of LD-MoLE. `AuxiliaryLosses` adds them to the task loss in `compute_loss`, where
-neither is scaled for gradient accumulation or mixed precision yet, so that both are scaled alike. They are averaged over the
-micro-batches of an optimizer step and over processes.
+A `Trainer` does not compute the auxiliary losses of LD-MoLE. `AuxiliaryLosses` adds them to the task loss in `compute_loss`,
+before the loss is scaled for gradient accumulation and mixed precision. They are averaged over the micro-batches of an
+optimizer step and over processes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class AuxiliaryLosses(_Base):
     For example: `class MyTrainer(AuxiliaryLosses, SFTTrainer): pass`.
 
     Args:
-        auxiliary: coefficients of the losses; by default, as in the paper, a load-balancing loss with coefficient 1. The L1
-            coefficient stays constant, unlike in `ldmole train`.
+        auxiliary: coefficients of the auxiliary losses. The default is that of the paper, the load-balancing loss with
+            coefficient 1. The L1 coefficient stays constant, unlike in `ldmole train`.
 
     Raises:
         ValueError: if the experts are spread over ranks, because a `Trainer` averages every gradient over all ranks.
@@ -39,7 +39,7 @@ class AuxiliaryLosses(_Base):
 
     def __init__(self, *args: Any, auxiliary: LossWeights | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        assert self.model is not None  # Trainer's constructor has checked it
+        assert self.model is not None  # checked by Trainer's constructor
         tuner = tuner_of(self.accelerator.unwrap_model(self.model))
         if tuner.parallel.size > 1:
             raise ValueError(
@@ -58,7 +58,7 @@ class AuxiliaryLosses(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of the base class, plus in training the auxiliary losses of this micro-batch."""
+        """Return the loss of the base class; in training, plus the auxiliary losses of this micro-batch."""
         with self._auxiliary_losses() as collected:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
@@ -68,9 +68,9 @@ class AuxiliaryLosses(_Base):
         return (loss, outputs) if return_outputs else loss
 
     def _micro_batch_weight(self, num_items_in_batch: Tensor | int | None) -> float:
-        """Return the factor that makes the sum of the auxiliary losses over a step's micro-batches their mean.
+        """Return the factor of the auxiliary losses, so that their sum over the micro-batches of a step is their mean.
 
-        It is 1 where `Trainer.training_step` divides the loss by the number of micro-batches itself.
+        It is 1 if `Trainer.training_step` itself divides the loss by the number of micro-batches.
         """
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
@@ -80,7 +80,7 @@ class AuxiliaryLosses(_Base):
 
     @contextmanager
     def _auxiliary_losses(self) -> Iterator[list[Tensor | float]]:
-        """Collect the auxiliary loss of each forward with gradients; trainers also run forwards for metrics only."""
+        """Collect the auxiliary loss of each forward that computes gradients. Some trainers also run forwards for metrics."""
         collected: list[Tensor | float] = []
 
         def collect(*_: Any) -> None:
@@ -107,18 +107,19 @@ class AuxiliaryLosses(_Base):
         self._micro_batches += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the metrics of the base class, the auxiliary losses, active experts per token and the mean lambda.
+        """Log the metrics of the base class, the auxiliary losses, the active experts per token and lambda.
 
-        They are means over micro-batches and processes since the last log; the losses are logged without their coefficients.
+        The added metrics are means over micro-batches and processes since the last log. Losses are not multiplied by their
+        coefficients.
         """
         if self._micro_batches:
             sums = torch.stack(list(self._reported.values())) / self._micro_batches
             means = self.accelerator.reduce(sums, "mean").tolist()
-            # A router without lambda reports NaN for it.
+            # Leave out NaN: the mean lambda of a router without lambda.
             logs |= {name: mean for name, mean in zip(self._reported, means, strict=True) if mean == mean}
             self._reported, self._micro_batches = {}, 0
         super().log(logs, *args, **kwargs)
 
 
 class LdMoleTrainer(AuxiliaryLosses, Trainer):
-    """Hugging Face's `Trainer` with the auxiliary losses; see `AuxiliaryLosses` for its arguments."""
+    """Hugging Face's `Trainer` with the auxiliary losses of LD-MoLE; see `AuxiliaryLosses` for the additional argument."""

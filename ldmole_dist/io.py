@@ -29,7 +29,7 @@ class Digest(NamedTuple):
 
 
 def file_digest(path: Path) -> Digest:
-    """Return the size and hash of a file, without holding all of it in memory."""
+    """Return the size and hash of a file, which is read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(_CHUNK_BYTES):
@@ -38,7 +38,7 @@ def file_digest(path: Path) -> Digest:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the directory entries of a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk with fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -48,7 +48,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def write_errors(what: str) -> Iterator[None]:
-    """Convert an OSError raised in the block into a UserError that names `what` and the remedy."""
+    """Context manager that converts an OSError into a UserError, whose message names `what` and the remedy."""
     try:
         yield
     except OSError as error:
@@ -60,7 +60,7 @@ def write_errors(what: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file that replaces `path` when the block ends without an error.
+    """Context manager that opens a binary file, which replaces `path` if the block ends without an error.
 
     Symbolic links are followed. Devices and pipes, such as /dev/stdout, are written in place.
 
@@ -72,7 +72,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with path.open("wb") as file:
             yield file
         return
-    # A random name: several processes may write the same file at once.
+    # Use a random name, because several processes may write the same file at once.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("wb") as file:
@@ -101,14 +101,14 @@ def atomic_write(path: Path, content: str | bytes) -> Digest:
 def unfinished_folder(folder: Path) -> Path:
     """Return the hidden folder `.NAME` beside `folder`, which holds its content until `publish_folder` renames it.
 
-    The name is the same in every process, so that several ranks can write into it, and the next attempt finds what a
-    killed one left.
+    The name is the same in every process, so that several ranks can write into the folder, and so that the next attempt finds
+    and removes what a killed process left.
     """
     return folder.with_name(f".{folder.name}")
 
 
 def start_folder(folder: Path) -> Path:
-    """Create an empty `unfinished_folder` for `folder`, with its parents, and return it.
+    """Create the `unfinished_folder` of `folder`, empty and with its parents, and return its path.
 
     Raises:
         OSError: if it cannot be created.
@@ -123,12 +123,12 @@ def publish_folder(folder: Path, replace: bool = False) -> None:
     """Sync everything in the `unfinished_folder` of `folder` to disk, then rename it to `folder`.
 
     Args:
-        folder: final name.
-        replace: remove an existing `folder`. A directory cannot be replaced in one step: a crash between the two renames
-            leaves the previous one as `.former_NAME`.
+        folder: final path of the folder.
+        replace: replace an existing `folder`. This takes two renames: a crash between them leaves the previous folder as
+            `.former_NAME`.
 
     Raises:
-        OSError: if a file cannot be synced, or `folder` exists and `replace` is False.
+        OSError: if a file cannot be synced, or `folder` exists, is not an empty folder, and `replace` is False.
     """
     unfinished, former = unfinished_folder(folder), folder.with_name(f".former_{folder.name}")
     for path in [*unfinished.rglob("*"), unfinished]:
@@ -144,12 +144,12 @@ def publish_folder(folder: Path, replace: bool = False) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it becomes `folder` when the block ends without an error, and is removed otherwise.
+    """Context manager that yields an empty folder to fill. If the block ends without an error, it is renamed to `folder`.
 
-    One process at a time may write a given folder.
+    Otherwise it is removed. Only one process at a time may write a given folder.
 
     Raises:
-        OSError: if it cannot be written, or `folder` exists.
+        OSError: if the folder cannot be written, or `folder` exists and is not an empty folder.
     """
     unfinished = start_folder(folder)
     try:
@@ -171,19 +171,19 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Append lines to a file and sync it to disk; an incomplete last line is removed first.
+    """Append lines to a file and sync it to disk. An incomplete last line is removed first.
 
-    One process at a time may append to a given file.
+    Only one process at a time may append to a given file.
 
     Args:
-        path: file; created if it does not exist.
-        lines: without line breaks.
+        path: path of the file, which is created if it does not exist.
+        lines: lines without line breaks.
 
     Raises:
         OSError: if the lines cannot be written; none of them is left in the file.
     """
     data = memoryview("".join(f"{line}\n" for line in lines).encode())
-    # Unbuffered: a buffered file would retry the failed write when it is closed.
+    # Open it unbuffered, because a buffered file would retry a failed write when it is closed.
     with path.open("a+b", buffering=0) as file:
         end = _complete_length(file)
         file.truncate(end)
@@ -199,7 +199,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Return the values of a file of JSON lines; see `read_lines` for missing files and incomplete lines.
+    """Return the values of a file of JSON lines. A missing file has none, and an incomplete last line is skipped.
 
     Raises:
         UserError: if a complete line is not JSON.
@@ -214,7 +214,7 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def append_jsonl(path: Path, values: Iterable[Any]) -> None:
-    """Append values to a file of JSON lines; see `append_lines`. Values that JSON lacks are written as their `str`."""
+    """Append values to a file of JSON lines with `append_lines`. Objects that JSON cannot represent are written as `str`."""
     append_lines(path, (json.dumps(value, ensure_ascii=False, default=str) for value in values))
 
 

@@ -1,8 +1,8 @@
 """The task loss of a training step: cross entropy over the answer tokens, or over the labels of sequence classification.
 
-Normalization: the task loss is the sum over the answers, divided by the number of answers of the whole optimizer step, over all
-ranks and micro-batches. Auxiliary losses are averaged over micro-batches and ranks. The engine averages gradients over
-both, so the trainer multiplies a micro-batch's share of the task loss by their number.
+The task loss of an optimizer step is the sum over all answers (tokens or labels), divided by their number over all ranks and
+micro-batches. The engine averages gradients over ranks and micro-batches, so the trainer multiplies the task loss of a
+micro-batch by the number of ranks times the number of micro-batches. Auxiliary losses are averaged over both.
 
 Shapes: B sequences, S positions, S' positions that need logits, V vocabulary size or number of classes.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the label that cross_entropy and the models of transformers ignore
+IGNORED = -100  # label that torch's cross_entropy and the models of transformers ignore
 
 
 def next_tokens(labels: Tensor) -> Tensor:
@@ -29,15 +29,15 @@ def next_tokens(labels: Tensor) -> Tensor:
 
 
 def answer_positions(targets: Tensor) -> Tensor:
-    """Return the positions at which any sequence has a target, which are the only ones that need logits.
+    """Return the positions at which at least one sequence has a target. Only these need logits.
 
     Args:
         targets: (B, S), -100 where there is no target.
 
     Returns:
-        (S',) in ascending order, at least one.
+        (S',) positions in ascending order; at least one, even if there is no target.
     """
-    # A batch without an answer must still run the whole model: the other ranks wait in its collectives.
+    # A batch without an answer must still run the whole model, because the other ranks wait in its collectives.
     needed = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
     return needed if len(needed) else needed.new_zeros(1)
 
@@ -55,7 +55,7 @@ def answer_losses(logits: Tensor, targets: Tensor) -> Tensor:
         targets: (...) token ids or classes, -100 where there is no target.
 
     Returns:
-        (...), 0 where there is no target.
+        (...) cross entropy, 0 where there is no target.
     """
     answers = targets != IGNORED
     losses = torch.zeros(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
@@ -69,10 +69,10 @@ def answer_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -
     Args:
         logits: (..., V).
         targets: (...) token ids or classes, -100 where there is no target.
-        label_smoothing: probability mass spread uniformly over all V.
+        label_smoothing: probability that is spread uniformly over all V classes.
 
     Returns:
-        Scalar sum; 0 attached to the graph if there is no target.
+        Scalar sum; 0, but attached to the graph, if there is no target.
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()
     answers = targets != IGNORED

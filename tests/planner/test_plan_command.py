@@ -227,7 +227,7 @@ def test_existing_files_are_never_replaced(tmp_path: Path) -> None:
 def test_zero_gpus_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "--backbone", "Llama-3.2-1B", "--gpus", "0", "--gpu-memory", "80GB"])
-    assert stopped.value.code == 2 and "'0' is not an integer of at least 1" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "'0' is not a positive integer" in capsys.readouterr().err
 
 
 def test_ep_size_divides_gpus_and_experts() -> None:
