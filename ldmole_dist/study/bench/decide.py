@@ -59,10 +59,10 @@ CELLS = [Cell(*c) for c in itertools.product((2, 4, 8), (8, 64), (8, 32), (64, 5
 
 
 def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: int) -> Tensor:
-    """Draw a random support.
+    """Draw a random support: the active experts of each token in each linear.
 
     Args:
-        G, T, P, L: shape letters, see the module.
+        G, T, P, L: sizes, as defined at the top of this module.
         k: mean number of active experts per token. Every token has floor(k) or floor(k) + 1, the same in all linears.
         skew: exponent of the power law of the experts' popularity; 0 is uniform.
         seed: seed of the draw.

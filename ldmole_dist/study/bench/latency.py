@@ -7,7 +7,7 @@ fastest run of each turn is kept, since other programs can slow a single run dow
 median over turns.
 
 "remainder" is the difference between the whole and the sum of the parts: dropout, auxiliary losses, sums of outputs and
-of gradients, hooks, and the effect that a part runs with warmer caches when it is timed alone.
+of gradients, hooks, and the warmer caches of a part that is timed alone.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ Phase = Literal["training", "generation"]
 
 PARTS = ("frozen model", "lambda-MLP", "router", "experts")
 ADAPTER = "default"
-# Every candidate runs equally often per turn: as many times as the slowest one needs to fill TURN_SECONDS, at most
-# TURN_RUNS.
+# Runs of each candidate per turn: as many as the slowest candidate needs to fill TURN_SECONDS, at most TURN_RUNS.
 TURN_SECONDS, TURN_RUNS = 0.3, 5
 SEQ = 64  # tokens per training sequence; in generation, tokens in the key-value cache
 
