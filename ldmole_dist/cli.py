@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest:  # argparse leaves out positional arguments of a list (nargs="*") that follow an option
+    if rest:  # argparse does not add positional arguments after an option to a list (nargs="*") before it
         more = next((getattr(args, name) for name in ("overrides", "prompts") if hasattr(args, name)), None)
         if more is None or any(argument.startswith("-") for argument in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")

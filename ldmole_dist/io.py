@@ -144,9 +144,9 @@ def publish_folder(folder: Path, replace: bool = False) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Context manager that yields an empty folder to fill. If the block ends without an error, it is renamed to `folder`.
+    """Context manager that yields an empty folder to fill. If the block ends without an error, that becomes `folder`.
 
-    Otherwise it is removed. Only one process at a time may write a given folder.
+    After an error it is removed. Only one process at a time may write a given folder.
 
     Raises:
         OSError: if the folder cannot be written, or `folder` exists and is not an empty folder.

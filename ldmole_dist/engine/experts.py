@@ -28,7 +28,7 @@ def expert_parallel(ep_size: int, mode: Mode = "auto", overlap: bool = True) -> 
 
     Args:
         ep_size: ranks per group; 1 keeps all experts on every rank.
-        mode: what the ranks of a group exchange (see `ExpertParallel`).
+        mode: exchange mode of the groups (see `ExpertParallel`).
         overlap: whether to exchange while the frozen linears compute.
 
     Raises:

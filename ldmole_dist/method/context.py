@@ -232,7 +232,7 @@ class StepContext:
 
 
 def _auxiliary(term: str, routing: Routing, target_k: int, mask_T: Tensor | None) -> Tensor:
-    """Return one auxiliary loss, (G,), of the linears of an input group."""
+    """Return the auxiliary loss `term` of each linear of an input group, (G,)."""
     if term == "balance":
         return load_balance_loss(routing.p_TE, mask_T, routing.prob_TE)
     if term == "sparsity":

@@ -47,6 +47,6 @@ def linear_decay(start: float, share: float, step: int, steps: int) -> float:
 
 def seed_from(*names: object) -> int:
     """Return a 64-bit seed that depends only on `names`, not on process, device or creation order."""
-    # hash() would not do: Python salts the hashes of strings in each process.
+    # Not hash(): Python salts the hashes of strings differently in each process.
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return int.from_bytes(digest[:8], "little")

@@ -14,7 +14,7 @@ from ldmole_dist.model.backbone import backbone_of
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved adapter and its backbone; also the run that trained it, if the adapter is in the folder of its run.
+    """A saved adapter and its backbone; also the run that trained it, if it was found in the folder of the run.
 
     Attributes:
         adapter: folder of the adapter.

@@ -228,7 +228,8 @@ def payload_elements(
     remote[:, :, own] = False
     need_GTP = remote.any(-1)
     rows = int(need_GTP.any(0).sum())
-    # With rounds every row returns a sum for every linear: which rows a linear needs is not counted for each round.
+    # With several rounds, every row returns a sum for every linear, because the rows that a linear needs are not counted per
+    # round.
     per_linear = need_GTP.sum((1, 2)).tolist() if rounds == 1 else [rows] * len(need_GTP)
     fetched = fetched_PGL.sum((0, 2)).tolist()
     return {

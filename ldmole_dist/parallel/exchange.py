@@ -55,7 +55,7 @@ def start_exchange(
     """Start one all-to-all of all payloads; the backward is one all-to-all of their gradients. Both are collective.
 
     Args:
-        payloads: the same kinds in the same order on every rank, in any dtype.
+        payloads: payloads to send, in any dtype; their kinds and order must be the same on every rank.
         group: process group of the ranks that exchange.
         tally: counter of the elements sent; gradients are counted as "grad_" + kind.
         overlap: False waits for each all-to-all as soon as it is started, forward and backward.
@@ -144,7 +144,7 @@ class _Receive(torch.autograd.Function):
         payloads = []
         for i in state.needed:
             kind, send, recv = state.header[i]
-            payloads.append(Payload(f"grad_{kind}", grads[i], recv, send))  # the way back: send and recv swapped
+            payloads.append(Payload(f"grad_{kind}", grads[i], recv, send))  # from receiver to sender
         state.in_flight = _AllToAll(payloads, state.group, state.tally._replace(repeated=False), state.overlap)
         return None, torch.empty(0, device=ctx.device)
 

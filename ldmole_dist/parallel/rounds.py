@@ -86,7 +86,8 @@ def exchange_in_rounds(
 def _run_round(part: Rows, banks: Sequence[ExpertBank], group: dist.ProcessGroup, tally: Tally) -> tuple[Tensor, ...]:
     tallies, send, recv = iter([tally]), part.send, part.recv
 
-    # Takes its tensors as arguments: a tensor in the closure would stay in memory until the backward.
+    # Pass tensors as arguments, which an enclosing checkpoint can drop. Those in the closure would stay in memory until the
+    # backward.
     def compute(x_TD: Tensor, gates: Tensor, token_n: Tensor) -> tuple[Tensor, ...]:
         # The first call is the forward; the second is the recomputation, whose elements are counted as repeated.
         counting = next(tallies, tally._replace(repeated=True))
