@@ -200,10 +200,10 @@ def test_error_on_one_rank_stops_all_ranks(folder: Path, ranks2: LocalRanks) -> 
     [
         (["data.streaming=true"], "needs data.truncation=true"),
         (["data.workers=2"], "has no effect without data.streaming=true"),
-        (["data.streaming=true", "data.truncation=true", "data.train=x.csv"], "reads .jsonl files only, not x.csv"),
+        (["data.streaming=true", "data.truncation=true", "data.train=x.csv"], "reads only .jsonl files, not x.csv"),
         (
             ["data.streaming=true", "data.truncation=true", "data.train=[{task: rte}]"],
-            "reads .jsonl files only, not rte",
+            "reads only .jsonl files, not rte",
         ),
     ],
 )

@@ -75,7 +75,7 @@ def test_cache_is_refused_and_generation_works_without(tmp_path: Path) -> None:
 
 def test_linear_with_another_number_of_rows_is_refused() -> None:
     model = move(adapt(router_input="hidden", target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="lm_head reads 2 rows, but there are 24 hidden states"):
+    with pytest.raises(ValueError, match="lm_head reads 2 rows, but router_input='hidden' gives its router 24 hidden states"):
         model(input_ids=IDS, use_cache=False, logits_to_keep=1)
 
 
