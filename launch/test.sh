@@ -27,6 +27,8 @@ done
 
 setup_env dev
 export TOKENIZERS_PARALLELISM=false
+# Workers and ranks share the cores: with more than one thread each, they spend half of their time waiting for one another.
+export OMP_NUM_THREADS=1
 if [[ "$(gpu_count)" == 0 ]]; then
     export DS_ACCELERATOR=cpu
 fi
