@@ -71,7 +71,7 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
     name = _group_name(ep_size)
     data_parallel = groups._get_expert_data_parallel_group(name)
     trained = False
-    parameter: Any  # DeepSpeed reads these from the parameter itself
+    parameter: Any  # nn.Parameter does not declare the attributes set below, which DeepSpeed reads
     for parameter_name, parameter in model.named_parameters():
         if is_expert_tensor(parameter_name):  # frozen ones too, because each rank has other experts
             trained = trained or parameter.requires_grad

@@ -23,7 +23,7 @@ class GrowingLossScaler(DynamicLossScaler):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.grown = 0.0  # raised scale, which the next loss uses first; 0 if the scale was not raised
+        self.grown = 0.0  # raised scale, pending until the next loss is scaled; 0 if no raise is pending
 
     def update_scale(self, overflow: bool) -> None:
         """Update the scale after an optimizer step."""

@@ -110,9 +110,14 @@ def load_backbone(
         config.num_labels, config.pad_token_id = len(labels), pad_token_id
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
         return AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(
             f"cannot load backbone.path={path!r}: {_first_line(error)}; copy or download the model again"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"cannot load backbone.path={path!r} with backbone.task={task} and backbone.attention={attention}: "
+            f"{_first_line(error)}; check these keys"
         ) from error
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # importlib.abc is slow to import
+if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 

@@ -152,7 +152,7 @@ SHIPPED: dict[tuple[int, Offload], str] = {
 
 
 def check(workload: Workload, strategy: Strategy) -> None:
-    """Raise UserError if the strategy cannot train the workload."""
+    """Raise UserError if ep_size does not divide num_experts or the ZeRO stage rejects the precision; memory is not checked."""
     experts = workload.num_experts
     if experts % strategy.ep_size:
         divisors = [p for p in range(1, experts + 1) if experts % p == 0]

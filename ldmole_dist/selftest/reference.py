@@ -39,7 +39,7 @@ MAX_GRAD_NORM = OPTIMISATION.max_grad_norm
 
 
 class Gradients(NamedTuple):
-    """Results of one forward and backward in float64, on the CPU.
+    """Results of a forward and backward of each micro-batch in float64; tensors are on the CPU.
 
     Attributes:
         logits: logits of each micro-batch.

@@ -222,7 +222,10 @@ class Trainer:
         bad = next((index for index, value in enumerate(losses) if not value.isfinite()), None)
         self.context.noise = self._router_noise(step, bad or 0)  # the diagnosis must repeat the same forward
         finding = explain_nonfinite(self.engine, batches[bad or 0], bad is not None)
-        raise NonFiniteLoss(f"the loss is {loss} at step {step}; {finding}")
+        raise NonFiniteLoss(
+            f"the loss is {loss} at step {step}; {finding}. Resume from the last checkpoint with a smaller learning rate; if "
+            "the same step fails again, check its rows."
+        )
 
     def _raise_nonfinite_gradient(self, step: int, loss: float, batches: list[dict[str, Tensor]]) -> None:
         self.context.noise = self._router_noise(step, 0)

@@ -79,8 +79,9 @@ class LdMoleModel(BaseTuner):
         """Return (B, S, H), the last hidden states of the backbone without adapters."""
         if given.get("past_key_values") is not None or given.get("use_cache", False):
             raise ValueError(
-                "router_input='hidden' runs the backbone without the adapter first, whose keys and values differ from the "
-                "adapted ones, so a cache cannot be used; pass use_cache=False"
+                "router_input='hidden' does not support a key-value cache: it first runs the backbone without the adapter, and "
+                "the keys and values of that forward differ from those with the adapter; pass use_cache=False and no "
+                "past_key_values"
             )
         names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
         inputs = {name: given[name] for name in names if name in given}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -206,7 +207,7 @@ def test_stall_prints_the_stacks_of_all_ranks(jobs: Callable[..., Job]) -> None:
         "for step in range(6): heartbeat(f'step {step}'); time.sleep(0.7 if rank != '1' or step < 2 else 1000)\n"
         "training_step()\n"
     )
-    job = jobs(f"exec {sys.executable} -c '{program.replace(chr(39), chr(34))}' \"$1\"", stall_seconds=6.0)
+    job = jobs(f"exec {shlex.quote(sys.executable)} -c '{program.replace(chr(39), chr(34))}' \"$1\"", stall_seconds=6.0)
     failure = job.failure()
     assert failure.source.startswith("rank 1 "), failure
     assert "no progress for 6 s" in failure.description and "'step 2'" in failure.description

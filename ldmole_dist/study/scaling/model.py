@@ -179,8 +179,9 @@ def fit(samples: Sequence[Sample]) -> dict[str, float]:
     names = [name for name in (samples[0].terms if samples else ()) if any(sample.terms[name] for sample in samples)]
     if len(samples) <= len(names):
         raise UserError(
-            f"{len(samples)} measured configurations are too few to fit the model ({len(names)} terms); those with the "
-            "most ranks or experts only test it; measure more, such as --layers 2,4,8 --hidden 128,256,512"
+            f"{len(samples)} measured configurations are left to fit the model, without those with the most ranks or experts, "
+            f"which test it; more than {len(names)} are needed, one per term; measure more, such as --layers 2,4,8 --hidden "
+            "128,256,512"
         )
     amounts = np.array([[sample.terms[name] / sample.seconds for name in names] for sample in samples])
     # Scale the columns: amounts differ by ten orders of magnitude between terms, and nnls has an absolute tolerance.
