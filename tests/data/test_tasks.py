@@ -111,7 +111,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("arc_easy", ARC | {"answerKey": ""}, "this split has no labels"),
     ("arc_easy", ARC | {"choices": ["a", "b"]}, "key 'choices' must hold an object with 'text' and 'label'"),
-    ("arc_easy", ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "key 'label' holds 1 texts"),
+    ("arc_easy", ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "key 'label' holds 1 strings"),
     ("arc_easy", ARC | {"choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "3 texts but 2 labels"),
     ("commonsense_qa", {"question": 3}, "key 'question' must hold a string, got 3"),
     ("openbookqa", {"question": "x"}, "key 'question_stem' must hold a string, got None"),
