@@ -62,8 +62,9 @@ run_tier() {
 
 run_tier quick 2 "not full and not nightly"
 if "$full"; then
-    # A third worker, as the tests of faults and of two hosts mostly wait.
-    run_tier full 3 "full and not nightly"
+    # Alone, because these tests bound how long a fault takes to end all ranks.
+    run_tier cluster 0 "full and alone"
+    run_tier full 2 "full and not alone and not nightly"
 fi
 echo "test: $(IFS=,; echo "${times[*]}")"
 exit "$status"

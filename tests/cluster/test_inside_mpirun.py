@@ -50,7 +50,7 @@ def test_training_completes(tmp_path: Path) -> None:
     make_folder(tmp_path)
     config = make_config(tmp_path, optimisation={"max_steps": 2})
     process = mpirun(tmp_path, "-m", "ldmole_dist.cli", "launch", str(config))
-    output = finish(process, 120)
+    output = finish(process, 400)
     assert process.returncode == 0 and "starting all ranks: 0, 1 on" in output, output
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists() and not processes_of(tmp_path)
 
@@ -59,7 +59,7 @@ def test_training_without_supervisors_completes(tmp_path: Path) -> None:
     make_folder(tmp_path)
     config = make_config(tmp_path, optimisation={"max_steps": 2})
     process = mpirun(tmp_path, str(Path(__file__).parents[2] / "launch" / "train.py"), str(config))
-    output = finish(process, 120)
+    output = finish(process, 400)
     assert process.returncode == 0 and "2 rank(s) on" in output, output
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
