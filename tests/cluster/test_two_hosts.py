@@ -20,7 +20,7 @@ from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED
 from tests.cluster.two_hosts import ADDRESSES, NAMES, TwoHosts, processes_of, skip_without_hosts
 from tests.small_run import make_config, make_folder
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 LAUNCH = [sys.executable, "-m", "ldmole_dist.cli", "launch"]
 EXACT = {"adapter": {"lora_dropout": 0.0}, "optimisation": {"eps": 1e-4, "learning_rate": 1e-3, "max_steps": 3}}
 END_SECONDS = 30  # time from a fault until no process of the job is left
