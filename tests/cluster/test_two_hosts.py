@@ -77,8 +77,13 @@ class Job:
     @property
     def ranks(self) -> dict[int, psutil.Process]:
         """Return the processes that train, by rank."""
-        found = [p for p in processes_of(self.folder) if "train" in p.cmdline() and "--job" not in p.cmdline()]
-        return {int(p.environ()["RANK"]): p for p in found if "RANK" in p.environ()}
+        found = {}
+        for process in processes_of(self.folder):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may exit between the calls
+                command, environment = process.cmdline(), process.environ()
+                if "train" in command and "--job" not in command and "RANK" in environment:
+                    found[int(environment["RANK"])] = process
+        return found
 
 
 def wait_for(condition: Callable[[], bool], job: Job) -> None:
