@@ -85,7 +85,7 @@ def test_fit_needs_more_cells_than_rates() -> None:
         points = [Point(replace(TINY, ranks=2), measured(1.0)), Point(replace(TINY, experts=8), measured(1.0))]
         fit_model(points, cores=2)
     samples = [Sample({"a": 1.0, "b": float(n), "none": 0.0}, 1.0 + n) for n in range(3)]
-    with pytest.raises(UserError, match="2 configurations are left to fit the model, .* more than 2 are needed"):
+    with pytest.raises(UserError, match="2 measured configurations are left to fit the model, .* more than 2 are needed"):
         fit(samples[:2])
     model = Model(fit(samples), fit_active([Point(TINY, measured(1.0))]), {SEEN: samples})
     assert model.seconds_per == pytest.approx({"a": 1.0, "b": 1.0})  # a term that is always 0 has no rate

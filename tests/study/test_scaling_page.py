@@ -56,5 +56,5 @@ def test_page_of_one_cell(tmp_path: Path) -> None:
     store.add_latencies("OutOfMemoryError: tried <all>")
     reason = write_page(store)
     page = (tmp_path / "scaling.html").read_text()
-    assert isinstance(reason, str) and reason.startswith("1 configurations are left") and reason in page
+    assert isinstance(reason, str) and reason.startswith("1 measured configurations are left") and reason in page
     assert "RuntimeError: &lt;no memory&gt;" in page and "OutOfMemoryError: tried &lt;all&gt;" in page
