@@ -79,9 +79,9 @@ def test_active_experts_follow_a_power_law() -> None:
 
 
 def test_fit_needs_more_cells_than_rates() -> None:
-    with pytest.raises(UserError, match="1 measured configurations are too few"):
+    with pytest.raises(UserError, match="1 measured configurations are left to fit"):
         fit_model([Point(TINY, measured(1.0))], cores=2)
-    with pytest.raises(UserError, match="0 measured configurations are too few"):
+    with pytest.raises(UserError, match="0 measured configurations are left to fit"):
         points = [Point(replace(TINY, ranks=2), measured(1.0)), Point(replace(TINY, experts=8), measured(1.0))]
         fit_model(points, cores=2)
     samples = [Sample({"a": 1.0, "b": float(n), "none": 0.0}, 1.0 + n) for n in range(3)]
