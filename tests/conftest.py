@@ -1,5 +1,6 @@
 """Fixtures for ranks that all tests of a session share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from ldmole_dist.selftest import processes
 from ldmole_dist.selftest.local_ranks import LocalRanks
 
+# A folder that does not exist is not looked for on the Hugging Face hub, which takes 45 s without a network. Read at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
 processes.preload += ["pytest", "tests.small_run"]  # what the modules of nearly all functions sent to ranks import
 
 

@@ -1,4 +1,4 @@
-"""Training runs as a launcher starts them: one process per rank, which tests can signal and wait for."""
+"""Processes that tests can signal and wait for: `ldmole` commands, and training runs with one process per rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -18,11 +18,22 @@ from ldmole_dist.selftest.processes import start_process
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
 
 
-class ForkedRank:
-    """A rank that runs what launch/train.py runs, forked instead of started by an interpreter; used like a `Popen`."""
+class ForkedCommand:
+    """An `ldmole` command in a process that is forked instead of started by an interpreter; used like a `Popen`.
 
-    def __init__(self, arguments: Sequence[str], environment: dict[str, str], output: Path) -> None:
-        self._process = start_process(train, arguments, output, environment=environment, daemon=False)
+    Args:
+        arguments: of `ldmole`.
+        environment: environment variables.
+        output: file for stdout and stderr.
+        folder: the working folder.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], output: Path, folder: Path | None = None
+    ) -> None:
+        self._arguments = arguments
+        folder = folder or Path.cwd()
+        self._process = start_process(_run, arguments, output, folder, environment=environment, daemon=False)
 
     @property
     def returncode(self) -> int | None:
@@ -41,18 +52,18 @@ class ForkedRank:
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("launch/train.py", timeout or 0.0)
+            raise subprocess.TimeoutExpired(["ldmole", *self._arguments], timeout or 0.0)
         return self._process.exitcode
 
 
-def train(arguments: Sequence[str], output: Path) -> None:
-    """Run `ldmole train` in this process, with stdout and stderr in a file."""
+def _run(arguments: Sequence[str], output: Path, folder: Path) -> None:
+    os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = [str(TRAIN), *arguments]
+    sys.argv = ["ldmole", *arguments]
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    main(["train", *arguments])
+    sys.exit(main(arguments))
 
 
 class Launched:
@@ -77,13 +88,13 @@ class Launched:
         common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self._folder = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._folder.name) / f"rank_{rank}.txt" for rank in range(size)]
-        self.ranks: list[ForkedRank | subprocess.Popen[bytes]] = []
+        self.ranks: list[ForkedCommand | subprocess.Popen[bytes]] = []
         for rank, output in enumerate(self._outputs):
             arguments = [f"--local_rank={rank}", str(config), *overrides, *(rank_overrides or {}).get(rank, [])]
             environment = os.environ | common | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
             output.touch()
             if forked:
-                self.ranks.append(ForkedRank(arguments, environment, output))
+                self.ranks.append(ForkedCommand(["train", *arguments], environment, output))
             else:
                 with output.open("ab") as file:
                     command = [sys.executable, str(TRAIN), *arguments]

@@ -64,7 +64,7 @@ def make_data(path: Path, rows: int, task: str = "causal_lm") -> Path:
 def make_folder(folder: Path) -> Path:
     """Write the backbone, training data and evaluation data that `make_config` refers to; return the folder."""
     make_backbone(folder / "backbone")
-    make_data(folder / "train.jsonl", 60)
+    make_data(folder / "train.jsonl", 30)  # less than the 6 steps of `make_config` read
     make_data(folder / "eval.jsonl", 12)
     return folder
 
@@ -83,7 +83,7 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "optimisation": {
             "max_steps": 6,
             "micro_batch_size": 2,
-            "global_batch_size": 16,
+            "global_batch_size": 8,
             "learning_rate": 0.01,
             "sparsity_coef": 0.1,
         },

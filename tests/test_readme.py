@@ -1,8 +1,8 @@
 """The commands of README.md and docs/*.md.
 
-Every ```bash block runs: in the full tier on a tiny backbone, nightly on the backbone of the quickstart. A block that needs
-a cluster, a download or files of the reader opens with ```bash no-test, after a comment <!-- no-test: REASON -->. The quick
-tier checks the arguments of all commands.
+Every ```bash block runs nightly on the backbone of the quickstart, and in the full tier on a tiny backbone unless its commands
+have tests of their own. A block that needs a cluster, a download or files of the reader opens with ```bash no-test, after a
+comment <!-- no-test: REASON -->. The quick tier checks the arguments of all commands.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ldmole_dist.cli import _parser
+from tests.launched import ForkedCommand
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BACKBONE = Path("backbones") / "SmolLM2-135M-Instruct"
 FIRST_COMMANDS = ["bash launch/quickstart.sh", "bash launch/test.sh"]  # have tests of their own
+STARTS_PROCESSES = ("launch", "doctor")  # these ldmole commands cannot be forked
+WITH_OWN_TESTS = ("examples/", " selftest", " bench ")  # tests/integrations, tests/selftest and tests/study
 
 
 class Block(NamedTuple):
@@ -51,6 +54,10 @@ class Block(NamedTuple):
         lines = self.text.replace("\\\n", " ").splitlines()
         return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
+    @property
+    def has_own_tests(self) -> bool:
+        return all(any(text in command for text in WITH_OWN_TESTS) for command in self.commands)
+
 
 def find_blocks(language: str) -> list[Block]:
     blocks = []
@@ -70,11 +77,16 @@ BASH = find_blocks("bash")
 TESTED = [pytest.param(b, id=f"{b.page}:{b.line}") for b in BASH if b.info == "bash" and b.commands != FIRST_COMMANDS]
 
 
+def environment_of_reader(folder: Path) -> dict[str, str]:
+    # Settings of the tests must not reach what a reader runs.
+    ours = ("DS_ACCELERATOR", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    return environment | {"PATH": f"{folder}/.venv/bin:{environment['PATH']}"}  # as after activating the environment
+
+
 def shell(command: str, folder: Path, timeout: int) -> str:
     """Run a command as a reader would, and return its output."""
-    # Settings of the tests must not reach what a reader runs.
-    environment = {k: v for k, v in os.environ.items() if k not in ("DS_ACCELERATOR", "PYTHONPATH", "OMP_NUM_THREADS")}
-    environment["PATH"] = f"{folder}/.venv/bin:{environment['PATH']}"  # as after activating the environment
+    environment = environment_of_reader(folder)
     done = subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
     )
@@ -83,11 +95,25 @@ def shell(command: str, folder: Path, timeout: int) -> str:
     return output
 
 
-def run_block(block: Block, folder: Path) -> None:
+def run_block(block: Block, folder: Path, forked: bool) -> None:
+    """Run the commands of a block.
+
+    Args:
+        block: of a page.
+        folder: the repository.
+        forked: run `ldmole` commands in forks of a process that has imported the package, which is faster than in a shell.
+    """
     for command in block.commands:
         if " checkpoint export " in command:  # refuses to overwrite what an earlier run has exported
             shutil.rmtree(folder / shlex.split(command)[-1], ignore_errors=True)
-        shell(command, folder, timeout=1200)
+        arguments = ldmole_arguments(command)
+        if forked and arguments and arguments[0] not in STARTS_PROCESSES and "torch.distributed.run" not in command:
+            output = folder / "output.txt"
+            output.unlink(missing_ok=True)
+            code = ForkedCommand(arguments, environment_of_reader(folder), output, folder).wait(600)
+            assert code == 0, f"{command}\n{output.read_text()[-4000:]}"
+        else:
+            shell(command, folder, timeout=1200)
 
 
 def ldmole_arguments(command: str) -> list[str] | None:
@@ -187,16 +213,16 @@ def test_adapter_of_the_quickstart_names_the_category(quickstart: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("block", TESTED)
+@pytest.mark.parametrize("block", [case for case in TESTED if not case.values[0].has_own_tests])
 def test_commands_run_on_a_tiny_backbone(tiny: Path, block: Block) -> None:
-    run_block(block, tiny)
+    run_block(block, tiny, forked=True)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("block", TESTED)
 def test_commands_run(real: Path, block: Block) -> None:
-    run_block(block, real)
+    run_block(block, real, forked=False)
 
 
 @pytest.mark.full

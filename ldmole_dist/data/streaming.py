@@ -216,19 +216,19 @@ class StreamedRows:
     @property
     def lengths(self) -> Sequence[int]:
         """Length of each row's line in bytes, as an estimate of its number of tokens; each access reads the line."""
-        return _Lengths(len(self), lambda index: len(self._line(index)[1]))
+        return _Lengths(self)
 
     def _line(self, index: int) -> tuple[int, bytes, str]:
         file = bisect_right(self._first_rows, index) - 1
         return file, *self.files[file].line(index - self._first_rows[file])
 
 
-class _Lengths(Sequence[int]):
-    def __init__(self, size: int, length: Callable[[int], int]) -> None:
-        self._size, self._length = size, length
+class _Lengths(Sequence[int]):  # not a closure, because workers may receive it pickled
+    def __init__(self, rows: StreamedRows) -> None:
+        self._rows = rows
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> int:  # type: ignore[override]
-        return self._length(index)
+        return len(self._rows._line(index)[1])

@@ -70,6 +70,7 @@ def _enter(environment: dict[str, str], on_gpu: bool, target: Callable[..., None
     # A forked process inherits the environment of the fork server, not that of the parent.
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # processes that this one starts are started as usual
     if not on_gpu:
         torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -66,17 +66,24 @@ def wait_until(condition: Callable[[], bool], launched: Launched, seconds: float
         time.sleep(0.001)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+STEPS = 24
+
+
+def finished(folder: Path, steps: int) -> Run:
     """Return a finished run that was not interrupted."""
-    run = Run(make_folder(tmp_path_factory.mktemp("uninterrupted")), steps=60, save_every=4)
+    run = Run(make_folder(folder), steps, save_every=4)
     run.finish()
     return run
 
 
-def fresh(tmp_path: Path, like: Run) -> Run:
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished(tmp_path_factory.mktemp("uninterrupted"), STEPS)
+
+
+def fresh(tmp_path: Path, like: Run, steps: int = STEPS) -> Run:
     # It uses the same backbone and data files, whose paths are part of the config.
-    run = Run(like.folder.parent, steps=60, save_every=4)
+    run = Run(like.folder.parent, steps, save_every=4)
     text = run.config.read_text().replace(str(run.folder), str(tmp_path / "run"))
     run.config, run.folder = tmp_path / "config.yaml", tmp_path / "run"
     run.config.write_text(text)
@@ -95,7 +102,7 @@ def test_run_saves_on_a_stop_signal_and_resumes(
         codes, output = launched.wait(timeout=60)
     assert codes == [EXIT_PREEMPTED, EXIT_PREEMPTED] and "Traceback" not in output, output
     (checkpoint,) = list_checkpoints(run.folder)
-    assert f"saved after step {run.steps()} of 60" in output and verify(checkpoint) == []
+    assert f"saved after step {run.steps()} of {STEPS}" in output and verify(checkpoint) == []
     assert checkpoint.name == f"step_{run.steps():08d}"
     run.finish()
     assert run.equals(uninterrupted)
@@ -126,7 +133,7 @@ def test_ctrl_c_under_the_deepspeed_launcher_saves(tmp_path: Path, uninterrupted
             os.killpg(launcher.pid, signal.SIGKILL)
     assert launcher.returncode != 0
     (checkpoint,) = list_checkpoints(run.folder)
-    assert verify(checkpoint) == [] and f"saved after step {run.steps()} of 60" in output, output
+    assert verify(checkpoint) == [] and f"saved after step {run.steps()} of {STEPS}" in output, output
     assert checkpoint.name == f"step_{run.steps():08d}"
 
 
@@ -144,15 +151,18 @@ def test_no_rank_saves_after_a_peer_died(tmp_path: Path, uninterrupted: Run) -> 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "kills", [pytest.param(5, marks=pytest.mark.full), pytest.param(20, marks=pytest.mark.nightly)]
+    ("kills", "steps"),
+    [pytest.param(5, STEPS, marks=pytest.mark.full), pytest.param(20, 60, marks=pytest.mark.nightly)],
 )
 def test_run_killed_at_random_moments_equals_the_uninterrupted_one(
-    tmp_path: Path, uninterrupted: Run, kills: int
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, uninterrupted: Run, kills: int, steps: int
 ) -> None:
+    if steps != STEPS:
+        uninterrupted = finished(tmp_path_factory.mktemp("longer"), steps)
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    run = fresh(tmp_path, uninterrupted)
+    run = fresh(tmp_path, uninterrupted, steps)
     inside = 0
     same = ["run.save_every=1", "run.keep_last=3"]
     for kill in range(kills):
@@ -178,7 +188,7 @@ def test_run_killed_at_random_moments_equals_the_uninterrupted_one(
                 launched.ranks[1 - alone].wait(timeout=90)  # the surviving rank exits by itself
             launched.kill()
         inside += saving()
-        assert run.steps() < 60, f"seed {seed}: the run ended before it was killed {kills} times"
+        assert run.steps() < steps, f"seed {seed}: the run ended before it was killed {kills} times"
         if found := list_checkpoints(run.folder):
             assert verify(found[0]) == [], f"seed {seed}, kill {kill}"
     assert inside >= kills // 4, f"seed {seed}: only {inside} kills were inside a save"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -129,6 +130,11 @@ def test_micro_batches_are_independent_of_workers(folder: Path) -> None:
             expected[s] for s in (3, 4, 4, 5, 0, 6)
         ]
         prefetched.close()
+
+
+def test_data_can_be_sent_to_spawned_workers(folder: Path) -> None:
+    data = training_data(folder, 0)
+    assert pickle.loads(pickle.dumps(data)).micro_batches(1) == data.micro_batches(1)
 
 
 def test_steps_equal_in_memory_data_for_every_world_size(folder: Path) -> None:

@@ -74,14 +74,12 @@ def test_pages_show_charts(tmp_path: Path, ranks2: LocalRanks) -> None:
     ranks2.run(run_training, str(config))
     (tmp_path / "no_runs").mkdir()
     with tensorboard(tmp_path / "no_runs") as address:
-        empty = {page: drawn(address, page, tmp_path / f"empty_{page}.png") for page in ("custom_scalars", "scalars")}
-    assert all(near(pixels, LINE) < 100 for pixels in empty.values())
+        assert near(drawn(address, "custom_scalars", tmp_path / "empty.png"), LINE) < 100
     with tensorboard(tmp_path / "run" / "tensorboard") as address:
         # Three charts per row, each with lines.
         headlines = drawn(address, "custom_scalars", tmp_path / "custom_scalars.png")
         thirds = [headlines[:, left : left + 300] for left in (0, 330, 660)]
         assert min(near(third, LINE) for third in thirds) > 200, [near(third, LINE) for third in thirds]
-        assert near(drawn(address, "scalars", tmp_path / "scalars.png"), LINE) > 200
         # Load images are blue, with red for dead experts.
         images = drawn(address, "images", tmp_path / "images.png")
         assert (images[..., 2] - images[..., 0] > 60).sum() > 10_000

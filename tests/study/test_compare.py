@@ -176,7 +176,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
 @pytest.mark.full
 def test_small_comparison_is_interrupted_and_resumed(tmp_path: Path) -> None:
     make_folder(tmp_path)
-    make_config(tmp_path, optimisation={"max_steps": 40}, parallelism={"ep_size": 1}, run={"detail_every": 5})
+    make_config(tmp_path, optimisation={"max_steps": 16}, parallelism={"ep_size": 1}, run={"detail_every": 4})
     first = start(tmp_path)
     try:
         run = tmp_path / "out" / "sparsegen" / "seed_0"
@@ -196,7 +196,7 @@ def test_small_comparison_is_interrupted_and_resumed(tmp_path: Path) -> None:
     rows = Store(tmp_path / "out", None).rows()
     assert Counter(row.method for row in rows) == {"sparsegen": 2, "lora": 2}
     assert [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == list(
-        range(1, 41)
+        range(1, 17)
     )
     text = (tmp_path / "out" / "routers.md").read_text()
     assert "plain LoRA" in text and "before training" in text

@@ -12,7 +12,7 @@ from tests.small_run import make_config, make_folder, run_training
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    optimisation = {"max_steps": 4, "router_noise": 1.0, "router_noise_share": 0.75}
+    optimisation = {"max_steps": 2, "router_noise": 1.0, "router_noise_share": 1.0}
     return make_config(make_folder(tmp_path_factory.mktemp("noise")), data={"eval": None}, optimisation=optimisation)
 
 
@@ -30,7 +30,8 @@ def test_recomputation_repeats_the_noise(ranks2: LocalRanks, config: Path) -> No
     assert recomputed[0] != quiet[0]
 
 
+@pytest.mark.full
 def test_resumed_run_repeats_the_noise(ranks2: LocalRanks, config: Path) -> None:
-    uninterrupted = losses(ranks2, config, "whole", "run.save_every=2")
-    shutil.rmtree(config.parent / "whole" / "checkpoints" / "step_00000004")
-    assert losses(ranks2, config, "whole", "run.save_every=2") == uninterrupted
+    uninterrupted = losses(ranks2, config, "whole", "run.save_every=1")
+    shutil.rmtree(config.parent / "whole" / "checkpoints" / "step_00000002")
+    assert losses(ranks2, config, "whole", "run.save_every=1") == uninterrupted
