@@ -36,9 +36,10 @@ def test_other_errors_replace_the_processes(ranks2: LocalRanks, ranks: list[int]
 
 
 PARENT = """
-import time
+import signal, time
 from ldmole_dist.selftest.local_ranks import LocalRanks
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a shell
     ranks = LocalRanks(2)
     ranks.run(time.time)
     print("started", flush=True)
