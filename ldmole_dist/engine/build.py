@@ -85,7 +85,8 @@ class Engine:
     def step(self) -> None:
         """Finish a micro-batch; after the last one of an optimizer step, clip the gradients and update the parameters.
 
-        DeepSpeed skips the update where it detects non-finite gradients. Collective: call it after each micro-batch.
+        At ZeRO stages 1 to 3, DeepSpeed skips the update if gradients are non-finite. Collective: call it after each
+        micro-batch.
         """
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         if boundary and self._clips_itself:
@@ -125,8 +126,8 @@ class Engine:
 def register_experts_of_linears(model: PeftModel) -> None:
     """Register the experts of each input group with the group's first linear, under ZeRO-3.
 
-    ZeRO-3 gathers the parameters of the module whose forward runs. The first linear of a group computes the experts of all of
-    them, which are in parameter dictionaries that have no forward.
+    ZeRO-3 gathers a module's own parameters when its forward starts. The first linear of a group computes the experts of all
+    linears of the group, and the ParameterDicts that hold these experts have no forward.
     """
     for module in model.modules():
         if isinstance(module, LdMoleLinear):

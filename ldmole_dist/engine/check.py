@@ -16,4 +16,6 @@ def check_with_deepspeed(ds_config: dict[str, Any]) -> None:
     try:
         DeepSpeedConfig({key: value for key, value in ds_config.items() if key not in skipped})
     except Exception as error:  # DeepSpeed raises assertions, ValueError, pydantic's errors and its own
-        raise UserError(f"DeepSpeed rejects the config of parallelism.deepspeed: {error}; correct that file") from error
+        raise UserError(
+            f"DeepSpeed rejects the config of parallelism.deepspeed: {error}; correct this config file"
+        ) from error

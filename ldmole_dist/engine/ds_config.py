@@ -29,7 +29,8 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
         name_or_path: "zero2" for ds_configs/zero2.json, or the path of a JSON file.
 
     Raises:
-        UserError: if the file cannot be read, or a key is unknown, not supported or out of range.
+        UserError: if the file cannot be read or is not a JSON object, a key is unknown or not supported, or a value has a
+            wrong type or is out of range.
     """
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -39,8 +40,8 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
     except OSError as error:
         shipped = sorted(p.stem for p in SHIPPED.glob("*.json"))
         raise UserError(
-            f"parallelism.deepspeed={name_or_path!r}: {error.strerror} ({path}); "
-            f"use one of {shipped} or the path of a JSON file"
+            f"parallelism.deepspeed={name_or_path!r}: {error.strerror}; set it to the path of a readable file that ends in "
+            f".json, or to one of {', '.join(shipped)}"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"parallelism.deepspeed: {path} is not JSON: {error}; correct the file") from error
@@ -65,7 +66,10 @@ def resolve_ds_config(
     precision: str,
     ep_size: int,
 ) -> dict[str, Any]:
-    """Return a complete config for `Engine`, with "auto" values replaced and the keys set that the engine depends on.
+    """Return a complete config for `Engine`.
+
+    Keys with the value "auto" are set from the arguments, or removed so that DeepSpeed uses its default. Keys that the engine
+    depends on are set.
 
     Args:
         config: config from `load_ds_config`; not modified.
@@ -76,8 +80,8 @@ def resolve_ds_config(
         ep_size: number of ranks that together hold all experts once.
 
     Raises:
-        UserError: if the DeepSpeed config contradicts the run config, or sets a value that experts or checkpoints do not
-            support.
+        UserError: if the DeepSpeed config has an invalid key or value, contradicts the run config, or sets a value that
+            experts, checkpoints or the precision do not support.
     """
     _check_keys(config)
     given = {
@@ -110,10 +114,11 @@ def resolve_ds_config(
             )
         config["fp16"] = half["fp16"] | {"enabled": True}
     elif stage == 0:
-        # The engine clips itself at stage 0: DeepSpeed 0.19.8 computes the norm of experts incorrectly there.
+        # `Engine` clips the gradients at stage 0: DeepSpeed 0.19.8 computes the norm of experts incorrectly there.
         config["gradient_clipping"] = 0.0
-    # DeepSpeed requires this for torch's AdamW, the default optimizer. DeepSpeed's own optimizers need a compiler.
     config["zero_allow_untested_optimizer"] = True
+    # Without this, DeepSpeed rejects torch's AdamW, the default optimizer, if the optimizer state is offloaded. DeepSpeed's own
+    # CPU optimizer needs a compiler.
     config["zero_force_ds_cpu_optimizer"] = False
     config["steps_per_print"] = 10**12  # the trainer prints its own progress
     return config
@@ -139,7 +144,8 @@ def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
 def _check_keys(config: Any) -> None:
     """Raise UserError if a key is unknown or not supported, or a value has a wrong type or is out of range."""
     if not isinstance(config, dict):
-        raise UserError(f"the DeepSpeed config must be a JSON object, not {config!r:.80}")
+        example = '{"zero_optimization": {"stage": 2}}'
+        raise UserError(f"the DeepSpeed config is {config!r:.80}; write a JSON object, such as {example}")
     if refused := next((key for key in REFUSED if _has(config, key)), None):
         raise UserError(f"the DeepSpeed config sets {refused}, which is not supported: {REFUSED[refused]}")
     try:

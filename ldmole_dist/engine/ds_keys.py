@@ -1,7 +1,7 @@
 """The keys of a DeepSpeed config that this package accepts, with their types and ranges, and the keys that it rejects.
 
 All are keys of DeepSpeed 0.19.8. They are checked here so that `ldmole validate` needs neither DeepSpeed nor torch, whose
-import takes seconds. A test compares this file with DeepSpeed's own models.
+import takes seconds. A test compares this file with DeepSpeed's own config classes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class BF16(TypedDict, total=False):
 class FP16(TypedDict, total=False):
     """Section fp16. A `loss_scale` of 0 adapts the loss scale during training.
 
-    Numbers are strict, because DeepSpeed rejects booleans here.
+    Numbers are validated strictly, because DeepSpeed rejects booleans here.
     """
 
     enabled: bool
@@ -110,7 +110,7 @@ class FP16(TypedDict, total=False):
 
 @with_config(_FORBID)
 class DeepSpeedFile(TypedDict, total=False):
-    """A DeepSpeed config file. Sections that only configure logging are checked by DeepSpeed itself."""
+    """A DeepSpeed config file. Sections for logging and profiling are checked by DeepSpeed itself."""
 
     train_batch_size: _Positive
     train_micro_batch_size_per_gpu: _Positive
@@ -150,7 +150,7 @@ REFUSED = {
     "torch_autocast": "the run config decides the precision; remove this section and set parallelism.precision",
     "activation_checkpointing": "it has no effect on transformers models; remove it and set parallelism.gradient_checkpointing",
     "aio": "it is for offloading to NVMe, which checkpoints do not support; remove this section",
-    "autotuning": "use `ldmole plan` to choose a config; remove this section",
+    "autotuning": "remove this section and choose a config with `ldmole plan`",
     "checkpoint": "checkpoints are written by this package; remove this section",
     "compile": "compiled engines are not supported; remove this section",
     "data_efficiency": "the run config decides the data; remove this section",
@@ -167,9 +167,9 @@ REFUSED = {
     "tensor_parallel": "tensor parallelism is not supported; remove this section",
     "use_data_before_expert_parallelism": "consecutive ranks form an expert-parallel group; remove this key",
     "weight_quantization": "quantized backbones are not supported; remove this section",
-    "zero_optimization.cpu_offload": "it is deprecated; use offload_optimizer with device cpu",
-    "zero_optimization.cpu_offload_param": "it is deprecated; use offload_param with device cpu",
-    "zero_optimization.cpu_offload_use_pin_memory": "it is deprecated; use pin_memory of the offload sections",
+    "zero_optimization.cpu_offload": 'it is deprecated; replace it with "offload_optimizer": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_param": 'it is deprecated; replace it with "offload_param": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_use_pin_memory": "it is deprecated; replace it with pin_memory in the offload sections",
     "zero_optimization.elastic_checkpoint": "checkpoints are written by this package; remove this key",
     "zero_optimization.legacy_stage1": "DeepSpeed does not support it any more; remove this key",
     "zero_optimization.load_from_fp32_weights": "checkpoints are read by this package; remove this key",

@@ -1,4 +1,4 @@
-"""Expert-parallel groups in DeepSpeed, and the declaration of expert parameters to it.
+"""Expert-parallel groups in DeepSpeed, and the declaration of expert parameters to DeepSpeed.
 
 DeepSpeed must reduce an expert's gradient only over the ranks that hold the same expert (its expert-data-parallel group). How
 to declare that depends on the ZeRO stage (docs/clusters.md): parameter attributes at every stage, a marker module at stages 0
@@ -73,7 +73,7 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
     trained = False
     parameter: Any  # nn.Parameter does not declare the attributes set below, which DeepSpeed reads
     for parameter_name, parameter in model.named_parameters():
-        if is_expert_tensor(parameter_name):  # frozen ones too, because each rank has other experts
+        if is_expert_tensor(parameter_name):  # frozen ones too, because they differ between ranks
             trained = trained or parameter.requires_grad
             parameter.allreduce, parameter.group_name = False, name
             parameter.ds_zero_placement_family = "autoep_expert"

@@ -23,10 +23,10 @@ PARTS = (*MARKS.values(), "head")
 
 
 def gradient_norms(engine: Engine) -> dict[str, float]:
-    """Return the gradient norm of each part before clipping. Call it after the last backward of a step, on every rank.
+    """Return the gradient norm of each part before clipping. Call it on every rank, after the last backward of a step.
 
     Returns:
-        The norm of each of `PARTS`, over all ranks and linears. "head" are the modules that are trained in full.
+        The norm of each of `PARTS`, over all ranks and linears. "head" covers the modules that are trained in full.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     squares = dict.fromkeys(PARTS, torch.zeros((), dtype=torch.float64))

@@ -1,6 +1,6 @@
 """Loss scale of fp16 runs, in which trainable parameters are float32 as in every run.
 
-DeepSpeed 0.19.8 creates a loss scaler only if the trainable parameters are fp16. Its ZeRO optimizers work with any scaler that
+DeepSpeed 0.19.8 scales the loss only if the trainable parameters are fp16. Its ZeRO optimizers work with any scaler that
 they are given: they scale the loss, unscale the gradients before clipping, and skip steps whose gradients overflow.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 class GrowingLossScaler(DynamicLossScaler):
     """Dynamic loss scaler that raises the scale only between two steps.
 
-    DeepSpeed's own raises the scale before it unscales the gradients, which halves one update per `loss_scale_window` steps.
+    DeepSpeed's own raises the scale before it unscales the gradients, which halves them once per `loss_scale_window` steps.
     """
 
     cur_scale: float
@@ -26,14 +26,20 @@ class GrowingLossScaler(DynamicLossScaler):
         self.grown = 0.0  # raised scale, pending until the next loss is scaled; 0 if no raise is pending
 
     def update_scale(self, overflow: bool) -> None:
-        """Update the scale after an optimizer step."""
+        """After an overflow, lower the scale immediately, subject to `hysteresis`; defer a raise until the next loss is scaled.
+
+        DeepSpeed's ZeRO optimizers call this inside `step`, before they unscale the gradients.
+
+        Args:
+            overflow: whether the gradients of this step are non-finite.
+        """
         before = self.cur_scale
         super().update_scale(overflow)
         if self.cur_scale > before:
             self.grown, self.cur_scale = self.cur_scale, before
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Return the loss multiplied by the current scale, after applying a raise of the last step."""
+        """Return the loss multiplied by the current scale, after applying a pending raise."""
         self.cur_scale, self.grown = self.grown or self.cur_scale, 0.0
         return super().scale_loss(loss)
 

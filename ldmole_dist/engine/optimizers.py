@@ -16,7 +16,7 @@ def make_optimizer(o: Optimisation, groups: list[dict[str, Any]]) -> torch.optim
     """Return AdamW for parameter groups, in the implementation that `o.optimizer` names."""
     settings: dict[str, Any] = dict(lr=o.learning_rate, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
     if o.optimizer == "fused_adam":
-        from deepspeed.ops.adam import FusedAdam  # compiles its kernels when it is created
+        from deepspeed.ops.adam import FusedAdam  # compiles its kernels when it is created, unless they are prebuilt
 
         return FusedAdam(groups, adam_w_mode=True, **settings)
     if o.optimizer == "cpu_adam":

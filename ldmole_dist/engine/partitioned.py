@@ -1,4 +1,4 @@
-"""Partitioned loading of a backbone under ZeRO-3, so that no rank has to hold all weights."""
+"""Partitioned loading of a backbone under ZeRO-3, so that no device has to hold all weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 @contextmanager
 def partitioned_loading(stage: int, precision: str) -> Iterator[None]:
-    """Context manager in which `from_pretrained` partitions each weight over all ranks as it is read, if `stage` is 3.
+    """Context manager in which transformers partitions each model that it creates over all ranks, if `stage` is 3.
 
     Args:
         stage: ZeRO stage.

@@ -24,14 +24,14 @@ def start(timeout_minutes: float = 30.0) -> Process:
     """Join the process group that the launcher describes in the environment; without a launcher, create one with a single rank.
 
     Args:
-        timeout_minutes: time after which a collective that some rank has not entered raises an error.
+        timeout_minutes: minutes after which a collective that some rank has not entered raises an error.
 
     Returns:
         Rank, world size and device of this process.
     """
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, and warns at each call.
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, with a warning at each call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # PEFT 0.21 reads an attribute that transformers 5.23 deprecates, and warns at each injection.
+    # PEFT 0.21 reads an attribute that transformers 5.23 deprecates, with a warning at each injection.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
     if "RANK" not in os.environ and not _inside_mpirun():
         os.environ.update(

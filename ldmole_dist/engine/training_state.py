@@ -18,7 +18,7 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def training_state(engine: Engine, step: int) -> dict[str, Any]:
-    """Return the counters, the position in the schedule, the loss scale and the L1 coefficient of an engine, as JSON values.
+    """Return the counters, schedule position, loss scale, L1 coefficient and Adam step count of an engine, as JSON values.
 
     Args:
         engine: engine between two optimizer steps.
@@ -36,10 +36,10 @@ def training_state(engine: Engine, step: int) -> dict[str, Any]:
 
 
 def restore_training_state(engine: Engine, state: dict[str, Any], step: int) -> None:
-    """Restore a saved state in a new engine.
+    """Restore a saved state in a new engine, except for the step count of Adam (`create_moments`).
 
     Args:
-        engine: engine that has not stepped yet, under any ZeRO stage, ep_size and world size.
+        engine: engine that has not stepped yet, with any ZeRO stage, ep_size and world size.
         state: return value of `training_state`.
         step: value of `step` when the state was saved.
     """

@@ -5,7 +5,7 @@ adapted linear records its routing. The first forward of a checkpointed region r
 recomputation replays them: which experts are active, and how many rows are sent to each rank. A recomputation that decided
 again could round differently, and its rows would not match the split sizes of the all-to-all.
 
-Shapes: T tokens, E experts, G linears of an input group.
+Shapes: B sequences, S positions, T tokens, D in-features, H backbone hidden size, E experts, G linears of an input group.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class StepContext:
         noise: noise on the router scores of the next training forward; set it for each micro-batch. None adds none.
         observer: function that gets the routing of each linear in training and evaluation, but not in a recomputation; or None.
         terms: values of each auxiliary loss, one scalar per linear recorded so far; keyed by the name of the loss.
-        stats: (3,) per linear, keyed by its name: sums of active experts and of lambda over its real tokens, and the number of
-            real tokens. The sum of lambda is NaN for routers without lambda.
+        stats: (3,) per linear, keyed by its name: over its real tokens, the number of active (token, expert) pairs, the sum of
+            lambda (NaN for routers without lambda) and the number of tokens.
         adapter_disabled: whether adapted linears return only their base output.
         hidden: (B, S, H) hidden states that all routers read instead of their linear's input (router_input='hidden'), or None.
     """
@@ -94,7 +94,7 @@ class StepContext:
 
         Args:
             mask: (B, S) attention mask, nonzero for real tokens; None counts every token.
-            positions: (S',) positions of the sequence that the model computes logits for, the only ones that an adapted head
+            positions: 1-D, the sequence positions that the model computes logits for, the only ones that an adapted head
                 reads; None for all positions.
         """
         self.terms = {}
@@ -111,7 +111,7 @@ class StepContext:
 
         Args:
             name: name of the linear.
-            x_TD: input of the linear.
+            x_TD: input of the linear, after dropout.
 
         Returns:
             x_TD, or the hidden states (T, H) that all routers read.
@@ -125,14 +125,14 @@ class StepContext:
         if len(hidden_TH) != len(x_TD):
             raise ValueError(
                 f"{name} reads {len(x_TD)} rows, but router_input='hidden' gives its router {len(hidden_TH)} hidden states; "
-                "remove it from target_modules or set router_input='layer'"
+                "remove this linear from target_modules, or set router_input='layer'"
             )
         return hidden_TH
 
     def auxiliary_loss(self) -> Tensor | float:
         """Return the weighted sum c_lb L_lb + c_sp L_sparse + ... of the auxiliary losses of this micro-batch.
 
-        Each loss is averaged over the adapted linears. The sum is 0.0 if all coefficients are 0.
+        Each loss is averaged over the adapted linears. The sum is 0.0 if no recorded loss has a nonzero coefficient.
         """
         # Skip terms with a zero coefficient, so that they never enter the graph and cannot turn the loss into NaN.
         weighted = [(term, self.weights.of(term)) for term in self.terms]
@@ -193,8 +193,8 @@ class StepContext:
             return None
         if self._mask.dim() != 2:
             raise ValueError(
-                f"attention_mask has shape {tuple(self._mask.shape)}, but the auxiliary losses need one value per token; "
-                "pass a (batch, sequence) mask, or None if every token is real"
+                f"attention_mask has shape {tuple(self._mask.shape)}, but the auxiliary losses and routing "
+                "statistics need one value per token; pass a (batch, sequence) mask, or None if every token is real"
             )
         if self._positions is not None and shape[-1] == len(self._positions):
             return self._mask[:, self._positions].reshape(-1) != 0

@@ -50,7 +50,7 @@ def fused_threshold(on_cpu: bool) -> int:
 
 
 def fused_is_always_faster(bank: ExpertBank) -> bool:
-    """Return whether fused is the faster formulation even with one active expert per token, so that no counts are needed."""
+    """Return whether fused is faster at one or more active experts per token, in which case no counts are needed."""
     num_experts, lora_rank, _ = bank.A_LRD.shape
     return num_experts * lora_rank <= fused_threshold(bank.A_LRD.device.type == "cpu")
 

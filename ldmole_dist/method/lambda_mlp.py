@@ -27,6 +27,7 @@ class LambdaMLP(nn.Module):
         in_features: D.
         hidden: H; 256 in the paper, 512 in the authors' Qwen3-0.6B script.
         eps: distance of lambda's upper bound from 1.
+        device: device of the parameters.
     """
 
     def __init__(self, in_features: int, hidden: int, eps: float, device: torch.device | None = None) -> None:

@@ -63,8 +63,8 @@ class LocalDispatch:
     """Dispatch of a process that holds all experts: there is nothing to communicate."""
 
     def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> list[list[int] | None]:
-        """Return, for each linear, the number of active tokens of each expert, or None if it cannot change the formulation."""
-        # .tolist() synchronizes the device, so it is skipped where it cannot change the choice.
+        """Return, for each linear, the number of active tokens of each expert, or None if `fused_is_always_faster`."""
+        # .tolist() synchronizes the device, so skip it where the counts are not needed.
         return [
             None if fused_is_always_faster(bank) else support.sum(dim=0).tolist()
             for support, bank in zip(supports, banks, strict=True)
@@ -144,7 +144,7 @@ class InputGroup:
         if leader.training and context.noise is not None:
             logits = [context.noise.add_to(u_TE, m.name) for m, u_TE in zip(linears, logits, strict=True)]
 
-        # All routers of a model are of the same class and differ only in W_g, so one of them handles the stacked scores.
+        # All routers of a group are of the same class and differ only in W_g, so one of them handles the stacked scores.
         router, logits_GTE, names = routers[0], torch.stack(logits), [m.name for m in linears]
         decision = context.replay_decision(leader)
         repeated = decision is not None

@@ -20,8 +20,8 @@ def load_balance_loss(p: Tensor, mask: Tensor | None = None, prob: Tensor | None
     freq_e is the share of expert e in the active (token, expert) pairs and carries no gradient. prop_e is its mean weight, or
     its mean probability before the selection if `prob` is given, which gives inactive experts a gradient too.
 
-    Source: the paper's load-balancing loss; with `prob` that of the Switch Transformer, arXiv 2101.03961, which MoLA and Huang
-    et al. use.
+    Source: the paper's load-balancing loss; with `prob`, that of the Switch Transformer, arXiv 2101.03961, as used by MoLA.
+    Huang et al. divide by the number of tokens in freq_e, not of pairs.
 
     Args:
         p: (..., T, E) routing weights.
@@ -103,7 +103,7 @@ def l1_loss(p: Tensor, target_k: int, mask: Tensor | None = None) -> Tensor:
 def next_l1_coefficient(coefficient: float, experts_per_token: float, target_k: int, rate: float) -> float:
     """Return the coefficient of the L1 loss for the next optimizer step.
 
-    It is multiplied by `rate` if more experts than the target were active, divided by it if fewer were, and else unchanged.
+    The coefficient is multiplied by `rate` if more experts than the target were active, and divided by `rate` if fewer were.
 
     Args:
         coefficient: coefficient of this step.

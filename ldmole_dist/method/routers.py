@@ -58,6 +58,7 @@ class Router(nn.Module):
     Args:
         in_features: D.
         num_experts: E.
+        device: device of the weight.
 
     Attributes:
         needs_lambda: whether the router uses lambda.
@@ -131,6 +132,7 @@ class TopKRouter(Router):
         in_features: D.
         num_experts: E.
         top_k: k, at most E.
+        device: device of the weight.
     """
 
     def __init__(self, in_features: int, num_experts: int, top_k: int, device: torch.device | None = None) -> None:
@@ -153,13 +155,14 @@ class TopKRouter(Router):
 class TopPRouter(Router):
     """The smallest set of experts whose probabilities softmax(u) sum to at least `top_p` is active; p = softmax(u) on this set.
 
-    The weights are not renormalized to sum to 1. The entropy loss keeps the softmax from becoming flat, which would activate
-    all experts. Source: Huang et al. 2024, "Harder Tasks Need More Experts", arXiv 2403.07652.
+    The weights are not renormalized to sum to 1. The entropy loss keeps the softmax from becoming flat, because a flat softmax
+    activates the most experts. Source: Huang et al. 2024, "Harder Tasks Need More Experts", arXiv 2403.07652.
 
     Args:
         in_features: D.
         num_experts: E.
         top_p: threshold on the cumulative probability, in (0, 1].
+        device: device of the weight.
     """
 
     losses = ("balance", "z", "entropy")

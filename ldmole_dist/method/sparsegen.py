@@ -31,7 +31,7 @@ def sparsegen(logits: Tensor, lam: Tensor) -> Tensor:
     Args:
         logits: (..., E) router scores u, of any scale; half precision is promoted to float32.
         lam: (..., 1) or (...), sparsity lambda < 1. lambda -> 1 activates one expert, 0 is sparsemax, and lambda -> -inf
-            weights all experts equally. Values of 1 or more are not checked, as a check would synchronize the device;
+            weights all experts equally. Values of 1 or more are not rejected: the check would synchronize the device, and
             `LambdaMLP` cannot produce them.
 
     Returns:

@@ -1,6 +1,6 @@
 """Routing statistics: sums that can be added over micro-batches and ranks, and statistics computed from them.
 
-`RoutingSums` is an observer (`StepContext.observer`) that accumulates the routing of a forward on the device.
+`RoutingSums` is an observer (`StepContext.observer`) that accumulates the routing of forwards on the device.
 
 Shapes: T tokens, E experts, S = 4 + (E + 1) + 2 E sums of one linear.
 """
@@ -45,8 +45,8 @@ def routing_sums(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
 
     Returns:
         (S,) float64: number of real tokens; sums of lambda and of its square, NaN for routers without lambda; sum of the
-        entropy of p / sum(p) in nats; number of tokens with 0, 1, ..., E active experts; active tokens of each expert; summed
-        weights of each expert.
+        entropy of p / sum(p) in nats; number of tokens with 0, 1, ..., E active experts; number of active tokens of each
+        expert; sum of the weights of each expert.
     """
     p_TE, lam_T = routing.p_TE.detach(), lambda_or_nan(routing).detach().double()
     num_experts = p_TE.shape[1]

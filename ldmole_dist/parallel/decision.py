@@ -7,8 +7,8 @@ their number of rows, takes the cheapest prefix (from no expert to all of them),
 `optimal_fetched_experts` searches exhaustively, for tests.
 
 The cost is the number of elements that the forward sends and receives. The backward sends a gradient for each of them, and a
-recomputation repeats the forward, so both are proportional to it. The exchange of counts is the same for every decision and is
-left out.
+recomputation repeats the forward, so their costs are proportional to it. The exchange of counts is the same for every decision
+and is left out.
 
 Shapes: G linears of the input group, T tokens, P ranks, L experts of each rank, R LoRA rank, X = G L experts of one rank in all
 linears of the group.
@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Single changes tried after the best prefix. One change reached the optimum in every case of tests/parallel/test_decision.py.
+# Number of single changes tried after the best prefix. In every case of tests/parallel/test_decision.py, one change reached the
+# optimum.
 IMPROVEMENTS = 2
 # Several rounds are used only if a rank receives more than twice this number of rows. Fewer rows take no more memory than a
 # small micro-batch, which does not justify the kernel launches of more rounds.
@@ -48,7 +49,7 @@ class DispatchDecision(NamedTuple):
         recv_experts: for each linear, the number of experts to receive from each rank.
         here_counts: for each linear, the number of this rank's active tokens of each expert that is computed here, own or
             fetched, in order of expert index.
-        recv_counts: for each linear, the number of received rows of each of this rank's own experts.
+        recv_counts: for each linear, the number of received rows for each of this rank's own experts.
         rounds: number of rounds in which the rows are exchanged; the same on every rank of the group.
     """
 
@@ -179,7 +180,7 @@ def _depends(left_TP1: Tensor, fetched_PX: Tensor) -> Tensor:
 def number_of_rounds(rows_PP: list[list[int]]) -> int:
     """Return the number of rounds in which to exchange the rows of a dispatch.
 
-    Rounds keep the memory of the busiest rank below twice that of balanced routing, however skewed the routing is.
+    Rounds limit the received rows that a rank holds at once to about twice those of balanced routing.
 
     Args:
         rows_PP: `rows_PP[p][q]` is the number of rows that rank p sends to rank q.
@@ -195,8 +196,8 @@ def number_of_rounds(rows_PP: list[list[int]]) -> int:
 def count_message_elements(ranks: int, sizes: GroupSizes) -> int:
     """Return the number of counts that one rank sends before a dispatch, once per micro-batch and input group.
 
-    Each other rank receives the number of rows for each linear, the number of tokens of each of its experts (or -1, which
-    requests the expert), and the number of rows that this rank sends to every rank.
+    Each other rank receives the number of rows for each linear, the number of tokens for each of its experts in each linear (or
+    -1, which requests the expert), and the number of rows that this rank sends to every rank.
 
     Args:
         ranks: P.
@@ -211,7 +212,7 @@ def payload_elements(
 ) -> dict[str, int]:
     """Return the number of elements, by kind, that one rank sends and receives for its own tokens in one forward.
 
-    The backward sends the same number of gradients in the opposite direction, except for rows whose input needs no gradient.
+    The backward sends the same number of gradients in the opposite direction, except for kinds that need no gradient.
     With several rounds it also sends rows and gates again.
 
     Args:

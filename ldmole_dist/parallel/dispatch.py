@@ -1,14 +1,14 @@
 """Expert-parallel dispatch: bring tokens and their active experts together across ranks.
 
-For each (rank, remote expert) the cheaper of the two is sent: the token rows to the expert's rank, or the expert to the
-tokens' rank (`decision.choose_fetched_experts`). A token's row is sent at most once to each remote rank, even if several of
+For each (rank, remote expert), mode "auto" sends the cheaper of the two: the token rows to the expert's rank, or the expert to
+the tokens' rank (`decision.choose_fetched_experts`). A token's row is sent at most once to each remote rank, even if several of
 its experts are there or several linears of the input group need it; each linear returns its own partial sum. Rows and
-experts of one group share an all-to-all. No token is dropped and nothing is padded. Every mode gives the result of one
-process that holds all experts, up to rounding.
+experts of one group share an all-to-all, unless the rows are exchanged in rounds (`rounds`). No token is dropped and nothing is
+padded. Every mode gives the result of one process that holds all experts, up to rounding.
 
 The all-to-all is in flight while the caller computes something else (`Dispatch.start`), and the partial sums are returned
 while the local experts compute. Fetched experts are kept for the backward, and so are received rows unless they are exchanged
-in rounds (`rounds`); a recomputed forward fetches both again.
+in rounds; a recomputed forward fetches both again.
 
 Shapes: T tokens on this rank, D in-features, O out-features, E experts in total, L experts held by this rank, R LoRA rank, P
 ranks of the expert-parallel group, G linears in the input group, N rows sent, M rows received, W experts computed here for this
@@ -41,7 +41,7 @@ Mode = Literal["auto", "all_to_all", "gather"]
 
 @dataclass
 class ExpertParallel:
-    """The ranks that share the experts of a model, how they exchange tokens and experts, and counters of what they send.
+    """The ranks that share the experts of a model, how they exchange tokens and experts, and counters of what this rank sends.
 
     Args:
         group: process group of these ranks; None if every rank holds all experts.
@@ -61,11 +61,11 @@ class ExpertParallel:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def placement(self, num_experts: int) -> Placement:
-        """Return which of the `num_experts` experts of a bank this rank holds."""
+        """Return which of the `num_experts` experts of a bank this rank holds. ValueError if `size` does not divide them."""
         return Placement(num_experts, self.size, 0 if self.group is None else dist.get_rank(self.group))
 
     def dispatch(self) -> Dispatch:
-        """Create the `Dispatch` that the adapted linears of a model share; it communicates only if there is a group."""
+        """Return a new `Dispatch` for an adapted linear; it communicates only if the experts are spread over a group."""
         return LocalDispatch() if self.group is None else ExpertParallelDispatch(self)
 
     def all_gather(self, local: Tensor) -> Tensor:
@@ -255,8 +255,8 @@ class ExpertParallelDispatch:
         outputs = []
         for g, bank in enumerate(banks):
             before = sum(decision.recv_experts[g][: self.rank])
-            # With several rounds, this all-to-all carries only experts. It must be part of the graph even if this rank fetches
-            # none: without it, this rank would skip the all-to-all of the gradients, and the other ranks would hang.
+            # With several rounds, the all-to-all of `start` carries only experts. It must be part of the graph even if this
+            # rank fetches none: otherwise this rank would skip the all-to-all of the gradients, and the others would hang.
             if len(weights[g]) or decision.rounds > 1:
                 p_TW, bank_W = self._computed_here(p_GTPL[g], decision.fetched_PGL[:, g], bank, weights[g], before)
             else:

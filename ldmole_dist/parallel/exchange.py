@@ -1,9 +1,9 @@
 """Differentiable all-to-all of several tensors with variable split sizes, in flight while other work is computed.
 
-`start_exchange` starts the all-to-all and `PendingExchange.wait` waits for it. The operations between the two in the forward
-also overlap in the backward, between starting the all-to-all of the gradients and waiting for it: among the nodes that are
-ready, autograd runs the one created last. Only the overlap depends on that order: that gradients are sent before they are
-received is a dependency in the graph.
+`start_exchange` starts the all-to-all and `PendingExchange.wait` waits for it. Operations between the two calls in the
+forward also overlap in the backward: autograd runs them between starting the all-to-all of the gradients and waiting for it,
+because among the ready nodes it runs the one created last. Only the overlap depends on this order. A dependency in the graph
+ensures that gradients are sent before they are received.
 
 Every rank of the group must make the same calls in the same order. The number of rows may differ and may be 0.
 """
@@ -159,7 +159,7 @@ class _AllToAll:
         self._layout = [(p.rows.dtype, p.rows.shape[1], p.recv) for p in payloads]
         self._clock = tally.wire.clock
         with self._clock.measure("exchanging", payloads[0].rows.device):
-            # Kept alive until the wait: with async_op the collective still reads it.
+            # Keep the packed tensor until the wait: with async_op, the collective still reads it.
             self._packed, sent, received = _pack(payloads)
             self._received = self._packed.new_empty(sum(received), *self._packed.shape[1:])
             self._work = dist.all_to_all_single(
