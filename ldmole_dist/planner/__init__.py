@@ -1,4 +1,4 @@
-"""`ldmole plan`: estimate memory, traffic and FLOPs of a training step from a config, and recommend a configuration.
+"""`ldmole plan`: estimate memory, traffic and FLOPs of a training step from a backbone's config, and recommend a configuration.
 
 The estimates need no GPU, no process group and no weights.
 """

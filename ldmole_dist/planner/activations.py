@@ -78,7 +78,7 @@ def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bo
     loss_peaks: list[int] = []
 
     def end_of_loss(module: Any, args: Any, output: Any) -> None:
-        """Record the peak of the loss when the gradient of the last decoder layer's output arrives."""
+        """Register a hook that records the peak of the loss when the gradient of the layer's output arrives."""
 
         def record(gradient: Tensor) -> None:
             if not loss_peaks:

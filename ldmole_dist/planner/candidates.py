@@ -17,7 +17,7 @@ from ldmole_dist.planner.workload import SHIPPED, Strategy, Workload
 from ldmole_dist.planner.zero import param_groups, shard_elements
 
 SIMILAR = 1.02  # step times within this factor are treated as equal, and the simpler candidate is preferred
-ADAM_PASSES = 7  # passes over float32 shards in host memory in one update of the offloaded Adam
+ADAM_PASSES = 7  # reads and writes of a float32 shard in host memory by one update of the offloaded Adam
 SETTINGS = ("ep_size", "checkpointing", "stage", "offload")
 
 
@@ -30,14 +30,18 @@ class Machine:
     Args:
         gpus: Number of GPUs, which is the world size.
         memory: Bytes per GPU.
-        reserved: Fraction of the GPU memory for the CUDA context, the communication library and fragmentation.
-        gpus_per_node: GPUs of one host; its ranks are consecutive.
+        reserved: Fraction of the GPU memory to keep free for the CUDA context, the communication library and fragmentation.
+        gpus_per_node: GPUs per node; the ranks of a node are consecutive.
         tflops: Achieved TFLOP/s per rank.
-        bandwidth: GB/s that a rank sends within a host.
-        inter_bandwidth: GB/s that a rank sends to other hosts.
+        bandwidth: GB/s that a rank sends within a node.
+        inter_bandwidth: GB/s that a rank sends to other nodes.
         host_bandwidth: GB/s between device and host memory.
         latency: Microseconds per collective.
         host_memory: Bytes of host memory per node; None skips the check.
+
+    Raises:
+        UserError: If `reserved` is not in [0, 1), or a number of GPUs, `memory`, `tflops` or a bandwidth is not positive and
+            finite.
     """
 
     gpus: int
@@ -56,7 +60,7 @@ class Machine:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be positive and finite.")
         if not 0 <= self.reserved < 1:
-            raise UserError(f"reserved={self.reserved} must be in [0, 1).")
+            raise UserError(f"reserved={self.reserved} must be in [0, 1); set --reserve to a fraction such as 0.1.")
 
     @property
     def usable(self) -> int:
@@ -100,12 +104,12 @@ class Candidate:
 
     @cached_property
     def host_bytes(self) -> int:
-        """Bytes of host memory per rank."""
+        """Bytes of host memory that offloading takes per rank."""
         return sum(host_memory(self.workload, self.strategy).values())
 
     @property
     def host_bytes_per_node(self) -> int:
-        """Bytes of host memory for all ranks of a node."""
+        """Bytes of host memory that offloading takes for all ranks of a node."""
         return self.host_bytes * min(self.machine.gpus, self.machine.gpus_per_node)
 
     @property
@@ -120,7 +124,7 @@ class Candidate:
 
     @cached_property
     def elements_sent(self) -> dict[str, float]:
-        """Elements that one rank sends in an optimizer step, by kind."""
+        """Number of elements that one rank sends in an optimizer step, by kind."""
         return elements_sent(self.workload, self.strategy)
 
     @cached_property
@@ -140,7 +144,8 @@ class Candidate:
         sizes = bytes_sent(w, s)
         wire = sum(sizes[kind] for kind in dispatch_elements(w, s)) / m.bytes_per_second(s.ep_size, s.ep_size)
         for c in collectives(w, s):
-            # An expert-parallel group consists of consecutive ranks; every other group spans all ranks.
+            # Of these collectives, only a norm uses the expert-parallel group, which consists of consecutive ranks. Every
+            # other group is treated as spanning all ranks.
             span = s.ep_size if c.ranks == s.ep_size and c.kind == "norm" else s.ranks
             width = sizes[c.kind] / self.elements_sent[c.kind] if self.elements_sent[c.kind] else 0
             wire += c.sent * width / m.bytes_per_second(span, c.ranks)
@@ -182,7 +187,7 @@ class Candidate:
 
 
 def all_candidates(workload: Workload, machine: Machine) -> list[Candidate]:
-    """Return a candidate for every supported ZeRO stage, offload, expert-parallel size and gradient checkpointing."""
+    """Return a candidate for every supported combination of the settings in `SETTINGS`."""
     sizes = [p for p in range(1, workload.num_experts + 1) if machine.gpus % p == 0 and workload.num_experts % p == 0]
     return [
         Candidate(workload, Strategy(machine.gpus, stage, ep_size, "auto", checkpointing, offload), machine)
@@ -218,7 +223,8 @@ def _complexity(candidate: Candidate) -> tuple[bool, int, int, int]:
 def alternatives(candidate: Candidate, candidates: Sequence[Candidate]) -> dict[str, Candidate]:
     """Return, for each of `SETTINGS` that can be changed alone, the best candidate that differs in that setting only.
 
-    For the ZeRO stage, lower stages are preferred.
+    A change of the offload may include the stage that its shipped config needs. For the ZeRO stage, lower stages are
+    preferred.
     """
     found: dict[str, Candidate] = {}
     for setting in SETTINGS:
@@ -232,15 +238,15 @@ def alternatives(candidate: Candidate, candidates: Sequence[Candidate]) -> dict[
 
 def _differences(a: Strategy, b: Strategy) -> set[str]:
     settings = {name for name in SETTINGS if getattr(a, name) != getattr(b, name)}
-    # The shipped offload configs fix the stage, so a change of both is treated as one.
+    # The shipped offload configs fix the stage, so a change of both is treated as a change of the offload.
     return {"offload"} if settings == {"offload", "stage"} else settings
 
 
 def changes_that_fit(candidate: Candidate) -> list[str]:
     """Return options of `ldmole plan` that each make a candidate fit, such as "--seq 512".
 
-    Each option has the sufficient value that is nearest to the current one. If no single option suffices, each is combined
-    with `--micro-batch 1`.
+    Values are halved, or the number of GPUs doubled, until one suffices. If no single option suffices, each is combined with
+    `--micro-batch 1`.
     """
     found = _sufficient(candidate, candidate.workload)
     if found or candidate.workload.micro_batch == 1 or candidate.missing_bytes <= 0:

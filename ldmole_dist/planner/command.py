@@ -25,23 +25,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "(default: %(default)s)"
     workload = parser.add_argument_group("workload").add_argument
     names = ", ".join(preset_names())
-    workload("--backbone", required=True, help=f"config.json, folder with a config.json, or one of {names}")
+    workload("--backbone", required=True, help=f"model: a config.json, a folder with one, or one of {names}")
     workload("--experts", type=positive, default=8, help=f"experts per linear {default}")
     workload("--rank", type=positive, default=8, help=f"LoRA rank of each expert {default}")
     workload("--lambda-hidden", type=positive, default=256, help=f"hidden units of the lambda-MLP {default}")
-    workload("--target-modules", nargs="+", metavar="NAME", help="linears to adapt (default: all seven of a layer)")
+    workload(
+        "--target-modules", nargs="+", metavar="NAME", help="linears to adapt (default: the seven of a Llama layer)"
+    )
     workload("--seq", type=positive, default=1024, help=f"tokens per sequence {default}")
-    workload("--micro-batch", type=positive, default=8, help=f"sequences per forward {default}")
+    workload("--micro-batch", type=positive, default=8, help=f"sequences per forward on one rank {default}")
     workload("--accumulation", type=positive, default=1, help=f"micro-batches per optimizer step {default}")
-    workload("--answer-tokens", type=positive, help="positions per sequence whose logits are computed (default: all)")
-    workload("--active", type=float, help="mean number of active experts per token (default: 2, or 1 if E = 1)")
+    workload(
+        "--answer-tokens",
+        type=positive,
+        help="number of positions per sequence whose logits are computed (default: all)",
+    )
+    workload("--active", type=float, help="mean number of active experts per token (default: 2, or 1 with --experts 1)")
     workload(
         "--precision",
         choices=("bf16", "fp16", "fp32"),
         default="bf16",
         help=f"precision of backbone and activations {default}",
     )
-    workload("--dropout", type=float, default=0.1, help=f"dropout on the input of the adapters {default}")
+    workload("--dropout", type=float, default=0.1, help=f"dropout probability of the adapters' input {default}")
     workload("--no-padding", action="store_true", help="assume that all sequences of a batch have the same length")
     machine = parser.add_argument_group("machine").add_argument
     machine("--gpus", required=True, type=positive, help="number of GPUs")
@@ -56,10 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output").add_argument
     output("--all", action="store_true", help="list all configurations, including those that do not fit")
     output("--json", action="store_true", help="print JSON")
-    output("--write", metavar="FOLDER", help="write run.yaml and deepspeed.json of the recommended configuration")
-    output("--backbone-path", metavar="PATH", help="path of the weights, for --write")
-    output("--train", metavar="FILE", help="training data, for --write")
-    output("--output-dir", metavar="FOLDER", help="output folder of the run, for --write")
+    output(
+        "--write", metavar="FOLDER", help="write the recommended configuration to FOLDER as run.yaml and deepspeed.json"
+    )
+    output("--backbone-path", metavar="PATH", help="backbone.path in run.yaml (default: --backbone if it is a folder)")
+    output("--train", metavar="FILE", help="data.train in run.yaml: training data")
+    output("--output-dir", metavar="FOLDER", help="run.output_dir in run.yaml: output folder of the run")
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -69,7 +77,7 @@ def plan(args: argparse.Namespace) -> int:
         Exit code 0.
 
     Raises:
-        UserError: If an argument is invalid, or nothing fits.
+        UserError: If an argument is invalid, no candidate fits, or the configs cannot be written.
     """
     from ldmole_dist.config.adapter import LINEARS
     from ldmole_dist.planner.candidates import Machine, all_candidates, best_first
@@ -120,22 +128,22 @@ def plan(args: argparse.Namespace) -> int:
         if not args.json:
             print(f"\nwritten: {folder / 'run.yaml'}, {folder / 'deepspeed.json'}")
             if missing:
-                print(f"to be filled in: {', '.join(missing)} (--backbone-path, --train, --output-dir)")
+                print(f"still to set in run.yaml: {', '.join(missing)}")
     return 0
 
 
 def parse_memory(text: str, option: str = "--gpu-memory") -> int:
-    """Return a memory size in bytes: 80GB is 80 x 10^9, 80GiB is 80 x 2^30.
+    """Return a memory size in bytes: 80GB is 80 x 10^9, 80GiB is 80 x 2^30, 80 is 80 bytes.
 
     Args:
         text: Size with an optional unit, in upper or lower case.
         option: Option that the error message names.
 
     Raises:
-        UserError: If the text is not a size.
+        UserError: If the text is not a finite size of at least one byte.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     size = float(found[1]) * UNITS.get(found[2].upper(), 0) if found else 0.0
     if not 1 <= size < math.inf:
-        raise UserError(f"{option} {text!r} is not a size; write it like 80GB or 79GiB.")
+        raise UserError(f"{option} {text!r} is not a positive memory size; write it like 80GB or 79GiB.")
     return int(size)

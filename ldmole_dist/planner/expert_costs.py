@@ -25,9 +25,9 @@ class Volume(NamedTuple):
     """Token rows and experts that one rank exchanges in the forward of a micro-batch.
 
     Args:
-        rows: Token rows sent, shared by the linears of the group.
-        linear_rows: Token rows per linear for which an output is returned.
-        experts: Experts per linear that are fetched from other ranks.
+        rows: Number of token rows sent; each is sent once for all linears of the group.
+        linear_rows: Number of token rows for which each linear returns a sum.
+        experts: Number of experts of each linear that are fetched from other ranks.
     """
 
     rows: float
@@ -64,7 +64,10 @@ def group_sizes(group: Group, workload: Workload, strategy: Strategy) -> GroupSi
 
 
 def dispatch_volume(group: Group, workload: Workload, strategy: Strategy) -> Volume:
-    """Return the rows or experts that one rank exchanges; dispatch mode "auto" uses those with the smaller payload."""
+    """Return the expected numbers of rows and experts that one rank exchanges; all are 0 without expert parallelism.
+
+    Mode "all_to_all" exchanges rows, "gather" all remote experts, and "auto" selects the alternative with the smaller payload.
+    """
     P, T = strategy.ep_size, workload.tokens
     if P == 1:
         return Volume(0, 0, 0)
@@ -81,7 +84,8 @@ def dispatch_volume(group: Group, workload: Workload, strategy: Strategy) -> Vol
 def _probability_of_any(num_experts: int, local: int, active: float) -> float:
     """Return the probability that a token uses at least one of `local` experts.
 
-    A fractional `active` is the mean of its two neighboring integers, weighted by its distance to them.
+    With a fractional `active`, a token uses the next lower or the next higher number of experts, with probabilities that give
+    this mean.
     """
     if active == num_experts:
         return 1.0

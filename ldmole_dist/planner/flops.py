@@ -1,8 +1,8 @@
 """Floating-point operations (FLOPs) of one rank in an optimizer step, in closed form.
 
 A product of an (m, k) and a (k, n) matrix is counted as 2 m k n FLOPs. The backward of a frozen linear costs as much as its
-forward, because its weight has no gradient; the backward of a trained linear costs twice as much. Attention is counted for all
-pairs of positions, because a kernel with a mask computes all of them.
+forward, because its weight has no gradient; the backward of a trained linear costs twice its forward. Attention is counted for
+all pairs of positions, because a kernel with a mask computes all of them.
 
 Shape letter: T tokens of a micro-batch.
 """
@@ -29,7 +29,7 @@ def flops(workload: Workload, strategy: Strategy) -> dict[str, float]:
     Returns:
         base (frozen linears of the decoder layers), attention, head (logits), router, lambda_mlp and experts: Forward and
             backward.
-        recompute: Under gradient checkpointing, a second forward of everything except the head.
+        recompute: With gradient checkpointing, a second forward of everything except the head.
     """
     check(workload, strategy)
     forward = forward_flops(workload, strategy)

@@ -25,10 +25,10 @@ class Gather(NamedTuple):
     """Fetches of weights of one kind within one group of ranks. They are all-gathers if the group has several ranks.
 
     Args:
-        kind: "gather" for frozen weights, "gather_adapter" for dense trainable ones, "gather_experts", or "update" and
-            "update_experts" for persistent weights after the update.
+        kind: "gather" for frozen weights, "gather_adapter" for routers and lambda-MLPs, "gather_experts" for experts; for
+            persistent weights after an update "update", or "update_experts" for experts with expert parallelism.
         ranks: Number of ranks in the group.
-        elements: Elements of the whole weights, summed over all calls.
+        elements: Number of elements of the whole weights with padding, summed over all calls.
         calls: Number of calls.
     """
 
@@ -68,7 +68,7 @@ def _simulate(workload: Workload, strategy: Strategy) -> tuple[tuple[Gather, ...
 
 
 class _Coordinator:
-    """DeepSpeed 0.19.8's PartitionedParameterCoordinator, after it has recorded the order of the modules."""
+    """Simulation of DeepSpeed 0.19.8's PartitionedParameterCoordinator, after it has recorded the order of the modules."""
 
     def __init__(self, workload: Workload, strategy: Strategy) -> None:
         zero = settings(strategy)
@@ -88,10 +88,11 @@ class _Coordinator:
         fetches = [event.module for event in events if event.kind == "fetch"]
         next_uses = _NextUses([self.uses(m) for m in fetches], [self._elements(m) for m in fetches])
         queue = deque((name, step) for step, module in enumerate(fetches) for name in self.uses(module))
-        fetched_for = dict.fromkeys(self.parameters, -1)  # last step (module) for which a weight was fetched
-        active: dict[str, set[str]] = {name: set() for name in self.parameters}  # modules that use a weight now
-        recomputed: defaultdict[str, set[str]] = defaultdict(set)  # weights that only a recomputation fetched
-        in_backward: dict[str, None] = {}  # modules whose backward runs, innermost last
+        fetched_for = dict.fromkeys(self.parameters, -1)  # weight -> last step (module) to fetch it for
+        active: dict[str, set[str]] = {name: set() for name in self.parameters}  # weight -> modules using it
+        # module in backward -> frozen weights that a recomputation during its backward fetched
+        recomputed: defaultdict[str, set[str]] = defaultdict(set)
+        in_backward: dict[str, None] = {}  # modules whose backward is in progress, innermost last
         step = 0
         for event in events:
             own = self.uses(event.module)
@@ -146,7 +147,8 @@ class _Coordinator:
     def gather(self, names: Sequence[str]) -> None:
         """Fetch weights together: one collective per group of ranks and data type."""
         called: set[tuple[int, bool]] = set()
-        # DeepSpeed flattens weights by group and data type, so that both kinds of trainable weights share a collective.
+        # DeepSpeed flattens weights by group and data type. Experts and other trainable weights, all float32, share a
+        # collective if their groups have the same ranks.
         kinds = dict.fromkeys(self._kind(self.parameters[name]) for name in names)
         for name in names:
             self._hold(name, +1)

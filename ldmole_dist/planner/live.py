@@ -1,4 +1,4 @@
-"""Bytes of tensors alive at the same time, on any device including the meta device."""
+"""Count the bytes of tensors that are alive at the same time, on any device including the meta device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LiveBytes(TorchDispatchMode):
     """Dispatch mode that counts the bytes of storages, from their creation by an operation until they are freed.
 
     Attributes:
-        now: Bytes alive.
+        now: Bytes of the storages alive now.
         peak: Maximum of `now` since the mode was created, or since a caller set `peak`.
     """
 

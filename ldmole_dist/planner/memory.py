@@ -18,10 +18,10 @@ from ldmole_dist.planner.zero import (
     shard_elements,
 )
 
-FLOAT = 4  # bytes; trainable parameters, their gradients, masters and moments are float32 in every precision
+FLOAT = 4  # bytes; trainable parameters, their gradients, masters and moments are float32 with any precision
 PARTS = ("backbone", "experts", "adapter", "gradients", "optimizer", "activations", "working", "gathered", "buckets")
-# Temporary copies of a rank's shard during the update, by stage: Adam's roots and quotients, from stage 1 also the flattened
-# gradient, at stage 3 also the updated parameters. Measured on the CPU with DeepSpeed 0.19.8.
+# Peak of the temporary tensors in an update by stage, in multiples of a rank's shard: Adam's roots and quotients, from stage 1
+# also the flattened gradient, at stage 3 also the updated parameters. Measured on the CPU with DeepSpeed 0.19.8.
 UPDATE_COPIES = (1, 3, 3, 4)
 
 
@@ -29,9 +29,9 @@ def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
     """Return the device memory of one rank at the peak of a step, in bytes by part.
 
     Returns:
-        backbone: Frozen weights, or this rank's shard of them.
-        experts: A and B of the local experts.
-        adapter: Routers and lambda-MLPs.
+        backbone: Frozen weights; at stage 3 this rank's shard (0 if it is offloaded) and the persistent weights.
+        experts: A and B of the local experts, sharded likewise at stage 3.
+        adapter: Routers and lambda-MLPs, sharded likewise at stage 3.
         gradients: Gradients of the trainable parameters that this rank holds after a backward.
         optimizer: Adam's moments, and from stage 1 the float32 masters.
         activations: Tensors kept from the forward to the backward.
@@ -39,6 +39,9 @@ def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
             layer, and the update.
         gathered: ZeRO-3's temporarily gathered weights.
         buckets: DeepSpeed's gradient buckets, and at stage 2 the sum of the gradients over micro-batches.
+
+    Raises:
+        UserError: If `check` rejects the workload with the strategy.
     """
     check(workload, strategy)
     w, s = workload, strategy
@@ -62,13 +65,13 @@ def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
 
 
 def host_memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
-    """Return the host memory of one rank with offload, in bytes by part; empty without offload."""
+    """Return the host memory that offloading takes on one rank, in bytes by part; empty without offload."""
     w, s = workload, strategy
     if s.offload == "none":
         return {}
     updated = _updated_bytes(w, s)
-    # "optimizer" is the masters and two moments, and at stage 2 also a copy of the updated parameters. "gradients" is one shard
-    # at stage 2; stage 3 keeps a second copy of it.
+    # "optimizer": the masters and two moments, and at stage 2 also a copy of the updated parameters. "gradients": one copy of
+    # the rank's shard at stage 2, two at stage 3.
     sizes = {"gradients": updated * (1 if s.stage == 2 else 2), "optimizer": updated * (4 if s.stage == 2 else 3)}
     return sizes if s.stage == 2 else parameter_bytes(w, s)[0] | sizes
 
@@ -101,7 +104,7 @@ def parameter_bytes(workload: Workload, strategy: Strategy) -> tuple[dict[str, i
 
 
 def gradient_bytes(workload: Workload, strategy: Strategy) -> int:
-    """Return the bytes of the gradients after a backward, the maximum over the micro-batches of a step."""
+    """Return the bytes of the gradients on the device after a backward, the maximum over the micro-batches of a step."""
     groups, stage = param_groups(workload, strategy), strategy.stage
     if strategy.offload != "none":
         # Stage 2 copies one gradient at a time to the host; stage 3 copies from its bucket.

@@ -28,7 +28,7 @@ class Event(NamedTuple):
         kind: "fetch" before the module, "release" after it.
         module: Name of the module.
         forward: True in a forward or a recomputed forward, False in the backward.
-        recomputing: Whether `forward` is a recomputation in the backward.
+        recomputing: Whether the forward is a recomputation in the backward.
     """
 
     kind: Literal["fetch", "release"]
@@ -83,7 +83,7 @@ def module_order(workload: Workload, checkpointing: bool) -> Order:
 
 
 def _record(module: nn.Module, name: str, events: list[Event], in_backward: Callable[[], bool]) -> None:
-    """Register hooks at the same places as DeepSpeed; each call appends an event."""
+    """Register hooks in the same places as DeepSpeed; each call of a hook appends an event."""
     remaining = [0]
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> Any:

@@ -37,7 +37,8 @@ def load_backbone_config(name_or_path: str) -> PretrainedConfig:
     """Return the config of a preset, of a config.json, or of a folder that contains one.
 
     Raises:
-        UserError: If the file cannot be read, or is not the config of a dense causal language model.
+        UserError: If the file cannot be read or is not a valid, complete config, or the model is not a decoder-only, text-only,
+            unquantized language model with attention.
     """
     from transformers import AutoConfig  # slow to import, and the argument parser only needs the preset names
 
@@ -45,16 +46,18 @@ def load_backbone_config(name_or_path: str) -> PretrainedConfig:
         path = _file(name_or_path)
         values = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"--backbone {name_or_path!r} cannot be read: {error.strerror or error}.") from error
+        raise UserError(
+            f"--backbone {name_or_path!r} cannot be read ({error.strerror or error}); give a readable file or a preset."
+        ) from error
     except ValueError as error:
         raise UserError(f"--backbone: {path} is not JSON ({error}); give the config.json of a model.") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise UserError(f"--backbone: {path} has no model_type; give the config.json of a model.")
     _check_sizes(values, path)
-    with explain_build_errors(f"--backbone: {path}"):
+    with explain_build_errors(f"--backbone: the model of {path}"):
         config = AutoConfig.for_model(**values)
     _check_kind(config, path)
-    # transformers would replace a missing size with a default, the size of a published model.
+    # transformers would replace a missing size with its default, that of some published model.
     names = [name for name in SIZES if hasattr(config, name)]
     if missing := [name for name in names if not {name, config.attribute_map.get(name)} & values.keys()]:
         raise UserError(f"--backbone: {path} does not contain {', '.join(missing)}; give a complete config.json.")
@@ -86,7 +89,9 @@ def _file(name_or_path: str) -> Path:
         path = path / "config.json"
     if not path.is_file():
         names = ", ".join(preset_names())
-        raise UserError(f"--backbone {name_or_path!r} is not a config.json, a folder with one, or one of {names}.")
+        raise UserError(
+            f"--backbone {name_or_path!r} is neither a config.json nor a folder with one; give either, or one of {names}."
+        )
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
             raise _gguf(path)
@@ -111,14 +116,14 @@ def _check_kind(config: PretrainedConfig, path: Path) -> None:
         ),
         (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING, "not a causal language model; give one"),
         (not hasattr(config, "num_attention_heads"), "a model without attention heads; give a transformer"),
-        (quantization is not None, "a quantized model, which cannot be trained; give the unquantized model"),
+        (quantization is not None, "a quantized model, which is not supported; give the unquantized model"),
     ):
         if unsupported:
-            raise UserError(f"--backbone: {path} with model_type {config.model_type!r} is {problem}.")
+            raise UserError(f"--backbone: the model of {path} (model_type {config.model_type!r}) is {problem}.")
 
 
 def _check_sizes(values: dict[str, Any], path: Path) -> None:
-    """Raise UserError for sizes with which transformers divides by zero, or builds a model that cannot run."""
+    """Raise UserError for values with which transformers divides by zero, or builds a model that cannot run."""
     from transformers.activations import ACT2FN
 
     names = (*SIZES, "num_key_value_heads", "head_dim")

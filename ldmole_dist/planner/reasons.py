@@ -8,7 +8,7 @@ from ldmole_dist.planner.candidates import SIMILAR, Candidate, alternatives, cha
 
 
 def gb(size: float) -> str:
-    """Format a number of bytes, such as "3.1 GB"."""
+    """Format a number of bytes in units of 10^9, such as "3.1 GB"."""
     value = size / 1e9
     return f"{value:,.0f} GB" if abs(value) >= 100 else f"{value:.1f} GB" if abs(value) >= 0.1 else f"{value:.2f} GB"
 
@@ -65,8 +65,8 @@ def nothing_fits(closest: Candidate) -> str:
     host = "" if machine.host_memory is None else f" and {gb(machine.host_memory)} of host memory per node"
     largest = ", ".join(f"{part} {gb(memory[part])}" for part in sorted(memory, key=lambda part: -memory[part])[:3])
     changes = changes_that_fit(closest)
-    remedy = f"Use one of: {'; '.join(changes)}." if changes else "No single smaller setting makes it fit."
+    remedy = f"Use one of: {'; '.join(changes)}." if changes else "No single option makes it fit; combine several."
     return (
         f"No candidate fits into {gb(machine.usable)} per GPU{host}. The closest is {closest.name}: {missing(closest)} missing "
-        f"(largest parts: {largest}). {remedy}"
+        f"(largest parts of GPU memory: {largest}). {remedy}"
     )

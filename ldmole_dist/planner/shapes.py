@@ -31,7 +31,7 @@ class Parameter(NamedTuple):
         name: Name of the parameter.
         elements: Number of elements; for an expert parameter, over all experts.
         expert: Whether it is the A or B of a linear's experts.
-        trainable: Whether it is trained.
+        trainable: Whether it belongs to the adapter; the backbone is frozen.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Group(NamedTuple):
 
     Args:
         name: Name of the first linear of the group.
-        in_features: In-features of the linears.
+        in_features: In-features, the same for all linears of the group.
         out_features: Out-features of each linear.
     """
 
@@ -84,7 +84,7 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
         layers: Number of decoder layers; None for the backbone's own number.
 
     Raises:
-        UserError: If the backbone cannot be built or adapted.
+        UserError: If the backbone cannot be built or adapted, or has a parameter with more than two dimensions.
     """
     config = copy.deepcopy(workload.backbone)
     if layers is not None:
@@ -100,14 +100,14 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     with torch.device("meta"):
-        with explain_build_errors(f"--backbone: a {config.model_type} with these sizes"):
+        with explain_build_errors(f"--backbone: a {config.model_type} model with these sizes"):
             backbone = AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[workload.precision], attn_implementation="sdpa"
             )
         if name := next((name for name, p in backbone.named_parameters() if p.dim() > 2), None):
             raise UserError(
-                f"--backbone: {name} of this {config.model_type} has more than two dimensions, as in experts or convolutions, "
-                "which are not supported; choose a dense model."
+                f"--backbone: parameter {name} of this {config.model_type} model has more than two dimensions; backbones with "
+                "experts of their own or with convolutions are not supported; choose a dense transformer."
             )
         model = new_adapter(backbone, adapter)
     tuner_of(model).context.weights = LossWeights(balance=1.0)
@@ -130,7 +130,7 @@ def _shapes_of(workload: Workload) -> Shapes:
             bare = AutoModelForCausalLM.from_config(workload.backbone)
         if shapes.frozen() == sum(p.numel() for p in bare.parameters()):
             return shapes
-    return _shapes(meta_model(workload))  # the layers differ, so the second one cannot be repeated
+    return _shapes(meta_model(workload))  # at most two layers, or layers that differ, so that none can be repeated
 
 
 def _shapes(model: PeftModel) -> Shapes:
@@ -142,7 +142,7 @@ def _shapes(model: PeftModel) -> Shapes:
 
 
 def _deepened(shapes: Shapes, prefix: str, depth: int) -> Shapes:
-    """Repeat the second decoder layer, so that the model has `depth` decoder layers."""
+    """Return the shapes of a model with `depth` decoder layers, which repeats the second one."""
     bare_prefix = prefix.removeprefix("base_model.model.")  # input groups carry the names of the model without PEFT
     parameters = tuple(_repeated(shapes.parameters, prefix, depth))
     return Shapes(parameters, tuple(_repeated(shapes.groups, bare_prefix, depth)))

@@ -33,7 +33,7 @@ def report(
     others = [candidate for candidate in candidates if not candidate.fits]
     yield from _assumptions(name, workload, machine)
     yield ""
-    yield "GB per GPU by part; traffic, FLOPs and time of one rank and optimizer step:"
+    yield "GB per GPU by part; traffic, FLOPs and time per rank and optimizer step:"
     yield from _table(candidates if show_all else fitting[:MAX_ROWS] or others[:MAX_ROWS])
     if not show_all and len(fitting) > MAX_ROWS:
         yield f"... and {len(fitting) - MAX_ROWS} more that fit (--all)"
@@ -96,7 +96,7 @@ def _details(candidate: Candidate) -> Iterator[str]:
 
 
 def as_json(name: str, workload: Workload, machine: Machine, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Return the output of `--json`; "recommended" is the first candidate with its reasons, or None if it does not fit."""
+    """Return the content of `--json`; "recommended" is the first candidate with its reasons, or None if it does not fit."""
     shapes, best = shapes_of(workload), candidates[0]
     settings = {key: value for key, value in vars(workload).items() if key not in ("backbone", "lora_rank", "_key")}
     return {

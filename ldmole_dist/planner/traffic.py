@@ -1,4 +1,4 @@
-"""Elements that one rank sends, and collectives that it takes part in, in an optimizer step, by kind.
+"""Numbers of elements that one rank sends, and of collectives that it takes part in, in an optimizer step, by kind.
 
 The kinds of the experts (`DISPATCH`) are those that `parallel.wire` counts: elements sent to other ranks. The kinds of ZeRO
 are DeepSpeed's collectives. In a ring of P ranks, an all-reduce of n elements sends 2 n (P-1)/P elements per rank, and an
@@ -25,12 +25,12 @@ class Collective(NamedTuple):
     """DeepSpeed's collectives of one kind in an optimizer step.
 
     Args:
-        kind: "reduce" and "reduce_experts" (gradients), "update" and "update_experts" (parameters after the step at stages 1
-            and 2, persistent parameters at stage 3), "gather…" (weights in forward and backward at stage 3), "norm" (gradient
+        kind: "reduce" and "reduce_experts" (gradients), "update" and "update_experts" (updated parameters at stages 1 and 2,
+            updated persistent parameters at stage 3), "gather…" (weights in forward and backward at stage 3), "norm" (gradient
             norm).
         operation: Collective operation.
         ranks: Number of ranks in its group.
-        elements: Elements that are reduced or gathered, summed over all calls.
+        elements: Number of elements that are reduced or gathered, summed over all calls.
         calls: Number of calls.
     """
 
@@ -42,12 +42,12 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Elements that one rank sends if the collective is a ring."""
+        """Number of elements that one rank sends if the collective is a ring."""
         return self.elements * (self.ranks - 1) / self.ranks * (2 if self.operation == "all_reduce" else 1)
 
 
 def elements_sent(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Return the elements that one rank sends in an optimizer step, by kind: first those of the experts, then those of ZeRO."""
+    """Return the number of elements that one rank sends in an optimizer step, by kind: the dispatch's kinds, then ZeRO's."""
     sent = dispatch_elements(workload, strategy)
     for collective in collectives(workload, strategy):
         sent[collective.kind] = sent.get(collective.kind, 0) + collective.sent
@@ -72,7 +72,10 @@ def element_bytes(kind: str, workload: Workload) -> int:
 
 
 def dispatch_elements(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Return the elements that one rank sends for experts in an optimizer step, by kind; empty without expert parallelism."""
+    """Return the number of elements that one rank sends for experts in an optimizer step, by kind.
+
+    Empty without expert parallelism.
+    """
     check(workload, strategy)
     if strategy.ep_size == 1:
         return {}
@@ -87,10 +90,10 @@ def dispatch_elements(workload: Workload, strategy: Strategy) -> dict[str, float
 def micro_batch_elements(
     forwards: Sequence[Mapping[str, float]], workload: Workload, strategy: Strategy
 ) -> dict[str, float]:
-    """Return the elements that one rank sends for experts in a micro-batch, by the kinds of `DISPATCH`.
+    """Return the number of elements that one rank sends for experts in a micro-batch, by the kinds of `DISPATCH`.
 
     Args:
-        forwards: Elements that the forward of each input group sends, in the order of the model.
+        forwards: Number of elements by kind that the forward of each input group sends, in the order of the model.
         workload: Workload with these input groups.
         strategy: Strategy, which determines the counts and whether layers are recomputed.
     """
@@ -108,10 +111,11 @@ def micro_batch_elements(
 
 
 def collective_calls(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Return the number of collectives of one rank in an optimizer step, by kind; "dispatch" are the all-to-alls of experts."""
+    """Return the number of collectives of one rank in an optimizer step, by kind; "dispatch" counts the all-to-alls."""
     calls: dict[str, float] = {}
     if strategy.ep_size > 1:
-        # Per input group: counts, dispatch, return, and the gradients of both; a recomputation repeats dispatch and return.
+        # Per input group: counts, dispatch and return, and the gradients of dispatch and return. A recomputation repeats
+        # dispatch and return.
         per_group = 5 + (2 if strategy.checkpointing else 0)
         calls["dispatch"] = per_group * len(shapes_of(workload).groups) * workload.accumulation
     for collective in collectives(workload, strategy):

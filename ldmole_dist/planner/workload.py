@@ -30,13 +30,16 @@ class Workload:
         target_modules: Names of the linears to adapt.
         micro_batch: Sequences per forward.
         accumulation: Micro-batches per rank and optimizer step.
-        seq: Tokens per sequence, excluding padding.
+        seq: Tokens per sequence; none of them is padding.
         answer_tokens: Number of positions per sequence whose logits are computed; None for all.
         active: Mean number of active experts per token. Routing is assumed to be balanced and independent between linears.
         precision: Data type of the frozen backbone and of the activations.
-        padded: Whether batches contain padding; attention then keeps a mask.
-        dropout: Dropout on the input of the adapters.
+        padded: Whether attention keeps a mask, as in batches with padding.
+        dropout: Dropout probability of the adapters' input.
         on_cpu: Whether training runs on a CPU, which changes when `apply_experts` computes all experts for all rows.
+
+    Raises:
+        UserError: If a number is out of range.
     """
 
     backbone: PretrainedConfig
@@ -109,7 +112,10 @@ class Strategy:
         dispatch: Mode of the expert-parallel dispatch (`parallel.dispatch.ExpertParallel`).
         checkpointing: Whether decoder layers are recomputed in the backward.
         offload: States that the shipped DeepSpeed config keeps in host memory.
-        zero: Overrides of the `zero_optimization` section of that config.
+        zero: (key, value) pairs that override the section `zero_optimization` of the shipped config.
+
+    Raises:
+        UserError: If a value is out of range, or no config is shipped for the stage with the offload.
     """
 
     ranks: int
@@ -128,7 +134,9 @@ class Strategy:
         check_ep_size(self.ep_size, self.ranks)
         if (self.stage, self.offload) not in SHIPPED:
             known = ", ".join(f"stage {stage} with {offload!r}" for stage, offload in SHIPPED)
-            raise UserError(f"No config is shipped for stage={self.stage} with offload={self.offload!r}; use {known}.")
+            raise UserError(
+                f"No config is shipped for stage={self.stage} with offload={self.offload!r}; use one of: {known}."
+            )
 
     @property
     def expert_copies(self) -> int:
@@ -155,7 +163,9 @@ def check(workload: Workload, strategy: Strategy) -> None:
     """Raise UserError if ep_size does not divide num_experts or the ZeRO stage rejects the precision; memory is not checked."""
     experts = workload.num_experts
     if experts % strategy.ep_size:
-        divisors = [p for p in range(1, experts + 1) if experts % p == 0]
+        divisors = ", ".join(str(p) for p in range(1, experts + 1) if experts % p == 0)
         raise UserError(f"ep_size={strategy.ep_size} does not divide num_experts={experts}; use one of {divisors}.")
     if workload.precision == "fp16" and strategy.stage == 0:
-        raise UserError("fp16 needs the loss scaling of ZeRO stage 1, 2 or 3; set another stage or precision.")
+        raise UserError(
+            "precision='fp16' needs a loss scale, which ZeRO stage 0 does not have; use another stage or precision."
+        )

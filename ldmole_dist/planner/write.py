@@ -23,7 +23,7 @@ def write_configs(
 
     Args:
         candidate: Candidate to train.
-        folder: Folder to write; created if it does not exist.
+        folder: Folder to write to; created if it does not exist.
         backbone: Path or hub name of the backbone; None writes `PLACEHOLDER`.
         train: Training file; None writes `PLACEHOLDER`.
         output: Output folder of the run; None writes `PLACEHOLDER`.
@@ -32,7 +32,7 @@ def write_configs(
         Names of the config fields that contain the placeholder.
 
     Raises:
-        UserError: If the config is invalid, the folder cannot be written, or it contains one of the files.
+        UserError: If the config is invalid, the folder cannot be written to, or one of the files exists already.
     """
     run, deepspeed = folder / "run.yaml", folder / "deepspeed.json"
     given = {"backbone.path": backbone, "data.train": train, "run.output_dir": output}
@@ -73,13 +73,12 @@ def write_configs(
 
 def _write_new(folder: Path, contents: dict[Path, str]) -> None:
     """Write either all files or none, and overwrite none."""
-    existing = [path for path in contents if path.exists()]
     if folder.exists() and not folder.is_dir():
-        existing.append(folder)
-    if existing:
-        raise UserError(f"--write {folder}: {existing[0]} already exists; remove it or choose another folder.")
+        raise UserError(f"--write {folder} is not a folder; choose another path.")
+    if existing := [path for path in contents if path.exists()]:
+        raise UserError(f"--write: {existing[0]} already exists; remove it or choose another folder.")
     try:
-        with write_errors(f"--write {folder}"):
+        with write_errors(f"the configs in --write {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             for path, text in contents.items():
                 atomic_write(path, text)

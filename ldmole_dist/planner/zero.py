@@ -1,6 +1,6 @@
 """Sharding of trainable parameters and bucketing of their gradients in DeepSpeed 0.19.8, by ZeRO stage.
 
-The trainable parameters are float32 in every precision. Experts are sharded over the ranks that hold the same experts, and
+The trainable parameters are float32 with any precision. Experts are sharded over the ranks that hold the same experts, and
 all other parameters over all ranks.
 """
 
@@ -42,7 +42,7 @@ class ParamGroup(NamedTuple):
 def settings(strategy: Strategy) -> dict[str, Any]:
     """Return the `zero_optimization` section that DeepSpeed uses.
 
-    It is that of the shipped config with the overrides of `Strategy.zero`, completed with DeepSpeed's defaults.
+    This is the section of the shipped config with the overrides of `Strategy.zero`, completed with DeepSpeed's defaults.
     """
     defaults = DEFAULTS | {"overlap_comm": strategy.stage == 3}  # stage 3 enables it unless the config disables it
     return defaults | load_ds_config(strategy.deepspeed)["zero_optimization"] | dict(strategy.zero)
@@ -56,7 +56,7 @@ def local_elements(parameter: Parameter, strategy: Strategy) -> int:
 def param_groups(workload: Workload, strategy: Strategy) -> list[ParamGroup]:
     """Return the groups of trainable parameters.
 
-    There is one group without expert parallelism; with it, one of routers and lambda-MLPs and one of experts.
+    Without expert parallelism there is one group; with it, routers and lambda-MLPs form one group, and experts another.
     """
     trainable = [p for p in shapes_of(workload).parameters if p.trainable]
     separate = strategy.ep_size > 1
@@ -82,7 +82,7 @@ def shard_elements(group: ParamGroup, stage: int) -> int:
 
 
 def max_overlapping_elements(group: ParamGroup) -> int:
-    """Return the number of elements of the parameters that overlap the shard of a rank, the maximum over the ranks.
+    """Return the number of elements of all parameters that overlap the shard of a rank, the maximum over the ranks.
 
     Stages 1 and 2 keep the gradients of these parameters unsharded.
     """

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help="JSON lines file to route (default: the run's evaluation data, or its training data)",
+        help="data file to route; required for an adapter (default: the run's evaluation data, or else its training data)",
     )
     parser.add_argument(
         "--output", metavar="FOLDER", help="output folder (default: RUN/report, or report_NAME for an adapter)"
@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="precision of the backbone (default: that of the run, or bf16)",
     )
     parser.add_argument(
-        "--limit", type=positive, metavar="ROWS", help="maximum number of rows (default: all, or data.eval_limit)"
+        "--limit",
+        type=positive,
+        metavar="ROWS",
+        help="maximum number of rows per data source (default: data.eval_limit for the run's evaluation data, or all)",
     )
     parser.add_argument(
         "--batch-size",

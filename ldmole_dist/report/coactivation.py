@@ -20,8 +20,8 @@ def lift(together_EE: np.ndarray, tokens: int) -> np.ndarray:
     """Return the joint frequency of each pair of experts divided by its value under independence.
 
     Args:
-        together_EE: (E, E), number of tokens for which both experts are active; on the diagonal, tokens of a single
-            expert.
+        together_EE: (E, E), number of tokens for which both experts are active; on the diagonal, number of tokens for
+            which that expert is active.
         tokens: Total number of tokens.
 
     Returns:

@@ -1,6 +1,6 @@
 """Run a data set through a model and count the experts that its routers activate.
 
-The counts take O(V + linears x E x E) memory, independent of the size of the data.
+The counts take O(V + linears x E x (E + domains)) memory, independent of the number of rows.
 
 Shapes: B sequences, S positions, T = B S tokens, E experts, V vocabulary size.
 """
@@ -31,9 +31,9 @@ class Observed:
     Attributes:
         by_domain: Domain -> name of a linear -> `routing_sums`.
         together: Name of a linear -> (E, E), number of tokens for which both experts are active; on the diagonal,
-            tokens of a single expert.
-        tokens_V: (V,), occurrences of each token id.
-        active_V: (V,), active experts of each token id, summed over occurrences and linears.
+            number of tokens for which that expert is active.
+        tokens_V: (V,), number of occurrences of each token id.
+        active_V: (V,), number of active experts of each token id, summed over occurrences and linears.
     """
 
     by_domain: Mapping[str, Mapping[str, Tensor]]
@@ -79,7 +79,7 @@ class Counter:
         if len(routing.p_TE) != len(self._mask_T):
             raise UserError(
                 f"{name} reads {len(routing.p_TE)} rows for a batch of {len(self._mask_T)} tokens, so rows cannot be assigned "
-                "to tokens; `ldmole report` supports only adapters on linears that read one row per token."
+                "to tokens; use `ldmole report` with an adapter whose linears all read one row per token."
             )
         self._sums(name, routing, self._mask_T)
         active_TE = (routing.p_TE != 0) & self._mask_T.unsqueeze(1)

@@ -98,7 +98,7 @@ def trace_history(
         The history; None for an adapter without a run, for a run without checkpoints, or if there is only one state.
 
     Raises:
-        UserError: If a checkpoint is damaged or does not match the model.
+        UserError: If a checkpoint is damaged, holds no experts or does not match the model, or metrics.jsonl is damaged.
     """
     checkpoints = [] if saved.run is None else list_checkpoints(saved.run)[::-1]
     if saved.run is None or not checkpoints:
@@ -129,8 +129,8 @@ def trace_history(
     taken: list[tuple[str, _Snapshot]] = []
     with tqdm(total=len(chosen) + 1, desc="routing by checkpoint", unit="checkpoint") as progress:
         if saved.config is not None and saved.config.adapter.init_from is None:
-            # The initial values depend only on the seed, so the initial adapter can be created again without a
-            # checkpoint.
+            # The initial values depend only on the adapter's config, so the initial adapter can be created again without
+            # a checkpoint.
             initial = replace(adapter_config(model), inference_mode=False)
             taken.append(("0", snapshot_with(lambda name: model.add_adapter(name, initial))))
         progress.update()
@@ -138,7 +138,7 @@ def trace_history(
             with tempfile.TemporaryDirectory() as folder:
                 exported = Path(folder) / "adapter"
                 export_checkpoint(checkpoint, exported)
-                taken.append((str(read_manifest(checkpoint).step), snapshot_with(_loader(model, str(exported)))))
+                taken.append((str(read_manifest(checkpoint).step), snapshot_with(_loader(model, exported, checkpoint))))
             progress.update()
     if taken[-1][0] != str(last_step(saved.run)):
         taken.append(("final", final))
@@ -179,17 +179,21 @@ def read_routing_log(run: Path | None) -> list[dict[str, Any]]:
 
 
 def last_step(run: Path) -> int | None:
-    """Return the last step in the run's metrics.jsonl; None if the file is missing or empty."""
+    """Return the last step in the run's metrics.jsonl; None if the file is missing or empty.
+
+    Raises:
+        UserError: If a line is not valid JSON.
+    """
     metrics = read_jsonl(run / "metrics.jsonl")
     return metrics[-1]["step"] if metrics else None
 
 
-def _loader(model: PeftModel, folder: str) -> Callable[[str], None]:
+def _loader(model: PeftModel, folder: Path, checkpoint: Path) -> Callable[[str], None]:
     def load(name: str) -> None:
         try:
-            model.load_adapter(folder, name, is_trainable=False)
+            model.load_adapter(str(folder), name, is_trainable=False)
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise UserError(f"{checkpoint}: {error}") from error
 
     return load
 

@@ -35,7 +35,7 @@ class DataSet:
     Attributes:
         path: Comma-separated paths of the data files; the task's name for a task loaded from the Hugging Face Hub.
         examples: Domain -> sequences; the only domain is `ALL_ROWS` if no row has a domain.
-        max_length: Maximum tokens per sequence; longer sequences are truncated at the left.
+        max_length: Maximum tokens per sequence; longer plain texts are cut at the end, other sequences at the start.
         full: Number of sequences with exactly `max_length` tokens, truncated or not.
     """
 
@@ -56,12 +56,12 @@ def read_data(saved: SavedModel, path: str | None, limit: int | None, tokenizer:
     Args:
         saved: Run or adapter of the report. Sets the task, and with a run the labels and the maximum length.
         path: Path of the data file. None reads the run's evaluation data, or its training data if it has none.
-        limit: Maximum number of rows. None reads `data.eval_limit` rows of the run's evaluation data, and all rows of
-            other data.
+        limit: Maximum number of rows of each source. None reads `data.eval_limit` rows of each source of the run's
+            evaluation data, and all rows of other data.
         tokenizer: Tokenizer of the backbone.
 
     Raises:
-        UserError: If `path` is None for an adapter without a run, or the data cannot be read.
+        UserError: If `path` is None for an adapter without a run, or the data cannot be read or encoded.
     """
     task, max_length, labels = saved.task, MAX_LENGTH, None
     given: str | Sequence[Source] = path or ""
@@ -114,7 +114,7 @@ def adapter_config(model: PeftModel) -> LdMoleConfig:
 
 
 def _class_names(adapter: Path) -> list[str]:
-    """Return one placeholder name for each class of the adapter's classification head."""
+    """Return one placeholder name for each class of the adapter's classification head, or two without a saved head."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         heads = [key for key in file.keys() if key.endswith("score.weight")]  # noqa: SIM118  (safe_open is not a dict)
         classes = file.get_slice(heads[0]).get_shape()[0] if heads else 2

@@ -126,7 +126,7 @@ def heat_map(ax: Axes, values: np.ndarray, **options: Any) -> AxesImage:
 def log2_limit(values: Iterable[np.ndarray], least: float, most: float) -> float:
     """Return the limit of a symmetric color scale from -limit to limit for binary logarithms.
 
-    The limit is the largest absolute value, clipped to between `least` and `most`.
+    The limit is the largest absolute value, clipped to the range from `least` to `most`.
 
     Args:
         values: Arrays that share the scale; non-finite elements are ignored.

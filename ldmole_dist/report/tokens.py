@@ -22,7 +22,7 @@ from ldmole_dist.report.collect import Observed
 from ldmole_dist.report.style import DPI, GREY, PALETTE, WIDTH
 
 MAX_TOKENS = 200
-LABELED = 14  # number of tokens to label in each group: most frequent, most experts, fewest experts
+LABELED = 14  # maximum number of tokens to label in each group: most frequent, most experts, fewest experts
 KINDS = {  # kind of a token -> color and marker
     "begins a word": (PALETTE[0], "o"),
     "continues a word": (PALETTE[4], "^"),
@@ -36,9 +36,9 @@ class TokenUse(NamedTuple):
 
     Args:
         ids_N: (N,), token ids, most frequent first.
-        counts_N: (N,), occurrences in the data.
-        experts_N: (N,), active experts per token, averaged over occurrences and linears.
-        mean_experts: Active experts per token, averaged over all tokens of the data and over linears.
+        counts_N: (N,), number of occurrences in the data.
+        experts_N: (N,), number of active experts, averaged over occurrences and linears.
+        mean_experts: Number of active experts, averaged over all tokens of the data and over linears.
     """
 
     ids_N: np.ndarray
@@ -93,8 +93,8 @@ def tokens_figure(use: TokenUse, tokenizer: PreTrainedTokenizerBase) -> Figure:
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """Return the text of a token for a plot.
 
-    White space is replaced by visible characters, characters that the font lacks by their escape sequence, and part of
-    a multi-byte character by "#" and the token id.
+    White space is replaced by visible characters, and characters that the font lacks by their escape sequences. A token
+    that is part of a multi-byte character is written as "#" and the token id.
     """
     piece = str(tokenizer.convert_ids_to_tokens(token))
     text = " " + piece[1:] if piece.startswith("▁") else str(tokenizer.decode([token]))

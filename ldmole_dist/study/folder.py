@@ -35,7 +35,8 @@ class StudyFolder:
         about: the stored description.
 
     Raises:
-        UserError: if the folder cannot be read or created, or was measured with another `about`.
+        UserError: if the folder cannot be read or created, is damaged or was measured with another `about`, or if `about`
+            is None and the folder holds no study.
     """
 
     def __init__(self, path: Path, about: Mapping[str, str] | None, about_name: str, table_name: str) -> None:
@@ -43,7 +44,7 @@ class StudyFolder:
         file = path / about_name
         if about is None and not file.is_file():
             raise UserError(
-                f"{path} holds no study ({about_name} is missing); run a study first, or set --output to its folder"
+                f"{path} holds no study ({about_name} is missing); set --output to the folder of a study, or run one first"
             )
         try:
             if about is not None and not file.is_file():
@@ -52,7 +53,7 @@ class StudyFolder:
             self.about: dict[str, str] = json.loads(file.read_text())
         except OSError as error:
             raise UserError(
-                f"cannot use --output {path}: {error.strerror} ({error.filename}); choose a folder that you can write"
+                f"cannot use --output {path}: {error.strerror}; choose a folder that you can write to"
             ) from error
         except ValueError as error:
             raise UserError(f"{file} is damaged: it is not valid JSON ({error}); choose another --output") from error
@@ -83,7 +84,7 @@ class StudyFolder:
                 rows.append(parse(line.decode()))
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(
-                    f"{self.table}, line {number} cannot be read ({error}); delete that line to measure it again"
+                    f"{self.table}, line {number} cannot be read ({error}); delete that line to measure the row again"
                 ) from error
         return rows
 

@@ -24,7 +24,7 @@ from ldmole_dist.tuner.model import spread_experts, tuner_of
 def llama_config(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **other: Any
 ) -> LlamaConfig:
-    """Return the config of a Llama.
+    """Return the config of a Llama model.
 
     Args:
         hidden: hidden size.
@@ -60,14 +60,14 @@ def random_model(
 
     Args:
         config: config of the backbone.
-        adapter: fields of `LdMoleConfig`; without `target_modules`, all linears are adapted.
+        adapter: fields of `LdMoleConfig`; without `target_modules`, all linears of the decoder layers are adapted.
         device: device to move the weights to; ZeRO stage 3 places them itself.
         precision: precision of the frozen weights: "fp32", "bf16" or "fp16".
         parallel: expert parallelism; by default every rank holds all experts.
         stage: ZeRO stage; 3 partitions the weights as they are created.
 
     Returns:
-        The model, with the same weights on every rank except for the experts, of which each rank holds its own.
+        The model, with the same weights on every rank, except that each rank holds only its share of the experts.
     """
     torch.manual_seed(0)  # gives every rank the same weights
     with partitioned_loading(stage, precision):

@@ -20,8 +20,8 @@ def synchronize(device: torch.device) -> None:
 def timed(run: Callable[[], object], device: torch.device, wall: bool = False, barrier: bool = False) -> float:
     """Return the seconds that one call takes, including the work that it queues on a GPU.
 
-    On a GPU the clock is wall-clock time. On a CPU it is the CPU time of all threads of this process, which other
-    programs affect less.
+    On a GPU the clock is wall-clock time. On a CPU it is the CPU time of all threads of this process, which is
+    less affected by other programs.
 
     Args:
         run: function to call.
@@ -48,10 +48,10 @@ def time_in_turns(
     """Time candidates in turns, so that a change in the machine's speed affects all of them equally.
 
     Args:
-        names: names of the candidates.
+        names: candidates to time; `time_once` gets one of these names.
         turns: number of timed turns; one warm-up turn comes first.
-        time_once: function that runs the named candidate once and returns its seconds.
-        rounds: runs per candidate and timed turn; the fastest one is kept.
+        time_once: function that runs a candidate once and returns the seconds that it took.
+        rounds: number of runs per candidate and timed turn; the fastest one is kept.
 
     Returns:
         Name of a candidate -> its seconds in each timed turn, in order.

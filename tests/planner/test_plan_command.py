@@ -78,7 +78,7 @@ def test_written_config_is_the_recommended_one(
     assert printed.startswith(f"{backbone} (preset): {PUBLISHED[backbone]:,} frozen parameters")
     for reason in ("memory:", "step:", "ep_size", "checkpointing", "stage", "offload"):
         assert any(line.startswith(f"  - {reason} ") for line in printed.splitlines()), reason
-    assert "to be filled in: backbone.path, run.output_dir" in printed
+    assert "still to set in run.yaml: backbone.path, run.output_dir" in printed
     config = load_config(str(tmp_path / "plan" / "run.yaml"), [])
     resolved = resolve_run(config, int(gpus))
     assert resolved["train_micro_batch_size_per_gpu"] == int(micro_batch)
@@ -171,7 +171,7 @@ def test_suggested_settings_fit(capsys: pytest.CaptureFixture[str]) -> None:
     out, error = capsys.readouterr()
     assert "recommended" not in out and " missing" in out
     assert error.startswith("error: No candidate fits into 4.0 GB per GPU. The closest is ") and error.count("\n") == 1
-    assert "(largest parts: " in error
+    assert "(largest parts of GPU memory: " in error
     option, number = error.partition("Use one of: ")[2].split()[:2]
     assert option == "--micro-batch"
     assert main([*large, option, number.strip(";.\n")]) == 0
@@ -181,9 +181,9 @@ def test_suggested_settings_fit(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--backbone", "Lama-8B"], "or one of SmolLM2-135M, Qwen3-0.6B, Llama-3.2-1B"),
-        (["--gpu-memory", "80 apples"], "--gpu-memory '80 apples' is not a size; write it like 80GB"),
-        (["--gpu-memory", "0GB"], "is not a size"),
-        (["--host-memory", "much"], "--host-memory 'much' is not a size"),
+        (["--gpu-memory", "80 apples"], "--gpu-memory '80 apples' is not a positive memory size; write it like 80GB"),
+        (["--gpu-memory", "0GB"], "is not a positive memory size"),
+        (["--host-memory", "much"], "--host-memory 'much' is not a positive memory size"),
         (["--active", "0.5"], "active=0.5 must be between 1 and num_experts=8"),
         (["--answer-tokens", "2000"], "answer_tokens=2000 must be between 1 and seq=1024"),
         (["--active", "9"], "active=9.0 must be between 1 and num_experts=8"),
@@ -193,8 +193,8 @@ def test_suggested_settings_fit(capsys: pytest.CaptureFixture[str]) -> None:
         (["--bandwidth", "inf"], "bandwidth=inf must be positive and finite"),
         (["--inter-bandwidth", "-1"], "bandwidth=-1.0 must be positive and finite"),
         (["--host-bandwidth", "nan"], "host_bandwidth=nan must be positive and finite"),
-        (["--gpu-memory", "9" * 400], "is not a size"),
-        (["--reserve", "1"], "reserved=1.0 must be in [0, 1)"),
+        (["--gpu-memory", "9" * 400], "is not a positive memory size"),
+        (["--reserve", "1"], "reserved=1.0 must be in [0, 1); set --reserve to"),
         (["--target-modules", "query"], "query"),
         (["--write", "{folder}"], "run.yaml already exists"),
     ],
@@ -220,7 +220,7 @@ def test_existing_files_are_never_replaced(tmp_path: Path) -> None:
             write_configs(replace(candidate, strategy=Strategy(2, 2)), tmp_path, None, None, None)
         assert present.read_text() in texts and not absent.exists()
         absent.write_text(before)
-    with pytest.raises(UserError, match="run.yaml already exists"):
+    with pytest.raises(UserError, match="run.yaml is not a folder"):
         write_configs(candidate, run, None, None, None)  # the folder is a file
 
 
@@ -248,7 +248,7 @@ def test_written_config_trains(ranks2: LocalRanks, tmp_path: Path, capsys: pytes
     where = ["--gpus", "2", "--gpu-memory", "2GB", "--precision", "fp32", "--write", str(tmp_path / "plan")]
     given = ["--train", str(tmp_path / "train.jsonl"), "--output-dir", str(tmp_path / "run")]
     assert main(["plan", "--backbone", str(tmp_path / "backbone"), *arguments, *where, *given]) == 0
-    assert "to be filled in" not in capsys.readouterr().out
+    assert "still to set" not in capsys.readouterr().out
     steps = ["optimisation.epochs=null", "optimisation.max_steps=1"]
     ranks2.run(run_training, str(tmp_path / "plan" / "run.yaml"), *steps)
     (metrics,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())

@@ -22,7 +22,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, int, str] | None]] = {
     ),
     "decide": (
         "measure how many elements the dispatch decides to send, and how long it takes to decide",
-        ("--repeats", 5, "timed decisions per shape"),
+        ("--repeats", 5, "timed decisions per configuration"),
     ),
     "checkpoint": (
         "measure how long training waits for an asynchronous checkpoint",

@@ -27,13 +27,13 @@ class Cell(NamedTuple):
     """Sizes and routing statistics of one measurement.
 
     Args:
-        ranks: P.
+        ranks: P, ranks that share the experts.
         experts: experts per linear over all ranks, P L.
         lora_rank: LoRA rank of an expert.
         tokens: T, tokens of one rank.
         active: mean number of active experts per token.
         skew: exponent of the power law of the experts' popularity; 0 is uniform.
-        linears: G, linears of the input group.
+        linears: G, number of linears in the input group.
     """
 
     ranks: int
@@ -63,7 +63,8 @@ def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: in
 
     Args:
         G, T, P, L: sizes, as defined at the top of this module.
-        k: mean number of active experts per token. Every token has floor(k) or floor(k) + 1, the same in all linears.
+        k: mean number of active experts per token and linear. Each token has floor(k) or floor(k) + 1 active experts: the
+            same number in every linear, but different experts.
         skew: exponent of the power law of the experts' popularity; 0 is uniform.
         seed: seed of the draw.
 
@@ -79,7 +80,7 @@ def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: in
 
 
 def payload(support_GTPL: Tensor, fetched_PGL: Tensor, sizes: GroupSizes) -> int:
-    """Return the elements sent and received for the tokens of rank 0 in one forward, without row counts."""
+    """Return the number of elements sent and received for the tokens of rank 0 in one forward, without row counts."""
     return sum(payload_elements(support_GTPL, fetched_PGL, 0, sizes).values())
 
 
@@ -107,8 +108,9 @@ def decide(cell: Cell, repeats: int = 1) -> dict[str, float]:
         repeats: number of timed decisions.
 
     Returns:
-        Name of a strategy -> elements sent and received in one forward; "deciding ms" -> median milliseconds of a
-        decision. Both exclude the exchange of row counts, which every strategy needs.
+        Name of a strategy -> number of elements sent and received in one forward; "deciding ms" -> median milliseconds
+        of a decision. Both exclude the exchange of row counts, which every strategy needs. "row per pair" sends a row
+        and returns a sum for every active pair of a token and a remote expert.
     """
     support, sizes = cell.support(), cell.sizes()
     seconds = []

@@ -1,8 +1,8 @@
 """Compare formulations of one adapted linear's experts by time and memory: `ldmole bench layer`.
 
-The timed work is the forward and backward of y = s * sum_e p_e B_e A_e x, given x, p, A and B. The routing (router,
-lambda-MLP and Sparsegen) and the frozen linear are timed in the same turns, so that the speedup of a complete adapted
-linear can be computed from the parts.
+The timed work is the forward and backward of y = s * sum_e p_e B_e A_e x, given x, the routing weights p, A, B and the
+scaling s. The routing (router, lambda-MLP and Sparsegen) and the frozen linear are timed in the same turns, so that the
+speedup of a complete adapted linear can be computed from the parts.
 
 On a machine that runs other programs, set OMP_NUM_THREADS=1. OpenMP threads spin while they wait for each other, which
 inflates the CPU time of the sparse formulation's small kernels.
@@ -73,7 +73,7 @@ def einsum_experts(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
 
 
 def reordered_einsum(x_TD: Tensor, p_TE: Tensor, bank: ExpertBank) -> Tensor:
-    """Return the result of `einsum_experts`, computed without the expansion of x and with the last operands swapped.
+    """Return the result of `einsum_experts`, computed without the expansion of x and with swapped operands in the last einsum.
 
     The comparison shows how much of the speedup einsum's choice of kernels explains. The memory kept for the backward
     is the same.

@@ -40,7 +40,7 @@ VOCABULARY = 4096
 
 
 class Sizes(NamedTuple):
-    """Sizes of the model and of a micro-batch; by default those of the quickstart's model with half of its layers.
+    """Sizes of the model and of a micro-batch; the default model is the quickstart's with half of its layers.
 
     Args:
         hidden: hidden size of the Llama.

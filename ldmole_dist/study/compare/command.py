@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldmole_dist.config import Config
     from ldmole_dist.study.compare.store import Store
 
-COMPARE = """Train with every router, and plain LoRA with as many parameters, on the same data with the same budget and seeds.
+COMPARE = """Train with every router, and plain LoRA with about as many parameters, with the same data, budget and seeds.
 Write tables of the results to OUTPUT/routers.md. To resume an interrupted comparison, run the same command again."""
 
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         0, or `EXIT_PREEMPTED` after Ctrl-C or SIGTERM; the same command then resumes the comparison.
 
     Raises:
-        UserError: if an option has a value that is not supported, the folder cannot be used, or a run failed.
+        UserError: if the config, an option, the data or the folder cannot be used, a run fails, or no run has finished.
     """
     from ldmole_dist.io import atomic_write, write_errors
     from ldmole_dist.study.compare.page import page
@@ -75,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             _run(args, store, base)
         except KeyboardInterrupt:
-            print(f"interrupted: {folder} holds the finished runs; run the same command to resume", file=sys.stderr)
+            print(
+                f"interrupted: {folder} holds the finished runs; run the same command again to resume", file=sys.stderr
+            )
             return EXIT_PREEMPTED
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -140,10 +142,10 @@ def _run(args: argparse.Namespace, store: Store, base: Config) -> None:
 
     names = args.methods.split(",") if args.methods else list(DEFAULT)
     if unknown := [name for name in names if name not in METHODS]:
-        raise UserError(f"--methods {','.join(unknown)} is not supported; choose from {', '.join(METHODS)}")
+        raise UserError(f"--methods: unknown method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
     jobs = args.jobs or torch.cuda.device_count() or len(os.sched_getaffinity(0))
-    # Run all methods with one seed before the next seed: an interrupted comparison then has the same seeds for all
-    # methods.
+    # Run all methods with one seed before the next seed: an interrupted comparison then lacks methods only for
+    # the last seeds.
     run_missing(store, base, [(name, seed) for seed in range(args.seeds) for name in names], jobs)
 
 

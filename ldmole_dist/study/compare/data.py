@@ -27,7 +27,7 @@ def write_data(archive: str, folder: Path) -> tuple[Path, Path]:
         The paths of train.jsonl and test.jsonl.
 
     Raises:
-        UserError: if the archive cannot be read or is not vaderSentiment-3.3.2, or the folder cannot be written.
+        UserError: if the archive cannot be read or is not vaderSentiment-3.3.2, or the folder cannot be written to.
     """
     draw = random.Random(0)
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}

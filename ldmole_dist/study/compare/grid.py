@@ -34,8 +34,8 @@ def run_missing(store: Store, base: Config, cells: Sequence[Cell], jobs: int) ->
         jobs: number of concurrent runs; each uses one GPU, or one CPU thread.
 
     Raises:
-        UserError: if a run fails, with the last line of its log. The other runs save a checkpoint and are stopped
-            first.
+        UserError: if a run fails; the message has the last line of its log. Before that, the other runs are stopped
+            and save a checkpoint.
     """
     known = {(row.method, row.seed) for row in store.rows()}
     waiting = [cell for cell in cells if cell not in known]
@@ -101,4 +101,4 @@ def _start(store: Store, base: Config, cell: Cell, slot: int, before: bool) -> s
 def _last_log_line(store: Store, cell: Cell) -> str:
     path = folder_of(store, cell).with_suffix(".log")
     lines = [line for line in path.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    return f"{lines[-1][:300] if lines else 'no output'}; see {path}"
+    return f"{lines[-1][:300] if lines else 'no output'} (log: {path})"

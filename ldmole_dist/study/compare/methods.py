@@ -80,7 +80,7 @@ def equal_lora_rank(linears: list[tuple[int, int, int]], adapter: Adapter) -> in
     """Return the r of a plain LoRA whose number of parameters is closest to that of an LD-MoLE adapter.
 
     Args:
-        linears: (D, O, E) of each adapted linear.
+        linears: (in-features D, out-features O, experts E) of each adapted linear.
         adapter: config of the LD-MoLE adapter.
     """
     experts = adapter.r * sum(E * (D + O) for D, O, E in linears)

@@ -23,9 +23,9 @@ class Row:
         method: name of the method, a key of `methods.METHODS`.
         seed: seed of initial values, dropout and data order.
         after: metrics of the last evaluation.
-        before: metrics of the evaluation before training; None for all runs but one, because all runs would have the
-            same.
-        experts_per_token: active experts per token, mean over tokens, linears and the last quarter of the logged steps.
+        before: metrics of the evaluation before training; None for all runs but the first, because they would be equal
+            for all runs.
+        experts_per_token: number of active experts, mean over tokens, linears and the last quarter of the logged steps.
         parameters: number of parameters in the adapter.
         tokens_per_second: training throughput, median over the logged steps.
         peak_memory_gb: peak memory of the GPU, or of the process on a CPU, in GB; None if the run wrote no detailed
@@ -53,7 +53,7 @@ def row_of(method: str, seed: int, run: Path) -> Row:
     evaluations, metrics = read_jsonl(run / "evaluations.jsonl"), read_jsonl(run / "metrics.jsonl")
     last = metrics[-max(1, len(metrics) // 4) :]
     with safe_open(run / "adapter" / "adapter_model.safetensors", "pt") as file:
-        # The object of safe_open has keys() but is not iterable.
+        # safe_open returns an object that has keys() but is not iterable.
         parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     return Row(
         method,
