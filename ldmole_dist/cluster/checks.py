@@ -27,8 +27,8 @@ class HostFacts:
         hosts: number of hosts of the job.
         clock_skew: seconds by which the clock of this host is ahead of the launching host; NaN if the host stopped answering.
         output_shared: "yes"; "no" if this host does not see a file that the first host has created in run.output_dir;
-            "not checked" if the first host could not create it or a host stopped answering; on the first host, an error message
-            if it could not create the file.
+            "not checked" if the first host could not create it or a host stopped answering; or an error message, if this host
+            could not access the folder.
     """
 
     found: Mapping[str, Any]
@@ -153,7 +153,7 @@ def _output_shared(facts: HostFacts) -> CheckResult:
         return "no", "its run.output_dir is not that of the first host: choose a folder on a shared file system"
     if facts.output_shared == "not checked":
         return "?", None  # `_clock`, or the problem of the first host, gives the reason
-    return "?", f"cannot write to run.output_dir: {facts.output_shared}: make it writable, or choose another folder"
+    return "?", f"cannot use run.output_dir: {facts.output_shared}: make it writable, or choose another folder"
 
 
 # Columns of the table with their checks.

@@ -133,7 +133,7 @@ def _check_output_shared(probes: Sequence[RemoteProbe], output_dir: Path) -> dic
     """Check whether the other hosts see a file that the first host creates in the output folder.
 
     Returns:
-        By host, "yes", "no", "not checked" or, for the first host, an error message.
+        By host, "yes", "no", "not checked" or an error message (see `HostFacts.output_shared`).
     """
     if not probes:
         return {}
