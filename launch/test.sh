@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the linter, the type checker and the tests.
+# Run the linter, the type checker and the tests.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh
@@ -43,15 +43,15 @@ echo "test: mypy"
 times+=("ruff and mypy $((SECONDS - begun)) s")
 
 status=5
-# run_tier NAME WORKERS MARKERS: runs the tests with these markers, each file in one of the workers.
+# run_tier NAME WORKERS MARKERS: run the tests with these markers; all tests of a file run in the same worker.
 run_tier() {
     local begun=$SECONDS code=0
     echo "test: pytest -m '$3'"
-    # In the order of collection, as xdist's own order puts files with few tests, the longest ones, last.
+    # Keep the order of collection: the order of xdist puts files with few tests last, and these run longest.
     "$python" -m pytest --durations=10 -n "$2" --dist loadfile --no-loadscope-reorder -m "$3" "${pytest_args[@]}" ||
         code=$?
     times+=("$1 tests $((SECONDS - begun)) s")
-    # pytest exits with 5 where it ran no test: the arguments may choose tests of one tier only.
+    # pytest exits with 5 if it ran no test; the arguments may select tests of one tier only.
     if ((code == 0)); then
         status=0
     elif ((code != 5)); then
@@ -62,7 +62,7 @@ run_tier() {
 
 run_tier quick 2 "not full and not nightly"
 if "$full"; then
-    # Alone, because these tests bound how long a fault takes to end all ranks.
+    # Without workers, because these tests limit the time from a fault until all ranks have ended.
     run_tier cluster 0 "full and alone"
     run_tier full 2 "full and not alone and not nightly"
 fi

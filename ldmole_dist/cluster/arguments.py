@@ -10,8 +10,8 @@ from ldmole_dist.cluster.runners import LAUNCHERS
 
 DEFAULT_PORT = 29500  # torchrun's default
 LAUNCH_DESCRIPTION = """Start a training run with one process per rank, on this host or on many hosts, and print the launcher
-command that is used. If a rank fails or stalls, all ranks on all hosts are killed, and the last lines of the output name the
-first failure."""
+command that is used. If a rank fails or stalls, all ranks on all hosts are killed, and the end of the output names the first
+failure."""
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="minutes without a heartbeat from a rank after which the run is treated as failed (default: %(default)s)",
     )
-    parser.add_argument("--no-doctor", action="store_true", help="skip the checks of the hosts before the start")
+    parser.add_argument("--no-doctor", action="store_true", help="with several hosts: skip the checks before the start")
     add_arguments(parser)
 
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port",
         type=int,
         default=DEFAULT_PORT,
-        help="with --nodes: TCP port on host 0; the following port is used as well (default: %(default)s)",
+        help="with --nodes: TCP port on host 0; the port PORT + 1 is used as well (default: %(default)s)",
     )
     where.add_argument(
         "--ranks",
@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--launcher",
         choices=LAUNCHERS,
-        help="launcher to use (default: slurm inside an allocation; with a hostfile, pdsh if installed, else openmpi)",
+        help="launcher to use (default: torchrun with --nodes; with --hostfile, pdsh if it is installed, otherwise openmpi; "
+        "slurm inside an allocation; otherwise local)",
     )
     how.add_argument(
         "--interface", help="network interface between hosts (default: the one on the route to the other hosts)"

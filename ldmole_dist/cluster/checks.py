@@ -26,7 +26,9 @@ class HostFacts:
         ranks: number of ranks of the job.
         hosts: number of hosts of the job.
         clock_skew: seconds by which the clock of this host is ahead of the launching host; NaN if the host stopped answering.
-        output_shared: "yes"; "no" if this host does not see a file that the first host has created; or an error message.
+        output_shared: "yes"; "no" if this host does not see a file that the first host has created in run.output_dir;
+            "not checked" if the first host could not create it or a host stopped answering; or an error message, if this host
+            could not access the folder.
     """
 
     found: Mapping[str, Any]
@@ -51,7 +53,8 @@ def _packages(facts: HostFacts) -> CheckResult:
     elsewhere = ", ".join(f"{name} {majority.get(name, 'missing')}" for name in different)
     return (
         cell,
-        f"has {cell}, but other hosts have {elsewhere}: install the same versions (bash launch/setup_env.sh on each host)",
+        f"has {cell}, but other hosts have {elsewhere}: install the same versions (.venv/bin/python -m pip install "
+        "NAME==VERSION)",
     )
 
 
@@ -75,7 +78,7 @@ def _memory(facts: HostFacts) -> CheckResult:
     needed = MIN_MEMORY_GB_PER_RANK * facts.slots
     problem = (
         f"{memory:.1f} GB of memory is free, but {facts.slots} rank(s) need at least {needed} GB: end other processes, or "
-        "reduce its slots"
+        "start fewer ranks on this host"
     )
     return f"{memory:.0f} GB", problem if short else None
 
@@ -84,7 +87,7 @@ def _disk(facts: HostFacts) -> CheckResult:
     disk = facts.found["disk"] / 2**30
     problem = (
         f"{disk:.2f} GB of disk space is free at run.output_dir, but at least {MIN_DISK_GB} GB is needed: delete files, or "
-        "choose another folder"
+        "move run.output_dir to another disk"
     )
     return f"{disk:.0f} GB", problem if disk < MIN_DISK_GB else None
 
@@ -92,9 +95,9 @@ def _disk(facts: HostFacts) -> CheckResult:
 def _gpus(facts: HostFacts) -> CheckResult:
     gpus = facts.found["gpus"]
     if not gpus:
-        problem = "has no GPU, but other hosts do: check its driver (nvidia-smi), or exclude it"
+        problem = "has no GPU, but other hosts do: check its driver (nvidia-smi), or leave it out with --exclude"
         return "none", problem if facts.majority["gpus"] else None
-    problem = f"has {len(gpus)} GPU(s), but its slots need {facts.devices}: correct its line in the hostfile"
+    problem = f"has {len(gpus)} GPU(s), but its slots need {facts.devices}: use only slots 0 to {len(gpus) - 1}"
     return f"{len(gpus)} x {gpus[0]}", problem if len(gpus) < facts.devices else None
 
 
@@ -106,9 +109,9 @@ def _network(facts: HostFacts) -> CheckResult:
     candidates = ", ".join(
         f"{name} ({own})" for name, own in facts.found["interfaces"].items() if not own.startswith("127.")
     )
-    remedy = f"set --interface to one of: {candidates or 'none'}"
+    remedy = f"set --interface to one of: {candidates}" if candidates else "connect the host to a network"
     if facts.found["network_problem"]:
-        return cell, f"{facts.found['network_problem']}: make the name resolvable on every host (DNS or /etc/hosts)"
+        return cell, f"{facts.found['network_problem']}: add the name to DNS or /etc/hosts, or {remedy}"
     if address is None:
         return cell, f"has no network interface {name!r} with an IPv4 address: {remedy}"
     if address.startswith("127."):
@@ -118,7 +121,7 @@ def _network(facts: HostFacts) -> CheckResult:
 
 def _operators(facts: HostFacts) -> CheckResult:
     ops = facts.found["ops"]
-    problem = f"DeepSpeed's optimizer {ops}: install it, or set optimisation.optimizer=adamw"
+    problem = f"DeepSpeed's optimizer {ops}: install what is missing, or set optimisation.optimizer=adamw"
     return ops, problem if ops.startswith("cannot") else None
 
 
@@ -136,9 +139,7 @@ def _limits(facts: HostFacts) -> CheckResult:
     # Each rank opens connections to all other ranks; 1024 files remain for libraries and data. RLIM_INFINITY is negative.
     limit, needed = facts.found["open_files"], 1024 + 64 * facts.ranks
     if 0 <= limit < needed:
-        problem = (
-            f"a process can open {limit} files, but {needed} are needed: raise ulimit -Hn (/etc/security/limits.conf)"
-        )
+        problem = f"a process can open {limit} files, but {needed} are needed: raise the hard limit (/etc/security/limits.conf)"
         return str(limit), problem
     if facts.found["memory_lock_limited"]:
         return "locked", "cannot lock memory for InfiniBand: set ulimit -l unlimited (/etc/security/limits.conf)"
@@ -150,6 +151,8 @@ def _output_shared(facts: HostFacts) -> CheckResult:
         return "yes", None
     if facts.output_shared == "no":
         return "no", "its run.output_dir is not that of the first host: choose a folder on a shared file system"
+    if facts.output_shared == "not checked":
+        return "?", None  # `_clock`, or the problem of the first host, gives the reason
     return "?", f"cannot use run.output_dir: {facts.output_shared}: make it writable, or choose another folder"
 
 

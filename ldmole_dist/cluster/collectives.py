@@ -1,4 +1,4 @@
-"""Test of the collectives that training needs, across all ranks; `ldmole doctor` launches it like a training run."""
+"""Test of an all-to-all and an all-reduce across all ranks; `ldmole doctor` launches it like a training run."""
 
 from __future__ import annotations
 

@@ -32,10 +32,13 @@ def run_launch(args: argparse.Namespace) -> int:
     exports = exported_environment(os.environ, args.export, args.interface)
     if inside_mpi(os.environ):
         if args.dry_run:
-            raise UserError("--dry-run inside mpirun: the ranks are already started; run it without mpirun")
+            raise UserError(
+                "--dry-run inside mpirun: the ranks are already started; run `ldmole launch --dry-run` without mpirun"
+            )
         if args.max_restarts:
             raise UserError(
-                "--max-restarts inside mpirun: the job cannot restart mpirun; use --launcher openmpi --hostfile FILE"
+                "--max-restarts inside mpirun: the job cannot restart mpirun; run `ldmole launch` without mpirun, with "
+                "--launcher openmpi --hostfile FILE"
             )
         exec_supervisor(rank_command(train), exports, args.interface, args.stall_minutes * 60)
     spec = create_launch_spec(args, config)
@@ -61,7 +64,8 @@ def run_doctor(args: argparse.Namespace) -> int:
     exports = exported_environment(os.environ, args.export, args.interface)
     if spec.launcher == "torchrun":
         raise UserError(
-            "--nodes gives doctor no access to the other hosts; set --hostfile FILE, or run doctor on each host without --nodes"
+            "--nodes gives doctor no access to the other hosts; replace it with --hostfile FILE, or run doctor on each host "
+            "without --nodes and --launcher"
         )
     check_installed(spec.launcher)
     return EXIT_EXPLAINED if doctor(spec, exports, args.config, config) else 0
@@ -75,7 +79,7 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
         config: configuration of the run; None for `ldmole doctor` without one.
 
     Raises:
-        UserError: if arguments contradict each other or are missing.
+        UserError: if arguments contradict each other or are missing, or if the hostfile or the Slurm allocation is invalid.
     """
     ep_size = 1 if config is None else config.parallelism.ep_size
     ranks = args.ranks or _device_count() or ep_size
@@ -90,29 +94,38 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
             )
         master = f"{args.master_addr}:{args.port}"
         return LaunchSpec("torchrun", this_host, nodes=args.nodes, node_rank=args.node_rank, master=master, **common)
+    if args.launcher == "torchrun" and args.hostfile is not None:
+        raise UserError(
+            "--launcher torchrun does not use a hostfile; remove --hostfile and run the command on each host with --nodes, "
+            "--node-rank and --master-addr, or use --launcher pdsh or openmpi"
+        )
     slurm_possible = args.hostfile is None and args.launcher in (None, "slurm")
     if slurm_possible and inside_slurm_step(os.environ):
         raise UserError(
-            "srun has started this command once per task; run `ldmole launch` once, without srun, in the batch script or "
-            "under salloc"
+            "srun has started this command once per task; run it once, without srun, in the batch script or in a shell of "
+            "salloc"
         )
     in_slurm = slurm_possible and "SLURM_JOB_ID" in os.environ
     if not in_slurm and args.hostfile is None:
         if args.launcher not in (None, "local"):
-            needs = {"slurm": "an allocation (sbatch or salloc)", "torchrun": "--nodes N"}
+            needs = {
+                "slurm": "an allocation (sbatch or salloc)",
+                "torchrun": "--nodes N, --node-rank I and --master-addr ADDRESS",
+            }
             need = needs.get(args.launcher, "--hostfile FILE")
             raise UserError(f"--launcher {args.launcher} needs {need}")
         if args.include or args.exclude:
             raise UserError(
-                "--include and --exclude select hosts of a hostfile; set --hostfile, or select the GPUs of this host with "
-                "CUDA_VISIBLE_DEVICES"
+                "--include and --exclude select hosts of a hostfile; set --hostfile, or remove these options and select the "
+                "GPUs of this host with CUDA_VISIBLE_DEVICES"
             )
         if args.launcher_args:
             raise UserError("--launcher-args has no effect on one host without a hostfile; remove it")
         return LaunchSpec("local", this_host)
     if args.ranks:
         raise UserError(
-            "--ranks applies to one host without a hostfile; set slots=N in the hostfile, or --ntasks-per-node of sbatch"
+            "--ranks applies only to one host without a hostfile; remove --ranks, and set the number of ranks with slots=N in "
+            "the hostfile or --ntasks-per-node of sbatch"
         )
     launcher = args.launcher or ("slurm" if in_slurm else "pdsh" if shutil.which("pdsh") else "openmpi")
     hosts = slurm_hosts(os.environ) if in_slurm else read_hostfile(args.hostfile)

@@ -24,7 +24,7 @@ class RankStatus:
         world_size: number of ranks of the job, according to the launcher that started the supervisor.
         host: name of the host.
         address: IPv4 address at which the other ranks reach the host.
-        port: free TCP port on the host; the ranks rendezvous at that of rank 0.
+        port: free TCP port on the host; the ranks rendezvous at the port of rank 0.
         interface: network interface that has the address; "" if unknown.
         channel: connection to the supervisor.
         connected_at: time at which the supervisor connected.
@@ -54,7 +54,8 @@ class RankStatus:
     def reachable(self) -> bool:
         """Whether other hosts can reach the address.
 
-        They cannot reach a loopback address. A host reports one if its /etc/hosts maps its own name to 127.0.1.1 (Debian).
+        They cannot reach a loopback address. A supervisor reports one if it reaches the coordinator through the loopback
+        interface: in a job on one host, or if /etc/hosts maps the host's own name to 127.0.1.1 (Debian).
         """
         return not self.address.startswith("127.")
 
@@ -70,7 +71,7 @@ class Connections:
     """Server that accepts the connections of one job.
 
     Args:
-        address: IPv4 address of this host; a loopback address restricts the server to this host.
+        address: IPv4 address or name of this host; an address 127.* restricts the server to this host.
         job: name of the job; connections that name another job are rejected.
         port: TCP port to listen on; 0 selects a free one.
 
@@ -80,14 +81,17 @@ class Connections:
         duplicates: status of supervisors whose rank was already connected.
 
     Raises:
-        UserError: if the port is taken.
+        UserError: if the server cannot listen on the port.
     """
 
     def __init__(self, address: str, job: str, port: int) -> None:
         try:
             self._server = socket.create_server((address if address.startswith("127.") else "", port), backlog=1024)
         except OSError as error:
-            raise UserError(f"cannot listen on port {port} of this host: {error.strerror}; set --port") from error
+            raise UserError(
+                f"cannot listen on port {port} of this host: {error.strerror}; set another --port on all hosts "
+                "(PORT and PORT + 1 must be free)"
+            ) from error
         raise_open_file_limit()
         self.port = int(self._server.getsockname()[1])
         self.by_rank: dict[int, RankStatus] = {}
@@ -139,7 +143,9 @@ class Connections:
                 channel.send(kind, **fields)
 
     def shift_times(self, seconds: float) -> None:
-        """Add the length of a suspension of this process, in which it received no messages, to the last times of all ranks.
+        """Add the length of a suspension of this process to the times of the last message and heartbeat of each rank.
+
+        A suspended process receives no messages, so the ranks would otherwise be treated as lost.
 
         Args:
             seconds: length of the suspension.

@@ -32,7 +32,7 @@ class Coordinator:
     """Coordinator of one attempt to run a job.
 
     Args:
-        address: IPv4 address of this host at which the supervisors reach it.
+        address: IPv4 address or name of this host, at which the supervisors reach it.
         job: name of the job; the coordinator rejects connections that name another job.
         world_size: number of ranks.
         stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
@@ -41,11 +41,11 @@ class Coordinator:
         report_failure: whether to print the failure as soon as it is known; if False, the caller prints it from the result.
 
     Attributes:
-        address: IPv4 address and port at which the supervisors reach the coordinator.
+        address: IPv4 address or host name, and port at which the supervisors reach the coordinator.
         stop_requested: whether a stop was requested.
 
     Raises:
-        UserError: if the port is taken.
+        UserError: if the coordinator cannot listen on the port.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Coordinator:
             self._on_stop_request(repeated=self._requests.count > 1)
 
     def serve(self, launcher_exit_code: Callable[[], int | None]) -> JobResult:
-        """Run the job, and return its result after all supervisors have received it.
+        """Run the job, and return its result when all supervisors have disconnected, or SHUTDOWN_SECONDS after its end.
 
         Args:
             launcher_exit_code: function that returns the exit code of the launcher, or None while it runs.
@@ -167,7 +167,10 @@ class Coordinator:
             self._failures.append(failure)
 
     def _start_when_complete(self, seconds: float, launcher_exit_code: int | None) -> None:
-        """Start the ranks once all supervisors are connected; record a failure if a rank is wrong or did not connect in time.
+        """Start the ranks once all supervisors are connected.
+
+        A failure is recorded if a supervisor has a wrong rank or world size, if supervisors did not connect in time, or if the
+        launcher exited.
 
         Args:
             seconds: seconds since the coordinator started.
@@ -232,12 +235,13 @@ class Coordinator:
             self.connections.broadcast("stop")
 
     def _finish(self, kind: str, result: JobResult, **fields: Any) -> JobResult:
-        """Send the last message and the result, wait for the supervisors to disconnect, and return the result.
+        """Send a message that ends the supervisors, then the result; wait for them to disconnect, and return the result.
 
         Args:
-            kind: "exit", on which a supervisor exits with the exit code of its rank, or "kill", on which it kills its rank.
+            kind: kind of the message: "exit", on which a supervisor exits with the exit code of its rank, or "kill", on which
+                it kills its rank and exits with 1.
             result: result of the job.
-            fields: fields of the last message.
+            fields: fields of the message.
         """
         self.connections.broadcast(kind, **fields)
         self.connections.broadcast("result", **asdict(result))

@@ -21,19 +21,20 @@ _PROBLEM = "!"  # prefix of a table cell that has a problem
 
 
 def doctor(spec: LaunchSpec, exports: Mapping[str, str], config_path: str | None, config: Config | None) -> int:
-    """Print a table of the hosts and the problems; if there are none, time collectives across the hosts.
+    """Check the hosts, and print a table and the problems found; if there are no problems, time collectives on all ranks.
 
     Args:
         spec: launcher and hosts of the job.
         exports: environment variables for the ranks.
         config_path: configuration file of the run, or None.
-        config: contents of that file, or None.
+        config: configuration of the run (that file with overrides), or None.
 
     Returns:
         The number of problems.
 
     Raises:
         KeyboardInterrupt: if a stop is requested while the collectives run.
+        UserError: if the collectives cannot be started (see `run_attempt`).
     """
     rows, problems = _check_hosts(spec, exports, config_path, config)
     _print_table(["host", *CHECKS], rows)
@@ -66,8 +67,8 @@ def _check_hosts(
         output_shared = _check_output_shared(reachable, output_dir)
         for host, probe in zip(spec.hosts, probes, strict=True):
             if probe.findings is None:
-                rows.append([host.name, f"{_PROBLEM}unreachable"])
-                problems.append(f"{host.name}: {_unreachable(spec, host.name, probe.error)}")
+                rows.append([host.name, f"{_PROBLEM}not checked"])
+                problems.append(f"{host.name}: {_not_checked(spec, host.name, probe.error)}")
                 continue
             facts = HostFacts(
                 found=probe.findings,
@@ -88,12 +89,15 @@ def _check_hosts(
     return rows, problems
 
 
-def _unreachable(spec: LaunchSpec, host: str, error: str) -> str:
-    if spec.launcher == "slurm":
-        remedy = "check that the node is up (sinfo)"
-    else:
-        remedy = f"make sure that `ssh {host} true` works without a password"
-    return f"cannot be checked: {error}: {remedy}, or leave the host out with --exclude"
+def _not_checked(spec: LaunchSpec, host: str, error: str) -> str:
+    if spec.launcher == "local":
+        return f"cannot be checked: {error}: verify the installation (ldmole selftest)"
+    remedy = "check that the node is up (sinfo)"
+    if spec.launcher != "slurm":
+        command = " ".join(filter(None, ["ssh", spec.ssh_args, host, "true"]))
+        remedy = f"make sure that `{command}` works without a password"
+    remedy += " and that the repository and its .venv have the same paths there"
+    return f"cannot be checked: {error}: {remedy}, or leave the host out with --exclude {host}"
 
 
 def _check_collectives(spec: LaunchSpec, exports: Mapping[str, str]) -> list[str]:
@@ -105,8 +109,10 @@ def _check_collectives(spec: LaunchSpec, exports: Mapping[str, str]) -> list[str
         raise KeyboardInterrupt
     if result.failure is None:
         return []
-    remedy = "set --interface to the network between the hosts, and open all ports between them"
-    problem = f"collectives across the hosts: {result.failure.source} {result.failure.description}: {remedy}"
+    remedy = "correct the error that the output shows"
+    if len(spec.hosts) > 1:
+        remedy += ", or set --interface to the network between the hosts and open all ports between them"
+    problem = f"collectives on all ranks: {result.failure.source} {result.failure.description}: {remedy}"
     return ["\n".join([problem, *result.failure.last_lines])]
 
 
@@ -127,18 +133,18 @@ def _check_output_shared(probes: Sequence[RemoteProbe], output_dir: Path) -> dic
     """Check whether the other hosts see a file that the first host creates in the output folder.
 
     Returns:
-        By host, "yes", "no" or an error message.
+        By host, "yes", "no", "not checked" or an error message (see `HostFacts.output_shared`).
     """
     if not probes:
         return {}
     path = output_dir / f".ldmole_doctor_{secrets.token_hex(4)}"
     first, *others = probes
     created = first.ask(f"create {path}")
-    answers = {first.host: "yes" if created == "done" else created or "no answer"}
-    answers |= {probe.host: probe.ask(f"exists {path}") or "no answer" for probe in others}
-    if created == "done":
-        first.ask(f"remove {path}")
-    return answers
+    if created != "done":
+        return {probe.host: "not checked" for probe in others} | {first.host: created or "not checked"}
+    answers = {probe.host: probe.ask(f"exists {path}") or "not checked" for probe in others}
+    first.ask(f"remove {path}")
+    return answers | {first.host: "yes"}
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""Selection of the environment variables that are passed to the ranks on other hosts: an explicit list without secrets."""
+"""Selection of the environment variables that are passed to the ranks on all hosts: an explicit list without secrets."""
 
 from __future__ import annotations
 

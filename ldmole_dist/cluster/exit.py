@@ -8,7 +8,7 @@ import threading
 import time
 from typing import NoReturn
 
-# Maximum wait for a background thread that deletes an old checkpoint; the next save deletes what it leaves behind.
+# Maximum wait for the threads that delete old checkpoints; the next save deletes what they leave behind.
 THREADS_SECONDS = 60.0
 
 

@@ -10,7 +10,7 @@ from ldmole_dist.cluster.job_result import Failure
 from ldmole_dist.cluster.messages import KEEPALIVE_SECONDS, LOST_SECONDS
 
 FIRST_CONNECTION_SECONDS = 300.0  # time for the first supervisor to connect
-NEXT_CONNECTION_SECONDS = 120.0  # time for each further supervisor; slow hosts differ by less than this
+NEXT_CONNECTION_SECONDS = 120.0  # maximum time between two connections; even slow hosts differ by less
 LOADING_SECONDS = 3600.0  # time for a rank to load the model and send its first heartbeat
 
 
@@ -40,7 +40,7 @@ def find_missing_ranks(
         missing: ranks that have not connected.
         seconds: seconds since the coordinator started.
         launcher_exit_code: exit code of the launcher; None while it runs.
-        address: IPv4 address of the coordinator.
+        address: IPv4 address or name of the coordinator's host.
     """
     ranks = ", ".join(map(str, missing))
     if launcher_exit_code is not None:
@@ -51,8 +51,9 @@ def find_missing_ranks(
     timeout = NEXT_CONNECTION_SECONDS if connected else FIRST_CONNECTION_SECONDS
     if waited <= timeout:
         return None
-    description = f"did not start: no supervisor connected within {timeout:.0f} s; "
-    description += f"check that the host is up and can reach {address}"
+    since = "of the previous one" if connected else "of the launch"
+    description = f"did not start: no supervisor connected within {timeout:.0f} s {since}; "
+    description += f"check that all hosts are up and can reach {address}"
     return Failure(f"rank(s) {ranks}", description)
 
 
@@ -67,7 +68,7 @@ def find_lost_ranks(running: Sequence[RankStatus], now: float) -> Failure | None
     if not lost:
         return None
     first = min(lost, key=lambda status: status.last_message_at)
-    description = "lost its supervisor (it was killed, or the host went down)"
+    description = "lost the supervisor (it was killed, or the host went down)"
     if not first.channel.closed:
         description = f"sent no message for {LOST_SECONDS:.0f} s: the host is unreachable or hangs"
         # Report all ranks of the host: their last messages are at most two keepalive intervals apart.

@@ -64,13 +64,18 @@ class Follower:
             if result is not None:
                 return result
             time.sleep(0.5)  # rejected by the coordinator of the previous attempt, which is about to exit
-        return self._failed("did not answer; check that the same command runs there with --node-rank 0")
+        if self.stop_requested:
+            return self._failed("had not accepted the connection of this host when a stop was requested")
+        return self._failed(
+            f"did not accept the connection of this host within {FIRST_CONNECTION_SECONDS:.0f} s; check that the same "
+            "command runs there with --node-rank 0"
+        )
 
     def close(self) -> None:
         """Do nothing: `serve` has closed the connection."""
 
     def _follow(self, channel: Channel, launcher_exit_code: Callable[[], int | None]) -> JobResult | None:
-        """Exchange messages until the result arrives; return None if the coordinator rejects the connection."""
+        """Exchange messages until the result arrives or the coordinator is lost; return None if it rejects the connection."""
         channel.send("follow", job=self.job)
         accepted, last_message_at = False, time.monotonic()
         launcher_exited_at: float | None = None

@@ -18,8 +18,8 @@ def heartbeat(activity: str) -> None:
     """
     fd = os.environ.get(HEARTBEAT_FD)
     if fd is not None:
-        # If the supervisor is slow, the pipe is full, and losing a heartbeat is harmless. If the supervisor died, the pipe is
-        # broken, and the kernel kills this process.
+        # If the supervisor is slow, the pipe can be full; losing a heartbeat is harmless. If the supervisor has died, the pipe
+        # is broken, and the kernel kills this process.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(int(fd), activity.encode() + b"\n")
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ldmole_dist.errors import UserError
 
+SCONTROL_SECONDS = 60  # time for scontrol to answer
+
 
 @dataclass(frozen=True)
 class Host:
@@ -29,12 +31,15 @@ def read_hostfile(path: str) -> list[Host]:
     """Return the hosts of a hostfile with lines "NAME slots=N" and # comments, the format of DeepSpeed and Open MPI.
 
     Raises:
-        UserError: if the file cannot be read, a line is invalid, or there is no host.
+        UserError: if the file cannot be read, a line is invalid, a host is listed twice, or there is no host.
     """
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read hostfile {path}: {error}; see launch/hostfile.example") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise UserError(
+            f"cannot read hostfile {path}: {reason}; check --hostfile (launch/hostfile.example shows the format)"
+        ) from error
     hosts: list[Host] = []
     for number, line in enumerate(lines, 1):
         entry = line.split("#")[0].strip()
@@ -47,7 +52,7 @@ def read_hostfile(path: str) -> list[Host]:
             raise UserError(f"{path}, line {number}: host {match[1]} is already listed; sum its slots in one line")
         hosts.append(Host(match[1], tuple(range(int(match[2])))))
     if not hosts:
-        raise UserError(f"hostfile {path} lists no host; see launch/hostfile.example")
+        raise UserError(f"hostfile {path} lists no host; add a line 'NAME slots=N' for each host")
     return hosts
 
 
@@ -55,22 +60,30 @@ def slurm_hosts(environ: Mapping[str, str]) -> list[Host]:
     """Return the hosts of the current Slurm allocation, with one slot per task.
 
     Raises:
-        UserError: if the allocation does not define the tasks per node, or `scontrol` fails.
+        UserError: if the allocation does not define the tasks per node, or `scontrol` cannot be started or fails.
     """
     tasks: list[int] = []
-    for part in environ.get("SLURM_TASKS_PER_NODE", "").split(","):
+    tasks_per_node = environ.get("SLURM_TASKS_PER_NODE", "")
+    for part in tasks_per_node.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)  # "8(x2),4" means 8, 8, 4
         if match is None:
             raise UserError(
-                f"SLURM_TASKS_PER_NODE={environ.get('SLURM_TASKS_PER_NODE')!r} does not set the number of ranks per node; "
-                "set --nodes and --ntasks-per-node of sbatch, as launch/slurm.sbatch does"
+                f"SLURM_TASKS_PER_NODE={tasks_per_node!r} does not set the number of ranks per node; set --nodes and "
+                "--ntasks-per-node of sbatch or salloc, as launch/slurm.sbatch does"
             )
         tasks += [int(match[1])] * int(match[2] or 1)
     command = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
     try:
-        names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"{' '.join(command)} failed: {error}; add scontrol to PATH of the batch script") from error
+        names = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=SCONTROL_SECONDS
+        ).stdout.split()
+    except OSError as error:
+        raise UserError(f"cannot run scontrol: {error.strerror}; add its folder to PATH") from error
+    except subprocess.SubprocessError as error:
+        reason = f"no answer within {SCONTROL_SECONDS} s"
+        if isinstance(error, subprocess.CalledProcessError):
+            reason = error.stderr.strip() or f"exit code {error.returncode}"
+        raise UserError(f"{' '.join(command)} failed: {reason}; check the value of SLURM_JOB_NODELIST") from error
     return [Host(name, tuple(range(count))) for name, count in zip(names, tasks, strict=True)]
 
 
@@ -83,37 +96,38 @@ def select_hosts(hosts: Sequence[Host], include: str, exclude: str) -> list[Host
         exclude: hosts and slots to leave out, in the same format.
 
     Raises:
-        UserError: if a host or slot does not exist, both arguments are set, or no slot remains.
+        UserError: if a host or slot does not exist, the format is wrong, both arguments are set, or no slot remains.
     """
     if include and exclude:
         raise UserError("--include and --exclude are both set; set only one of them")
-    named = _parse_selection(include or exclude, {host.name: host for host in hosts})
+    option = "--include" if include else "--exclude"
+    named = _parse_selection(option, include or exclude, {host.name: host for host in hosts})
     if include:
         kept = [Host(host.name, named[host.name]) for host in hosts if host.name in named]
     else:
         kept = [Host(h.name, tuple(slot for slot in h.slots if slot not in named.get(h.name, ()))) for h in hosts]
     kept = [host for host in kept if host.slots]
     if not kept:
-        raise UserError(f"--exclude {exclude} leaves no slot; exclude fewer hosts")
+        raise UserError(f"{option} {include or exclude} leaves no slot; change it so that at least one remains")
     return kept
 
 
-def _parse_selection(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
-    """Return the slots that a value of --include or --exclude selects, by host."""
+def _parse_selection(option: str, text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
+    """Return the slots that the value `text` of --include or --exclude (`option`) names, by host."""
     named: dict[str, tuple[int, ...]] = {}
     for part in filter(None, text.split("@")):
         name, _, numbers = part.partition(":")
         if name not in hosts:
-            raise UserError(f"{part!r}: the hostfile has no host {name!r}; it lists {', '.join(hosts)}")
+            raise UserError(f"{option} {part}: there is no host {name!r}; choose from {', '.join(hosts)}")
         slots = hosts[name].slots
         if numbers:
             if not re.fullmatch(r"\d+(,\d+)*", numbers):
-                raise UserError(f"{part!r} does not have the form NAME[:SLOT,SLOT...]")
+                raise UserError(f"{option} {part}: this does not have the form NAME[:SLOT,...]")
             slots = tuple(sorted({int(number) for number in numbers.split(",")}))
             unknown = [slot for slot in slots if slot not in hosts[name].slots]
             if unknown:
                 last = hosts[name].slots[-1]
-                raise UserError(f"{part!r}: {name} has no slot {unknown[0]}; its slots are 0 to {last}")
+                raise UserError(f"{option} {part}: {name} has no slot {unknown[0]}; its slots are 0 to {last}")
         named[name] = slots
     return named
 
@@ -121,8 +135,8 @@ def _parse_selection(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[in
 def order_for_groups(hosts: Sequence[Host], ep_size: int) -> list[Host]:
     """Return the hosts, sorted so that those whose number of slots is a multiple of `ep_size` come first.
 
-    An expert-parallel group is `ep_size` consecutive ranks. A host with another number of slots shifts the groups of all hosts
-    after it, so that they span hosts.
+    An expert-parallel group is `ep_size` consecutive ranks. A host whose number of slots is not a multiple shifts the groups of
+    all hosts after it, so that groups there can span two hosts.
     """
     return sorted(hosts, key=lambda host: len(host.slots) % ep_size != 0)
 

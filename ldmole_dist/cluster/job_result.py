@@ -17,12 +17,12 @@ class Failure:
         source: subject of the failure, such as "rank 2 on node1", "rank(s) 2, 3 on node1" or "the launcher".
         description: predicate of the sentence that starts with the source, such as "exited with code 1".
         last_lines: last lines that the rank printed.
-        permanent: whether a restart would fail in the same way.
+        permanent: whether the job must not be restarted: it would fail in the same way, or a second stop was requested.
         stalled: whether ranks hang, so that their stacks must be printed.
         secondary: whether the rank reported that it failed because of another rank.
         abrupt: whether the rank was killed or lost and could not report anything. Ranks that fail as a consequence may report
             their failures earlier.
-        stop_requested: whether the rank exited on a stop request before it had anything to save.
+        stop_requested: whether a stop request ended the job before there was anything to save.
     """
 
     source: str
@@ -35,7 +35,7 @@ class Failure:
     stop_requested: bool = False
 
     def report(self) -> str:
-        """Return the lines that end the output of a failed job."""
+        """Return the text that ends the output of a failed job: the failure and the last lines of the rank."""
         lines = (f"launch:   | {line}" for line in self.last_lines)
         return "\n".join([f"first failure: {self.source}: {self.description}", *lines])
 
@@ -45,8 +45,8 @@ class JobResult:
     """Outcome of one attempt to run a job.
 
     Attributes:
-        exit_code: 0, EXIT_PREEMPTED (saved after a stop request), EXIT_EXPLAINED (a restart would fail too) or 1.
-        failure: the failure that is reported as the cause; None if the job succeeded.
+        exit_code: 0, EXIT_PREEMPTED (stopped on request), EXIT_EXPLAINED (a permanent failure) or 1.
+        failure: the failure that is reported as the cause; None if the job succeeded, or saved after a stop request.
         stop_requested: whether a stop was requested.
     """
 
@@ -81,7 +81,7 @@ def failure_from_exit(
         exit_code: exit code as `subprocess` reports it; negative for a signal.
         last_activity: text about the last heartbeat of the rank, appended to the description.
         last_lines: last lines that the rank printed.
-        out_of_memory: whether the kernel of the host has killed a process for lack of memory since the rank started.
+        out_of_memory: whether the kernel of the host has killed a process for lack of memory since the supervisor started.
     """
     description = f"exited with code {exit_code}"
     if exit_code < 0:

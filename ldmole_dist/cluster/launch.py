@@ -58,12 +58,12 @@ def supervisor_command(
 def exec_supervisor(
     command: Sequence[str], exports: Mapping[str, str], interface: str | None, stall_seconds: float
 ) -> NoReturn:
-    """Replace this process, one of several that mpirun has started, by the supervisor of one rank.
+    """Replace this process, one of several that mpirun has started, with the supervisor of one rank.
 
     Args:
         command: command of the rank.
         exports: environment variables for the rank.
-        interface: network interface to use; None selects one.
+        interface: network interface to use; None lets the supervisor select one.
         stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
     """
     job_arguments = ["--coordinator", "mpi", "--stall-seconds", str(stall_seconds)]
@@ -76,7 +76,7 @@ def coordinator_address(spec: LaunchSpec) -> str:
     """Return the IPv4 address at which the supervisors reach this host.
 
     Raises:
-        UserError: if the requested interface does not exist, or a host cannot be resolved or has no route.
+        UserError: if this host has no such interface with an IPv4 address, or if a host cannot be resolved or has no route.
     """
     if spec.launcher == "local":
         return "127.0.0.1"
@@ -84,7 +84,10 @@ def coordinator_address(spec: LaunchSpec) -> str:
         known = interfaces()
         if spec.interface not in known:
             listed = ", ".join(f"{name} ({address})" for name, address in known.items())
-            raise UserError(f"--interface {spec.interface}: this host has no such interface; choose one of {listed}")
+            raise UserError(
+                f"--interface {spec.interface}: this host has no such interface with an IPv4 address, only {listed}; "
+                "correct the name"
+            )
         return known[spec.interface]
     found = ["127.0.0.1"]
     for host in spec.hosts:
@@ -92,8 +95,8 @@ def coordinator_address(spec: LaunchSpec) -> str:
             found.append(address_towards(host.name))
         except OSError as error:
             raise UserError(
-                f"host {host.name!r}: {error}; correct the name in the hostfile, or set --interface NAME if only ssh knows "
-                "the name"
+                f"cannot find the route to host {host.name!r}: {error.strerror}; correct its name in the hostfile or in "
+                "/etc/hosts, or set --interface NAME if only ssh or Slurm can resolve the host name"
             ) from error
     return next((address for address in found if not address.startswith("127.")), found[0])
 
@@ -114,7 +117,11 @@ def run_attempt(
         exports: environment variables for the ranks.
         stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
         signals: stop signals of the process; a signal stops the job.
-        number: number of the attempt. With torchrun it is part of the name of the job, so it must be the same on all hosts.
+        number: number of the attempt, from 0. With torchrun it is part of the name of the job, so it must be the same on all
+            hosts.
+
+    Raises:
+        UserError: if the coordinator cannot listen, or the launcher cannot start the ranks on these hosts and slots.
     """
     launcher: subprocess.Popen[bytes] | None = None
     coordinator = _create_coordinator(spec, stall_seconds, number)
@@ -144,7 +151,7 @@ def run_with_restarts(
 ) -> int:
     """Run a job, restart it after failures that a restart can cure, and return the exit code.
 
-    The last lines of the output name the first failure.
+    If the job fails, the end of the output names the first failure.
 
     Args:
         spec, command, exports, stall_seconds: arguments of `run_attempt`.

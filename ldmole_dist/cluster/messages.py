@@ -1,4 +1,4 @@
-"""Messages between the coordinator of a job and the supervisors of its ranks: JSON lines over TCP."""
+"""Messages between the coordinator of a job and its supervisors and followers: JSON lines over TCP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Channel:
         sock: connected socket; the channel takes ownership of it.
 
     Attributes:
-        closed: whether the peer closed the connection, the connection broke, or the peer sent something that is not a message.
+        closed: whether either end closed the connection, the connection broke, or the peer sent something that is not a
+            message, or a message of more than 1 MiB.
     """
 
     def __init__(self, sock: socket.socket) -> None:

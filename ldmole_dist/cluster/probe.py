@@ -43,14 +43,15 @@ def inspect_host(
         optimizer: `optimisation.optimizer` of the run.
 
     Returns:
-        JSON-serializable facts by name. "memory" and "disk" are free bytes; "code" and "config" are hashes.
+        JSON-serializable facts by name. "memory" and "disk" are free bytes; "code" and "config" are hashes, but "config" is
+        None without a config and "missing" if the file does not exist.
     """
     known = interfaces()
     network_problem = ""
     try:
         name = interface or (towards and interface_with(address_towards(towards))) or "lo"
     except OSError as error:
-        name, network_problem = "", f"no route to {towards}: {error}"
+        name, network_problem = "", f"cannot find the route to {towards}: {error.strerror}"
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "host": socket.gethostname(),

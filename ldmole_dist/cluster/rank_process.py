@@ -15,7 +15,7 @@ import psutil
 from ldmole_dist.cluster.heartbeat import HEARTBEAT_FD
 from ldmole_dist.cluster.relay import Relay
 
-LAST_LINES = 12  # lines of output in an error report
+LAST_LINES = 12  # maximum number of output lines in an error report
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 
@@ -32,7 +32,7 @@ class RankProcess:
     Attributes:
         heartbeat_fd: file descriptor that becomes readable when a heartbeat arrives.
         activity: text of the last heartbeat; "" before the first one.
-        heartbeat_at: reading of `time.monotonic` at the last heartbeat, or at the start.
+        heartbeat_at: reading of `time.monotonic` at the last heartbeat or, before the first one, at the start.
 
     Raises:
         OSError: if the command cannot be started.
@@ -87,7 +87,7 @@ class RankProcess:
         self.activity, self.heartbeat_at = last.decode(errors="replace"), now
 
     def last_lines(self) -> list[str]:
-        """Return the last lines that the rank printed, at most LAST_LINES; those of stderr follow those of stdout."""
+        """Return the last lines of stdout, then those of stderr: at most LAST_LINES, of which stderr takes precedence."""
         return [line for relay in self._relays for line in relay.last_lines(LAST_LINES)][-LAST_LINES:]
 
     def terminate(self) -> None:
@@ -107,7 +107,7 @@ class RankProcess:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             _, alive = psutil.wait_procs(running, timeout=2)
-            if alive:  # blocked in the kernel, by a device or a file system; they exit when the kernel returns
+            if alive:  # blocked in a system call, by a device or a file system; they exit when it returns
                 break
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)

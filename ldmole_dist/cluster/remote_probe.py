@@ -65,7 +65,7 @@ class RemoteProbe:
         self.error = lines[-1] if lines else f"no answer within {ANSWER_SECONDS:.0f} s"
 
     def ask(self, question: str) -> str | None:
-        """Return the answer to a question of `probe.answer`; None if there is no answer."""
+        """Return the answer to a question for `probe.answer`; None if there is no answer."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(question + "\n")

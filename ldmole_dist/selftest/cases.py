@@ -1,7 +1,7 @@
 """Cases of the selftest other than parity: collectives, replay of routing decisions, half precision.
 
 Each case is a function that every rank runs. It returns a dict from the name of a comparison to the distance that this rank
-found: a relative error, or a number of wrong elements.
+found: a relative error or a count, such as the number of wrong elements.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def joined(size: int) -> dict[str, float]:
 
 
 def collectives() -> dict[str, float]:
-    """Count wrong elements after an all-to-all with uneven splits, its backward, an all-gather and an all-reduce."""
+    """Count the wrong elements after an all-to-all with uneven splits, its backward, an all-gather and an all-reduce."""
     process = start()
     rank, world, device, group = process.rank, process.world_size, process.device, dist.group.WORLD
-    assert group is not None, "start() joins it"
+    assert group is not None, "start() has joined the process group"
     wrong = {}
 
     def rows(source: int, destination: int, dtype: torch.dtype) -> Tensor:
@@ -75,7 +75,8 @@ def replay(ep_size: int) -> dict[str, float]:
         ep_size: number of ranks that share one copy of the experts.
 
     Returns:
-        Relative distance of each gradient, and the counts that a recomputation sent again (0 if it replays the decisions).
+        Relative distance of each gradient, and the number of `counts` elements that the recomputation sent again (0 if it
+        replays the decisions).
     """
     parallel = expert_parallel(ep_size)
     found = []
@@ -105,13 +106,16 @@ def _random_decide() -> Decide:
 def half_precision(architecture: str, ep_size: int) -> dict[str, float]:
     """Compare loss and gradients of a bfloat16 backbone with those of a float32 backbone; both have float32 adapters.
 
-    Both models use the routing decisions of the float32 model, because a gradient is discontinuous where a token crosses the
-    boundary of a support. The weights of experts and routers are smaller than in the other cases; with those, the tiny model
-    amplifies rounding errors about a hundred times.
+    Both backbones have the same weights. Both models use the routing decisions of the float32 model, because a gradient is
+    discontinuous where a token crosses the boundary of a support. The B matrices and the router weights are smaller than in the
+    other cases, where the tiny model amplifies rounding errors about a hundred times.
 
     Args:
         architecture: "llama" or "qwen3".
         ep_size: number of ranks that share one copy of the experts.
+
+    Returns:
+        Relative distance of the loss and each gradient, and the number of gradients that are not in float32.
     """
     parallel = expert_parallel(ep_size)
     wide = build(architecture, torch.bfloat16, parallel).float()

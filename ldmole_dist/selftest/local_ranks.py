@@ -30,7 +30,7 @@ Outcome = Literal["returned", "refused", "failed"]
 
 
 class RankFailed(RuntimeError):
-    """Raised if a function raises an exception, or does not return in time, on one of the ranks."""
+    """Raised if, on one of the ranks, a function raises an exception or does not return in time, or the process ends."""
 
 
 class LocalRanks:
@@ -75,8 +75,10 @@ class LocalRanks:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in outcomes]
             ready: list[Any] = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                missing = sorted(set(range(self.size)) - set(outcomes))
-                failure = failure or f"{function.__name__}: ranks {missing} did not return within {self.timeout:.0f} s"
+                missing = ", ".join(str(rank) for rank in range(self.size) if rank not in outcomes)
+                failure = (
+                    failure or f"{function.__name__}: rank(s) {missing} did not return within {self.timeout:.0f} s"
+                )
                 break
             for pipe in ready:
                 rank = self._pipes.index(pipe)

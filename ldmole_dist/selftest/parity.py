@@ -1,6 +1,7 @@
 """Parity of several ranks with one process that runs the same micro-batches with all experts.
 
-Every rank runs `gradients` and `updates`. They return the relative distances that this rank found, by tensor.
+Every rank runs `gradients` and `updates`. They return the relative distances that this rank found, by name: of a parameter, or
+"logits", "loss" or "grad_norm".
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def updates(
     num_experts: int | list[int] = EXPERTS,
     **zero: Any,
 ) -> dict[str, float]:
-    """Compare the update of every parameter over `STEPS` clipped optimizer steps, in float32 through DeepSpeed.
+    """Compare losses, gradient norms and parameter updates of `STEPS` clipped optimizer steps, in float32 with DeepSpeed.
 
     Args:
         architecture: "llama" or "qwen3".
@@ -111,7 +112,7 @@ def updates(
         mode: mode of the expert-parallel dispatch.
         router: name of the router.
         num_experts: number of experts of every adapted linear, or a list with one number per decoder layer.
-        zero: settings that override the zero_optimization section of that config.
+        zero: settings that override those in the zero_optimization section of that config.
 
     Raises:
         RoutingFlipped: if the routing differed from the reference in each of ATTEMPTS attempts.

@@ -1,6 +1,6 @@
 """Start processes for ranks on this machine. Processes on the CPU are forked from a server that has imported the package.
 
-Importing torch, DeepSpeed, transformers and PEFT takes a rank about 5 s of CPU time; forking it takes about 0.1 s.
+Importing torch, DeepSpeed, transformers and PEFT takes a rank about 5 s of CPU time; forking a rank takes about 0.1 s.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ preload = [
 def start_process(
     target: Callable[..., None], *args: Any, environment: Mapping[str, str], on_gpu: bool = False, daemon: bool = True
 ) -> BaseProcess:
-    """Start a process and return it. It blocks SIGINT until `target` unblocks it, and it exits when this process exits.
+    """Start a process and return it. The new process blocks SIGINT until `target` unblocks it, and exits with this process.
 
     Args:
         target: function to run. It must be importable by name, and its arguments must be picklable.
@@ -70,7 +70,7 @@ def _enter(environment: dict[str, str], on_gpu: bool, target: Callable[..., None
     # A forked process inherits the environment of the fork server, not that of the parent.
     os.environ.clear()
     os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # processes that this one starts are started as usual
+    multiprocessing.set_start_method(None, force=True)  # child processes use the default start method
     if not on_gpu:
         torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -72,12 +72,21 @@ _computed: dict[str, Any] = {}
 
 
 def gradient_reference(architecture: str, router: str, num_experts: int | list[int]) -> Gradients:
-    """Return the results for micro-batches 0 to world size - 1. Collective: every rank must call it."""
+    """Return the results for micro-batches 0 to world size - 1. Collective: every rank must call it.
+
+    Args:
+        architecture, router, num_experts: arguments of `build`.
+    """
     return _on_rank_0(_gradients, architecture, router, num_experts, start().world_size)
 
 
 def update_reference(architecture: str, router: str, num_experts: int | list[int], first_batch: int) -> Updates:
-    """Return the updates for the micro-batches of `update_batches`. Collective: every rank must call it."""
+    """Return the results for the micro-batches of `update_batches`. Collective: every rank must call it.
+
+    Args:
+        architecture, router, num_experts: arguments of `build`.
+        first_batch: argument of `update_batches`.
+    """
     return _on_rank_0(_updates, architecture, router, num_experts, start().world_size, first_batch)
 
 
@@ -159,7 +168,9 @@ def build(
     router: str = "sparsegen",
     num_experts: int | list[int] = EXPERTS,
 ) -> PeftModel:
-    """Return a tiny adapted model on the device of this process. Its weights do not depend on the process or on `parallel`.
+    """Return a tiny adapted model on the device of this process.
+
+    Every process gets the same weights, except that it holds only the experts that `parallel` places on it.
 
     Args:
         architecture: "llama" or "qwen3".
@@ -199,10 +210,10 @@ def loss_of(
 
 
 def mean_answers(batches: list[dict[str, Tensor]]) -> float:
-    """Return the mean number of answer tokens of a micro-batch."""
+    """Return the mean number of answer tokens per micro-batch."""
     return float(sum(answer_count(next_tokens(batch["labels"])) for batch in batches)) / len(batches)
 
 
 def active_pairs(model: PeftModel) -> Tensor:
-    """Return the number of active (token, expert) pairs of each adapted linear in the last forward, as one tensor."""
+    """Return the number of active (token, expert) pairs of each of the N adapted linears in the last forward, as (N,)."""
     return torch.stack([stat[0] for stat in tuner_of(model).context.stats.values()])

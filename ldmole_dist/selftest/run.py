@@ -24,10 +24,10 @@ class Case(NamedTuple):
     """A case of the selftest.
 
     Attributes:
-        name: name of the case.
+        name: what the case tests, such as "gradients"; cases may share a name.
         detail: description of its settings.
         tolerance: largest distance that the function may return.
-        function: function that every rank runs; it returns distances by what was compared.
+        function: function that every rank runs; it returns a dict from the name of a comparison to its distance.
         args: positional arguments of the function.
         settings: keyword arguments of the function.
     """
@@ -81,7 +81,7 @@ def list_cases(size: int) -> list[Case]:
     ep_sizes = [p for p in range(1, size + 1) if size % p == 0 and EXPERTS % p == 0]
     all_cases = [
         Case("ranks", f"{size} processes join one group", EXACT, cases.joined, (size,)),
-        Case("collectives", "fp32 bf16 fp16 fp64 int64, some send nothing", EXACT, cases.collectives),
+        Case("collectives", "fp32 bf16 fp16 fp64 int64, some ranks send nothing", EXACT, cases.collectives),
     ]
     for architecture in ("llama", "qwen3"):
         for ep_size in ep_sizes:

@@ -61,7 +61,7 @@ def adapted(
 
     Args:
         backbone: model to adapt in place.
-        parallel: placement of the experts; an expert has the same weights under every placement.
+        parallel: placement of the experts; the weights of an expert do not depend on it.
         dropout: dropout on the input of the adapters.
         router: name of the router.
         num_experts: number of experts of every adapted linear, or a list with one number per decoder layer.

@@ -56,7 +56,7 @@ def test_closed_connection_loses_only_its_rank() -> None:
     ranks = [rank_status(0, "a"), rank_status(1, "a")]
     ranks[1].channel.close()
     failure = find_lost_ranks(ranks, NOW)
-    assert failure is not None and failure.source == "rank(s) 1 on a" and "lost its supervisor" in failure.description
+    assert failure is not None and failure.source == "rank(s) 1 on a" and "lost the supervisor" in failure.description
 
 
 def test_stall_names_the_rank_with_the_oldest_heartbeat() -> None:

@@ -64,7 +64,7 @@ def test_select_hosts_includes_and_excludes(include: str, exclude: str, expected
     ("include", "exclude", "message"),
     [
         ("a", "b", "both set"),
-        ("d", "", "no host 'd'; it lists a, b, c"),
+        ("d", "", "--include d: there is no host 'd'; choose from a, b, c"),
         ("b:2", "", "b has no slot 2"),
         ("a:x", "", "does not have the form"),
         ("", "a@b@c", "leaves no slot"),

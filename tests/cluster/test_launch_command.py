@@ -70,6 +70,11 @@ def test_overrides_are_accepted_after_options(capsys: pytest.CaptureFixture[str]
     ("arguments", "message"),
     [
         (["--launcher", "pdsh"], "--launcher pdsh needs --hostfile"),
+        (["--launcher", "torchrun"], "--launcher torchrun needs --nodes N"),
+        (
+            ["--launcher", "torchrun", "--hostfile", "launch/hostfile.example"],
+            "--launcher torchrun does not use a hostfile; remove --hostfile",
+        ),
         (["--nodes", "2"], "--nodes 2 needs --master-addr ADDRESS and --node-rank N with N from 0 to 1"),
         (["--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "N from 0 to 1"),
         (["--include", "a"], "select hosts of a hostfile"),
@@ -79,7 +84,7 @@ def test_overrides_are_accepted_after_options(capsys: pytest.CaptureFixture[str]
         (["--export", "HF_TOKEN"], "process lists"),
         (
             ["--hostfile", "launch/hostfile.example", "--launcher", "pdsh", "--ranks", "4"],
-            "--ranks applies to one host without",
+            "--ranks applies only to one host without",
         ),
         (["--launcher-args=-v"], "has no effect on one host"),
         (["--hostfile", "none", "--launcher", "pdsh"], "none"),
