@@ -41,14 +41,17 @@ REPORT_EXTRA = ("report", "matplotlib", "scipy")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that `argv` names. `train` and `eval` exit the process instead of returning.
 
+    Args:
+        argv: arguments after the program name; None uses those of the process.
+
     Returns:
-        Exit code: 0 on success; EXIT_EXPLAINED after a `UserError` or `NonFiniteLoss`, whose message is printed; EXIT_PEER if
-        another rank failed; EXIT_PREEMPTED if a run was stopped by a signal, has saved a checkpoint and can be resumed; 1
-        otherwise.
+        Exit code: 0 on success; EXIT_EXPLAINED after a `UserError` or `NonFiniteLoss`, whose message is printed, or if `doctor`
+        or `checkpoint verify` found problems; EXIT_PEER if another rank failed; EXIT_PREEMPTED if a run was stopped by a
+        signal, has saved a checkpoint and can be resumed; 1 otherwise. `launch` returns the exit code of its job.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest:  # argparse does not add positional arguments after an option to a list (nargs="*") before it
+    if rest:  # argparse does not append positional arguments after an option to a nargs="*" list that precedes it
         more = next((getattr(args, name) for name in ("overrides", "prompts") if hasattr(args, name)), None)
         if more is None or any(argument.startswith("-") for argument in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -134,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 
     validate = commands.add_parser("validate", help="check a config without training")
     _add_config(validate)
-    validate.add_argument("--ranks", type=int, metavar="N", help="number of ranks of the run, to check the config for")
+    validate.add_argument("--ranks", type=int, metavar="N", help="number of ranks to check the config for")
     validate.add_argument(
         "--build",
         action="store_true",
@@ -145,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint = commands.add_parser("checkpoint", help="verify, inspect or export a checkpoint").add_subparsers(
         required=True, metavar="WHAT"
     )
-    verify = checkpoint.add_parser("verify", help="check that all files exist and match their hashes")
+    verify = checkpoint.add_parser(
+        "verify", help="check the hash of every file, and that no optimizer state is missing"
+    )
     verify.add_argument("checkpoint", help="folder, such as runs/quickstart/checkpoints/step_00000030")
     verify.set_defaults(call=_checkpoint_verify)
     inspect = checkpoint.add_parser("inspect", help="print the contents of a checkpoint")
@@ -187,7 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(call=plan_command.plan)
 
     selftest = commands.add_parser("selftest", help="verify this installation: compare several ranks with one process")
-    selftest.add_argument("--ranks", type=int, help="number of ranks (default: one per GPU; 4 without a GPU)")
+    selftest.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="number of ranks (default: the largest of 8, 4, 2 and 1 for which there are GPUs; 4 without a GPU)",
+    )
     selftest.set_defaults(call=_selftest)
 
     scaling = commands.add_parser(
@@ -214,7 +224,7 @@ def _train(args: argparse.Namespace) -> int:
     from ldmole_dist.config import load_config
 
     show_stacks()
-    # Before the slow imports, so that errors in the config are reported at once.
+    # Load the config before the slow imports, so that its errors are reported at once.
     config = load_config(args.config, args.overrides)
     import torch.distributed
 

@@ -1,8 +1,8 @@
 """Train LD-MoLE with Hugging Face's `Trainer` and its subclasses, such as TRL's `SFTTrainer`.
 
 A `Trainer` does not compute the auxiliary losses of LD-MoLE. `AuxiliaryLosses` adds them to the task loss in `compute_loss`,
-before the loss is scaled for gradient accumulation and mixed precision. They are averaged over the micro-batches of an
-optimizer step and over processes.
+before the loss is scaled for gradient accumulation and mixed precision. The auxiliary losses are averaged over the
+micro-batches of an optimizer step and over processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AuxiliaryLosses(_Base):
     For example: `class MyTrainer(AuxiliaryLosses, SFTTrainer): pass`.
 
     Args:
-        auxiliary: coefficients of the auxiliary losses. The default is that of the paper, the load-balancing loss with
+        auxiliary: coefficients of the auxiliary losses. The default is the paper's: only the load-balancing loss, with
             coefficient 1. The L1 coefficient stays constant, unlike in `ldmole train`.
 
     Raises:
@@ -44,7 +44,7 @@ class AuxiliaryLosses(_Base):
         if tuner.parallel.size > 1:
             raise ValueError(
                 f"the experts are spread over {tuner.parallel.size} ranks, but a Trainer averages their gradients as if every "
-                "rank had the same experts; remove the call of spread_experts, or train with `ldmole train`"
+                "rank had the same experts; remove the call to spread_experts, or train with `ldmole train`"
             )
         self.context = tuner.context
         self.context.weights = auxiliary if auxiliary is not None else LossWeights(balance=1.0)
@@ -58,7 +58,7 @@ class AuxiliaryLosses(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of the base class; in training, plus the auxiliary losses of this micro-batch."""
+        """Return the loss of the base class and, in training, add the auxiliary losses of this micro-batch to it."""
         with self._auxiliary_losses() as collected:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
@@ -68,7 +68,7 @@ class AuxiliaryLosses(_Base):
         return (loss, outputs) if return_outputs else loss
 
     def _micro_batch_weight(self, num_items_in_batch: Tensor | int | None) -> float:
-        """Return the factor of the auxiliary losses, so that their sum over the micro-batches of a step is their mean.
+        """Return the factor that turns the sum of the auxiliary losses over the micro-batches of a step into their mean.
 
         It is 1 if `Trainer.training_step` itself divides the loss by the number of micro-batches.
         """
@@ -80,7 +80,10 @@ class AuxiliaryLosses(_Base):
 
     @contextmanager
     def _auxiliary_losses(self) -> Iterator[list[Tensor | float]]:
-        """Collect the auxiliary loss of each forward that computes gradients. Some trainers also run forwards for metrics."""
+        """Yield a list to which each forward with gradients appends its auxiliary loss.
+
+        Some trainers also run forwards without gradients, for metrics.
+        """
         collected: list[Tensor | float] = []
 
         def collect(*_: Any) -> None:
@@ -109,8 +112,8 @@ class AuxiliaryLosses(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the metrics of the base class, the auxiliary losses, the active experts per token and lambda.
 
-        The added metrics are means over micro-batches and processes since the last log. Losses are not multiplied by their
-        coefficients.
+        The added metrics are means over micro-batches and processes since the last log. The auxiliary losses are logged without
+        their coefficients.
         """
         if self._micro_batches:
             sums = torch.stack(list(self._reported.values())) / self._micro_batches

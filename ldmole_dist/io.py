@@ -1,7 +1,8 @@
 """Crash-safe files: atomic writes of files and folders, durable appends of lines, and digests.
 
 An atomic write creates a hidden file or folder beside the target, syncs it to disk and renames it. A crash at any moment
-leaves either the previous content or the new content under the target's name, never a part of it.
+leaves either the previous content or the new content under the target's name, never a part of it. The exception is the
+replacement of a folder (`publish_folder`).
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def write_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {what}: {error.strerror or error}. Existing content is unchanged; free disk space, fix the "
-            "permissions or choose another folder, then run the same command again."
+            f"cannot write {what}: {error.strerror or error}. Existing content is unchanged; free disk space or fix the "
+            "permissions and run the same command again, or choose another location."
         ) from error
 
 
@@ -87,7 +88,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: Path, content: str | bytes) -> Digest:
-    """Write a small file atomically; text is encoded as UTF-8.
+    """Write a small file atomically, and return its size and hash; text is encoded as UTF-8.
 
     Raises:
         OSError: if the file cannot be written; `path` is unchanged.
@@ -144,9 +145,9 @@ def publish_folder(folder: Path, replace: bool = False) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Context manager that yields an empty folder to fill. If the block ends without an error, that becomes `folder`.
+    """Context manager that yields an empty folder to fill, and renames it to `folder` if the block ends without an error.
 
-    After an error it is removed. Only one process at a time may write a given folder.
+    After an error, the yielded folder is removed. Only one process at a time may write a given folder.
 
     Raises:
         OSError: if the folder cannot be written, or `folder` exists and is not an empty folder.

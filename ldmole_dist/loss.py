@@ -2,7 +2,8 @@
 
 The task loss of an optimizer step is the sum over all answers (tokens or labels), divided by their number over all ranks and
 micro-batches. The engine averages gradients over ranks and micro-batches, so the trainer multiplies the task loss of a
-micro-batch by the number of ranks times the number of micro-batches. Auxiliary losses are averaged over both.
+micro-batch by the number of ranks times the number of micro-batches. Auxiliary losses are averaged over ranks and
+micro-batches.
 
 Shapes: B sequences, S positions, S' positions that need logits, V vocabulary size or number of classes.
 """

@@ -1,6 +1,6 @@
 """Export of the adapter as an ordinary PEFT folder, from a model in training or from a checkpoint.
 
-Both exports hold one full tensor in memory at a time. Exporting a checkpoint needs no process group.
+Both exports gather or read one full tensor at a time. Exporting a checkpoint needs no process group.
 """
 
 from __future__ import annotations
@@ -82,17 +82,18 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """Write the adapter of a checkpoint to a new folder.
 
     Raises:
-        UserError: if the checkpoint is damaged, or the folder exists or cannot be written.
+        UserError: if the checkpoint is missing or damaged or does not hold the experts, or the folder exists or cannot be
+            written.
     """
     manifest = read_manifest(checkpoint)
     if problems := verify(checkpoint):
         raise UserError(f"{problems[0]}; restore the checkpoint or export another one")
     if folder.exists():
-        raise UserError(f"{folder} exists already; remove it or choose another folder")
+        raise UserError(f"{folder} already exists; remove it or choose another folder")
     if json.loads((checkpoint / CONFIG_NAME).read_text()).get("train_experts") is False:
         raise UserError(
-            f"{checkpoint} does not hold the experts, which are frozen in this run; resume the run to its end, which writes "
-            "the complete adapter"
+            f"{checkpoint} does not hold the experts, because its run did not train them; resume that run to its end, which "
+            "writes the complete adapter"
         )
     specs = [TensorSpec(manifest.adapter_keys[n], shape, torch.float32) for n, shape in manifest.shapes.items()]
     with write_errors(f"the adapter {folder}"), atomic_folder(folder) as unfinished:

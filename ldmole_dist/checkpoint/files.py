@@ -1,8 +1,8 @@
-"""Tensor files of a checkpoint: written and hashed one tensor at a time, and read back by flat range.
+"""Tensor files of checkpoints and adapters: written and hashed one tensor at a time; shards are read back by flat range.
 
 The files are ordinary safetensors files. The safetensors library can write a file only from tensors that are all in memory,
-so `write_tensors` implements the format itself. A shard is a flat tensor under the key "STATE/PARAMETER"; its offset in the
-flattened full parameter is in the file's metadata.
+so `write_tensors` implements the format itself. In a checkpoint, a shard is a flat tensor under the key "STATE/PARAMETER"; its
+offset in the flattened full parameter is in the file's metadata.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DTYPE_NAMES = {
 class TensorSpec(NamedTuple):
     """Key, shape and dtype of a tensor to write.
 
-    The file starts with a header that holds them, so they must be known before the tensor is available.
+    The file starts with a header that holds them, so they must be known before the tensors are available.
     """
 
     key: str
@@ -54,7 +54,7 @@ def write_tensors(
     Args:
         path: path of the file.
         specs: specs of all tensors.
-        tensors: tensors in the order of `specs`, on any device. Each is released before the next is requested.
+        tensors: tensors in the order of `specs`, on any device. Each is requested after the previous one is written.
         metadata: metadata to store in the file.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -87,10 +87,10 @@ class ShardReader:
     It is a context manager, which closes the files at the end of the block.
 
     Args:
-        paths: paths of the files.
+        paths: rank files of a checkpoint.
 
     Raises:
-        UserError: if a file cannot be opened.
+        UserError: if a file cannot be opened, or its header is damaged or has no offsets.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -150,8 +150,8 @@ class ShardReader:
         reached = 0
         for start, end, _ in self._shards.get(key, []):
             if start != reached:
-                return f"{key}: elements {min(start, reached)} to {max(start, reached)} are " + (
+                return f"{key}: elements {min(start, reached)} to {max(start, reached) - 1} are " + (
                     "missing" if start > reached else "stored twice"
                 )
             reached = end
-        return None if reached == length else f"{key}: {reached} of {length} elements are stored"
+        return None if reached == length else f"{key}: the shards hold {reached} elements instead of {length}"

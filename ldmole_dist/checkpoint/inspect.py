@@ -14,15 +14,15 @@ def print_table(checkpoint: Path) -> None:
     """Print where a checkpoint comes from, its parameters by kind, and its files.
 
     Raises:
-        UserError: if its manifest cannot be read.
+        UserError: if its manifest is missing or damaged, or has another format version.
     """
     manifest = read_manifest(checkpoint)
     t, adapter = manifest.topology, manifest.config["adapter"]
     print(f"{checkpoint}: after {manifest.step} optimizer steps, format {manifest.format_version}")
     print(f"written by {t['world_size']} rank(s), ZeRO {t['zero_stage']}, ep_size {t['ep_size']}")
     experts = adapter["num_experts"]
-    expert_count = f"{', '.join(map(str, experts))} (by layer)" if isinstance(experts, list) else experts
-    print(f"backbone {manifest.backbone['path']}; {expert_count} experts with r {adapter['r']}")
+    expert_count = f"{', '.join(map(str, experts))} (by group of layers)" if isinstance(experts, list) else experts
+    print(f"backbone {manifest.backbone['path']}; experts per linear: {expert_count}; r: {adapter['r']}")
     tensors, elements = Counter[str](), Counter[str]()
     for name, shape in manifest.shapes.items():
         kind = _kind(name)

@@ -44,8 +44,8 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
         The checkpoint, the same on every rank; None to start fresh.
 
     Raises:
-        UserError, PeerError: if no checkpoint that may be chosen is intact, or if the chosen one was trained with another
-            adapter, backbone or data.
+        UserError, PeerError: if `run.resume` is neither a checkpoint nor a run with checkpoints, if there are checkpoints but
+            none can be used, or if the chosen one has another adapter, backbone or order of the examples.
     """
     resume = config.run.resume
     if resume == "never":
@@ -65,11 +65,12 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
         if resume != "auto":
             break
         if process.is_main:
-            tqdm.write(f"checkpoint {candidate} is damaged, trying an older one: {problems[0]}")
+            tqdm.write(f"skipped checkpoint {candidate.name}: {problems[0]}")
     if candidates:
         with raise_on_all_ranks("choosing a checkpoint"):
             raise UserError(
-                f"no intact checkpoint to resume from ({problems[0]}); set run.resume to another checkpoint or to never"
+                f"no usable checkpoint to resume from: {problems[0]}. Set run.resume to another checkpoint, or to never to "
+                "start fresh."
             )
     return None
 
@@ -86,7 +87,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
         Number of optimizer steps after which the checkpoint was saved.
 
     Raises:
-        UserError, PeerError: if the parameters of the checkpoint differ from those of the engine.
+        UserError, PeerError: if the checkpoint cannot be read, or its parameters differ from those of the engine.
     """
     with raise_on_all_ranks(f"reading checkpoint {checkpoint}"):
         manifest = read_manifest(checkpoint)
@@ -105,7 +106,8 @@ def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
         _restore_random_states(checkpoint / manifest.rank_files()[process.rank], process.device)
     elif process.is_main:
         tqdm.write(
-            f"{checkpoint} was written under {manifest.topology}, but this run uses {here}: random states are not restored"
+            f"{checkpoint} was written with {_join(manifest.topology)}, but this run has {_join(here)}; random states are not "
+            "restored"
         )
     return manifest.step
 
@@ -115,14 +117,18 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"), reverse=True)
 
 
+def _join(topology: dict[str, int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in topology.items())
+
+
 def _requested_checkpoint(path: Path) -> list[Path]:
     if (path / MANIFEST_NAME).exists():
         return [path]
     if found := list_checkpoints(path):
         return found[:1]
     raise UserError(
-        f"run.resume={str(path)!r} is neither a checkpoint (it has no {MANIFEST_NAME}) nor a run with checkpoints; use the "
-        "path of one of them, auto or never"
+        f"run.resume={str(path)!r} is neither a checkpoint (it has no {MANIFEST_NAME}) nor a run with checkpoints; set "
+        "it to the path of one of these, to auto or to never"
     )
 
 
@@ -174,15 +180,24 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict
             )
     saved_weights, weights = manifest.backbone["fingerprint"], fingerprint(config.backbone.path)
     if saved_weights and weights and saved_weights != weights:
+        saved_path, path = manifest.backbone["path"], config.backbone.path
+        if saved_path == path:
+            raise UserError(
+                f"the weights in backbone.path={path} are not those that {checkpoint} was trained on; restore them, or set "
+                "run.resume=never"
+            )
         raise UserError(
-            f"{checkpoint} was trained on another backbone, {manifest.backbone['path']}: the weights of {config.backbone.path} "
-            "differ; set backbone.path to that backbone, or run.resume=never"
+            f"{checkpoint} was trained on another backbone, {saved_path}, and the weights in {path} differ from it; set "
+            f"backbone.path={saved_path}, or run.resume=never"
         )
     for key, value in data.items():
-        if manifest.data.get(key) != value:
+        if (previous := manifest.data.get(key)) != value:
+            setting = {"global_batch_size": "optimisation.global_batch_size", "seed": "run.seed"}.get(key)
+            trained = f"with {setting}" if setting else f"on data with {key}"
+            remedy = f"set {setting}={previous}" if setting else "restore the data section and the files of that run"
             raise UserError(
-                f"{checkpoint} was trained on data with {key}={manifest.data.get(key)}, but this run has {value}, which "
-                "changes the order of the examples; set the same value, or start from the adapter of the checkpoint "
+                f"{checkpoint} was trained {trained}={previous}, but this run has {value}, which changes the order of the "
+                f"examples; {remedy}, or start from the adapter of the checkpoint "
                 f"(ldmole checkpoint export {checkpoint} ADAPTER, then adapter.init_from=ADAPTER and run.resume=never)"
             )
 
@@ -191,16 +206,17 @@ def _check_shapes(manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[
     saved = {name: tuple(shape) for name, shape in manifest.shapes.items()}
     for name in sorted(saved.keys() | shapes.keys()):
         if saved.get(name) != shapes.get(name):
+            there, here = (f"of shape {list(s[name])}" if name in s else "missing" for s in (saved, shapes))
             raise UserError(
-                f"{checkpoint} was trained on another backbone, {manifest.backbone['path']}: the shape of {name} is "
-                f"{saved.get(name, 'missing')} there and {shapes.get(name, 'missing')} here; set backbone.path to that "
-                "backbone, or run.resume=never"
+                f"{checkpoint} does not match the model of this run: {name} is {there} in the checkpoint and {here} in the "
+                f"model; set backbone.path={manifest.backbone['path']} and the adapter section of that run, or run.resume=never"
             )
 
 
 def _restore_random_states(path: Path, device: torch.device) -> None:
     with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name.startswith("random/")]  # noqa: SIM118  (not a dictionary)
+        # safe_open objects are not iterable.
+        names = [name for name in file.keys() if name.startswith("random/")]  # noqa: SIM118
         states: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     torch.set_rng_state(states["random/cpu"])
     if device.type == "cuda" and "random/cuda" in states:  # absent if the checkpoint was written on a CPU

@@ -73,11 +73,13 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text())
         version, expected = raw["format_version"], raw.pop("sha256", None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"key {error} is missing" if isinstance(error, KeyError) else error
+    except FileNotFoundError as error:
         raise UserError(
-            f"{path} cannot be read ({reason}), so {checkpoint} is not a complete checkpoint; use another one"
+            f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST_NAME}; use another checkpoint"
         ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}); restore it or use another checkpoint") from error
     if version != FORMAT_VERSION:
         remedy = (
             "upgrade ldmole_dist"
@@ -96,14 +98,16 @@ def verify(checkpoint: Path) -> list[str]:
     """Return a description of each problem of a checkpoint; empty if it is intact.
 
     Raises:
-        UserError: if its manifest or a rank file cannot be read.
+        UserError: as in `read_manifest` and `content_problems`.
     """
     manifest = read_manifest(checkpoint)
     return file_problems(checkpoint, manifest, manifest.required_files()) or content_problems(checkpoint, manifest)
 
 
 def file_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Return one description per file that is missing, cannot be read, or differs from the manifest in size or hash.
+    """Return one description per file that is missing, cannot be read, or differs from its entry in the manifest.
+
+    A file without an entry, or with another size or hash, differs.
 
     Args:
         checkpoint: folder of the checkpoint.
@@ -131,7 +135,7 @@ def content_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
     """Return one description per tensor of the optimizer state with elements that are missing or stored twice.
 
     Raises:
-        UserError: if a rank file cannot be opened.
+        UserError: if a rank file cannot be opened or its header is damaged.
     """
     with ShardReader(checkpoint / name for name in manifest.rank_files()) as reader:
         gaps = [

@@ -6,6 +6,8 @@
 3. When the files of all ranks are on disk, which the training loop detects with an all-reduce at the end of a later step,
    `finish` writes the manifest, renames the folder and updates `latest`.
 
+With run.save_async=false, `save` does all of this before it returns, without a copy.
+
 A crash at any moment leaves earlier checkpoints intact. The threads run no collectives, which would interleave with those of
 training.
 """
@@ -93,7 +95,7 @@ class Saver:
         unfinished = unfinished_folder(final)
         with raise_on_all_ranks("preparing the checkpoint"), write_errors(f"the checkpoint {unfinished}"):
             if self.process.is_main:
-                # Folders that a run left when it was killed while it wrote or removed a checkpoint.
+                # Remove the folders that a run left if it was killed while it wrote or removed a checkpoint.
                 for left in [*self.folder.glob(".step_*"), *self.folder.glob(".removed_*")]:
                     shutil.rmtree(left, ignore_errors=True)
                 start_folder(final)
@@ -120,7 +122,7 @@ class Saver:
 
     @property
     def done(self) -> bool:
-        """Whether a checkpoint is pending and this rank has finished, or failed, writing its file."""
+        """Whether a checkpoint is pending and this rank has written its file or failed to."""
         return self._pending is not None and (self._pending.thread is None or not self._pending.thread.is_alive())
 
     def finish(self) -> None:
@@ -200,7 +202,8 @@ class Saver:
 
     def _remove(self, checkpoint: Path) -> None:
         # The folder is renamed first, so that a partly removed one never looks like a checkpoint. It is removed in a thread,
-        # because large files take time. The thread is not a daemon thread, so the process waits for it before it exits.
+        # because large files take time. The thread is not a daemon thread, so that the process waits for it before it exits,
+        # up to the limit of `exit_process`.
         removed = checkpoint.rename(self.folder / f".removed_{checkpoint.name}_{time.time_ns()}")
         threading.Thread(target=shutil.rmtree, args=(removed,), kwargs={"ignore_errors": True}).start()
 
@@ -220,7 +223,7 @@ class Saver:
 
 
 def topology(engine: Engine, process: Process) -> dict[str, int]:
-    """Return the ZeRO stage, ep_size and world size of this run, under the names in the manifest."""
+    """Return the ZeRO stage, ep_size and world size of this run, under their names in the manifest."""
     return {"zero_stage": engine.stage, "ep_size": engine.parallel.size, "world_size": process.world_size}
 
 

@@ -1,4 +1,4 @@
-"""LD-MoLE adapter whose experts are existing LoRA adapters; only its routers remain to be trained.
+"""LD-MoLE adapter whose experts are existing LoRA adapters; only its routers and lambda-MLPs remain to be trained.
 
 Expert e of a linear is s_e B_e A_e, with the matrices B_e and A_e and the scaling s_e of the e-th LoRA adapter. It is zero if
 that adapter does not adapt the linear. Smaller LoRA ranks are padded with zeros, which does not change the product.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -72,7 +72,7 @@ def compose(
 ) -> LdMoleConfig:
     """Write an LD-MoLE adapter composed of LoRA adapters.
 
-    At most one stacked tensor (A or B of all experts of one linear) is in memory at a time.
+    The stacked tensors (A or B of all experts of one linear) are created and written one at a time.
 
     Args:
         output: folder to create.
@@ -86,8 +86,8 @@ def compose(
         Config of the new adapter.
 
     Raises:
-        UserError: if an adapter cannot be an expert, the adapters have different backbones, or the folder exists or cannot be
-            written.
+        UserError: if an adapter cannot be an expert, the adapters name no backbone or different ones, the backbone cannot be
+            loaded, an argument of the router is invalid, or the folder exists or cannot be written.
     """
     folder = Path(output)
     if folder.exists():
@@ -166,9 +166,12 @@ def _load_config(folder: str) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read an adapter from {folder!r} ({error}); check the path.") from error
+        reason = error if (Path(folder) / CONFIG_NAME).is_file() else f"it has no {CONFIG_NAME}"
+        raise UserError(f"cannot read an adapter from {folder!r}: {reason}; check the path.") from error
     if type(config) is not LoraConfig:
-        raise UserError(f"the adapter {folder!r} is of type {config.peft_type}; only LoRA adapters can be experts.")
+        raise UserError(
+            f"the adapter {folder!r} is of type {config.peft_type}, but only LoRA adapters can be experts; leave it out."
+        )
     return config
 
 
@@ -181,32 +184,35 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
         explicit: whether the user set the backbone; if not, the adapter's config must name `backbone`.
 
     Raises:
-        UserError: if the adapter cannot be read, is not plain LoRA or does not match the backbone.
+        UserError: if the adapter cannot be read, is not plain LoRA, names another backbone or does not match the backbone.
     """
     config = _load_config(folder)
     unsupported = {
         "DoRA": config.use_dora,
-        f"bias={config.bias!r}": config.bias != "none" or config.lora_bias,
+        f"bias={config.bias!r}": config.bias != "none",
+        "lora_bias": config.lora_bias,
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
         "target_parameters": config.target_parameters,
     }
     if found := [name for name, value in unsupported.items() if value]:
-        raise UserError(f"the adapter {folder!r} uses {', '.join(found)}; only plain LoRA can be an expert.")
+        raise UserError(
+            f"the adapter {folder!r} uses {', '.join(found)}, but only plain LoRA can be an expert; leave it out."
+        )
     if not explicit and config.base_model_name_or_path != backbone:
         raise UserError(
             f"the adapter {folder!r} is for {config.base_model_name_or_path}, but the first adapter is for {backbone}; use "
             "adapters of one backbone, or set --backbone if both are paths of the same one."
         )
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(f"the adapter {folder!r} has no {SAFETENSORS_WEIGHTS_NAME}; restore it, or save it with PEFT.")
     try:
         with safe_open(path, "pt") as file:
             # safe_open objects are not iterable.
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read {path} ({error}); check that the adapter is complete and readable."
-        ) from error
+        raise UserError(f"cannot read {path} ({error}); check that the adapter is complete and readable.") from error
     # PEFT resolves rank and alpha patterns, layer selection and rank-stabilized scaling when it builds the adapter.
     config.init_lora_weights = False
     model: Any = get_peft_model(_meta_backbone(backbone), config)
@@ -222,10 +228,20 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
             is_plain_linear = type(module) is LoraLinear and not getattr(module, "fan_in_fan_out", False)
             expected = [[expert.r, module.in_features], [module.out_features, expert.r]]
             actual = [shapes.get(expert.A_key), shapes.get(expert.B_key)]
-            if not is_plain_linear or actual != expected:
+            if not is_plain_linear:
                 raise UserError(
-                    f"the adapter {folder!r} does not match {backbone} at {name}: expected shapes {expected} of A and B of a "
-                    f"plain linear, got {actual} of a {type(module).__name__}; use the backbone that it was trained on."
+                    f"the adapter {folder!r} adapts {name}, a {type(module.get_base_layer()).__name__}, but experts can adapt "
+                    "only nn.Linear; leave it out."
+                )
+            if None in actual:
+                raise UserError(
+                    f"the adapter {folder!r} does not match {backbone} at {name}: its file has no A and B for this linear; "
+                    "restore the file, or use the backbone that the adapter was trained on."
+                )
+            if actual != expected:
+                raise UserError(
+                    f"the adapter {folder!r} does not match {backbone} at {name}: A and B have the shapes {actual[0]} and "
+                    f"{actual[1]}, not {expected[0]} and {expected[1]}; use the backbone that the adapter was trained on."
                 )
             experts[name] = expert
     return LoraAdapter(Path(folder), backbone, experts)

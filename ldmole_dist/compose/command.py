@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--router-input",
         choices=("layer", "hidden"),
         default="layer",
-        help="input of the routers: the input of their linear, or the hidden states of a forward pass without the adapter, as "
-        "in X-LoRA (default: %(default)s)",
+        help="input of each router: 'layer' is the input of its linear; 'hidden', as in X-LoRA, the last hidden states of a "
+        "forward pass without the adapter (default: %(default)s)",
     )
     parser.add_argument(
         "--top-k",
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Compose an adapter.
 
     Raises:
-        UserError: if an adapter cannot be an expert, or the output folder exists or cannot be written.
+        UserError: as in `build.compose`.
     """
     from ldmole_dist.compose.build import compose
 

@@ -1,1 +1,1 @@
-"""Evaluation on held-out rows, under every ZeRO stage and expert-parallel size."""
+"""Evaluation on held-out rows, with any ZeRO stage and expert-parallel size."""

@@ -13,8 +13,8 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.io import atomic_write, write_errors
 
 EVAL = """Evaluate the adapter of a run, or a saved adapter, on held-out rows. Reports the loss and perplexity of the answers;
-accuracy if the possible answers are known; F1 and Matthews correlation if all rows have the same possible answers. Every metric
-is reported overall and by domain. Runs on any number of ranks at any ZeRO stage: start it with torchrun, mpirun or deepspeed.
+accuracy if the possible answers are known; macro F1 and Matthews correlation if they are data.labels. Every metric is reported
+overall and by domain. Runs on any number of ranks with any ZeRO stage; start several ranks with torchrun, mpirun or deepspeed.
 --lm-eval runs tasks of the LM Evaluation Harness instead."""
 
 
@@ -34,20 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=positive,
         metavar="ROWS",
-        help="maximum rows of each source, or documents of each lm-eval task",
+        help="maximum number of rows of each source, or of documents of each lm-eval task (default: the run's data.eval_limit; "
+        "all with --data or --lm-eval)",
     )
     parser.add_argument(
         "--batch-size",
         type=positive,
         metavar="N",
-        help="rows per forward pass of a rank (default: twice the run's micro-batch size)",
+        help="sequences per forward pass of a rank (default: twice the run's micro-batch size)",
     )
     parser.add_argument(
-        "--lm-eval", metavar="TASKS", help="comma-separated lm-eval tasks to run; requires `pip install lm_eval`"
+        "--lm-eval",
+        metavar="TASKS",
+        help="comma-separated lm-eval tasks to run; requires `pip install 'lm_eval>=0.4.13,<0.5'`",
     )
     parser.add_argument("--lm-eval-path", metavar="FOLDER", help="folder with additional lm-eval tasks")
     parser.add_argument(
-        "--num-fewshot", type=int, metavar="N", help="few-shot examples per lm-eval prompt (default: the task's)"
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="number of few-shot examples per lm-eval prompt (default: the task's)",
     )
     parser.add_argument("--output", metavar="FILE", help="JSON file to write the results to")
     parser.set_defaults(call=run)

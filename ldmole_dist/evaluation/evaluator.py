@@ -1,7 +1,7 @@
-"""Loss and accuracy on held-out rows, under every ZeRO stage and expert-parallel size.
+"""Loss and accuracy on held-out rows, with any ZeRO stage and expert-parallel size.
 
-Every rank runs the same number of forward passes, because they contain collectives: a rank with fewer rows repeats one and
-ignores its result.
+Every rank runs the same number of forward passes, because they contain collectives: a rank with one row fewer also runs the
+shortest row and ignores its result.
 
 Shapes: N examples, B sequences, S positions, C choices, V vocabulary size or number of classes.
 """
@@ -80,8 +80,8 @@ class Evaluator:
     def _evaluate_batch(self, model: nn.Module, examples: Sequence[Encoded]) -> Tensor:
         """Return the outcomes of B examples as a (B, 5) tensor, one column per field of `Outcomes`.
 
-        The chosen answer is the one whose token has the highest logit at the position of the first answer token; for sequence
-        classification, it is the class with the highest logit.
+        The chosen answer is the one whose token has the highest logit at the position that predicts the first answer token; for
+        sequence classification, it is the class with the highest logit.
         """
         targets, logits = batch_logits(model, collate(examples, self.pad_id, self.process.device))
         # Class labels are one target per sequence: add a position dimension of size 1.

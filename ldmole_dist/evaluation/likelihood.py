@@ -22,11 +22,11 @@ def choose_by_likelihood(
         targets: index of the correct choice of each row.
 
     Returns:
-        Outcomes of the N rows. The loss of a row is that of its correct choice, and `chosen_N` is the choice with the highest
-        log likelihood.
+        Outcomes of the N rows. `chosen_N` is the index of the choice with the highest log likelihood; `loss_N`,
+        `answers_N` and `greedy_N` are those of the correct choice.
 
-        (N,) float64 tensor: the choice of each row with the highest log likelihood per UTF-8 byte. Unlike the log likelihood
-        itself, it does not favor short answers.
+        (N,) float64 tensor: index of each row's choice with the highest log likelihood per UTF-8 byte, which does not favor
+        short answers.
     """
     losses, first = sequences.loss_N.split([len(texts) for texts in choices]), 0
     correct, chosen, normalized = [], [], []

@@ -1,4 +1,4 @@
-"""LM Evaluation Harness tasks on a model of any ZeRO stage and expert-parallel size.
+"""LM Evaluation Harness tasks, with any ZeRO stage and expert-parallel size.
 
 Every rank runs the harness with all requests; `Evaluator` distributes the forward passes over the ranks.
 """
@@ -42,8 +42,8 @@ def run_lm_eval(
         "lm_eval": results of each task, with the metric names of the harness. "versions": version of each task.
 
     Raises:
-        UserError, PeerError: on every rank, if the model is a classifier, the folder does not exist, a task is unknown or its
-            data cannot be loaded.
+        UserError, PeerError: on every rank, if the model is a classifier, the folder does not exist, a task is unknown, its
+            data cannot be loaded, or it generates text on several ranks.
     """
     if model.config.backbone.task != "causal_lm":
         raise UserError(
@@ -65,8 +65,8 @@ def run_lm_eval(
         except Exception as error:  # the errors have no common base class: network, missing file, unexpected data
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
-                f"cannot load the lm-eval tasks {', '.join(tasks)} ({reason}); without access to the hub, define tasks that "
-                "read local files and set --lm-eval-path."
+                f"cannot load the lm-eval tasks {', '.join(tasks)} ({reason}); correct their data or, without access to the "
+                "hub, define tasks that read local files and set --lm-eval-path."
             ) from error
     results: Any = simple_evaluate(
         LdMoleLM(model),
@@ -82,7 +82,7 @@ def run_lm_eval(
 
 
 class LdMoleLM(TemplateLM):
-    """Implementation of the harness's model interface (`lm_eval.api.model.TemplateLM`) by a `DistributedModel`."""
+    """The harness's model interface (`lm_eval.api.model.TemplateLM`), implemented with a `DistributedModel`."""
 
     def __init__(self, model: DistributedModel) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ def training_metrics(outcomes: Outcomes, domains: Sequence[str | None]) -> dict[
 
     Args:
         outcomes: outcomes of N rows.
-        domains: domain of each row.
+        domains: domain of each row; None for a row without one.
 
     Returns:
         "eval_loss": loss in nats per answer token. "accuracy": from 0 to 1; left out if no row has choices. The same metrics of
@@ -71,7 +71,7 @@ def compute_metrics(outcomes: Outcomes, classes: int | None = None) -> dict[str,
         classes: K if all rows have the same K choices, else None.
 
     Returns:
-        "rows": number of rows. "answers": number of answer tokens. "loss": in nats per answer token. "perplexity".
+        "rows": number of rows. "answers": number of answer tokens. "loss": in nats per answer token. "perplexity": exp(loss).
         If any row has choices, over these rows: "accuracy" (0 to 1), its standard error "accuracy_stderr" and, with `classes`,
         "f1_macro" and "matthews".
     """

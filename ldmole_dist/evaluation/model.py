@@ -62,7 +62,7 @@ def eval_config(
         overrides: config values to override, each as "a.b=c".
         data: evaluation file that replaces `data.eval`; None keeps it.
         limit: maximum number of rows of each source; None keeps `data.eval_limit`, or reads all rows if `data` is set.
-        batch_size: rows per forward pass; None uses twice the run's micro-batch size.
+        batch_size: sequences per forward pass of a rank; None uses twice the run's micro-batch size.
 
     Raises:
         UserError: if a value of the config is invalid.
@@ -99,7 +99,7 @@ def load_distributed(config: Config, with_adapter: bool) -> Iterator[Distributed
     """
     process = start(config.parallelism.timeout_minutes)
     p, o = config.parallelism, config.optimisation
-    p.ep_size = math.gcd(p.ep_size, process.world_size)  # any divisor of the world size gives the same results
+    p.ep_size = math.gcd(p.ep_size, process.world_size)  # the results do not depend on ep_size
     o.global_batch_size = o.micro_batch_size * process.world_size
     with raise_on_all_ranks("checking the config"):
         check_parallelism(config, process.world_size)
@@ -107,7 +107,7 @@ def load_distributed(config: Config, with_adapter: bool) -> Iterator[Distributed
         tokenizer = load_tokenizer(config.backbone.path)
     parallel = expert_parallel(p.ep_size, p.dispatch, p.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
-    # The optimizer never steps, but DeepSpeed partitions a model only if there is one.
+    # The engine always creates an optimizer, which never steps here.
     engine = Engine(model, ds_config, o)
     model.eval()
     context: Any = nullcontext() if with_adapter else model.disable_adapter()
@@ -121,13 +121,14 @@ def load_eval_data(config: Config) -> tuple[list[Row], Encoder]:
     Call it before `load_distributed`, so that an error in the data is reported before the model is loaded.
 
     Raises:
-        UserError, PeerError: on every rank, if there is no evaluation data or it cannot be read.
+        UserError, PeerError: on every rank, if there is no evaluation data, it cannot be read, or the tokenizer cannot be
+            loaded or does not fit `data.labels`.
     """
     start(config.parallelism.timeout_minutes)
     data, task = config.data, config.backbone.task
     with raise_on_all_ranks("reading the data"):
         if data.eval is None:
-            raise UserError("the config has no evaluation data; pass --data FILE or set data.eval=[...].")
+            raise UserError("data.eval is not set; pass --data FILE or set data.eval=FILE.")
         by_source = read_rows(data.eval, task, data.labels, data.eval_limit, split="eval")
         encoder = Encoder(load_tokenizer(config.backbone.path), task, data.labels, data.max_length, data.truncation)
     return [row for rows in by_source for row in rows], encoder

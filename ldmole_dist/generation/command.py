@@ -18,10 +18,10 @@ line is streamed; the prompts of --file are processed in batches. Without either
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ldmole generate`."""
     parser.add_argument("subject", metavar="RUN_OR_ADAPTER", help="folder of a run or an adapter")
-    parser.add_argument("prompts", nargs="*", help="prompts; \\n stands for a line break")
+    parser.add_argument("prompts", nargs="*", help="texts to continue; \\n stands for a line break")
     parser.add_argument(
         "--file",
-        help='prompts: a .txt file with one per line, or .jsonl, .json, .csv or .parquet records with "prompt" or "messages"',
+        help='file of prompts: .txt with one per line, or .jsonl, .json, .csv or .parquet records with "prompt" or "messages"',
     )
     parser.add_argument(
         "--output", metavar="FILE", help="JSON-lines file to write the output of --file to; an existing file is resumed"
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=64,
         metavar="N",
-        help="maximum tokens to generate per prompt (default: %(default)s)",
+        help="maximum number of tokens to generate per prompt (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "bf16", "fp16"),
         default="bf16",
-        help="dtype of the model (default: %(default)s)",
+        help="dtype of the backbone (default: %(default)s)",
     )
     parser.add_argument("--no-adapter", action="store_true", help="generate without the adapter, for comparison")
     parser.set_defaults(call=run)
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for invalid arguments, prompts or models.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if (world_size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise UserError(
-            "ldmole generate runs in one process only, because ranks would generate different numbers of tokens; start it "
-            "without a launcher. A run's adapter/ holds the experts of all ranks; `ldmole checkpoint export CHECKPOINT "
-            "ADAPTER` creates an adapter from a checkpoint."
+            f"ldmole generate runs in one process, but WORLD_SIZE={world_size}: ranks would generate different numbers of "
+            "tokens; start it without a launcher. A run's adapter/ holds the experts of all ranks; `ldmole checkpoint export "
+            "CHECKPOINT ADAPTER` creates an adapter from a checkpoint."
         )
     if args.output is not None and args.file is None:
         raise UserError("--output requires --file.")
@@ -146,7 +146,7 @@ def _generate_for_input(args: argparse.Namespace, model: Any, tokenizer: Any, sa
 
     start = [{"role": "system", "content": args.system}] if args.system else []
     turns = list(start)
-    print("Type a prompt; Ctrl-D exits" + (", /new starts a new conversation." if args.chat else "."), file=sys.stderr)
+    print("Type a prompt. Ctrl-D exits" + ("; /new starts a new conversation." if args.chat else "."), file=sys.stderr)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -187,7 +187,7 @@ def _probability(text: str) -> float:
 
 
 def _float_or_nan(text: str) -> float:
-    # Without it, argparse would report "invalid _probability value" for text that is not a number.
+    # Without this function, argparse would report "invalid _probability value" for text that is not a number.
     try:
         return float(text)
     except ValueError:

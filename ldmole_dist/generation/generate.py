@@ -76,12 +76,12 @@ def generate_batch(
 ) -> list[str]:
     """Generate text for several prompts at once.
 
-    Padding is on the left and masked, so greedy output is the same as for each prompt alone.
+    Padding is on the left and masked, so greedy output is, up to rounding, the same as for each prompt alone.
 
     Args:
         model: causal language model in evaluation mode.
         tokenizer: tokenizer of the backbone.
-        prompts: B texts.
+        prompts: texts to continue.
         sampling: sampling settings.
         stop: strings at which the generation for a prompt stops; the text may contain the stop string.
         templated: whether the prompts come from a chat template, which has already added the special tokens.
@@ -100,9 +100,10 @@ def generate_batch(
     finally:
         tokenizer.padding_side = padding_side
     if inputs["input_ids"].shape[1] == 0 or not inputs["attention_mask"].any(1).all():
-        raise UserError("a prompt is empty, and this tokenizer adds no start token; provide at least one word.")
+        empty = next(text for text, mask in zip(prompts, inputs["attention_mask"], strict=True) if not mask.any())
+        raise UserError(f"the prompt {empty!r} has no tokens, not even a start token; provide at least one word.")
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    # Routers with router_input="hidden" run the backbone on the full sequence first, so the key-value cache cannot be used.
+    # With router_input="hidden", a forward pass without the adapter needs the full sequence: use no key-value cache.
     use_cache = not (isinstance(model, PeftModel) and tuner_of(model).reads_hidden)
     ids = causal.generate(
         **inputs.to(causal.device),

@@ -44,14 +44,19 @@ def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syst
         system: system message before each of these user messages; None for none.
 
     Raises:
-        UserError: if the file cannot be read or has no prompts, or if a record has neither key; the message names the location.
+        UserError: if the file cannot be read or has no prompts, a record has neither key, or its messages cannot be rendered
+            (`render_chat`); the message names the location.
     """
     records: list[LocatedRecord]
     if Path(path).suffix == ".txt":
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read prompts from {path}: {error}; check --file.") from error
+        except OSError as error:
+            raise UserError(f"cannot read prompts from {path}: {error.strerror or error}; check --file.") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"cannot read prompts from {path}: not UTF-8 text ({error}); convert it to UTF-8."
+            ) from error
         records = [({"prompt": line}, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     else:
         records = list(read_records(path))
@@ -64,8 +69,9 @@ def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syst
         elif isinstance(record.get("prompt"), str):
             prompts.append(make_prompt(record["prompt"], tokenizer, chat, system, where)._replace(record=record))
         else:
+            keys = ", ".join(sorted(record)) or "none"
             raise UserError(
-                f"{where}: the row needs a string 'prompt' or a list 'messages'; its keys are {sorted(record)}."
+                f"{where}: the record has neither a string 'prompt' nor a list 'messages' (keys: {keys}); add one of them."
             )
     return prompts
 
@@ -74,7 +80,7 @@ def make_prompt(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syste
     """Return the prompt for a text: the text itself or, with `chat`, a user message rendered by the chat template.
 
     Raises:
-        UserError: if the tokenizer has no chat template, or the template rejects the message.
+        UserError: with `chat`, if the tokenizer has no chat template, or the template rejects the message.
     """
     if not chat:
         return Prompt(text)
@@ -83,23 +89,28 @@ def make_prompt(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syste
 
 
 def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """Render messages with the chat template, up to the start of the assistant's next turn.
+    """Render messages with the chat template; the text ends with the header of the assistant's next turn.
 
-    If the last turn is the assistant's, as in training data, it is dropped.
+    If the last message is the assistant's answer, as in training data, it is dropped.
+
+    Args:
+        messages: messages with "role" and "content".
+        tokenizer: tokenizer of the backbone.
+        where: location of the messages, used in error messages.
 
     Raises:
-        UserError: if the tokenizer has no chat template, or the template rejects the messages.
+        UserError: if the tokenizer has no chat template, a role is unknown, there is no message before the assistant's answer,
+            or the template rejects the messages.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{where}: the backbone's tokenizer has no chat template; use plain prompts without --chat.")
     if messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
-    if not messages or any(turn.get("role") not in ROLES.values() for turn in messages):
-        roles = ", ".join(sorted(set(ROLES.values())))
-        raise UserError(
-            f"{where}: expected messages with the roles {roles}, at least one of them before the assistant's answer; correct "
-            "the messages."
-        )
+    roles = sorted(set(ROLES.values()))
+    if unknown := [turn.get("role") for turn in messages if turn.get("role") not in roles]:
+        raise UserError(f"{where}: a message has the unknown role {unknown[0]!r}; use one of {', '.join(roles)}.")
+    if not messages:
+        raise UserError(f"{where}: there is no message before the assistant's answer; add a user's message.")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except (TemplateError, KeyError) as error:

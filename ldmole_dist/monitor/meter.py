@@ -1,6 +1,7 @@
-"""Metrics of one optimizer step: sums over its micro-batches, reduced over all ranks with one all-reduce.
+"""Metrics of one optimizer step, reduced over its micro-batches and over all ranks.
 
-Every rank collects the same metrics in the same steps, so that the reduced tensors have the same layout.
+A step needs one all-reduce, a detailed report two more. Every rank collects the same metrics in the same steps, so that the
+reduced tensors have the same layout.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Report(NamedTuple):
     """Metrics of one optimizer step, the same on every rank.
 
     Args:
-        metrics: name -> number or dictionary of numbers.
+        metrics: name -> number, or nested dictionary of numbers.
         routing: name of a linear -> statistics from `statistics.summarize`; empty unless the report is detailed.
     """
 
@@ -47,7 +48,8 @@ class StepMeter:
     Args:
         engine: engine that runs the step.
         process: this rank.
-        detailed: also report the routing of each linear, gradient norms by part, dispatch times and peak memory.
+        detailed: also report the routing of each linear, elements sent by input group, gradient norms by part, dispatch times
+            and peak memory.
     """
 
     def __init__(self, engine: Engine, process: Process, detailed: bool) -> None:
@@ -61,7 +63,7 @@ class StepMeter:
         self._micro_batches = 0
 
     def add(self, loss: Tensor, task: Tensor, batch: dict[str, Tensor]) -> None:
-        """Add a micro-batch to the sums; call it after the forward of the micro-batch.
+        """Add a micro-batch to the sums; call it after its forward and before the next one.
 
         Args:
             loss: total loss, a detached scalar.
@@ -110,7 +112,7 @@ class StepMeter:
         return Report(metrics, routing)
 
     def _means(self, total: dict[str, float]) -> dict[str, Any]:
-        """Return the metrics that are in every report, from the sums over micro-batches and ranks."""
+        """Return the mean losses, the routing means and the number of tokens, from the sums over micro-batches and ranks."""
         decisions = max(total["decisions"], 1)
         # Losses that the router lacks are left out: a 0 would look like a measurement.
         losses = ["loss", "loss_task", *(f"loss_{term}" for term in TERMS if term in self.context.terms)]
@@ -121,7 +123,7 @@ class StepMeter:
         return means | {"tokens": total["tokens"]}
 
     def _extremes(self) -> dict[str, Any]:
-        """Return the peak memory and the dispatch times, each the maximum over ranks. Collective."""
+        """Return the peak memory and, if experts are spread over ranks, the dispatch times: maxima over ranks. Collective."""
         values = [self.process.peak_memory(), *(self.wire.clock.seconds(part) for part in TIMED)]
         largest = torch.tensor(values, dtype=torch.float64, device=self.process.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)

@@ -17,15 +17,16 @@ from ldmole_dist.method.routers import Routing
 from ldmole_dist.model.forward import observe_routing
 from ldmole_dist.monitor.supports import Supports
 
-# Few, to save memory: 16 sequences of 1024 tokens with 8 experts in 224 linears take 4 MB, at one bit per token and expert.
+# Kept small to save memory: 16 sequences of 1024 tokens with 8 experts in 224 linears take 4 MB, at one bit per token and
+# expert.
 SEQUENCES = 16
 
 
 class Probe:
-    """Comparison of the active experts of the probe tokens between one evaluation and the next.
+    """Measures how the active experts of a fixed probe set change from one evaluation to the next.
 
     Args:
-        examples: examples, the same on every rank; the first `SEQUENCES` are the probe set.
+        examples: tokenized sequences, the same on every rank; the first `SEQUENCES` form the probe set.
         pad_id: token id of the padding.
         batch_size: sequences per forward of a rank.
         process: this rank, which routes its share of the probe set.

@@ -15,7 +15,7 @@ class Supports:
         self._packed: dict[str, list[np.ndarray]] = {}
 
     def __call__(self, name: str, routing: Routing, mask_T: Tensor | None) -> None:
-        """Record the supports in one forward of the linear `name`; has the signature of `context.Observer`."""
+        """Record the supports of one forward of the linear `name` (signature of `context.Observer`)."""
         active_TE = routing.p_TE != 0
         if mask_T is not None:
             active_TE = active_TE[mask_T]
@@ -28,7 +28,7 @@ class Supports:
             other: supports of the same sequences, recorded earlier.
 
         Returns:
-            Name of a linear -> number of tokens whose support differs, and number of all tokens.
+            Name of a linear -> (number of tokens whose support differs, number of all tokens).
         """
         counts = {}
         for name, packed in self._packed.items():

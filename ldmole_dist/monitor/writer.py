@@ -81,7 +81,7 @@ class Monitor:
         return self._error is not None
 
     def check(self) -> None:
-        """Raise the UserError of the first report that could not be written on this rank."""
+        """Raise the UserError of the first report that could not be written on this rank, if there is one."""
         if self._error is not None:
             raise self._error
 

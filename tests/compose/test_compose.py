@@ -121,7 +121,7 @@ def test_training_keeps_the_experts(
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value, after[name]) == ("router" not in name), name
-    with pytest.raises(UserError, match="does not hold the experts, which are frozen in this run"):
+    with pytest.raises(UserError, match="does not hold the experts, because its run did not train them"):
         export_checkpoint(tmp_path / "spread" / "checkpoints" / "step_00000004", tmp_path / "exported")
 
 
@@ -132,7 +132,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "uses DoRA; only plain LoRA can be an expert"),
+        ({"use_dora": True}, "uses DoRA, but only plain LoRA can be an expert"),
         ({"bias": "all"}, "uses bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"base_model_name_or_path": "elsewhere"}, "is for elsewhere, but the first adapter is for"),

@@ -85,7 +85,7 @@ def test_stop_text_ends_the_output(generator: tuple[Any, Any]) -> None:
 
 
 def test_empty_prompt_is_rejected(generator: tuple[Any, Any]) -> None:
-    with pytest.raises(UserError, match="a prompt is empty"):
+    with pytest.raises(UserError, match="the prompt '' has no tokens"):
         generate_batch(*generator, ["", "grass"], Sampling(1))
 
 
@@ -139,7 +139,7 @@ def test_prompts_on_the_command_line(adapter: Path, generator: Any, capsys: pyte
         (["hello", "--system", "x"], "--system requires"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--file", "nowhere.txt"], "cannot read prompts"),
-        (["--file", "BAD"], "bad.jsonl, line 1: the row needs a string 'prompt' or a list 'messages'"),
+        (["--file", "BAD"], "bad.jsonl, line 1: the record has neither a string 'prompt' nor a list 'messages'"),
     ],
 )
 def test_invalid_arguments_are_rejected(adapter: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

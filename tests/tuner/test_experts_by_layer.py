@@ -112,7 +112,7 @@ def test_outputs_of_a_run(folder: Path, ranks2: LocalRanks, capsys: pytest.Captu
     events.Reload()
     assert events.Images("load/q_proj")[0].width == 4 * 16
     print_table(run / "checkpoints" / "step_00000002")
-    assert "; 2, 4 (by layer) experts with r 2" in capsys.readouterr().out
+    assert "; experts per linear: 2, 4 (by group of layers); r: 2" in capsys.readouterr().out
     messages = ranks2.run(refusal, str(folder / "config.yaml"), "adapter.router=relu", "optimisation.max_steps=3")
     assert "adapter.router=topk, but this run has relu" in messages[0]
 
