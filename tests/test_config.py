@@ -67,7 +67,7 @@ def test_override_without_section(path: str) -> None:
         ),
         (
             "adapter={router: topk, num_experts: [2, 8], top_k: 4}",
-            "adapter.top_k=4 is greater than adapter.num_experts=[2, 8]",
+            "adapter.top_k=4 is greater than the smallest entry of adapter.num_experts=[2, 8]",
         ),
         ("optimisation.epochs=1", "optimisation.epochs and optimisation.max_steps are both set; set exactly one of them"),
         ("optimisation.max_steps=null", "optimisation.epochs and optimisation.max_steps are both unset"),
@@ -97,9 +97,9 @@ def with_batches(path: str, micro: int, all_ranks: int) -> Config:
 
 def test_batch_size_and_ep_size_must_fit_the_ranks(path: str) -> None:
     assert accumulation_steps(with_batches(path, 2, 16), 4) == 2
-    with pytest.raises(UserError, match="set it to 12 or 18"):
+    with pytest.raises(UserError, match="set the global batch size to 12 or 18"):
         accumulation_steps(with_batches(path, 2, 16), 3)
-    with pytest.raises(UserError, match="set it to 8"):
+    with pytest.raises(UserError, match="set the global batch size to 8"):
         accumulation_steps(with_batches(path, 2, 4), 4)
     config = load_config(path, ["ep_size=4", "optimisation.global_batch_size=24", "micro_batch_size=2"])
     with pytest.raises(UserError, match=r"ep_size=4 does not divide the 6 ranks.*\[1, 2, 3, 6\]"):

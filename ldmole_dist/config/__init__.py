@@ -1,7 +1,6 @@
-"""The configuration of a run: one YAML file of dataclasses, with overrides `a.b=c` from the command line.
+"""The configuration of a run: one YAML file, checked against dataclasses, with overrides `a.b=c` from the command line.
 
-If a key is unknown, or a value has a wrong type or is out of range, loading raises one `UserError` that names the key and the
-remedy.
+If keys are unknown or missing, or values have a wrong type or are out of range, loading raises one `UserError` that lists them.
 """
 
 from ldmole_dist.config.checks import accumulation_steps, check_ep_size, check_parallelism

@@ -24,8 +24,9 @@ ExpertCounts = Annotated[
 class AdapterFields:
     """Fields that the `adapter` section of a run config and a PEFT `LdMoleConfig` have in common.
 
-    The defaults are those of the paper. This is a dataclass of the standard library, so that PEFT's config can derive from
-    it. pydantic checks values against the annotations.
+    The defaults are those of the paper, except for `lambda_init`: "live" deviates from the authors' code, which "authors"
+    follows (docs/method.md). This is a dataclass of the standard library, so that PEFT's config can derive from it. pydantic
+    checks values against the annotations.
     """
 
     r: Positive = field(default=8, metadata={"help": "LoRA rank of each expert."})
@@ -87,7 +88,7 @@ class AdapterFields:
 
 
 def check_top_k(adapter: AdapterFields, prefix: str = "") -> None:
-    """Raise ValueError if `top_k` exceeds the smallest number of experts with router "topk".
+    """With router "topk", raise ValueError if `top_k` exceeds the smallest number of experts.
 
     Args:
         adapter: fields to check, each of which must be valid on its own.
@@ -95,7 +96,8 @@ def check_top_k(adapter: AdapterFields, prefix: str = "") -> None:
     """
     smallest = min(adapter.expert_counts)
     if adapter.router == "topk" and adapter.top_k > smallest:
+        entry = "the smallest entry of " if isinstance(adapter.num_experts, list) else ""
         raise ValueError(
-            f"{prefix}top_k={adapter.top_k} is greater than {prefix}num_experts={adapter.num_experts}; lower it to at most "
-            f"{smallest}"
+            f"{prefix}top_k={adapter.top_k} is greater than {entry}{prefix}num_experts={adapter.num_experts}; lower "
+            f"{prefix}top_k to at most {smallest}"
         )

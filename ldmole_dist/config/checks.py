@@ -13,7 +13,7 @@ PACKING_ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
 def check_config(config: Config) -> None:
-    """Check the keys of a config against each other. Set data.labels from the training task if it is not set.
+    """Check the keys of a config against each other. If data.labels is not set, set it to the classes of the training task.
 
     Raises:
         UserError: if keys contradict each other; the message names them.
@@ -56,7 +56,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
         fits = [n for n in (lower, lower + per_forward) if n]
         raise UserError(
             f"optimisation.global_batch_size={o.global_batch_size} is not a multiple of optimisation.micro_batch_size="
-            f"{o.micro_batch_size} times {world_size} ranks; set it to {' or '.join(map(str, fits))}"
+            f"{o.micro_batch_size} times {world_size} ranks; set the global batch size to {' or '.join(map(str, fits))}"
         )
     return o.global_batch_size // per_forward
 
@@ -90,15 +90,15 @@ def _check_packing(config: Config) -> None:
         )
     if config.backbone.attention not in (None, *PACKING_ATTENTION):
         raise UserError(
-            f"data.packing=true is not tested with backbone.attention={config.backbone.attention}; set it to one of "
-            f"{PACKING_ATTENTION}"
+            f"data.packing=true is not tested with backbone.attention={config.backbone.attention}; set backbone.attention "
+            f"to {', '.join(PACKING_ATTENTION[:-1])} or {PACKING_ATTENTION[-1]}, or set data.packing=false"
         )
 
 
 def _check_streaming(data: Data) -> None:
     if data.workers and not data.streaming:
         raise UserError(
-            f"data.workers={data.workers} has no effect without data.streaming=true; set it to 0, or enable streaming"
+            f"data.workers={data.workers} has no effect without data.streaming=true; set data.workers=0 or data.streaming=true"
         )
     if not data.streaming:
         return
@@ -110,8 +110,8 @@ def _check_streaming(data: Data) -> None:
     for source in data.train if isinstance(data.train, list) else [Source(path=data.train)]:
         if source.path is None or Path(source.path).suffix != ".jsonl":
             raise UserError(
-                f"data.streaming=true reads only .jsonl files, not {source.path or source.task}; convert the data to one JSON "
-                "object per line, or set data.streaming=false"
+                f"data.streaming=true reads only .jsonl files, not {source.path or source.task}; convert the data to a .jsonl "
+                "file (one JSON object per line), or set data.streaming=false"
             )
 
 
@@ -124,8 +124,10 @@ def _check_sources(config: Config) -> None:
             if source.task is None and source.path is None:
                 raise UserError(f"data.{key}: a source has neither path nor task; set at least one of them")
             if source.answers == "text" and (source.task is None or source.task in TASK_CLASSES):
+                found = f"{source.path} has no task" if source.task is None else f"{source.task} is not one"
                 raise UserError(
-                    f"data.{key}: answers=text needs a multiple-choice task, not {source.task or source.path}; remove it"
+                    f"data.{key}: answers=text needs a multiple-choice task, but {found}; set such a task, or remove "
+                    "answers=text"
                 )
             if source.task is not None and source.format is not None:
                 raise UserError(f"data.{key}: task {source.task} defines its own format; remove format={source.format}")

@@ -49,7 +49,9 @@ def make_config(raw: Any, overrides: list[str], path: str) -> Config:
             contradict each other.
     """
     if not isinstance(raw, dict):
-        raise UserError(f"config {path} must be a mapping with the sections {key_names(Config)}, not {raw!r:.80}")
+        raise UserError(
+            f"config {path} must be a mapping with the sections {key_names(Config)}, not {raw!r:.80}; correct the file"
+        )
     for override in overrides:
         _apply_override(raw, override)
     try:
@@ -79,12 +81,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not sections and name not in key_names(Config):
         sections = [section for section in key_names(Config) if name in key_names(subsection(Config, [section]))]
         if len(sections) != 1:
-            where = (
-                f"sections {sections} have it"
+            found = (
+                f"the sections {sections} all have a key {name!r}; prefix it with one of them"
                 if sections
-                else f"no section has it; the sections are {key_names(Config)}"
+                else f"no section has a key {name!r}; the sections are {key_names(Config)}"
             )
-            raise UserError(f"override {override!r} must look like section.key=value: {where}")
+            raise UserError(f"override {override!r} must look like section.key=value: {found}")
     target = raw
     for section in sections:
         target = target.setdefault(section, {})

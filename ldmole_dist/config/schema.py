@@ -32,7 +32,7 @@ class Backbone:
 
     Args:
         path: local folder, or model name on the Hugging Face Hub (`ldmole convert` makes a folder from a GGUF file).
-        task: "causal_lm", or "sequence_classification" with a trained `score` head over data.labels.
+        task: "causal_lm", or "sequence_classification", which trains a `score` head over data.labels.
         attention: attention implementation by its name in transformers ("sdpa", "flash_attention_2", ...); null for the
             default of transformers.
     """
@@ -92,8 +92,8 @@ class Data:
     Args:
         train: file to train on, or a list of sources.
         eval: file to evaluate on, a list of sources, or null.
-        labels: class names, or possible completions of one token each. If set, each row must have one of them, and evaluation
-            reports accuracy. Tasks set their own.
+        labels: class names, or possible completions of one token each. If set, the answer of each row without `choices` must be
+            one of them, and evaluation reports accuracy. Tasks set their own.
         max_length: maximum number of tokens of a sequence.
         truncation: cut sequences longer than max_length: prompts at their start, plain texts at their end. If false, such a
             sequence is an error.
@@ -103,7 +103,7 @@ class Data:
         streaming: keep the training set on disk: .jsonl files are read and checked once at the start, and rows are encoded when
             a step needs them. Needs truncation.
         workers: number of processes per rank that read and encode rows ahead; needs streaming.
-        eval_limit: number of rows to evaluate on, taken from the start of each source; null for all.
+        eval_limit: maximum number of rows to evaluate on from each source, taken from its start; null for all.
     """
 
     train: Sources
@@ -146,7 +146,7 @@ class Optimisation:
         l1_coef: initial coefficient of the L1 loss of router "relu"; the default is ReMoE's. Each step multiplies it by l1_rate
             if more than sparsity_target experts are active, and divides it if fewer are.
         l1_rate: factor by which l1_coef changes per step; the default is ReMoE's.
-        entropy_coef: coefficient of the entropy loss of router "top_p"; 1e-4 in its paper.
+        entropy_coef: coefficient of the entropy loss of router "top_p"; 1e-4 in that router's paper.
         router_noise: initial standard deviation of Gaussian noise on the router logits in training; 0, as in the paper,
             disables it.
         router_noise_share: fraction of all steps over which the noise decreases linearly to 0.
@@ -185,8 +185,8 @@ class Parallelism:
     Args:
         ep_size: expert-parallel size: each group of this many consecutive ranks holds all experts once. Must divide num_experts
             and the number of ranks.
-        dispatch: exchange in an expert-parallel group: "all_to_all" sends tokens, "gather" sends experts, "auto" sends the
-            smaller of both for each expert.
+        dispatch: exchange in an expert-parallel group: "all_to_all" sends tokens, "gather" sends experts, "auto" chooses for
+            each expert what takes less traffic.
         overlap: exchange while the frozen linears compute; this does not change the results.
         deepspeed: name of a file in ds_configs/, such as "zero2", or path of a DeepSpeed JSON config.
         precision: dtype of the backbone and the activations; adapter parameters are always float32. fp16 uses a loss scale.
@@ -208,7 +208,7 @@ class Run:
     """Output folder, seed, and the intervals of evaluations, checkpoints and reports.
 
     Args:
-        output_dir: folder of the run (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl, routing.jsonl).
+        output_dir: folder of the run (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl and other .jsonl files).
         seed: seed of initial values, dropout and data order.
         eval_every: number of optimizer steps between evaluations; 0 evaluates only before and after training.
         eval_before: evaluate before the first step as well.

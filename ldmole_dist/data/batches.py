@@ -78,7 +78,7 @@ class TrainingOrder:
     """Assignment of examples to optimizer steps, micro-batches and ranks.
 
     Args:
-        lengths: length of each example; the examples of a step are sorted by it.
+        lengths: length of each example, in tokens or bytes; the examples of a step are sorted by it.
         global_batch_size: examples per optimizer step.
         micro_batch_size: examples per forward pass of one rank.
         world_size: number of ranks.
@@ -105,7 +105,8 @@ class TrainingOrder:
             for i, (first, size) in enumerate(zip(starts, sizes, strict=False))
         ]
         self._blocks: list[Tensor] = []  # index of the source of each position, by block
-        self._draws_before: list[Tensor] = [torch.zeros(len(sizes), dtype=torch.long)]  # of each source, by block
+        # By block: number of draws of each source in earlier blocks.
+        self._draws_before: list[Tensor] = [torch.zeros(len(sizes), dtype=torch.long)]
 
     def step(self, step: int) -> list[int]:
         """Return the indices of the examples of optimizer step `step` (from 0), over all ranks."""
@@ -137,7 +138,7 @@ class TrainingOrder:
 
 
 def content_digest(examples: Sequence[Encoded]) -> str:
-    """Return a hash of a training set: of the number and the sum of the token ids, and the labels, of each example."""
+    """Return a hash of the number of token ids, their sum and the labels of each example of a training set."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{len(example.input_ids)} {sum(example.input_ids)} {example.labels}\n".encode())
@@ -153,7 +154,7 @@ def describe_order(
         config: config of the run.
         examples: number of training examples.
         contents: hash of the training set (`content_digest`, or `StreamedRows.digest`).
-        mixture: sources that are sampled by weight; None if they are not.
+        mixture: sources that are sampled by weight; None if every example is seen once per epoch.
     """
     described: dict[str, int | str] = {
         "global_batch_size": config.optimisation.global_batch_size,

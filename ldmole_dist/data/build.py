@@ -46,8 +46,8 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, process: Proce
     Collective: every rank must call it.
 
     Raises:
-        UserError, PeerError: on every rank, if a file cannot be read or a row is invalid; the message names the file, the
-            line and the reason.
+        UserError, PeerError: on every rank, if `data.labels` do not fit the tokenizer, a source cannot be read, a row is
+            invalid or the cache cannot be written. For an invalid row, the message names the file, the line and the reason.
     """
     data, task, quiet = config.data, config.backbone.task, not process.is_main
 

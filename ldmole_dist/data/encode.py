@@ -16,13 +16,14 @@ from ldmole_dist.loss import IGNORED
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one sequence.
+    """Token ids and labels of one sequence.
 
     Args:
         input_ids: all token ids.
         labels: token ids of the answer and -100 elsewhere; for sequence classification, the class index.
         domain: domain of the row (`Row.domain`).
-        choices: token ids of the possible answers; None if they are unknown or one of them is not a single token.
+        choices: token id of each possible answer; None if they are unknown, if one of them is not a single token, or for
+            sequence classification.
     """
 
     input_ids: list[int]
@@ -78,7 +79,7 @@ class Encoder:
 
         Raises:
             UserError: if the row has no tokens, is too long and must not be cut, has an answer that leaves no room for the
-                prompt, or is a conversation that the chat template rejects.
+                prompt, has two choices that are the same token, or is a conversation that the chat template cannot render.
         """
         if self.task == "sequence_classification":
             assert self.labels is not None  # checked with the config
@@ -92,11 +93,11 @@ class Encoder:
     def check(self, row: Row) -> None:
         """Check that a row can be encoded when truncation is on.
 
-        For speed, the row is encoded only if that may fail: the chat template may reject a conversation, and a long answer may
-        leave no room for the prompt.
+        For speed, a row is encoded only if it is a conversation, which the chat template may reject, or if its answer may leave
+        no room for the prompt. Rarer errors, such as two choices that are the same token, are not found.
 
         Raises:
-            UserError: if the row cannot be encoded.
+            UserError: if the row was encoded and that failed.
         """
         # A token is assumed to take at least half a byte, which leaves a margin for tokenizers that normalize the text.
         if row.messages or (row.source and 2 * len(row.target.encode()) + 2 >= self.max_length):
@@ -118,13 +119,16 @@ class Encoder:
         """Return one sequence per possible answer of a row: the prompt and that answer, without an end-of-sequence token.
 
         Raises:
-            UserError: if the possible answers are unknown, or an answer has no tokens.
+            UserError: if the task is sequence classification, the possible answers are unknown, the prompt or an answer has no
+                tokens, or a sequence is too long.
         """
+        if self.task != "causal_lm":
+            raise UserError("--likelihood does not apply to backbone.task=sequence_classification; omit --likelihood.")
         choices = row.choices or self.labels
-        if choices is None or self.task != "causal_lm":
+        if choices is None:
             raise UserError(
-                f"{row.where}: --likelihood needs the possible answers of each row; add 'choices' to the rows, use a task, or "
-                "set data.labels."
+                f"{row.where}: --likelihood needs the possible answers of each row; add 'choices' to the rows, set the task of "
+                "the source, or set data.labels."
             )
         prompt = self.prompt_ids(row.source)
         encoded = []
@@ -132,12 +136,17 @@ class Encoder:
             ids = self._ids(choice)
             if not ids or not prompt:
                 part = f"the answer {choice!r:.60}" if prompt else "the prompt"
-                raise UserError(f"{row.where}: {part} has no tokens, which --likelihood requires; correct the row.")
+                raise UserError(
+                    f"{row.where}: {part} has no tokens, but --likelihood needs at least one; correct the row."
+                )
             encoded.append(Encoded(*self._fit([(prompt, False), (ids, True)], row), row.domain))
         return encoded
 
     def choice_ids(self, row: Row) -> tuple[int, ...] | None:
-        """Return the token ids of the possible answers of a row; None if unknown or if one is not a single token.
+        """Return the token id of each possible answer of a row.
+
+        The result is None for sequence classification and conversations, if the answers are unknown, or if one of them is not a
+        single token.
 
         Raises:
             UserError: if two of the answers are the same token.
@@ -177,9 +186,11 @@ class Encoder:
             before = self._render(row, index, True)
             after = self._render(row, index + 1, False)
             if not before.startswith(done) or not after.startswith(before):
+                # If the first turn of the assistant was rendered, conversations that end with it are usable.
+                remedy = "conversations with one assistant turn" if done else "another record format, or another backbone"
                 raise UserError(
-                    f"{row.where}: the chat template changes earlier turns when turn {index + 1} is added, so the assistant's "
-                    "tokens cannot be determined; use conversations with one assistant turn."
+                    f"{row.where}: the chat template changes the text before turn {index + 1} when it adds this turn, so the "
+                    f"assistant's tokens cannot be determined; use {remedy}."
                 )
             parts += [(self._ids(before.removeprefix(done)), False), (self._ids(after.removeprefix(before)), True)]
             done = after
@@ -203,8 +214,8 @@ class Encoder:
         limit = self.max_length
         if len(ids) > limit and not self.truncation:
             raise UserError(
-                f"{row.where}: {len(ids)} tokens exceed data.max_length={limit}; "
-                "increase it, shorten the row, or set data.truncation=true."
+                f"{row.where}: {len(ids)} tokens exceed data.max_length={limit}; increase data.max_length, shorten the row, "
+                "or set data.truncation=true."
             )
         answer_length = len(labels) - labels.count(IGNORED)
         plain_text = not row.source and not row.messages
@@ -212,8 +223,8 @@ class Encoder:
             raise UserError(f"{row.where}: the row has no tokens; remove it.")
         if answer_length >= limit and not plain_text:
             raise UserError(
-                f"{row.where}: an answer of {answer_length} tokens leaves no prompt within data.max_length={limit}; increase "
-                "it, or shorten the answer."
+                f"{row.where}: an answer of {answer_length} tokens leaves no room for the prompt within "
+                f"data.max_length={limit}; increase data.max_length, or shorten the answer."
             )
         kept = slice(limit) if plain_text else slice(-limit, None)
         return ids[kept], labels[kept]

@@ -80,7 +80,8 @@ def classification(record: Record, where: str) -> Row:
     return Row(get_text(record, "text", where), get_text(record, "label", where), where, get_domain(record))
 
 
-# Each format with the keys that identify it. The first match wins, so the order matters for records that match several.
+# Each format of causal_lm with the keys that identify it. The first match wins, so the order matters for records that match
+# several.
 CAUSAL: dict[str, tuple[Format, frozenset[str]]] = {
     "prompt_completion": (prompt_completion, frozenset({"prompt", "completion"})),
     "alpaca": (alpaca, frozenset({"instruction", "output"})),
@@ -92,7 +93,7 @@ FORMATS: dict[str, Format] = {name: format for name, (format, _) in CAUSAL.items
 
 
 def detect_format(record: Record, where: str, task: str) -> str:
-    """Return the name of the format that the keys of a record match.
+    """Return the name of the format that the keys of a record match; always "classification" for sequence classification.
 
     Args:
         record: first record of a file.
@@ -108,7 +109,8 @@ def detect_format(record: Record, where: str, task: str) -> str:
     if not found:
         known = "; ".join(f"{name} has {', '.join(sorted(keys))}" for name, (_, keys) in CAUSAL.items())
         raise UserError(
-            f"{where}: the keys {sorted(record)} match no format ({known}); rename the keys or set the source's `format`."
+            f"{where}: the keys {sorted(record)} match no format ({known}); rename the keys, or set the source's `task` if "
+            "they are the columns of a task."
         )
     return found[0]
 
@@ -121,10 +123,13 @@ def get_text(record: Record, key: str, where: str) -> str:
     """
     value = record.get(key)
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: key {key!r} must hold a string, got {value!r:.60}; the row's keys are {sorted(record)}."
-        )
+        raise UserError(f"{where}: key {key!r} must hold a string, {describe_value(record, key)}; correct the row.")
     return value
+
+
+def describe_value(record: Record, key: str) -> str:
+    """Return the end of an error message about the value of a key: the value, or that the key is missing."""
+    return f"got {record[key]!r:.60}" if key in record else f"but it is missing among the keys {sorted(record)}"
 
 
 def get_domain(record: Record) -> str | None:
@@ -136,19 +141,22 @@ def get_domain(record: Record) -> str | None:
 def _conversation(record: Record, key: str, role_key: str, text_key: str, where: str) -> Row:
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where}: key {key!r} must hold a non-empty list of turns, got {turns!r:.60}.")
-    found = []
+        found = describe_value(record, key)
+        raise UserError(f"{where}: key {key!r} must hold a non-empty list of turns, {found}; correct the row.")
+    parsed = []
     for number, turn in enumerate(turns, start=1):
         turn_where = f"{where}, turn {number}"
         if not isinstance(turn, Mapping):
-            raise UserError(f"{turn_where}: expected an object with {role_key!r} and {text_key!r}, got {turn!r:.60}.")
+            raise UserError(
+                f"{turn_where}: expected an object with {role_key!r} and {text_key!r}, got {turn!r:.60}; correct the row."
+            )
         role = ROLES.get(get_text(turn, role_key, turn_where))
         if role is None:
-            raise UserError(f"{turn_where}: unknown {role_key} {turn[role_key]!r}; use one of {', '.join(ROLES)}.")
-        found.append(Message(role, get_text(turn, text_key, turn_where)))
-    if found[-1].role != "assistant":
+            raise UserError(f"{turn_where}: unknown {role_key}={turn[role_key]!r}; use one of {', '.join(ROLES)}.")
+        parsed.append(Message(role, get_text(turn, text_key, turn_where)))
+    if parsed[-1].role != "assistant":
         raise UserError(
-            f"{where}: the last turn is the {found[-1].role}'s, but only the assistant's turns are trained on; end the "
+            f"{where}: the last turn is the {parsed[-1].role}'s, but only the assistant's turns are trained on; end the "
             "conversation with a turn of the assistant."
         )
-    return Row("", "", where, get_domain(record), messages=tuple(found))
+    return Row("", "", where, get_domain(record), messages=tuple(parsed))

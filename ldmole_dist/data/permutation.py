@@ -29,7 +29,7 @@ class Permutation:
     def __call__(self, index: int) -> int:
         """Return the integer that `index` is mapped to.
 
-        The network's domain has at most 4 n elements, so that a call takes at most 4 passes through it on average.
+        The network permutes at most 4 n integers, so a call takes at most 4 passes through the network on average.
         """
         index = self._pass(index)
         while index >= self.size:

@@ -105,7 +105,7 @@ def _read_csv(file: Path) -> Iterator[LocatedRecord]:
             # DictReader collects extra fields under the key None and fills missing ones with None.
             if None in record or None in record.values():
                 raise UserError(
-                    f"{where}: the number of fields differs from the header {reader.fieldnames}; correct the row."
+                    f"{where}: the number of fields differs from that of the header {reader.fieldnames}; correct the row."
                 )
             yield record, where
 

@@ -1,4 +1,4 @@
-"""Rows of the configured data sources: files, tasks, data sets on the Hugging Face hub, and mixtures of them."""
+"""Rows of the configured data sources: files, tasks, data sets on the Hugging Face Hub, and mixtures of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_rows(
         task: "causal_lm" or "sequence_classification".
         labels: allowed targets of rows that have no choices of their own; None allows any.
         limit: maximum number of rows of each source; None reads all.
-        split: "train" or "eval"; selects a task's default split on the hub.
+        split: "train" or "eval"; selects a task's default split on the Hub.
 
     Returns:
         One list of rows per source.
@@ -52,16 +52,18 @@ def read_rows(
         parser = RowParser(source, task, labels, named=len(sources) > 1)
         rows = [parser(record, where) for record, where in islice(_records(source, split), limit)]
         if not rows:
-            raise UserError(f"data source {source.path or source.task} has no rows; check data.train and data.eval.")
+            raise UserError(
+                f"data source {source.path or source.task} has no rows; add rows to it, or use another source."
+            )
         by_source.append(rows)
     return by_source
 
 
 class RowParser:
-    """Function that checks a record of one source and converts it to a row.
+    """Callable that checks a record of one source and converts it to a row.
 
     Args:
-        source: source from the config. Its name is the domain of rows without one.
+        source: source from the config; its name is the domain of rows that do not set their own.
         task: "causal_lm" or "sequence_classification".
         labels: allowed targets of rows that have no choices of their own; None allows any.
         named: if the source has no name, use that of its task or file.
@@ -85,8 +87,12 @@ class RowParser:
             self._format = known.text_row if text_answers else known.row  # type: ignore[attr-defined]
         elif source.format is not None:
             self._format = FORMATS[source.format]
-            if (source.format == "classification") != (task == "sequence_classification"):
-                raise UserError(f"data format {source.format} does not fit backbone.task={task}; change one of them.")
+            needed = "sequence_classification" if source.format == "classification" else "causal_lm"
+            if needed != task:
+                raise UserError(
+                    f"data format {source.format} needs backbone.task={needed}, but the config has backbone.task={task}; "
+                    "change one of them."
+                )
 
     def __call__(self, record: Mapping[str, Any], where: str) -> Row:
         """Return the row of a record.
@@ -100,8 +106,13 @@ class RowParser:
             self._format = FORMATS[detect_format(record, where, self.task)]
         row = self._format(record, where)
         if self.labels is not None and row.choices is None and row.target not in self.labels:
+            if row.messages:
+                raise UserError(
+                    f"{row.where}: the row is a conversation, which cannot have one of data.labels={list(self.labels)} as its "
+                    "answer; remove data.labels, or use another record format."
+                )
             raise UserError(
-                f"{row.where}: {row.target!r} is not in data.labels={list(self.labels)}; correct the row or add the label."
+                f"{row.where}: {row.target!r:.60} is not in data.labels={list(self.labels)}; correct the row or add the label."
             )
         return row if row.domain is not None or self.name is None else replace(row, domain=self.name)
 
@@ -114,7 +125,7 @@ def _records(source: Source, split: str) -> Iterator[LocatedRecord]:
 
 
 def _hub_records(task: Task, split: str | None, default: str) -> Iterator[LocatedRecord]:
-    import datasets  # deferred: it imports pandas, a fifth of the start-up time, and most runs read files
+    import datasets  # deferred: it imports pandas, which is slow, and most runs read files
 
     path, config = task.hub
     name = split or task.splits[default]
@@ -123,8 +134,8 @@ def _hub_records(task: Task, split: str | None, default: str) -> Iterator[Locate
     except Exception as error:  # the errors have no common base class: network, missing data set, access denied
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"data task {task.name}: cannot load {path} from the hub ({reason}); provide its rows in a .jsonl, .parquet or "
-            f".csv file with the same columns: [{{task: {task.name}, path: FILE}}]."
+            f"data task {task.name}: cannot load {path} from the Hugging Face Hub ({reason}); provide its rows in a .jsonl, "
+            f".parquet or .csv file with the same columns: [{{task: {task.name}, path: FILE}}]."
         ) from error
     if task.hub_split is not None:
         data = task.part(data, name)

@@ -1,7 +1,7 @@
 """Rows of JSON-lines files that stay on disk.
 
-All rows are read and checked once at the start; only the byte offset of every `STRIDE`-th row stays in memory. Each rank checks
-one part of every file (all parts have the same number of bytes), and `StreamedRows` combines the indexes of the parts.
+All rows are read and checked once at the start; only the position of every `STRIDE`-th row stays in memory. Each rank checks
+one part of every file (all parts have about the same size), and `StreamedRows` combines the indexes of the parts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ldmole_dist.data.rows import Row
 from ldmole_dist.data.sources import RowParser
 from ldmole_dist.errors import UserError
 
-STRIDE = 32  # larger saves memory, but reading a row first reads half as many others on average
+STRIDE = 32  # a larger value saves memory, but to read a row, about STRIDE / 2 rows before it are read too
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PartIndex:
     Args:
         rows: number of rows, which are the lines that are not blank.
         lines: number of lines, including blank ones.
-        marks: (M, 2) array: byte offset in the file and line number in the part (from 0) of every `STRIDE`-th row.
+        marks: (marks, 2) array: byte offset in the file and line number in the part (from 0) of every `STRIDE`-th row.
         digest: sum of the 64-bit hashes of the rows, modulo 2**64; independent of the order of the rows.
     """
 
@@ -60,7 +60,8 @@ def index_part(
         quiet: hide the progress bar.
 
     Raises:
-        UserError: if the file cannot be read or has no rows, or if a row is invalid; the message names file and line.
+        UserError: if the file cannot be read or has no rows, or if a row is invalid; the message names the file and, for an
+            invalid row, its line.
     """
     assert source.path is not None  # the config requires a path for streaming
     path = Path(source.path)
@@ -76,7 +77,9 @@ def index_part(
                 file, path, lambda line, where: check(parser(parse_line(line, where), where)), offset, end, quiet
             )
     except OSError as error:
-        raise UserError(f"cannot read data file {path}: {error.strerror or error}; check data.train.") from error
+        raise UserError(
+            f"cannot read data file {path}: {error.strerror or error}; check the path and its permissions."
+        ) from error
 
 
 def _parse_first_row(file: BinaryIO, path: Path, parser: RowParser) -> None:
@@ -86,7 +89,7 @@ def _parse_first_row(file: BinaryIO, path: Path, parser: RowParser) -> None:
             where = f"{path}, line {number}"
             parser(parse_line(line, where), where)
             return
-    raise UserError(f"data source {path} has no rows; check data.train.")
+    raise UserError(f"data source {path} has no rows; add rows to it, or use another source.")
 
 
 def _index(
@@ -151,7 +154,9 @@ class LineFile:
                 if skipped == 0:
                     return line, f"{self.path}, line {number}"
                 skipped -= 1
-        raise UserError(f"data file {self.path} became shorter during the run; restore it and run the same command again.")
+        raise UserError(
+            f"data file {self.path} became shorter during the run; restore it and run the same command again."
+        )
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_file": None}  # open files cannot be pickled
@@ -165,7 +170,9 @@ class LineFile:
             try:
                 self._file = (os.getpid(), Path(self.path).open("rb"))  # noqa: SIM115  (stays open for the run)
             except OSError as error:
-                raise UserError(f"cannot read data file {self.path}: {error.strerror or error}; restore the file.") from error
+                raise UserError(
+                    f"cannot read data file {self.path}: {error.strerror or error}; restore the file."
+                ) from error
         return self._file[1]
 
 

@@ -71,10 +71,10 @@ def read_vader(archive: str) -> list[Sentence]:
         archive: path of vaderSentiment-3.3.2.tar.gz.
 
     Raises:
-        UserError: if the file is not that archive.
+        UserError: if the file cannot be read or is not that archive.
     """
     path = Path(archive)
-    remedy = "download it with `pip download --no-deps --no-binary :all: vaderSentiment==3.3.2`."
+    remedy = "download the archive with `pip download --no-deps --no-binary :all: vaderSentiment==3.3.2`."
     sentences = []
     try:
         with tarfile.open(path) as outer:
@@ -91,7 +91,8 @@ def read_vader(archive: str) -> list[Sentence]:
                         raise UserError(f"{path}: {name} has {len(found)} rows instead of {rows}; {remedy}")
                     sentences += found
     except (OSError, tarfile.TarError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as the archive of vaderSentiment 3.3.2 ({error}); {remedy}") from error
+        reason = getattr(error, "strerror", None) or error  # str(error) of an OSError repeats the path
+        raise UserError(f"cannot read {path} as the archive of vaderSentiment 3.3.2 ({reason}); {remedy}") from error
     return sentences
 
 

@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load the backbone's tokenizer. Without a padding token it pads with its end-of-sequence token.
+    """Load the backbone's tokenizer. If it has no padding token, its end-of-sequence token is used for padding.
 
     Raises:
         UserError: if the tokenizer cannot be loaded.
@@ -36,8 +36,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot load a tokenizer from backbone.path={path!r}: {_first_line(error)}; "
-            "copy the tokenizer's files into the folder of the backbone"
+            f"cannot load a tokenizer from backbone.path={path!r}: {_first_line(error)}; set backbone.path to a "
+            "model folder that contains the tokenizer's files, or to the name of a model on the Hugging Face Hub"
         ) from error
     # Any token can serve as padding, because the attention mask and the labels exclude it.
     if tokenizer.pad_token_id is None:
@@ -88,7 +88,7 @@ def load_backbone(
     attention: str | None = None,
     pad_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """Load the backbone in the dtype of `precision`. Inside `partitioned_loading`, each rank keeps only its partition.
+    """Load the backbone in the dtype of `precision`. Inside `partitioned_loading`, a rank keeps only its partition at stage 3.
 
     Args:
         path: model folder, or model name on the Hugging Face Hub.
@@ -147,8 +147,12 @@ def load_adapter(backbone: PreTrainedModel, folder: str, trainable: bool) -> Pef
     _adapter_config(folder)
     try:
         return PeftModel.from_pretrained(backbone, folder, is_trainable=trainable)
-    except (OSError, ValueError, SafetensorError) as error:
+    except ValueError as error:  # its message ends with the remedy
         raise UserError(f"cannot load the adapter in {folder!r}: {_first_line(error)}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot load the adapter in {folder!r}: {_first_line(error)}; check that its files are readable, or copy it again"
+        ) from error
 
 
 def backbone_of(folder: str) -> str:
@@ -167,9 +171,13 @@ def _adapter_config(folder: str) -> LdMoleConfig:
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"cannot read an adapter in {folder!r}: {_first_line(error)}; pass the folder with its adapter_config.json"
-        ) from error
+        exists = (Path(folder) / "adapter_config.json").is_file()
+        remedy = (
+            "If adapter_config.json is damaged, copy it again."
+            if exists
+            else "Pass the folder with its adapter_config.json."
+        )
+        raise UserError(f"cannot read an adapter in {folder!r}: {_first_line(error)}. {remedy}") from error
     if not isinstance(config, LdMoleConfig):
         raise UserError(f"the adapter in {folder!r} has peft_type={config.peft_type}; pass an LD-MoLE adapter")
     return config
@@ -181,13 +189,13 @@ def convert_gguf(gguf_path: str, folder: str) -> None:
     The folder is written under a temporary name and renamed when it is complete.
 
     Raises:
-        UserError: if the GGUF file does not exist, or the folder already exists or cannot be written.
+        UserError: if the GGUF file does not exist, or if the folder exists already or cannot be written.
     """
     source, target = Path(gguf_path), Path(folder)
     if target.exists():
         raise UserError(f"{target} already exists; remove it or choose another folder")
     if not source.is_file():
-        raise UserError(f"GGUF file {source} does not exist")
+        raise UserError(f"{source} is not a file; give the path of a GGUF file")
     location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     loaded = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **location)
     config = loaded.config

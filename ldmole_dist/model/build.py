@@ -40,8 +40,8 @@ def build_model(
         The model in training mode, on the device of this process. At stage 3, DeepSpeed moves the partitions there later.
 
     Raises:
-        UserError: if the backbone cannot be loaded or the adapter does not fit it.
-        PeerError: if that happens on another rank.
+        UserError: if the backbone or the adapter cannot be loaded, or the adapter does not fit the backbone.
+        PeerError: if that happens on another rank, except while the backbone is loaded at stage 3.
     """
     b, a = config.backbone, config.adapter
     torch.manual_seed(config.run.seed)  # loading a classifier initializes its new head from the global generator

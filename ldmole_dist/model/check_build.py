@@ -16,9 +16,9 @@ from ldmole_dist.model.build import adapter_config
 
 
 def check_build(config: Config, world_size: int) -> None:
-    """Build the backbone on the meta device, inject the adapter, and parse the DeepSpeed config with DeepSpeed.
+    """Build the backbone on the meta device, inject the adapter, load the tokenizer, and parse the DeepSpeed config.
 
-    Needs one process, whatever the world size.
+    Needs only one process, for any world size.
 
     Args:
         config: config of the run.

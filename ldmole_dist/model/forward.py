@@ -1,4 +1,7 @@
-"""Forward passes that compute only the logits that are needed."""
+"""Forward passes that compute only the logits that are needed.
+
+Shapes: B sequences, S' positions that need logits, V vocabulary size or number of classes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         batch: batch from `collate` or `pack`.
 
     Returns:
-        Targets (B, S') and logits (B, S', V) of a causal model, at the S' positions that have a target in any sequence;
+        Targets (B, S') and logits (B, S', V) of a causal model, at the positions that have a target in any sequence;
         labels (B,) and logits (B, V) of a classifier.
     """
     inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"} | {"use_cache": False}
@@ -41,7 +44,7 @@ def observe_routing(model: PeftModel, batch: Mapping[str, Tensor], observer: Obs
     Args:
         model: model in evaluation mode.
         batch: batch from `collate`.
-        observer: function to call with each routing (`StepContext.observer`); None for none.
+        observer: function to call with each routing (`StepContext.observer`), or None.
     """
     base: Any = model.get_base_model()
     inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask")} | {"use_cache": False}

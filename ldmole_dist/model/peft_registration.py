@@ -1,7 +1,7 @@
 """Registration of LD-MoLE with PEFT, as soon as a process has imported both.
 
 PEFT must know the method before `AutoPeftModelForCausalLM.from_pretrained` reads an LD-MoLE adapter. Importing PEFT here would
-make `import ldmole_dist` and every `ldmole` command as slow as torch. So if PEFT is not imported yet, a finder in
+make `import ldmole_dist` and every `ldmole` command as slow as importing torch. So if PEFT is not imported yet, a finder in
 `sys.meta_path` waits for its import and registers the method right after PEFT's own code has run.
 
 This module imports neither torch nor PEFT. It is not in `tuner/`, because importing that package imports PEFT.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def register_with_peft() -> None:
-    """Register LD-MoLE with PEFT, now if PEFT is imported, else right after its import. Further calls have no effect."""
+    """Register LD-MoLE with PEFT, now if PEFT is imported already, else after its import. Further calls have no effect."""
     if "peft" in sys.modules:
         _register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):

@@ -50,7 +50,8 @@ def find_saved_model(path: str, backbone: str | None) -> SavedModel:
         backbone: path of the backbone; None uses the path in the config of the run or of the adapter.
 
     Raises:
-        UserError: if the folder is neither a run nor an adapter, or the run has no adapter yet.
+        UserError: if the folder is neither a run nor an adapter, its config is invalid or names no backbone, or the run has no
+            adapter yet.
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():

@@ -32,14 +32,19 @@ def explain_nonfinite(engine: Engine, batch: dict[str, Tensor], own_loss_is_bad:
     finding = {"rank": dist.get_rank(), "loss": own_loss_is_bad, "parameter": parameter, "layer": layer}
     findings: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(findings, finding)
-    texts = []
-    for found in findings:
-        if found["loss"] or found["parameter"] or found["layer"]:
-            texts.append(
-                f"rank {found['rank']}: first non-finite output in {found['layer'] or 'the loss itself'}"
-                + (f", its shard of parameter {found['parameter']} is not finite" if found["parameter"] else "")
-            )
-    return "; ".join(texts) or "the repeated forward is finite on every rank; try parallelism.precision=bf16 or fp32"
+    texts = [f"rank {found['rank']}: {text}" for found in findings if (text := _describe(found))]
+    return "; ".join(texts) or (
+        "the repeated forward is finite on every rank; if parallelism.precision is bf16 or fp16, try fp32"
+    )
+
+
+def _describe(found: dict[str, Any]) -> str:
+    """Return the description of one rank's finding; empty if everything is finite."""
+    output = "the outputs are finite, but the loss is not" if found["loss"] else ""
+    if found["layer"]:
+        output = f"first non-finite output in {found['layer']}"
+    shard = f"its shard of {found['parameter']} is not finite" if found["parameter"] else ""
+    return f"{output} ({shard})" if output and shard else output or shard
 
 
 def _first_nonfinite_parameter(engine: Engine) -> str | None:

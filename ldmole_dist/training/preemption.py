@@ -15,7 +15,7 @@ class StopRequest:
 
     The training loop reads `requested` at the end of each step and, if it is set, saves a checkpoint and stops. A second SIGINT
     interrupts the process as usual. Later SIGTERMs are ignored: on Ctrl-C, DeepSpeed's launcher at once sends SIGTERM to the
-    ranks, which have not saved yet. After 30 s it kills the ranks that still run.
+    ranks, which have not saved yet. It kills a rank that still runs 30 s later.
 
     Attributes:
         requested: whether a signal was received.

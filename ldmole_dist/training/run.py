@@ -56,8 +56,8 @@ def prepare(config: Config) -> Trainer:
     Collective: every rank must call it.
 
     Raises:
-        UserError, PeerError: on every rank, if the config, the data, the checkpoint, the output folder or the backbone is not
-            usable.
+        UserError, PeerError: on every rank, if the config, the data, the checkpoint, the output folder, the tokenizer, the
+            backbone or the adapter is not usable.
     """
     process = start(config.parallelism.timeout_minutes)
     with raise_on_all_ranks("checking the config"):
@@ -73,9 +73,11 @@ def prepare(config: Config) -> Trainer:
             try:
                 _prepare_folder(folder, config, checkpoint)
             except OSError as error:
+                path = str(error.filename or folder)
+                where = "" if path == str(folder) else f" ({path})"
                 raise UserError(
-                    f"run.output_dir={str(folder)!r} cannot be prepared: {error.strerror or error} ({error.filename}); "
-                    "choose a writable folder"
+                    f"cannot prepare run.output_dir={str(folder)!r}: {error.strerror or error}{where}; fix its permissions, "
+                    "free disk space, or choose another folder"
                 ) from error
 
     parallel = expert_parallel(config.parallelism.ep_size, config.parallelism.dispatch, config.parallelism.overlap)
@@ -108,8 +110,8 @@ def number_of_steps(o: Optimisation, examples: int) -> int:
 def _prepare_folder(folder: Path, config: Config, checkpoint: Path | None) -> None:
     """Create the output folder and write its config.yaml.
 
-    If the folder holds an earlier run that is not resumed, it is renamed to FOLDER.1, FOLDER.2, ... A resumed run renames
-    checkpoints later than `checkpoint`, which are damaged or discarded, to `unused_step_N`.
+    If the folder holds an earlier run that is not resumed, it is first renamed to FOLDER.N with the smallest unused N. A run
+    that resumes from its own `checkpoint` renames later checkpoints, which are damaged or discarded, to `unused_step_N`.
     """
     # Paths are resolved, because one of them may be relative or contain a link.
     if checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve():

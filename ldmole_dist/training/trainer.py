@@ -78,9 +78,10 @@ class Trainer:
             Metrics of the final evaluation; empty without an evaluator.
 
         Raises:
-            NonFiniteLoss: on every rank, if the loss or the gradient is not finite; the message names step, rank and layer.
+            NonFiniteLoss: on every rank, if the loss, the gradient or the evaluation loss is not finite; the message names the
+                step and, if they can be found, rank and layer.
             Preempted: on every rank, if any rank received a stop signal, after a checkpoint was saved.
-            UserError, PeerError: if data cannot be read, or reports or checkpoints cannot be written.
+            UserError, PeerError: on every rank, if data cannot be read, or reports or checkpoints cannot be written.
         """
         with self.stop:
             try:
@@ -158,11 +159,11 @@ class Trainer:
     def _load_batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Return this rank's micro-batches of a step, and the factor by which their task losses are multiplied.
 
-        `answer_loss` sums over tokens, and the engine averages over ranks and micro-batches. The factor turns that average
-        into the mean loss per answer token of the global batch, however it is split.
+        `answer_loss` sums over answers (tokens or class labels), and the engine averages over ranks and micro-batches. The
+        factor turns that average into the mean loss per answer of the global batch, however it is split.
 
         Raises:
-            UserError: on a rank that cannot read a row.
+            UserError: on the lowest rank that cannot read a row.
             PeerError: on the other ranks in that case.
         """
         batches: list[dict[str, Tensor]] = []
@@ -220,7 +221,7 @@ class Trainer:
         self, step: int, loss: float, batches: list[dict[str, Tensor]], losses: list[Tensor]
     ) -> None:
         bad = next((index for index, value in enumerate(losses) if not value.isfinite()), None)
-        self.context.noise = self._router_noise(step, bad or 0)  # the diagnosis must repeat the same forward
+        self.context.noise = self._router_noise(step, bad or 0)  # the diagnosis repeats the forward with its noise
         finding = explain_nonfinite(self.engine, batches[bad or 0], bad is not None)
         raise NonFiniteLoss(
             f"the loss is {loss} at step {step}; {finding}. Resume from the last checkpoint with a smaller learning rate; if "
@@ -260,7 +261,12 @@ class Trainer:
         result = self.evaluator(self.engine.module, f"evaluating after {step} steps")
         if not math.isfinite(result["eval_loss"]):
             finding = explain_nonfinite(self.engine, self._micro_batches(max(step, 1))[0], False)
-            raise NonFiniteLoss(f"the evaluation loss after {step} steps is {result['eval_loss']}; {finding}")
+            remedy = (
+                "Resume from the last checkpoint with a smaller learning rate."
+                if step
+                else "Check the backbone and adapter.init_from, or set parallelism.precision=fp32."
+            )
+            raise NonFiniteLoss(f"the evaluation loss after {step} steps is {result['eval_loss']}; {finding}. {remedy}")
         if self.process.is_main:
             tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
         return result
@@ -279,6 +285,9 @@ class Trainer:
         return stop_requested > 0, written == self.process.world_size, report_failed > 0
 
     def _check_reports(self) -> None:
-        """Raise UserError on the rank that could not write its reports and PeerError on the others. Collective."""
+        """If the reports could not be written, raise UserError on the rank that writes them and PeerError on the others.
+
+        Collective: every rank must call it.
+        """
         with raise_on_all_ranks("writing the reports"):
             self.monitor.check()

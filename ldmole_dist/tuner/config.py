@@ -25,11 +25,12 @@ class LdMolePeftType(StrEnum):
 class LdMoleConfig(AdapterFields, PeftConfig):
     """Config of an LD-MoLE adapter for `peft.get_peft_model`.
 
-    The defaults are those of the paper. The config does not depend on the number of ranks.
+    It has the fields of `AdapterFields`, whose defaults are those of the paper except for `lambda_init`. The config does not
+    depend on the number of ranks.
 
     Raises:
-        ValueError: if a field is out of range, `top_k` exceeds `num_experts` with router "topk", or the adapter was saved in a
-            newer format.
+        ValueError: if a field is out of range; if `router` is "topk" and `top_k` exceeds the smallest number of experts; or if
+            the adapter was saved in a newer format.
     """
 
     exclude_modules: list[str] | str | None = field(
@@ -62,7 +63,7 @@ class LdMoleConfig(AdapterFields, PeftConfig):
         except ValidationError as error:
             raise ValueError(explain(error, AdapterFields)) from error
         for name, value in given.items():
-            # Keep values that differ only in type, such as 16 and 16.0, as they are in adapter_config.json.
+            # Keep a value that differs only in type, such as 16 for 16.0, so that adapter_config.json is saved as it was read.
             if getattr(checked, name) != value:
                 setattr(self, name, getattr(checked, name))
         check_top_k(self)

@@ -21,13 +21,13 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str
     also works if the weights of the model are partitioned.
 
     Args:
-        model: backbone, before adapters are injected.
+        model: backbone. Adapters in it have no effect, because the copy is created from its config.
         names: names of the linears to group.
 
     Returns:
         The names of each group, in the order of calls. A linear that is not called has a group of its own. So does every linear
-        if the model is not a `PreTrainedModel` or cannot run on the meta device; this needs more dispatches, but gives the same
-        results.
+        if the model is not a `PreTrainedModel` or cannot run on the meta device. This needs more dispatches, but gives the same
+        results, except that each linear then has its own dropout mask.
     """
     inputs: dict[str, Tensor] = {}  # keeps the tensors alive: id() is unique only among objects that exist
 
@@ -51,7 +51,7 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str
         except Exception as error:
             logger.warning(
                 "each linear is dispatched separately, because this model does not run on the meta device (%s); this is "
-                "slower, but the results are the same",
+                "slower, but without dropout the results are the same",
                 error,
             )
             inputs.clear()

@@ -1,4 +1,7 @@
-"""The adapted linear layer, as PEFT sees it."""
+"""The adapted linear layer, as PEFT sees it.
+
+Shapes: D in-features, O out-features.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class LdMoleModel(BaseTuner):
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         # transformers' logits_to_keep is a tensor of positions, or a number of positions at the end. The context aligns masks
-        # to the end of the sequence anyway, so it needs only a tensor.
+        # to the end of the sequence anyway, so only a tensor is passed to it.
         positions = given.get("logits_to_keep", given.get("kwargs", {}).get("logits_to_keep"))
         self.context.begin(given.get("attention_mask"), positions if isinstance(positions, Tensor) else None)
         self.context.hidden = self._hidden(model, given) if self.reads_hidden else None
@@ -76,7 +76,7 @@ class LdMoleModel(BaseTuner):
 
     @torch.no_grad()
     def _hidden(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
-        """Return (B, S, H), the last hidden states of the backbone without adapters."""
+        """Return the last hidden states of the backbone without adapters, (sequences, positions, hidden size)."""
         if given.get("past_key_values") is not None or given.get("use_cache", False):
             raise ValueError(
                 "router_input='hidden' does not support a key-value cache: it first runs the backbone without the adapter, and "
@@ -124,7 +124,8 @@ class LdMoleModel(BaseTuner):
         """Replace the target linears, create the adapter's lambda-MLPs and group the linears by input.
 
         Raises:
-            ValueError: if a target is not a plain `nn.Linear`, or an entry of `target_modules` matches no module.
+            ValueError: if a target is not a plain `nn.Linear`, an entry of `target_modules` matches no module, or `num_experts`
+                does not fit the decoder layers or the number of ranks that the experts are spread over.
         """
         check_targets_exist(model, _ldmole(self.peft_config[adapter_name]))
         self.lambda_mlp[adapter_name] = nn.ModuleDict()
@@ -242,7 +243,7 @@ class LdMoleModel(BaseTuner):
         return {key: state_dict[key] for key in selected}
 
     def full_parameter(self, name: str, parameter: Tensor) -> Tensor:
-        """Return the full tensor of a trainable parameter, with all E experts of a bank.
+        """Return the full tensor of a parameter of an adapter. If it holds experts, those of all ranks are included.
 
         Collective: every rank must call it, for the same parameters in the same order.
 
@@ -257,7 +258,11 @@ class LdMoleModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Rename the keys of an adapter file to those of the model, and slice expert tensors to the experts of this rank."""
+        """Rename the keys of an adapter file to those of the model, check the tensors, and slice out the experts of this rank.
+
+        Raises:
+            ValueError: if the tensors do not match the parameters of the model (`check_adapter_fits`).
+        """
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -281,7 +286,7 @@ def spread_experts(model: nn.Module, parallel: ExpertParallel) -> None:
 
 
 def tuner_of(model: nn.Module) -> LdMoleModel:
-    """Return the `LdMoleModel` inside a PEFT model, which has its step context and expert-parallel group.
+    """Return the `LdMoleModel` inside a PEFT model; it has the step context and the expert-parallel group of the model.
 
     Args:
         model: PEFT model with an LD-MoLE adapter, from `peft.get_peft_model` or `PeftModel.from_pretrained`.
@@ -292,7 +297,7 @@ def tuner_of(model: nn.Module) -> LdMoleModel:
 
 
 def _keep_at_least_float32(module: nn.Module) -> None:
-    """Convert a module that is trained in full to at least float32, like all trained parameters, and cast its inputs."""
+    """Convert a module that is trained in full to at least float32, like all trained parameters, and its inputs with it."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
 

@@ -1,7 +1,10 @@
 """The parameters of an adapter: their names in the model and in an adapter file, and a check of loaded tensors.
 
-Names in an adapter file: `<module>.lora_A` (E, r, D), `<module>.lora_B` (E, O, r), `<module>.router.weight` (E, D) and, once
-per input size D, the shared lambda-MLP `base_model.lambda_mlp.<D>.fc1.weight` and so on.
+Names in an adapter file: `<module>.lora_A` (E, R, D), `<module>.lora_B` (E, O, R), `<module>.router.weight` (E, D) and, once
+per input size D, the parameters of the shared lambda-MLP, such as `base_model.lambda_mlp.<D>.fc1.weight`. The parameters of
+modules_to_save are stored under the names of the modules that they replace.
+
+Shapes: E experts, R LoRA rank, D in-features (the hidden size for routers with router_input='hidden'), O out-features.
 """
 
 from __future__ import annotations
@@ -60,21 +63,24 @@ def check_adapter_fits(
     }
     experts = {name for name in expected if is_expert_tensor(name)}
     for name, parameter in expected.items():
-        shape = tuple(parameter.shape)
+        shape = list(parameter.shape)
         if name in experts:
-            shape = (shape[0] * ep_size, *shape[1:])
-        if name not in loaded or tuple(loaded[name].shape) != shape:
-            found = tuple(loaded[name].shape) if name in loaded else "nothing"
+            shape[0] *= ep_size
+        if name not in loaded or list(loaded[name].shape) != shape:
+            found = f"it has shape {list(loaded[name].shape)}" if name in loaded else "it is missing"
             raise ValueError(
-                f"this adapter was made for another backbone ({config.base_model_name_or_path}): "
-                f"{name} needs {shape}, the adapter has {found}; load it on the backbone that it was trained on"
+                _mismatch(config, f"this model needs {name} with shape {shape}, but in the adapter {found}")
             )
     if unexpected := sorted(set(loaded) - set(expected) - {name for name, _ in model.named_parameters()}):
-        raise ValueError(
-            f"this adapter was made for another backbone ({config.base_model_name_or_path}): it has {unexpected[0]}, "
-            "which this model does not have; load it on the backbone that it was trained on"
-        )
+        raise ValueError(_mismatch(config, f"the adapter has {unexpected[0]}, but this model does not"))
     return experts
+
+
+def _mismatch(config: LdMoleConfig, difference: str) -> str:
+    return (
+        f"this adapter was made for another backbone ({config.base_model_name_or_path}), or its file is incomplete or damaged: "
+        f"{difference}; load the adapter on the backbone that it was trained on, or copy it again"
+    )
 
 
 def _adapter_parameters(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, str, nn.Parameter]]:

@@ -21,7 +21,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 def check_targets_exist(model: nn.Module, config: LdMoleConfig) -> None:
     """Raise ValueError if an entry of `target_modules` matches no module of the model.
 
-    PEFT itself only requires that at least one entry matches.
+    PEFT itself only requires that at least one entry matches. A regular expression is left to PEFT.
     """
     if isinstance(config.target_modules, str) or config.target_modules is None:
         return

@@ -121,11 +121,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("alpaca", {"instruction": "x", "input": ["y"], "output": "z"}, "'input' is ['y']; make it a string or remove it"),
     ("sharegpt", {"conversations": []}, "key 'conversations' must hold a non-empty list of turns"),
     ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 1: key 'value' must hold a string"),
-    ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "turn 1: unknown from 'bot'"),
+    ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "turn 1: unknown from='bot'"),
     ("messages", {"messages": "hello"}, "key 'messages' must hold a non-empty list of turns"),
     ("messages", {"messages": ["hello"]}, "turn 1: expected an object"),
     ("messages", {"messages": TURNS[:4]}, "the last turn is the user's"),
-    ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
+    ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "unknown role='tool'"),
     ("text", {"text": 7}, "key 'text' must hold a string, got 7"),
     ("classification", {"text": "x", "label": 1}, "key 'label' must hold a string, got 1"),
     ("classification", {"label": "x"}, "key 'text' must hold a string"),
@@ -187,7 +187,7 @@ def test_unusable_chat_template_is_named(tmp_path: Path, tokenizer: PreTrainedTo
         for template, message in (
             (None, "has no chat template"),
             ("{{ raise_exception('no system turns') }}", "the chat template rejects the conversation: no system turns"),
-            ("{{ messages | length }}{{ messages[-1].content }}", "changes earlier turns"),
+            ("{{ messages | length }}{{ messages[-1].content }}", "changes the text before turn"),
         ):
             tokenizer.chat_template = template
             with pytest.raises(UserError, match=message):
@@ -205,5 +205,5 @@ def test_source_name_is_the_default_domain(tmp_path: Path) -> None:
 
 def test_format_must_fit_the_backbone_task(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD["text"])
-    with pytest.raises(UserError, match="format text does not fit backbone.task=sequence_classification"):
+    with pytest.raises(UserError, match="format text needs backbone.task=causal_lm, but the config has backbone.task=seq"):
         read_rows([Source(path=path, format="text")], "sequence_classification", ["a", "b"])

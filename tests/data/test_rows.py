@@ -87,7 +87,7 @@ def test_long_prompts_are_truncated_at_the_start_or_rejected(tokenizer: PreTrain
     assert len(cut.input_ids) == 8 and tokenizer.decode(cut.input_ids).endswith(" is blue")
     with pytest.raises(UserError, match="line 7: .* tokens exceed data.max_length=8"):
         Encoder(tokenizer, "causal_lm", None, 8, False).encode(row)
-    with pytest.raises(UserError, match="leaves no prompt within data.max_length=2"):
+    with pytest.raises(UserError, match="leaves no room for the prompt within data.max_length=2"):
         Encoder(tokenizer, "causal_lm", None, 2, True).encode(row)
 
 

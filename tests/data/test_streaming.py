@@ -93,7 +93,7 @@ def test_row_that_cannot_be_encoded_is_named_before_training(folder: Path, tmp_p
     rows[40]["completion"] = " y" * 40
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="rows.jsonl, line 41: an answer of .* leaves no prompt"):
+    with pytest.raises(UserError, match="rows.jsonl, line 41: an answer of .* leaves no room for the prompt"):
         streamed([str(path)], parts, encoder.check)
     talk = {"messages": [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]}
     path.write_text(json.dumps(talk) + "\n")

@@ -114,7 +114,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("arc_easy", ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "key 'label' holds 1 strings"),
     ("arc_easy", ARC | {"choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "3 texts but 2 labels"),
     ("commonsense_qa", {"question": 3}, "key 'question' must hold a string, got 3"),
-    ("openbookqa", {"question": "x"}, "key 'question_stem' must hold a string, got None"),
+    ("openbookqa", {"question": "x"}, "key 'question_stem' must hold a string, but it is missing"),
     ("swag", records("swag")[0] | {"label": 4}, "key 'label' must hold an integer from 0 to 3, got 4"),
     ("swag", {"startphrase": "x"}, "key 'ending0' must hold a string"),
     ("hellaswag", records("hellaswag")[0] | {"label": ""}, "this split has no labels"),

@@ -43,7 +43,7 @@ def test_invalid_counts_are_refused() -> None:
         ValueError, match=r"num_experts=\[2, 4\] is a list, but lm_head is not in a numbered decoder layer"
     ):
         adapt(num_experts=[2, 4], target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match=r"top_k=3 is greater than num_experts=\[2, 4\]; lower it to at most 2"):
+    with pytest.raises(ValueError, match=r"than the smallest entry of num_experts=\[2, 4\]; lower top_k to at most 2"):
         config(router="topk", top_k=3, num_experts=[2, 4])
     for wrong in ([], [2, 0], 0):
         with pytest.raises(ValueError, match="num_experts.*(greater than or equal to 1|at least 1 item)"):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ldmole_dist.data.formats import get_text
+from ldmole_dist.data.formats import describe_value, get_text
 from ldmole_dist.data.rows import Row
 from ldmole_dist.data.tasks.task import LETTERS, Task, get_answer_index, get_class_index, get_texts
 from ldmole_dist.errors import UserError
@@ -76,7 +76,10 @@ def _labelled(record: Mapping[str, Any], where: str) -> tuple[list[str], int]:
     """
     choices = record.get("choices")
     if not isinstance(choices, Mapping):
-        raise UserError(f"{where}: key 'choices' must hold an object with 'text' and 'label', got {choices!r:.60}.")
+        found = describe_value(record, "choices")
+        raise UserError(
+            f"{where}: key 'choices' must hold an object with 'text' and 'label', {found}; correct the row."
+        )
     texts, labels = get_texts(choices, "text", where), get_texts(choices, "label", where)
     if len(texts) != len(labels):
         raise UserError(f"{where}: 'choices' has {len(texts)} texts but {len(labels)} labels; correct the row.")

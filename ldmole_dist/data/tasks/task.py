@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldmole_dist.data.formats import get_text
+from ldmole_dist.data.formats import describe_value, get_text
 from ldmole_dist.data.rows import Row
 from ldmole_dist.errors import UserError
 
@@ -20,10 +20,10 @@ class Task(ABC):
 
     Args:
         name: name of the task in configs.
-        hub: path of the data set on the Hugging Face hub, and its configuration name (None if it has only one).
+        hub: path of the data set on the Hugging Face Hub, and its configuration name (None if it has only one).
         splits: default splits for training ("train") and evaluation ("eval").
         max_length: maximum number of tokens of a sequence in the paper's runs.
-        hub_split: split on the hub that `part` divides into train, validation and test; None uses the hub's own splits.
+        hub_split: split on the Hub that `part` divides into train, validation and test; None uses the Hub's own splits.
         labels: class names in the order of the class indices; None for multiple choice.
     """
 
@@ -66,15 +66,17 @@ def get_texts(record: Mapping[str, Any], key: str, where: str) -> list[str]:
     value = record.get(key)
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
         raise UserError(
-            f"{where}: key {key!r} must hold a list of strings, got {value!r:.60}; the row's keys are {sorted(record)}."
+            f"{where}: key {key!r} must hold a list of strings, {describe_value(record, key)}; correct the row."
         )
     if not 2 <= len(value) <= len(LETTERS):
-        raise UserError(f"{where}: key {key!r} holds {len(value)} strings, but needs 2 to {len(LETTERS)}; correct the row.")
+        raise UserError(
+            f"{where}: key {key!r} holds {len(value)} strings, but needs 2 to {len(LETTERS)}; correct the row."
+        )
     return list(value)
 
 
 def get_class_index(record: Mapping[str, Any], key: str, below: int, where: str) -> int:
-    """Return the class index stored under a key, as an integer or a string of digits.
+    """Return the class index stored under a key. The stored value may be an integer or a string of digits.
 
     Args:
         record: record of the data set.
@@ -87,11 +89,15 @@ def get_class_index(record: Mapping[str, Any], key: str, below: int, where: str)
     """
     value = record.get(key)
     if value in (-1, "-1", ""):
-        raise UserError(f"{where}: {key!r} is {value!r}: this split has no labels; use the split train or validation.")
+        raise UserError(
+            f"{where}: {key!r} is {value!r}, so this split has no labels; use the train or validation split."
+        )
     if isinstance(value, str) and value.isdigit():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < below:
-        raise UserError(f"{where}: key {key!r} must hold an integer from 0 to {below - 1}, got {value!r:.60}.")
+        raise UserError(
+            f"{where}: key {key!r} must hold an integer from 0 to {below - 1}, {describe_value(record, key)}; correct the row."
+        )
     return value
 
 
@@ -105,11 +111,11 @@ def get_answer_index(record: Mapping[str, Any], key: str, among: Sequence[str], 
         where: location of the record, used in error messages.
 
     Raises:
-        UserError: if no option has that label; also if it is empty, as in splits without labels.
+        UserError: if the label is not a string, or no option has it; also if it is empty, as in splits without labels.
     """
     answer = get_text(record, key, where)
     if not answer:
-        raise UserError(f"{where}: {key!r} is empty: this split has no labels; use the split train or validation.")
+        raise UserError(f"{where}: {key!r} is empty, so this split has no labels; use the train or validation split.")
     if answer not in among:
         raise UserError(
             f"{where}: {key} {answer!r} is not among the labels of the options, {list(among)}; correct the row."

@@ -79,7 +79,10 @@ def read_definitions(data_noun: Path) -> dict[str, list[str]]:
 
 
 def interleave(definitions: dict[str, list[str]], start: int, stop: int) -> list[dict[str, str]]:
-    """Return rows in rounds of one item per label, so that any prefix is balanced to within one round."""
+    """Return the rows of definitions `start` to `stop - 1` of each label.
+
+    They are in rounds of one row per label, so that the labels of any prefix are balanced to within one row.
+    """
     rows = []
     for index in range(start, stop):
         labels = sorted(definitions, key=lambda label: stable_key(f"{label}: {definitions[label][index]}"))
@@ -96,10 +99,11 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def derive(data_noun: Path, out_dir: Path) -> None:
-    """Write train.jsonl and test.jsonl.
+    """Write train.jsonl and test.jsonl to `out_dir`.
 
     Raises:
-        ValueError: if the file has too few usable definitions.
+        OSError: if `data_noun` cannot be read or `out_dir` cannot be written.
+        ValueError: if `data_noun` has too few usable definitions or is not UTF-8 text.
     """
     definitions = read_definitions(data_noun)
     smallest = min(definitions, key=lambda label: len(definitions[label]))
