@@ -94,6 +94,8 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
             )
         master = f"{args.master_addr}:{args.port}"
         return LaunchSpec("torchrun", this_host, nodes=args.nodes, node_rank=args.node_rank, master=master, **common)
+    if args.launcher == "local" and args.hostfile is not None:
+        raise UserError("--launcher local runs on this host only; remove --hostfile, or use --launcher pdsh or openmpi")
     if args.launcher == "torchrun" and args.hostfile is not None:
         raise UserError(
             "--launcher torchrun does not use a hostfile; remove --hostfile and run the command on each host with --nodes, "
@@ -124,8 +126,8 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
         return LaunchSpec("local", this_host)
     if args.ranks:
         raise UserError(
-            "--ranks applies only to one host without a hostfile; remove --ranks, and set the number of ranks with slots=N in "
-            "the hostfile or --ntasks-per-node of sbatch"
+            "--ranks has no effect with a hostfile or in a Slurm allocation; remove it, and set the number of ranks with "
+            "slots=N in the hostfile or --ntasks-per-node of sbatch"
         )
     launcher = args.launcher or ("slurm" if in_slurm else "pdsh" if shutil.which("pdsh") else "openmpi")
     hosts = slurm_hosts(os.environ) if in_slurm else read_hostfile(args.hostfile)

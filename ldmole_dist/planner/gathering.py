@@ -88,7 +88,7 @@ class _Coordinator:
         fetches = [event.module for event in events if event.kind == "fetch"]
         next_uses = _NextUses([self.uses(m) for m in fetches], [self._elements(m) for m in fetches])
         queue = deque((name, step) for step, module in enumerate(fetches) for name in self.uses(module))
-        fetched_for = dict.fromkeys(self.parameters, -1)  # weight -> last step (module) to fetch it for
+        fetched_for = dict.fromkeys(self.parameters, -1)  # weight -> index of the last module that it was fetched for
         active: dict[str, set[str]] = {name: set() for name in self.parameters}  # weight -> modules using it
         # module in backward -> frozen weights that a recomputation during its backward fetched
         recomputed: defaultdict[str, set[str]] = defaultdict(set)

@@ -75,6 +75,7 @@ def test_overrides_are_accepted_after_options(capsys: pytest.CaptureFixture[str]
             ["--launcher", "torchrun", "--hostfile", "launch/hostfile.example"],
             "--launcher torchrun does not use a hostfile; remove --hostfile",
         ),
+        (["--launcher", "local", "--hostfile", "launch/hostfile.example"], "--launcher local runs on this host only"),
         (["--nodes", "2"], "--nodes 2 needs --master-addr ADDRESS and --node-rank N with N from 0 to 1"),
         (["--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "N from 0 to 1"),
         (["--include", "a"], "select hosts of a hostfile"),
@@ -84,7 +85,7 @@ def test_overrides_are_accepted_after_options(capsys: pytest.CaptureFixture[str]
         (["--export", "HF_TOKEN"], "process lists"),
         (
             ["--hostfile", "launch/hostfile.example", "--launcher", "pdsh", "--ranks", "4"],
-            "--ranks applies only to one host without",
+            "--ranks has no effect with a hostfile or in a Slurm allocation",
         ),
         (["--launcher-args=-v"], "has no effect on one host"),
         (["--hostfile", "none", "--launcher", "pdsh"], "none"),
