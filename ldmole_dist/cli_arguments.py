@@ -11,6 +11,6 @@ def positive(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: if `text` is anything else.
     """
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)

@@ -91,6 +91,11 @@ def test_missing_sections_and_unreadable_files(tmp_path: Path) -> None:
     assert "give the path of a YAML file" in refused(str(tmp_path / "none.yaml"))
 
 
+def test_empty_section_is_filled_by_an_override(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text(yaml.safe_dump(MINIMAL | {"run": None}))
+    assert load_config(str(tmp_path / "empty.yaml"), ["run.output_dir=runs/y"]).run.output_dir == "runs/y"
+
+
 def with_batches(path: str, micro: int, all_ranks: int) -> Config:
     return load_config(path, [f"optimisation.micro_batch_size={micro}", f"optimisation.global_batch_size={all_ranks}"])
 

@@ -190,8 +190,8 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict
             f"{checkpoint} was trained on another backbone, {saved_path}, and the weights in {path} differ from it; set "
             f"backbone.path={saved_path}, or run.resume=never"
         )
-    for key, value in data.items():
-        if (previous := manifest.data.get(key)) != value:
+    for key in manifest.data | data:  # a key may be in one of them only, such as that of a mixture
+        if (previous := manifest.data.get(key)) != (value := data.get(key)):
             setting = {"global_batch_size": "optimisation.global_batch_size", "seed": "run.seed"}.get(key)
             trained = f"with {setting}" if setting else f"on data with {key}"
             remedy = f"set {setting}={previous}" if setting else "restore the data section and the files of that run"

@@ -244,6 +244,11 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
                     f"{actual[1]}, not {expected[0]} and {expected[1]}; use the backbone that the adapter was trained on."
                 )
             experts[name] = expert
+    if unused := sorted(shapes.keys() - {key for expert in experts.values() for key in (expert.A_key, expert.B_key)}):
+        raise UserError(
+            f"the file of the adapter {folder!r} holds {unused[0]}, which is not part of a linear that its config adapts; only "
+            "linears can be adapted by experts: leave the adapter out, or restore its config."
+        )
     return LoraAdapter(Path(folder), backbone, experts)
 
 

@@ -89,7 +89,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r} must look like section.key=value: {found}")
     target = raw
     for section in sections:
-        target = target.setdefault(section, {})
+        if target.get(section) is None:  # missing, or empty in the file
+            target[section] = {}
+        target = target[section]
         if not isinstance(target, dict):
             raise UserError(f"override {override!r}: {section!r} is a value, not a section; give section.key=value")
     try:

@@ -138,6 +138,11 @@ def _hub_records(task: Task, split: str | None, default: str) -> Iterator[Locate
             f".parquet or .csv file with the same columns: [{{task: {task.name}, path: FILE}}]."
         ) from error
     if task.hub_split is not None:
-        data = task.part(data, name)
+        try:
+            data = task.part(data, name)
+        except KeyError as error:
+            raise UserError(
+                f"data task {task.name} has no split {name!r}; set split to train, validation or test."
+            ) from error
     for number, record in enumerate(data, start=1):
         yield record, f"{path} {name}, row {number}"

@@ -114,7 +114,7 @@ def load_backbone(
         raise UserError(
             f"cannot load backbone.path={path!r}: {_first_line(error)}; copy or download the model again"
         ) from error
-    except ValueError as error:
+    except (ImportError, ValueError) as error:  # ImportError for an attention kernel that is not installed
         raise UserError(
             f"cannot load backbone.path={path!r} with backbone.task={task} and backbone.attention={attention}: "
             f"{_first_line(error)}; check these keys"

@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -95,6 +97,17 @@ def change_manifest(checkpoint: Path) -> str:
     path = checkpoint / "manifest.json"
     path.write_text(path.read_text().replace('"adam_step": 4', '"adam_step": 5'))
     return "manifest.json was changed after it was written"
+
+
+@contextmanager
+def changed_manifest(checkpoint: Path) -> Iterator[dict[str, Any]]:
+    """Yield the manifest's values, and write them back with the hash of what they are then."""
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    yield manifest
+    del manifest["sha256"]
+    manifest["sha256"] = _own_hash(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 DAMAGES = [truncate, flip, remove, raise_version, garble, change_manifest]
@@ -186,6 +199,11 @@ def test_different_adapter_backbone_or_data_is_rejected(copy: Copy, trained: Pat
     assert "global_batch_size=8, but this run has 16" in copy.resume_error("optimisation.global_batch_size=16")
     assert "batch size to 8 or 12" in copy.resume_error("optimisation.micro_batch_size=2", "optimisation.global_batch_size=10")
     assert "examples=30, but this run has 12" in copy.resume_error(f"data.train={trained / 'eval.jsonl'}")
+    with changed_manifest(copy.last) as manifest:
+        manifest["data"]["mixture"] = "[1.0] of [30]"
+    assert "on data with mixture=[1.0] of [30], but this run has None" in copy.resume_error()
+    with changed_manifest(copy.last) as manifest:
+        del manifest["data"]["mixture"]
 
     another = tmp_path / "another"
     shutil.copytree(trained / "backbone", another)
@@ -267,12 +285,8 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_missing_elements_are_found(copy: Copy) -> None:
-    path = copy.last / "manifest.json"
-    manifest = json.loads(path.read_text())
-    name = next(name for name in manifest["shapes"] if "lora_A" in name)
-    manifest["shapes"][name][0] += 1
-    del manifest["sha256"]
-    manifest["sha256"] = _own_hash(manifest)
-    path.write_text(json.dumps(manifest))
+    with changed_manifest(copy.last) as manifest:
+        name = next(name for name in manifest["shapes"] if "lora_A" in name)
+        manifest["shapes"][name][0] += 1
     (problem, *_) = verify(copy.last)
     assert f"master/{name}" in problem and "elements instead of" in problem

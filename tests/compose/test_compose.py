@@ -137,6 +137,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
         ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"base_model_name_or_path": "elsewhere"}, "is for elsewhere, but the first adapter is for"),
         ({"r": 5}, "does not match"),
+        ({"target_modules": ["q_proj"]}, "holds .*, which is not part of a linear that its config adapts"),
         ({"peft_type": "IA3"}, "cannot read an adapter|only LoRA adapters"),
     ],
 )

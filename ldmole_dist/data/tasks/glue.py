@@ -30,11 +30,10 @@ class GlueTask(Task):
 
 
 GLUE = (
-    GlueTask("cola", ("nyu-mll/glue", "cola"), max_length=512, labels=TASK_CLASSES["cola"]),
+    GlueTask("cola", ("nyu-mll/glue", "cola"), labels=TASK_CLASSES["cola"]),
     GlueTask(
         "rte",
         ("nyu-mll/glue", "rte"),
-        max_length=512,
         labels=TASK_CLASSES["rte"],
         columns=("sentence1", "sentence2"),
     ),

@@ -22,7 +22,6 @@ class Task(ABC):
         name: name of the task in configs.
         hub: path of the data set on the Hugging Face Hub, and its configuration name (None if it has only one).
         splits: default splits for training ("train") and evaluation ("eval").
-        max_length: maximum number of tokens of a sequence in the paper's runs.
         hub_split: split on the Hub that `part` divides into train, validation and test; None uses the Hub's own splits.
         labels: class names in the order of the class indices; None for multiple choice.
     """
@@ -30,7 +29,6 @@ class Task(ABC):
     name: str
     hub: tuple[str, str | None]
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "eval": "validation"})
-    max_length: int = 1024
     hub_split: str | None = None
     labels: tuple[str, ...] | None = None
 
