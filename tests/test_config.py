@@ -44,7 +44,7 @@ def test_dumped_config_loads_as_equal(path: str, tmp_path: Path) -> None:
 def test_override_without_section(path: str) -> None:
     assert load_config(path, ["resume=never"]).run.resume == "never"
     assert load_config(path, ["run={output_dir: there}"]).run.output_dir == "there"
-    assert "no section has it" in refused(path, "resumee=never")
+    assert "no section has a key 'resumee'" in refused(path, "resumee=never")
 
 
 @pytest.mark.parametrize(

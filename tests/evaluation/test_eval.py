@@ -107,7 +107,7 @@ def test_equals_the_evaluation_of_the_training_run(folder: Path, ranks1: LocalRa
 def test_likelihood_of_long_answers_equals_reference(folder: Path, ranks1: LocalRanks, with_adapter: bool) -> None:
     (expected,) = ranks1.run(reference, folder, with_adapter)
     (other,) = ranks1.run(reference, folder, not with_adapter)
-    assert abs(expected["loss"] - other["loss"]) > 0.01  # the adapter has an effect
+    assert abs(expected["loss"] - other["loss"]) > 1e-3  # the adapter has an effect
     (found,) = ranks1.run(
         evaluated, folder, *QUESTION_SETTINGS, data="questions.jsonl", likelihood=True, with_adapter=with_adapter
     )
