@@ -24,9 +24,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_overflowing_steps_are_skipped_and_gradients_unscaled(tmp_path: Path, ranks2: LocalRanks, stage: int) -> None:
     ds_config = tmp_path / "zero.json"
     # The initial loss scale is so large that gradients overflow in the first steps.
-    fp16 = {"initial_scale_power": 24, "hysteresis": 1}
+    fp16 = {"initial_scale_power": 19, "hysteresis": 1}
     ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": fp16}))
-    optimisation = {"max_steps": 14, "global_batch_size": 8}
+    optimisation = {"max_steps": 8, "global_batch_size": 8}
     config = make_config(
         make_folder(tmp_path), adapter={"lora_dropout": 0.0}, optimisation=optimisation, run={"detail_every": 1}
     )
@@ -36,7 +36,7 @@ def test_overflowing_steps_are_skipped_and_gradients_unscaled(tmp_path: Path, ra
 
     steps = lines(tmp_path / "run" / "metrics.jsonl")
     skipped = [step["grad_norm"] is None for step in steps]
-    assert skipped[0] and steps[-1]["skipped_steps"] == sum(skipped) < 10
+    assert skipped[0] and steps[-1]["skipped_steps"] == sum(skipped) < 6
     assert [None in step["grad_norm_by_part"].values() for step in steps] == skipped
     # The first step that is not skipped starts from the initial parameters, so both runs compute the same gradients.
     first = skipped.index(False)
