@@ -11,8 +11,7 @@ from typing import Any
 from ldmole_dist.errors import UserError
 from ldmole_dist.study.scaling.cells import Cell
 
-# The last value of these axes is also measured on one rank. Without communication in the time, the fit can separate the
-# seconds per unit of computing from those of sending.
+# The last value of these axes is also measured on one rank, where the time of the size contains no communication.
 ALONE = ("experts", "lora_rank", "layers", "hidden")
 
 
@@ -40,9 +39,7 @@ class Grid:
         around = [replace(self.base, **{axis: value}) for axis, values in self.axes.items() for value in values]
         largest = [(axis, value) for axis in ALONE for value in self.axes.get(axis, ())[-1:]]
         alone = [replace(self.base, **{axis: value, "ranks": 1, "ep_size": 1}) for axis, value in largest]
-        # One more held-out cell: it shows whether the model, fitted to fewer ranks, also predicts another dispatch.
-        far = replace(self.weak()[-1], dispatch="all_to_all")
-        cells = [self.base, *self.weak(), *self.strong(), *around, *alone, far]
+        cells = [self.base, *self.weak(), *self.strong(), *around, *alone]
         # Without expert parallelism the dispatch has no effect, so cells that differ in it only are duplicates.
         distinct = dict.fromkeys(c if c.ep_size > 1 else replace(c, dispatch="auto") for c in cells)
         return [cell.checked() for cell in distinct]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ _RESET_PEAK = "5"  # value for /proc/self/clear_refs that resets the peak reside
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of a cell; the fields are columns of cells.csv.
+    """Results of a cell; the fields are keys of `measured` in cells.jsonl.
 
     Args:
         seconds: median of `steps`.
@@ -42,8 +41,6 @@ class Measured:
         peak_bytes: peak memory in the timed steps, maximum over ranks. On a GPU it is the allocated memory, on a CPU
             the resident memory minus that of the process before it built the model.
         experts_per_token: active experts per token in the last forward, mean over tokens, linears and ranks.
-        wire: kind (see `parallel.wire`) -> elements that a rank sends for the experts in the last step, mean over
-            ranks.
         wire_bytes: bytes that a rank sends for the experts in the last step, mean over ranks.
         tokens_per_second: tokens of an optimizer step on all ranks, divided by `seconds`.
     """
@@ -54,7 +51,6 @@ class Measured:
     cores_elsewhere: float
     peak_bytes: int
     experts_per_token: float
-    wire: dict[str, float]
     wire_bytes: float
     tokens_per_second: float
 
@@ -84,7 +80,6 @@ def summary(cell: Cell, results: list[dict[str, Any]]) -> Measured:
     """
     seconds = [max(step) for step in zip(*(r["seconds"] for r in results), strict=True)]
     cpu = [sum(step) for step in zip(*(r["cpu_seconds"] for r in results), strict=True)]
-    wire: Counter[str] = sum((Counter(r["wire"]) for r in results), Counter())
     median = statistics.median(seconds)
     return Measured(
         seconds=median,
@@ -93,8 +88,7 @@ def summary(cell: Cell, results: list[dict[str, Any]]) -> Measured:
         cores_elsewhere=max(0.0, results[0]["busy"] - sum(cpu)) / sum(seconds),
         peak_bytes=max(r["peak_bytes"] for r in results),
         experts_per_token=statistics.mean(r["experts_per_token"] for r in results),
-        wire={kind: number / cell.ranks for kind, number in sorted(wire.items())},
-        wire_bytes=sum(r["wire_bytes"] for r in results) / cell.ranks,
+        wire_bytes=statistics.mean(r["wire_bytes"] for r in results),
         tokens_per_second=cell.tokens / median,
     )
 
@@ -154,7 +148,6 @@ def run_cell(cell: Cell, steps: int, warmup: int) -> dict[str, Any]:
         "busy": busy,
         "peak_bytes": peak - before,
         "experts_per_token": statistics.mean(float(stat[0]) / tokens for stat in context.stats.values()),
-        "wire": dict(engine.parallel.wire.by_kind()),
         "wire_bytes": engine.parallel.wire.bytes.total(),
     }
 
