@@ -23,11 +23,12 @@ from ldmole_dist.config import Adapter
 from ldmole_dist.data import vader
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
 from ldmole_dist.study.compare.data import TEST, TRAIN, write_data
-from ldmole_dist.study.compare.methods import DEFAULT, METHODS, equal_lora_rank, linears_of, overrides_of
+from ldmole_dist.study.compare.methods import DEFAULT, METHODS, equal_lora_rank, overrides_of
 from ldmole_dist.study.compare.page import interval, page, spread
 from ldmole_dist.study.compare.rows import Row
 from ldmole_dist.study.folder import StudyFolder
 from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.layer import LdMoleLinear
 from tests.small_run import make_backbone, make_config, make_folder
 
 ROOT = Path(__file__).parents[2]
@@ -101,13 +102,13 @@ def test_mixture_is_deterministic(tmp_path: Path) -> None:
 def test_plain_lora_has_as_many_parameters_as_ld_mole(tmp_path: Path) -> None:
     adapter = Adapter(num_experts=4, r=2, lambda_hidden=8)
     backbone = str(make_backbone(tmp_path / "backbone"))
-    linears = linears_of(backbone, adapter)
-    assert len(linears) == 7 * 2
-    lora_rank = equal_lora_rank(linears, adapter)
-    per_rank = sum(D + O for D, O, _ in linears)
+    lora_rank = equal_lora_rank(backbone, adapter)
     settings = LdMoleConfig(num_experts=4, r=2, lambda_hidden=8, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(backbone), settings)
     whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    linears = [module for module in model.modules() if isinstance(module, LdMoleLinear)]
+    assert len(linears) == 7 * 2
+    per_rank = sum(sum(linear.base_layer.weight.shape) for linear in linears)
     assert abs(lora_rank * per_rank - whole) <= per_rank / 2
     assert f"adapter.r={lora_rank}" in overrides_of("lora", adapter, backbone)
     assert set(DEFAULT) <= set(METHODS)

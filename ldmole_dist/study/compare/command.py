@@ -27,23 +27,14 @@ Write tables of the results to OUTPUT/routers.md. To resume an interrupted compa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ldmole compare`."""
     parser.add_argument("config", help="YAML config of all runs, such as launch/configs/compare.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="values that override those of the config in all runs"
-    )
-    parser.add_argument(
-        "--vader",
-        metavar="ARCHIVE",
-        help="path of vaderSentiment-3.3.2.tar.gz; trains on WordNet and VADER instead of the config's data",
-    )
+    text = "values that override those of the config in all runs"
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=text)
+    text = "path of vaderSentiment-3.3.2.tar.gz; trains on WordNet and VADER instead of the config's data"
+    parser.add_argument("--vader", metavar="ARCHIVE", help=text)
     parser.add_argument("--output", default="runs/compare", help="folder of the comparison (default: %(default)s)")
     parser.add_argument("--methods", help="comma-separated methods to run (default: all routers and plain LoRA)")
-    parser.add_argument(
-        "--seeds",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="number of seeds; uses seeds 0 to N - 1 (default: %(default)s)",
-    )
+    text = "number of seeds; uses seeds 0 to N - 1 (default: %(default)s)"
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help=text)
     parser.add_argument("--jobs", type=positive, help="concurrent runs (default: one per GPU, or one per CPU core)")
     parser.add_argument("--page-only", action="store_true", help="write the page of the finished runs, run no others")
     parser.set_defaults(call=run)
