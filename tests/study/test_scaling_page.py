@@ -20,7 +20,9 @@ def test_page_is_one_file_with_all_results(tmp_path: Path) -> None:
     page = (recorded.path / "scaling.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page) and page.count("data:image/png;base64,") == 1
     rows = recorded.rows()
-    assert f"{len(rows)} configurations were measured on CPU; 0 failed" in page and page.count("None in this study") == 1
+    assert (
+        f"{len(rows)} configurations were measured on CPU; 0 failed" in page and page.count("None in this study") == 1
+    )
     for row in rows:
         assert row.measured is not None and f">{row.measured.seconds:.3f}</td>" in page
     assert (recorded.path / "scaling.png").stat().st_size > 1000

@@ -30,7 +30,7 @@ from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.tiny import relative
 from ldmole_dist.study.machine import setup
 from ldmole_dist.study.table import markdown_table
-from ldmole_dist.study.timing import median_ratio, time_in_turns, timed
+from ldmole_dist.study.timing import time_in_turns, timed
 
 GROUPS = (3, 1, 2, 1)  # number of linears per input group of a decoder layer: q, k, v; o; gate, up; down
 MODES: tuple[Mode, ...] = ("all_to_all", "gather", "auto")
@@ -157,7 +157,7 @@ def _forward_backward(name: str, inputs: LayerInputs, parallel: ExpertParallel) 
     if name == "replicate":  # data parallelism all-reduces the experts' gradients, here once per micro-batch
         for gradient in gradients[len(inputs.p) :]:
             dist.all_reduce(gradient)
-    grad_p = [g.masked_fill(p_TE == 0, 0) for g, p_TE in zip(gradients, inputs.p, strict=False)]
+    grad_p = [grad.masked_fill(p_TE == 0, 0) for grad, p_TE in zip(gradients[: len(inputs.p)], inputs.p, strict=True)]
     return [*(y.detach() for y in outputs), grad_x, *grad_p]
 
 
@@ -182,8 +182,8 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
     process = start()
     group = expert_parallel(process.world_size).group
     layer = layer_inputs(sizes, dtype, process.device)
-    parallels = {name: ExpertParallel(group) for name in STRATEGIES}
-    parallels |= {mode: ExpertParallel(group, mode) for mode in MODES} | {"replicate": ExpertParallel()}
+    parallels = {"row per pair": ExpertParallel(group), "replicate": ExpertParallel()}
+    parallels |= {mode: ExpertParallel(group, mode) for mode in MODES}
     results: dict[str, list[Tensor]] = {}
     deciding: dict[str, list[float]] = {name: [] for name in STRATEGIES}
 
@@ -249,7 +249,8 @@ def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[s
 
         seconds = time_in_turns(("overlapped", "after"), turns, time_once)
         medians = {f"{name} ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
-        rows.append({"mode": mode, **medians, "x faster": median_ratio(seconds["after"], seconds["overlapped"])})
+        ratios = (after / overlapped for overlapped, after in zip(*seconds.values(), strict=True))
+        rows.append({"mode": mode, **medians, "x faster": statistics.median(ratios)})
     return rows
 
 

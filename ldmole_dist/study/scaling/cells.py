@@ -89,3 +89,4 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": ("fp32", "bf16"),
 }
 AXES = tuple(field.name for field in fields(Cell))
+SIZES = ("experts", "lora_rank", "layers", "hidden", "seq")  # axes of the sizes of adapter, model and sequences

@@ -31,12 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive, default=7, help="timed optimizer steps per cell (default: %(default)s)"
     )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=300.0,
-        help="maximum seconds per cell, including start-up; a slower cell fails (default: %(default)s)",
-    )
+    text = "maximum seconds per cell, including start-up; a slower cell fails (default: %(default)s)"
+    parser.add_argument("--timeout", type=float, default=300.0, help=text)
     parser.add_argument("--ranks", help="comma-separated numbers of ranks, such as 1,2,4")
     for axis in AXES[1:]:
         text = f"comma-separated values of {axis} to measure around the base cell; a single value is set in every cell"

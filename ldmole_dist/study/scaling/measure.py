@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -136,17 +135,11 @@ def run_cell(cell: Cell, steps: int, warmup: int) -> dict[str, Any]:
             cpu_seconds.append(time.process_time() - started[1])
             busy += _busy_core_seconds() - started[2]
     tokens = cell.micro_batch * cell.seq
-    if on_cpu:
-        peak_kb = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-        assert peak_kb is not None
-        peak = 1024 * int(peak_kb[1])
-    else:
-        peak = torch.cuda.max_memory_allocated(process.device)
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "busy": busy,
-        "peak_bytes": peak - before,
+        "peak_bytes": process.peak_memory() - before,
         "experts_per_token": statistics.mean(float(stat[0]) / tokens for stat in context.stats.values()),
         "wire_bytes": engine.parallel.wire.bytes.total(),
     }

@@ -17,13 +17,12 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.io import atomic_write, write_errors
 from ldmole_dist.report import html, style
 from ldmole_dist.study.folder import StudyFolder
-from ldmole_dist.study.scaling.cells import AXES, Cell
+from ldmole_dist.study.scaling.cells import AXES, SIZES, Cell
 from ldmole_dist.study.scaling.measure import Measured
 from ldmole_dist.study.scaling.rows import Row
 from ldmole_dist.study.scaling.series import PLACEMENTS, along, base_of, strong, weak
 from ldmole_dist.study.table import Rows, text_of
 
-SIZES = ("experts", "lora_rank", "layers", "hidden", "seq")
 Results = Mapping[Cell, Measured]
 
 
