@@ -9,29 +9,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.io import append_lines, atomic_write, read_lines, write_errors
+from ldmole_dist.io import append_jsonl, atomic_write, read_lines, write_errors
 
 T = TypeVar("T")
 
 
-class StudyFolder:
-    """Folder with a table, one line per row, and a JSON file that describes what the rows depend on.
+class StudyFolder(Generic[T]):
+    """Folder with cells.jsonl, one line per row, and about.json, which describes what the rows depend on.
 
     Args:
         path: folder of the study; created if `about` is given and the folder does not exist.
         about: machine, versions and settings that the rows depend on, by name; must equal those stored in the folder.
             None opens an existing folder for reading without this check.
-        about_name: file name of the description.
-        table_name: file name of the table.
+        row: function that makes a row, a dataclass, from the values of a line.
 
     Attributes:
         path: folder of the study.
-        table: path of the table.
+        table: path of cells.jsonl.
         about: the stored description.
 
     Raises:
@@ -39,12 +38,12 @@ class StudyFolder:
             is None and the folder holds no study.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, str] | None, about_name: str, table_name: str) -> None:
-        self.path, self.table = path, path / table_name
-        file = path / about_name
+    def __init__(self, path: Path, about: Mapping[str, str] | None, row: Callable[..., T]) -> None:
+        self.path, self.table, self._row = path, path / "cells.jsonl", row
+        file = path / "about.json"
         if about is None and not file.is_file():
             raise UserError(
-                f"{path} holds no study ({about_name} is missing); set --output to the folder of a study, or run one first"
+                f"{path} holds no study (about.json is missing); set --output to the folder of a study, or run one first"
             )
         try:
             if about is not None and not file.is_file():
@@ -65,34 +64,27 @@ class StudyFolder:
                 "or add --page-only to write the page of the existing one"
             )
 
-    def parsed(self, parse: Callable[[str], T], first: int = 0) -> list[T]:
-        """Parse the complete lines of the table.
-
-        Args:
-            parse: function that parses one line; it may raise ValueError, TypeError or KeyError.
-            first: number of lines to skip, such as a header.
-
-        Returns:
-            The parsed lines, in order.
+    def rows(self) -> list[T]:
+        """Return all rows in the order in which they were measured.
 
         Raises:
-            UserError: if a line cannot be parsed.
+            UserError: if a line cannot be read.
         """
         rows = []
-        for number, line in enumerate(islice(read_lines(self.table), first, None), start=first + 1):
+        for number, line in enumerate(read_lines(self.table), start=1):
             try:
-                rows.append(parse(line.decode()))
-            except (ValueError, TypeError, KeyError) as error:
+                rows.append(self._row(**json.loads(line)))
+            except (ValueError, TypeError) as error:
                 raise UserError(
                     f"{self.table}, line {number} cannot be read ({error}); delete that line to measure the row again"
                 ) from error
         return rows
 
-    def append(self, line: str) -> None:
-        """Append a line to the table and sync it to disk.
+    def add(self, row: Any) -> None:
+        """Append a row and sync it to disk.
 
         Raises:
-            UserError: if the line cannot be written; the earlier lines are kept.
+            UserError: if the row cannot be written; the earlier rows are kept.
         """
         with write_errors(str(self.table)):
-            append_lines(self.table, [line])
+            append_jsonl(self.table, [asdict(row)])

@@ -24,17 +24,7 @@ from ldmole_dist.tuner.model import spread_experts, tuner_of
 def llama_config(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **other: Any
 ) -> LlamaConfig:
-    """Return the config of a Llama model.
-
-    Args:
-        hidden: hidden size.
-        intermediate: hidden size of the MLP.
-        layers: number of decoder layers.
-        heads: number of attention heads.
-        kv_heads: number of key-value heads.
-        vocabulary: number of tokens in the vocabulary.
-        other: additional fields of `LlamaConfig`.
-    """
+    """Return a `LlamaConfig` with these sizes, and with the fields in `other`."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

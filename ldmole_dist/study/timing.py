@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -68,8 +67,3 @@ def time_in_turns(
             for name in names:
                 seconds[name].append(min(runs[name]))
     return seconds
-
-
-def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median over turns of the ratio of two candidates' seconds in the same turn."""
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))

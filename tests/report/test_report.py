@@ -31,7 +31,6 @@ from ldmole_dist.report.collect import collect
 from ldmole_dist.report.history import trace_history
 from ldmole_dist.report.inputs import read_data
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench import report as cost
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import tuner_of
 from tests.small_run import LABELS, make_backbone, make_config, make_data, make_folder, run_training
@@ -331,13 +330,3 @@ def test_token_texts_and_kinds(run: Path) -> None:
     assert {kind_of(tokenizer, 5, shown) for shown in ("⏎␣␣", "␣␣")} == {"special, white space"}
     part = tokenizer("é")["input_ids"][0]
     assert token_text(tokenizer, part) == f"#{part}"
-
-
-def test_benchmark_prints_the_overhead_of_observing(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["cost", str(run), "--batch-size", "4"])
-    cost.main()
-    assert re.search(
-        r"\d+ tokens; .*\n.*ms per 1,000 tokens.*\n(.*\n)+with the observer: \d+\.\d\d times", capsys.readouterr().out
-    )

@@ -7,37 +7,29 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
-from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.bench import latency as bench_latency
-from ldmole_dist.study.bench.latency import (
-    PARTS,
-    Latency,
-    RecordedCalls,
-    Settings,
-    Shape,
-    build,
-    decoding_call,
-    measure_shape,
-    training_call,
-)
+from ldmole_dist.study.bench import latency
+from ldmole_dist.study.bench.latency import PARTS, RecordedCalls, build, decoding_call, measure, shares, training_call
 from ldmole_dist.tuner.layer import LdMoleLinear
 
-SMALL = Shape("small", 32, 48, layers=2, heads=4, kv_heads=2, vocabulary=64)
-SETTINGS = Settings((SMALL,), training=(2,), generation=(1, 3), turns=2, experts=4, lora_rank=2, hidden=16)
+LAYERS = 2
+SIZES = (32, 48, LAYERS, 4, 2, 64)
+ADAPTER = {"num_experts": 4, "r": 2, "lambda_hidden": 16}
 
 
-def test_shares_are_of_the_whole_and_sum_to_one(ranks1: LocalRanks) -> None:
-    results = ranks1.run(measure_shape, SMALL, SETTINGS)[0]
-    assert [(r.phase, r.batch) for r in results] == [("training", 2), ("generation", 1), ("generation", 3)]
-    for r in results:
-        assert tuple(r.parts) == PARTS and min(r.parts.values()) > 0
-        assert sum(r.shares().values()) == pytest.approx(1)
-        assert sum(r.shares().values()) * r.whole == pytest.approx(sum(r.parts.values()) + r.remainder)
+@pytest.mark.parametrize(("phase", "batch"), [("training", 2), ("generation", 1), ("generation", 3)])
+def test_all_parts_are_timed(phase: latency.Phase, batch: int) -> None:
+    seconds = measure(small_model(), phase, batch, turns=2)
+    assert set(seconds) == {"whole", *PARTS} and min(seconds.values()) > 0
+
+
+def small_model() -> PeftModel:
+    return build(SIZES, ADAPTER, torch.device("cpu"))
 
 
 def test_all_candidates_run_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(SMALL, SETTINGS, torch.device("cpu"))
+    model = small_model()
     linears = [m for m in model.modules() if isinstance(m, LdMoleLinear)]
     # The warm-up, the turn that finds the slowest candidate, another warm-up, and two turns of two runs, as 0.2 s fit into
     # 0.3 s twice.
@@ -50,20 +42,21 @@ def test_all_candidates_run_equally_often(monkeypatch: pytest.MonkeyPatch) -> No
         seconds.append(next(of_whole) if name == "whole" else 0.01)
 
     seconds: list[float] = []
-    monkeypatch.setattr(bench_latency, "_forward_backward", forward_backward)
-    monkeypatch.setattr(bench_latency, "timed", lambda run, device: run() or seconds[-1])
-    result = bench_latency.measure(model, SMALL, "generation", 1, turns=2)
+    monkeypatch.setattr(latency, "_forward_backward", forward_backward)
+    monkeypatch.setattr(latency, "timed", lambda run, device: run() or seconds[-1])
+    result = measure(model, "generation", 1, turns=2)
     assert ran == dict.fromkeys(["whole", "frozen", *PARTS[1:]], 7)
-    assert result.whole == (0.25 + 0.2) / 2 and set(result.parts.values()) == {0.01}
+    assert result == dict.fromkeys(PARTS, 0.01) | {"whole": (0.25 + 0.2) / 2}
 
 
 def test_remainder_is_not_spread_over_the_parts() -> None:
-    result = Latency("small", "generation", 1, 10.0, dict.fromkeys(PARTS, 1.0), "float32")
-    assert result.remainder == 6.0 and result.shares() == dict.fromkeys(PARTS, 0.1) | {"remainder": 0.6}
+    fractions = shares({"whole": 10.0} | dict.fromkeys(PARTS, 1.0))
+    assert fractions == pytest.approx(dict.fromkeys(PARTS, 0.1) | {"remainder": 0.6})
+    assert list(fractions) == [*PARTS, "remainder"]
 
 
 def test_parts_compute_what_the_layers_compute() -> None:
-    model = build(SMALL, SETTINGS, torch.device("cpu"))
+    model = small_model()
     model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -78,7 +71,7 @@ def test_parts_compute_what_the_layers_compute() -> None:
         for hook in hooks:
             hook.remove()
         # One lambda for q, k, v and one for gate, up.
-        assert len(calls.replay("lambda-MLP")) == 4 * SMALL.layers
+        assert len(calls.replay("lambda-MLP")) == 4 * LAYERS
         outputs = [y for y in calls.replay("experts") if y.is_floating_point()]
         for linear, delta in zip(linears, outputs, strict=True):
             x, y = seen[linear]
@@ -87,7 +80,7 @@ def test_parts_compute_what_the_layers_compute() -> None:
 
 
 def test_replayed_parts_have_gradients_in_training() -> None:
-    model = build(SMALL, SETTINGS, torch.device("cpu"))
+    model = small_model()
     calls = RecordedCalls(model, training_call(model, torch.randint(0, 64, (3, 9))))
     for part in PARTS[1:]:
         outputs = [y for y in calls.replay(part) if y.requires_grad]
@@ -97,13 +90,8 @@ def test_replayed_parts_have_gradients_in_training() -> None:
 
 
 def test_decoding_leaves_the_cache_unchanged() -> None:
-    model = build(SMALL, SETTINGS, torch.device("cpu"))
+    model = small_model()
     model.eval()
     with torch.no_grad():
         call = decoding_call(model, torch.randint(0, 64, (2, 5)))
         torch.testing.assert_close(call()[0], call()[0])
-
-
-def test_cut_shape_keeps_the_share_of_the_head() -> None:
-    cut = Shape("model", 32, 48, layers=30, heads=4, kv_heads=2, vocabulary=3000).cut(3)
-    assert cut.layers / cut.vocabulary == 30 / 3000 and cut.name == "model, 3 of 30 layers"

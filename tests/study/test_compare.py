@@ -23,10 +23,12 @@ from ldmole_dist.config import Adapter
 from ldmole_dist.data import vader
 from ldmole_dist.errors import EXIT_EXPLAINED, EXIT_PREEMPTED, UserError
 from ldmole_dist.study.compare.data import TEST, TRAIN, write_data
-from ldmole_dist.study.compare.methods import DEFAULT, METHODS, equal_lora_rank, linears_of, overrides_of
+from ldmole_dist.study.compare.methods import DEFAULT, METHODS, equal_lora_rank, overrides_of
 from ldmole_dist.study.compare.page import interval, page, spread
-from ldmole_dist.study.compare.store import Row, Store
+from ldmole_dist.study.compare.rows import Row
+from ldmole_dist.study.folder import StudyFolder
 from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.layer import LdMoleLinear
 from tests.small_run import make_backbone, make_config, make_folder
 
 ROOT = Path(__file__).parents[2]
@@ -100,13 +102,13 @@ def test_mixture_is_deterministic(tmp_path: Path) -> None:
 def test_plain_lora_has_as_many_parameters_as_ld_mole(tmp_path: Path) -> None:
     adapter = Adapter(num_experts=4, r=2, lambda_hidden=8)
     backbone = str(make_backbone(tmp_path / "backbone"))
-    linears = linears_of(backbone, adapter)
-    assert len(linears) == 7 * 2
-    lora_rank = equal_lora_rank(linears, adapter)
-    per_rank = sum(D + O for D, O, _ in linears)
+    lora_rank = equal_lora_rank(backbone, adapter)
     settings = LdMoleConfig(num_experts=4, r=2, lambda_hidden=8, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(backbone), settings)
     whole = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    linears = [module for module in model.modules() if isinstance(module, LdMoleLinear)]
+    assert len(linears) == 7 * 2
+    per_rank = sum(sum(linear.base_layer.weight.shape) for linear in linears)
     assert abs(lora_rank * per_rank - whole) <= per_rank / 2
     assert f"adapter.r={lora_rank}" in overrides_of("lora", adapter, backbone)
     assert set(DEFAULT) <= set(METHODS)
@@ -127,10 +129,11 @@ def rows() -> list[Row]:
 
 
 def test_page_has_means_spreads_and_intervals(tmp_path: Path) -> None:
-    store = Store(tmp_path, {"command": "launch/compare_routers.py x", "config": "x", "code": "abc", "cores": "2"})
+    about = {"command": "launch/compare_routers.py x", "config": "x", "code": "abc", "cores": "2"}
+    store = StudyFolder(tmp_path, about, Row)
     for row in rows():
         store.add(row)
-    text = re.sub(" +", " ", page(Store(tmp_path, None)))
+    text = re.sub(" +", " ", page(StudyFolder(tmp_path, None, Row)))
     assert "| LD-MoLE (Sparsegen) | 3 | 75.0 ± 5.0 | 0.250 ± 0.050 | 2.50 ± 0.00 | 1.00 M | 40.0 ± 0.0 | – |" in text
     assert "| before training | 50.0 | 25.0 |" in text and "| plain LoRA | 80.0 ± 10.0 | 40.0 ± 5.0 |" in text
     # Student's t with two degrees of freedom: 4.303 standard errors to both sides.
@@ -146,15 +149,15 @@ def test_intervals_and_spreads() -> None:
 
 def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     about = {"command": "c", "config": "x", "code": "abc"}
-    Store(tmp_path / "a", about)
-    Store(tmp_path / "a", about)
+    StudyFolder(tmp_path / "a", about, Row)
+    StudyFolder(tmp_path / "a", about, Row)
     with pytest.raises(UserError, match="code abc, now def"):
-        Store(tmp_path / "a", about | {"code": "def"})
+        StudyFolder(tmp_path / "a", about | {"code": "def"}, Row)
     with pytest.raises(UserError, match="holds no study"):
-        Store(tmp_path / "b", None)
+        StudyFolder(tmp_path / "b", None, Row)
     (tmp_path / "a" / "cells.jsonl").write_text('{"method": 1}\n')
     with pytest.raises(UserError, match="line 1 cannot be read"):
-        Store(tmp_path / "a", None).rows()
+        StudyFolder(tmp_path / "a", None, Row).rows()
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -193,7 +196,7 @@ def test_small_comparison_is_interrupted_and_resumed(tmp_path: Path) -> None:
     again = start(tmp_path)
     message = again.communicate(timeout=240)[0]
     assert again.returncode == 0, message
-    rows = Store(tmp_path / "out", None).rows()
+    rows = StudyFolder(tmp_path / "out", None, Row).rows()
     assert Counter(row.method for row in rows) == {"sparsegen": 2, "lora": 2}
     assert [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == list(
         range(1, 17)
@@ -204,4 +207,4 @@ def test_small_comparison_is_interrupted_and_resumed(tmp_path: Path) -> None:
     assert third.communicate(timeout=60)[0].count("Loading weights") == 0 and third.returncode == 0
 
     wrong = start(tmp_path, "--methods", "best")
-    assert "--methods best is not supported" in wrong.communicate(timeout=60)[0] and wrong.returncode == EXIT_EXPLAINED
+    assert "--methods: unknown method best" in wrong.communicate(timeout=60)[0] and wrong.returncode == EXIT_EXPLAINED

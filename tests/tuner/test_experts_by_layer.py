@@ -17,7 +17,7 @@ from ldmole_dist.cli import main
 from ldmole_dist.config import Adapter
 from ldmole_dist.method.statistics import merge_sums, summarize
 from ldmole_dist.selftest.local_ranks import LocalRanks
-from ldmole_dist.study.compare.methods import equal_lora_rank, linears_of
+from ldmole_dist.study.compare.methods import equal_lora_rank
 from ldmole_dist.tuner.targets import experts_of_linear
 from tests.small_adapter import adapt, backbone, config, logits, move, trainable
 from tests.small_run import make_config, make_folder, run_training
@@ -73,7 +73,7 @@ def test_equal_rank_gives_the_nearest_number_of_parameters(tmp_path: Path, num_e
     for targets in (["q_proj", "down_proj"], r".*\.1\.mlp\.(up|down)_proj"):
         given = Adapter(num_experts=num_experts, r=4, lambda_hidden=8, target_modules=targets)
         model = adapt(num_experts=num_experts, r=4, target_modules=targets)
-        rank = equal_lora_rank(linears_of(str(tmp_path), given), given)
+        rank = equal_lora_rank(str(tmp_path), given)
         wanted = sum(p.numel() for p in trainable(model).values())
         found = {
             r: sum(

@@ -47,14 +47,8 @@ def add_commands(bench: argparse.ArgumentParser) -> None:
         parser = commands.add_parser(name, help=text)
         if option:
             flag, default, meaning = option
-            parser.add_argument(
-                flag,
-                dest="value",
-                metavar="N",
-                type=positive,
-                default=default,
-                help=f"{meaning} (default: %(default)s)",
-            )
+            text = f"{meaning} (default: %(default)s)"
+            parser.add_argument(flag, dest="value", metavar="N", type=positive, default=default, help=text)
         parser.set_defaults(call=_run, benchmark=name)
 
 

@@ -12,8 +12,6 @@ rows sent, M rows received.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,16 +25,15 @@ from ldmole_dist.method.layer import Dispatch
 from ldmole_dist.method.routers import Routing
 from ldmole_dist.parallel.dispatch import ExpertParallel, Mode
 from ldmole_dist.parallel.exchange import Payload, exchange, exchange_counts
-from ldmole_dist.parallel.wire import Tally, Wire
+from ldmole_dist.parallel.wire import Tally
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.tiny import relative
 from ldmole_dist.study.machine import setup
 from ldmole_dist.study.table import markdown_table
-from ldmole_dist.study.timing import median_ratio, synchronize, time_in_turns, timed
+from ldmole_dist.study.timing import time_in_turns, timed
 
 GROUPS = (3, 1, 2, 1)  # number of linears per input group of a decoder layer: q, k, v; o; gate, up; down
-MODES: dict[str, Mode] = {"all_to_all": "all_to_all", "gather": "gather", "auto": "auto"}
-OVERLAP_MODES: tuple[Mode, ...] = ("all_to_all", "auto")
+MODES: tuple[Mode, ...] = ("all_to_all", "gather", "auto")
 STRATEGIES = ("row per pair", *MODES, "replicate")
 
 
@@ -95,12 +92,13 @@ def layer_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list
         for _ in range(linears):
             scores = draw(T, E, generator=own)
             kept = scores >= scores.topk(active, dim=1).values[:, -1:]
-            p.append(scores.masked_fill(~kept, -torch.inf).softmax(-1))
+            p.append(scores.masked_fill(~kept, -torch.inf).softmax(-1).requires_grad_())
             A_ERD, B_EDR = draw(E, R, D, generator=shared) / D**0.5, draw(E, D, R, generator=shared)
             for banks, chosen in ((all_experts, slice(None)), (held_experts, held)):
                 A, B = (bank[chosen].clone().requires_grad_() for bank in (A_ERD, B_EDR))
                 banks.append(ExpertBank(A, B, 2.0))
-        layer.append(LayerInputs(draw(T, D, generator=own), p, all_experts, held_experts, draw(T, D, generator=own)))
+        x_TD, dy_TO = draw(T, D, generator=own).requires_grad_(), draw(T, D, generator=own)
+        layer.append(LayerInputs(x_TD, p, all_experts, held_experts, dy_TO))
     return layer
 
 
@@ -136,39 +134,31 @@ def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.P
     return x_TD.new_zeros(len(x_TD), y_NO.shape[1]).index_add(0, token_N, weighted_NO)
 
 
-class _Strategy:
-    """Callable that dispatches an input group with one strategy, and records the data sent and the time to decide."""
-
-    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
-        self.name, self.group, self.wire, self.deciding = name, group, Wire(), 0.0
-        parallel = ExpertParallel(group, MODES[name], wire=self.wire) if name in MODES else ExpertParallel()
-        self.dispatch = parallel.dispatch()
-
-    def __call__(self, x_TD: Tensor, routings: Sequence[Routing], banks: Sequence[ExpertBank]) -> list[Tensor]:
-        if self.name == "row per pair":
-            tally = Tally(self.wire, "layer")
-            return [row_per_pair(x_TD, r, b, self.group, tally) for r, b in zip(routings, banks, strict=True)]
-        started = time.perf_counter()
-        decision = self.dispatch.decide([routing.p_TE != 0 for routing in routings], banks, "layer")
-        synchronize(x_TD.device)
-        self.deciding += time.perf_counter() - started
-        return self.dispatch.start(x_TD, routings, banks, decision)()
+def _adapters(name: str, inputs: LayerInputs, parallel: ExpertParallel) -> list[Tensor]:
+    """Return the output of each adapter in an input group, computed with the strategy `name`."""
+    routings = [Routing(p_TE, p_TE, p_TE[:, 0]) for p_TE in inputs.p]
+    if name == "row per pair":
+        assert parallel.group is not None
+        tally, pairs = Tally(parallel.wire, "layer"), zip(routings, inputs.held, strict=True)
+        return [row_per_pair(inputs.x_TD, routing, bank, parallel.group, tally) for routing, bank in pairs]
+    banks = inputs.all_experts if name == "replicate" else inputs.held
+    dispatch = parallel.dispatch()
+    decision = dispatch.decide([p_TE != 0 for p_TE in inputs.p], banks, "layer")
+    return dispatch.start(inputs.x_TD, routings, banks, decision)()
 
 
-def _forward_backward(inputs: LayerInputs, strategy: _Strategy) -> list[Tensor]:
+def _forward_backward(name: str, inputs: LayerInputs, parallel: ExpertParallel) -> list[Tensor]:
     """Return the output of each adapter in an input group, followed by the gradient of x and the gradient of each p."""
-    x_TD, p = inputs.x_TD.requires_grad_(), [weights.requires_grad_() for weights in inputs.p]
-    replicated = strategy.name == "replicate"
-    banks = inputs.all_experts if replicated else inputs.held
-    outputs = strategy(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], banks)
+    outputs = _adapters(name, inputs, parallel)
     loss = torch.stack([(y * inputs.dy_TO).sum() for y in outputs]).sum()
+    banks = inputs.all_experts if name == "replicate" else inputs.held
     parameters = [tensor for bank in banks for tensor in (bank.A_LRD, bank.B_LOR)]
-    gradients = torch.autograd.grad(loss, [x_TD, *p, *parameters])
-    if replicated:  # data parallelism all-reduces the experts' gradients, here once per micro-batch
-        for gradient in gradients[1 + len(p) :]:
+    grad_x, *gradients = torch.autograd.grad(loss, [inputs.x_TD, *inputs.p, *parameters])
+    if name == "replicate":  # data parallelism all-reduces the experts' gradients, here once per micro-batch
+        for gradient in gradients[len(inputs.p) :]:
             dist.all_reduce(gradient)
-    grad_p = [g.masked_fill(weights == 0, 0) for g, weights in zip(gradients[1 : 1 + len(p)], p, strict=True)]
-    return [y.detach() for y in outputs] + [gradients[0], *grad_p]
+    grad_p = [grad.masked_fill(p_TE == 0, 0) for grad, p_TE in zip(gradients[: len(inputs.p)], inputs.p, strict=True)]
+    return [*(y.detach() for y in outputs), grad_x, *grad_p]
 
 
 def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -183,30 +173,36 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
         Rows with these keys:
         "strategy": name in `STRATEGIES`.
         "ms": median milliseconds of a forward and backward, from a barrier before it to a barrier after it.
-        "deciding ms": part of "ms" in which this rank decides what to send, including the exchange of row counts.
+        "deciding ms": part of "ms" in which this rank decides what to send, including the exchange of row counts; 0 for
+            strategies that have nothing to decide.
         "elements sent", "counts sent": elements of the payload, and row counts, summed over all ranks.
         "distance": largest relative distance of this rank's outputs and gradients of x and p from those of "replicate".
         "x faster", "x fewer elements": ratios of "row per pair" to this strategy.
     """
     process = start()
     group = expert_parallel(process.world_size).group
-    assert group is not None, "a dispatch needs at least 2 ranks"
     layer = layer_inputs(sizes, dtype, process.device)
-    runs: dict[str, list[_Strategy]] = {name: [] for name in STRATEGIES}
+    parallels = {"row per pair": ExpertParallel(group), "replicate": ExpertParallel()}
+    parallels |= {mode: ExpertParallel(group, mode) for mode in MODES}
     results: dict[str, list[Tensor]] = {}
+    deciding: dict[str, list[float]] = {name: [] for name in STRATEGIES}
 
     def time_once(name: str) -> float:
-        runs[name].append(_Strategy(name, group))
+        wire = parallels[name].wire
+        wire.clear()
+        wire.clock.on = True
 
         def run() -> None:
-            results[name] = [value for inputs in layer for value in _forward_backward(inputs, runs[name][-1])]
+            results[name] = [tensor for inputs in layer for tensor in _forward_backward(name, inputs, parallels[name])]
 
-        return timed(run, process.device, wall=True, barrier=True)
+        seconds = timed(run, process.device, wall=True, barrier=True)
+        deciding[name].append(wire.clock.seconds("deciding"))
+        return seconds
 
     seconds = time_in_turns(STRATEGIES, turns, time_once)
     rows: list[dict[str, Any]] = []
     for name in STRATEGIES:
-        sent = runs[name][-1].wire.by_kind()
+        sent = parallels[name].wire.by_kind()
         counts = sent.pop("counts", 0)
         totals = torch.tensor([sent.total(), counts], device=process.device)
         dist.all_reduce(totals)
@@ -214,12 +210,8 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
             # In a ring all-reduce each rank sends 2 (P - 1) / P of the elements; this is the total of all P ranks.
             parameters = sum(GROUPS) * sizes.experts * sizes.lora_rank * 2 * sizes.features
             totals[0] = 2 * parameters * (process.world_size - 1)
-        ms = 1e3 * statistics.median(seconds[name])
-        row: dict[str, Any] = {
-            "strategy": name,
-            "ms": ms,
-            "deciding ms": 1e3 * statistics.median(r.deciding for r in runs[name][1:]),
-        }
+        row: dict[str, Any] = {"strategy": name, "ms": 1e3 * statistics.median(seconds[name])}
+        row["deciding ms"] = 1e3 * statistics.median(deciding[name][1:])  # without the warm-up
         row |= {"elements sent": int(totals[0]), "counts sent": int(totals[1])}
         row["distance"] = max(relative(a, b) for a, b in zip(results[name], results["replicate"], strict=True))
         rows.append(row)
@@ -235,7 +227,7 @@ def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[s
     Collective: every rank must call it.
 
     Returns:
-        One row per mode in `OVERLAP_MODES`: median milliseconds of a forward and backward with and without overlap, and
+        One row per mode, all_to_all and auto: median milliseconds of a forward and backward with and without overlap, and
         the speedup by overlap.
     """
     process = start()
@@ -243,7 +235,8 @@ def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[s
     layer = layer_inputs(sizes, dtype, process.device)
     frozen_DO = torch.randn(sizes.features, sizes.features, dtype=dtype, device=process.device) / sizes.features**0.5
     rows = []
-    for mode in OVERLAP_MODES:
+    modes: tuple[Mode, ...] = ("all_to_all", "auto")
+    for mode in modes:
 
         def time_once(name: str, mode: Mode = mode) -> float:
             dispatch = ExpertParallel(group, mode, overlap=name == "overlapped").dispatch()
@@ -256,12 +249,13 @@ def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[s
 
         seconds = time_in_turns(("overlapped", "after"), turns, time_once)
         medians = {f"{name} ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
-        rows.append({"mode": mode, **medians, "x faster": median_ratio(seconds["after"], seconds["overlapped"])})
+        ratios = (after / overlapped for overlapped, after in zip(*seconds.values(), strict=True))
+        rows.append({"mode": mode, **medians, "x faster": statistics.median(ratios)})
     return rows
 
 
 def _forward_backward_with_frozen(inputs: LayerInputs, dispatch: Dispatch, frozen_DO: Tensor) -> None:
-    x_TD, p = inputs.x_TD.requires_grad_(), [weights.requires_grad_() for weights in inputs.p]
+    x_TD, p = inputs.x_TD, inputs.p
     decision = dispatch.decide([weights != 0 for weights in p], inputs.held, "layer")
     finish = dispatch.start(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], inputs.held, decision)
     # Same order as in method.layer: the group's first frozen linear overlaps the dispatch, the other linears follow it.

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -38,145 +38,49 @@ from ldmole_dist.tuner.model import tuner_of
 
 Phase = Literal["training", "generation"]
 
+# Name of a model -> arguments of `llama_config`. The cut model also has a smaller vocabulary, so that its head keeps its
+# share of the time.
+MODELS = {
+    "SmolLM2-135M": (576, 1536, 30, 9, 3, 49152),
+    "Llama-3.2-1B, 2 of 16 layers": (2048, 8192, 2, 32, 8, 16032),
+}
+ADAPTER = {"num_experts": 8, "r": 8, "lambda_hidden": 256}
+SEQ = 64  # tokens per training sequence; in generation, tokens in the key-value cache
+BATCHES: dict[Phase, tuple[int, ...]] = {"training": (1, 4, 16), "generation": (1, 2, 4, 8, 16, 32, 64)}
 PARTS = ("frozen model", "lambda-MLP", "router", "experts")
-ADAPTER = "default"
 # Runs of each candidate per turn: as many as the slowest candidate needs to fill TURN_SECONDS, at most TURN_RUNS.
 TURN_SECONDS, TURN_RUNS = 0.3, 5
-SEQ = 64  # tokens per training sequence; in generation, tokens in the key-value cache
 
 
-class Shape(NamedTuple):
-    """Sizes of a Llama.
-
-    Args:
-        name: name of the model, for tables.
-        hidden: hidden size.
-        intermediate: hidden size of the MLP.
-        layers: number of decoder layers.
-        heads: number of attention heads.
-        kv_heads: number of key-value heads.
-        vocabulary: number of tokens in the vocabulary.
-    """
-
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-
-    def cut(self, layers: int) -> Shape:
-        """Return a shape with fewer layers, and a smaller vocabulary so that the head keeps its share of the time."""
-        name = f"{self.name}, {layers} of {self.layers} layers"
-        return self._replace(name=name, layers=layers, vocabulary=self.vocabulary * layers // self.layers)
-
-
-SMOLLM2 = Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152)
-LLAMA_1B = Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256)
-
-
-class Settings(NamedTuple):
-    """Settings of the benchmark.
+def build(sizes: Sequence[int], adapter: Mapping[str, int], device: torch.device) -> PeftModel:
+    """Return a Llama with random weights and a new adapter on all linears: bfloat16 on a GPU, float32 on a CPU.
 
     Args:
-        shapes: models to measure.
-        training: batch sizes of the training phase.
-        generation: batch sizes of the generation phase.
-        turns: timed turns.
-        experts: experts per linear, E.
-        lora_rank: LoRA rank of an expert, r.
-        hidden: hidden units of the lambda-MLP.
+        sizes: arguments of `llama_config`.
+        adapter: fields of `LdMoleConfig`.
+        device: device of the model.
     """
-
-    shapes: tuple[Shape, ...] = (SMOLLM2, LLAMA_1B.cut(2))
-    training: tuple[int, ...] = (1, 4, 16)
-    generation: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    turns: int = 5
-    experts: int = 8
-    lora_rank: int = 8
-    hidden: int = 256
-
-
-QUICK = Settings((SMOLLM2.cut(3), LLAMA_1B.cut(1)), training=(1, 8), generation=(1, 4, 16, 64), turns=2)
-
-
-class Latency(NamedTuple):
-    """Latency of one model in one phase with one batch size.
-
-    In training it is the time of a forward and backward, in generation that of one token per sequence.
-
-    Attributes:
-        shape: name of the model.
-        phase: "training" or "generation".
-        batch: number of sequences.
-        whole: median seconds of the model with its adapter.
-        parts: name in `PARTS` -> median seconds.
-        dtype: dtype of the frozen weights and of the activations.
-    """
-
-    shape: str
-    phase: Phase
-    batch: int
-    whole: float
-    parts: dict[str, float]
-    dtype: str
-
-    @property
-    def remainder(self) -> float:
-        """Seconds of the whole minus the seconds of all parts; negative if the parts took longer when timed alone."""
-        return self.whole - sum(self.parts.values())
-
-    def shares(self) -> dict[str, float]:
-        """Return each part and the remainder as a fraction of the whole; the fractions sum to 1."""
-        return {name: s / self.whole for name, s in (*self.parts.items(), ("remainder", self.remainder))}
-
-    def row(self) -> dict[str, object]:
-        """Return a table row: model, phase, batch size, milliseconds of the whole, and the shares in percent."""
-        shares = {f"{name} %": f"{100 * share:.1f}" for name, share in self.shares().items()}
-        return {"model": self.shape, "phase": self.phase, "batch": self.batch, "whole ms": 1e3 * self.whole, **shares}
-
-
-def bench_latency(settings: Settings) -> list[Latency]:
-    """Measure all shapes in one new process: in bfloat16 on a GPU, or in float32 on one CPU thread without one."""
-    results = []
-    with LocalRanks(1, timeout=3600) as ranks:
-        for shape in tqdm(settings.shapes, desc="latency", unit="shape", leave=False):
-            results += ranks.run(measure_shape, shape, settings)[0]
-    return results
-
-
-def measure_shape(shape: Shape, settings: Settings) -> list[Latency]:
-    """Measure one shape in this process, with all batch sizes of both phases."""
-    model = build(shape, settings, start().device)
-    cases: list[tuple[Phase, int]] = [("training", batch) for batch in settings.training]
-    cases += [("generation", batch) for batch in settings.generation]
-    return [measure(model, shape, phase, batch, settings.turns) for phase, batch in cases]
-
-
-def build(shape: Shape, settings: Settings, device: torch.device) -> PeftModel:
-    """Return a Llama with random weights and a new adapter on all linears: bfloat16 on a GPU, float32 on a CPU."""
-    config = llama_config(*shape[1:], tie_word_embeddings=True)
-    precision = "fp32" if device.type == "cpu" else "bf16"
-    adapter = dict(num_experts=settings.experts, r=settings.lora_rank, lambda_hidden=settings.hidden)
-    model = random_model(config, adapter, device, precision)
+    config = llama_config(*sizes, tie_word_embeddings=True)
+    model = random_model(config, adapter, device, "fp32" if device.type == "cpu" else "bf16")
     model.enable_input_require_grads()  # otherwise the frozen model has no backward
     return model
 
 
-def measure(model: PeftModel, shape: Shape, phase: Phase, batch: int, turns: int) -> Latency:
+def measure(model: PeftModel, phase: Phase, batch: int, turns: int) -> dict[str, float]:
     """Measure the whole model, the frozen model and the parts of the adapter in one phase, with one batch size.
 
     Args:
         model: model returned by `build`.
-        shape: shape passed to `build`.
-        phase: "training" or "generation".
+        phase: "training" for a forward and backward, "generation" for one token per sequence.
         batch: number of sequences.
         turns: timed turns.
+
+    Returns:
+        "whole" and the names in `PARTS` -> median seconds over turns.
     """
     device = next(model.parameters()).device
     model.train(phase == "training")
-    ids = torch.randint(0, shape.vocabulary, (batch, SEQ + 1), device=device)
+    ids = torch.randint(0, model.config.vocab_size, (batch, SEQ + 1), device=device)
     with torch.set_grad_enabled(phase == "training"):
         call = training_call(model, ids[:, :SEQ]) if phase == "training" else decoding_call(model, ids)
         parts = RecordedCalls(model, call)
@@ -192,9 +96,19 @@ def measure(model: PeftModel, shape: Shape, phase: Phase, batch: int, turns: int
         slowest = max(seconds[0] for seconds in time_in_turns(list(runs), 1, time_once).values())
         rounds = min(TURN_RUNS, math.ceil(TURN_SECONDS / slowest))
         seconds = time_in_turns(list(runs), turns, time_once, rounds)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return Latency(shape.name, phase, batch, medians.pop("whole"), medians, dtype)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return each part and the remainder as a fraction of the whole; the fractions sum to 1.
+
+    The remainder is negative if the parts took longer when timed alone.
+
+    Args:
+        seconds: result of `measure`.
+    """
+    fractions = {name: seconds[name] / seconds["whole"] for name in PARTS}
+    return fractions | {"remainder": 1 - sum(fractions.values())}
 
 
 def _forward_backward(run: Callable[[], Sequence[Tensor]]) -> None:
@@ -260,8 +174,8 @@ class RecordedCalls:
         self.leaves: list[Tensor] = []
         self._calls: dict[str, list[Callable[[], Any]]] = {part: [] for part in PARTS[1:]}
         linears = [m for m in model.modules() if isinstance(m, LdMoleLinear)]
-        methods: set[tuple[str, Any, str]] = {("lambda-MLP", m.lambda_mlps[ADAPTER], "forward") for m in linears}
-        methods |= {("router", m.router[ADAPTER], name) for m in linears for name in ("forward", "decide", "weigh")}
+        methods: set[tuple[str, Any, str]] = {("lambda-MLP", m.lambda_mlps["default"], "forward") for m in linears}
+        methods |= {("router", m.router["default"], name) for m in linears for name in ("forward", "decide", "weigh")}
         methods |= {("experts", m.dispatch, name) for m in linears for name in ("decide", "start")}
         with ExitStack() as stack:
             for part, owner, name in methods:
@@ -291,10 +205,25 @@ class RecordedCalls:
         return [value for value in outputs if isinstance(value, Tensor)]
 
 
+def measure_model(name: str, turns: int) -> list[dict[str, object]]:
+    """Return one table row for each phase and batch size of a model in `MODELS`, with shares in percent."""
+    model = build(MODELS[name], ADAPTER, start().device)
+    rows: list[dict[str, object]] = []
+    for phase, batches in BATCHES.items():
+        for batch in batches:
+            seconds = measure(model, phase, batch, turns)
+            row = {"model": name, "phase": phase, "batch": batch, "whole ms": 1e3 * seconds["whole"]}
+            rows.append(row | {f"{part} %": f"{100 * share:.1f}" for part, share in shares(seconds).items()})
+    return rows
+
+
 def main(turns: int) -> None:
-    """Measure the default shapes and batch sizes, and print their table."""
-    settings = Settings(turns=turns)
-    results = bench_latency(settings)
-    sizes = f"E={settings.experts}, r={settings.lora_rank}, lambda-MLP of {settings.hidden}, {SEQ} tokens a sequence"
-    print(f"Training (forward + backward) and generation (one token); {sizes}; {results[0].dtype}; {setup()}")
-    print(markdown_table([latency.row() for latency in results]))
+    """Measure all models in a new process, with one thread on a CPU, and print their table."""
+    with LocalRanks(1, timeout=3600) as ranks:
+        rows = [row for name in tqdm(MODELS, leave=False) for row in ranks.run(measure_model, name, turns)[0]]
+    sizes = ", ".join(f"{name} {value}" for name, value in ADAPTER.items())
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    print(
+        f"Training (forward + backward) and generation (one token), {dtype}; {sizes}, {SEQ} tokens a sequence; {setup()}"
+    )
+    print(markdown_table(rows))

@@ -94,13 +94,8 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
     """
     w, s, process = workload, strategy, start()
     parallel = expert_parallel(s.ep_size, s.dispatch)
-    adapter = dict(
-        num_experts=w.num_experts,
-        r=w.lora_rank,
-        lambda_hidden=w.lambda_hidden,
-        lora_dropout=w.dropout,
-        target_modules=list(w.target_modules),
-    )
+    adapter: dict[str, Any] = dict(num_experts=w.num_experts, r=w.lora_rank, lambda_hidden=w.lambda_hidden)
+    adapter |= dict(lora_dropout=w.dropout, target_modules=list(w.target_modules))
     model = random_model(w.backbone, adapter, process.device, w.precision, parallel, s.stage)
     tuner = tuner_of(model)
     if dense:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,8 @@ from ldmole_dist.errors import EXIT_PREEMPTED, UserError
 
 if TYPE_CHECKING:
     from ldmole_dist.config import Config
-    from ldmole_dist.study.compare.store import Store
+    from ldmole_dist.study.compare.rows import Row
+    from ldmole_dist.study.folder import StudyFolder
 
 COMPARE = """Train with every router, and plain LoRA with about as many parameters, with the same data, budget and seeds.
 Write tables of the results to OUTPUT/routers.md. To resume an interrupted comparison, run the same command again."""
@@ -26,29 +27,16 @@ Write tables of the results to OUTPUT/routers.md. To resume an interrupted compa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ldmole compare`."""
     parser.add_argument("config", help="YAML config of all runs, such as launch/configs/compare.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="values that override those of the config in all runs"
-    )
-    parser.add_argument(
-        "--vader",
-        metavar="ARCHIVE",
-        help="path of vaderSentiment-3.3.2.tar.gz; trains on WordNet and VADER instead of the config's data",
-    )
+    text = "values that override those of the config in all runs"
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=text)
+    text = "path of vaderSentiment-3.3.2.tar.gz; trains on WordNet and VADER instead of the config's data"
+    parser.add_argument("--vader", metavar="ARCHIVE", help=text)
     parser.add_argument("--output", default="runs/compare", help="folder of the comparison (default: %(default)s)")
     parser.add_argument("--methods", help="comma-separated methods to run (default: all routers and plain LoRA)")
-    parser.add_argument(
-        "--seeds",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="number of seeds; uses seeds 0 to N - 1 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--jobs", type=positive, help="number of concurrent runs (default: one per GPU, or one per CPU core)"
-    )
-    parser.add_argument(
-        "--page-only", action="store_true", help="write the page of the finished runs without running more"
-    )
+    text = "number of seeds; uses seeds 0 to N - 1 (default: %(default)s)"
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help=text)
+    parser.add_argument("--jobs", type=positive, help="concurrent runs (default: one per GPU, or one per CPU core)")
+    parser.add_argument("--page-only", action="store_true", help="write the page of the finished runs, run no others")
     parser.set_defaults(call=run)
 
 
@@ -63,17 +51,18 @@ def run(args: argparse.Namespace) -> int:
     """
     from ldmole_dist.io import atomic_write, write_errors
     from ldmole_dist.study.compare.page import page
-    from ldmole_dist.study.compare.store import Store
+    from ldmole_dist.study.compare.rows import Row
+    from ldmole_dist.study.folder import StudyFolder
 
     folder = Path(args.output)
     if args.page_only:
-        store = Store(folder, None)
+        study = StudyFolder(folder, None, Row)
     else:
         base = _base(args, folder)
-        store = Store(folder, _about(args, base))
+        study = StudyFolder(folder, _about(args, base), Row)
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            _run(args, store, base)
+            _run(args, study, base)
         except KeyboardInterrupt:
             print(
                 f"interrupted: {folder} holds the finished runs; run the same command again to resume", file=sys.stderr
@@ -81,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
             return EXIT_PREEMPTED
         finally:
             signal.signal(signal.SIGTERM, previous)
-    if not store.rows():
-        raise UserError(f"{store.table} holds no finished run; run the comparison without --page-only")
+    if not study.rows():
+        raise UserError(f"{study.table} holds no finished run; run the comparison without --page-only")
     with write_errors(str(folder)):
-        atomic_write(folder / "routers.md", page(store))
+        atomic_write(folder / "routers.md", page(study))
     print(f"page: {folder / 'routers.md'}")
     return 0
 
@@ -113,7 +102,6 @@ def _about(args: argparse.Namespace, base: Config) -> dict[str, str]:
     """
     from ldmole_dist.config import dump_config
     from ldmole_dist.data.sources import as_sources
-    from ldmole_dist.study.compare.store import commit
     from ldmole_dist.study.machine import machine
 
     if base.data.eval is None:
@@ -130,23 +118,36 @@ def _about(args: argparse.Namespace, base: Config) -> dict[str, str]:
     settings = hashlib.sha256(dump_config(base).encode()).hexdigest()[:12]
     vader = [] if args.vader is None else ["--vader", Path(args.vader).name]
     command = shlex.join(["launch/compare_routers.py", args.config, *args.overrides, *vader])
-    about = {"data": contents.hexdigest()[:12], "settings": settings, "code": commit()}
+    about = {"data": contents.hexdigest()[:12], "settings": settings, "code": _commit()}
     return machine() | about | {"config": args.config, "command": command}
 
 
-def _run(args: argparse.Namespace, store: Store, base: Config) -> None:
+def _run(args: argparse.Namespace, study: StudyFolder[Row], base: Config) -> None:
     import torch
 
     from ldmole_dist.study.compare.grid import run_missing
     from ldmole_dist.study.compare.methods import DEFAULT, METHODS
+    from ldmole_dist.study.machine import cores
 
     names = args.methods.split(",") if args.methods else list(DEFAULT)
     if unknown := [name for name in names if name not in METHODS]:
         raise UserError(f"--methods: unknown method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
-    jobs = args.jobs or torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    jobs = args.jobs or torch.cuda.device_count() or cores()
     # Run all methods with one seed before the next seed: an interrupted comparison then lacks methods only for
     # the last seeds.
-    run_missing(store, base, [(name, seed) for seed in range(args.seeds) for name in names], jobs)
+    run_missing(study, base, [(name, seed) for seed in range(args.seeds) for name in names], jobs)
+
+
+def _commit() -> str:
+    """Return the git commit of this package, with ", with changes" if a tracked file is modified; "unknown" without git."""
+    try:
+        head, changes = (
+            subprocess.check_output(["git", *command], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True)
+            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + (", with changes" if changes else "")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

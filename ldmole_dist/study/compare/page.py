@@ -10,13 +10,14 @@ from string import Template
 from scipy import stats  # type: ignore[import-untyped]
 
 from ldmole_dist.study.compare.methods import BASELINE, METHODS
-from ldmole_dist.study.compare.store import Row, Store
+from ldmole_dist.study.compare.rows import Row
+from ldmole_dist.study.folder import StudyFolder
 from ldmole_dist.study.table import Rows, markdown_table
 
 
-def page(store: Store) -> str:
+def page(study: StudyFolder[Row]) -> str:
     """Return the page as Markdown."""
-    rows, about = store.rows(), store.about
+    rows, about = study.rows(), study.about
     by_method = {name: [row for row in rows if row.method == name] for name in METHODS}
     by_method = {name: runs for name, runs in by_method.items() if runs}
     tables = {

@@ -1,1 +1,1 @@
-"""The scaling study: measure configurations, fit a model of the step time, and write a page: `ldmole scaling`."""
+"""The scaling study: measure optimizer steps of many configurations and write a page: `ldmole scaling`."""

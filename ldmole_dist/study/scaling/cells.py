@@ -17,7 +17,7 @@ LAMBDA_HIDDEN = 256  # hidden units of the lambda-MLP
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration; the fields are columns of cells.csv.
+    """One configuration; the fields are keys of `cell` in cells.jsonl.
 
     Args:
         ranks: number of processes. Each has its own GPU, or all of them share the CPU's cores.
@@ -89,3 +89,4 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": ("fp32", "bf16"),
 }
 AXES = tuple(field.name for field in fields(Cell))
+SIZES = ("experts", "lora_rank", "layers", "hidden", "seq")  # axes of the sizes of adapter, model and sequences

@@ -1,4 +1,4 @@
-"""`ldmole scaling`: measure the missing cells, fit the model and write the page."""
+"""`ldmole scaling`: measure the missing cells and write the page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from ldmole_dist.study.scaling.cells import AXES, Cell
 from ldmole_dist.study.scaling.grids import grid_named, overridden
 
 if TYPE_CHECKING:
-    from ldmole_dist.study.scaling.store import Store
+    from ldmole_dist.study.folder import StudyFolder
+    from ldmole_dist.study.scaling.rows import Row
 
-SCALING = """Measure optimizer steps of many configurations on this machine, fit a model of the step time, and write
-OUTPUT/scaling.html. To resume an interrupted study, run the same command again."""
+SCALING = """Measure optimizer steps of many configurations on this machine and write OUTPUT/scaling.html. To resume an
+interrupted study, run the same command again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive, default=7, help="timed optimizer steps per cell (default: %(default)s)"
     )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=300.0,
-        help="maximum seconds per cell, including start-up; a slower cell fails (default: %(default)s)",
-    )
+    text = "maximum seconds per cell, including start-up; a slower cell fails (default: %(default)s)"
+    parser.add_argument("--timeout", type=float, default=300.0, help=text)
     parser.add_argument("--ranks", help="comma-separated numbers of ranks, such as 1,2,4")
     for axis in AXES[1:]:
         text = f"comma-separated values of {axis} to measure around the base cell; a single value is set in every cell"
@@ -53,24 +50,22 @@ def run(args: argparse.Namespace) -> int:
         UserError: if an option has a value that is not supported, or the folder cannot be used.
     """
     chosen = {axis: _values(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None}
+    from ldmole_dist.study.folder import StudyFolder
     from ldmole_dist.study.scaling.page import write_page
-    from ldmole_dist.study.scaling.store import Store, environment
-    from ldmole_dist.study.table import markdown_table
+    from ldmole_dist.study.scaling.rows import environment, stored_row
 
     folder = Path(args.output)
     if args.page_only:
-        store = Store(folder, None)
+        study = StudyFolder(folder, None, stored_row)
     else:
         cells = _cells(args.full, chosen)
-        store = Store(folder, environment(args.steps))
+        study = StudyFolder(folder, environment(args.steps), stored_row)
         try:
-            _measure_missing(store, cells, args.steps, args.timeout)
-            _measure_latency(store, args.full)
+            measure_missing(study, cells, args.steps, args.timeout)
         except KeyboardInterrupt:
             print(f"interrupted: {folder} holds the measured cells; run the same command to resume", file=sys.stderr)
             return EXIT_PREEMPTED
-    model = write_page(store)
-    print(f"no model was fitted: {model}" if isinstance(model, str) else markdown_table(model.error_rows()))
+    write_page(study)
     print(f"page: {folder / 'scaling.html'}")
     return 0
 
@@ -101,38 +96,31 @@ def _cells(is_full: bool, chosen: dict[str, list[Any]]) -> list[Cell]:
     return overridden(grid, ranks or [n for n in grid.ranks if not gpus or n <= gpus], chosen).cells()
 
 
-def _measure_missing(store: Store, cells: Sequence[Cell], steps: int, timeout: float) -> None:
+def measure_missing(study: StudyFolder[Row], cells: Sequence[Cell], steps: int, timeout: float) -> None:
+    """Measure the cells that have no row in the study, and add their rows.
+
+    Args:
+        study: folder of the study.
+        cells: all cells of the study.
+        steps: number of timed optimizer steps of a cell.
+        timeout: seconds after which a cell fails. A failed cell gets a row with the error, and the others run.
+    """
     from tqdm import tqdm
 
     from ldmole_dist.selftest.local_ranks import RankFailed
-    from ldmole_dist.study.scaling.measure import WARMUP, measure
-    from ldmole_dist.study.scaling.store import done, failed
+    from ldmole_dist.study.scaling import measure
+    from ldmole_dist.study.scaling.rows import Row, reason
 
-    known = {row.cell for row in store.rows()}
+    known = {row.cell for row in study.rows()}
     for cell in tqdm(cells, unit="cell"):
         if cell in known:
             continue
         try:
-            row = done(cell, measure(cell, steps, WARMUP, timeout))
+            row = Row(cell, measure.measure(cell, steps, measure.WARMUP, timeout))
         except (RankFailed, OSError) as error:  # OSError if a process cannot be started
-            row = failed(cell, error)
-            tqdm.write(f"failed: {cell}: {row.status}", file=sys.stderr)
-        store.add(row)
-
-
-def _measure_latency(store: Store, is_full: bool) -> None:
-    from ldmole_dist.study.bench import latency
-    from ldmole_dist.study.scaling.store import reason
-
-    if isinstance(store.latencies(), list):
-        return
-    results: list[latency.Latency] | str
-    try:
-        results = latency.bench_latency(latency.Settings() if is_full else latency.QUICK)
-    except Exception as error:  # the page shows the failure; the measured cells must not be lost
-        results = reason(error)
-        print(f"failed: latency of the adapter's parts: {results}", file=sys.stderr)
-    store.add_latencies(results)
+            row = Row(cell, error=reason(error))
+            tqdm.write(f"failed: {cell}: {row.error}", file=sys.stderr)
+        study.add(row)
 
 
 def _values(axis: str, text: str) -> list[Any]:

@@ -9,11 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from ldmole_dist.errors import UserError
-from ldmole_dist.study.scaling.cells import Cell
-
-# The last value of these axes is also measured on one rank. Without communication in the time, the fit can separate the
-# seconds per unit of computing from those of sending.
-ALONE = ("experts", "lora_rank", "layers", "hidden")
+from ldmole_dist.study.scaling.cells import SIZES, Cell
 
 
 @dataclass(frozen=True)
@@ -38,11 +34,10 @@ class Grid:
             UserError: if a cell has a value that is not supported.
         """
         around = [replace(self.base, **{axis: value}) for axis, values in self.axes.items() for value in values]
-        largest = [(axis, value) for axis in ALONE for value in self.axes.get(axis, ())[-1:]]
-        alone = [replace(self.base, **{axis: value, "ranks": 1, "ep_size": 1}) for axis, value in largest]
-        # One more held-out cell: it shows whether the model, fitted to fewer ranks, also predicts another dispatch.
-        far = replace(self.weak()[-1], dispatch="all_to_all")
-        cells = [self.base, *self.weak(), *self.strong(), *around, *alone, far]
+        # The last value of each size is also measured on one rank, where its time contains no communication.
+        largest = {axis: values[-1] for axis, values in self.axes.items() if axis in SIZES}
+        alone = [replace(self.base, **{axis: value}, ranks=1, ep_size=1) for axis, value in largest.items()]
+        cells = [self.base, *self.weak(), *self.strong(), *around, *alone]
         # Without expert parallelism the dispatch has no effect, so cells that differ in it only are duplicates.
         distinct = dict.fromkeys(c if c.ep_size > 1 else replace(c, dispatch="auto") for c in cells)
         return [cell.checked() for cell in distinct]
@@ -85,16 +80,11 @@ def overridden(grid: Grid, ranks: Sequence[int], axes: Mapping[str, Sequence[Any
     Raises:
         UserError: if a number of ranks is not positive.
     """
-    base, kept = grid.base, dict(grid.axes)
-    numbers = tuple(sorted(set(ranks)))
+    base, numbers = grid.base, tuple(sorted(set(ranks)))
     if numbers[0] < 1:
         raise UserError(f"ranks={numbers[0]} is not positive; use 1 or more")
     if base.ranks not in numbers:
         base = replace(base, ranks=numbers[-1], ep_size=numbers[-1])
-    for axis, values in axes.items():
-        if len(values) == 1:
-            base = replace(base, **{axis: values[0]})
-            kept.pop(axis, None)
-        else:
-            kept[axis] = tuple(values)
-    return Grid(base, numbers, kept)
+    single = {axis: values[0] for axis, values in axes.items() if len(values) == 1}
+    varied = {axis: tuple(values) for axis, values in {**grid.axes, **axes}.items() if axis not in single}
+    return Grid(replace(base, **single), numbers, varied)

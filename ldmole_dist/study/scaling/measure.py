@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ _RESET_PEAK = "5"  # value for /proc/self/clear_refs that resets the peak reside
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of a cell; the fields are columns of cells.csv.
+    """Results of a cell; the fields are keys of `measured` in cells.jsonl.
 
     Args:
         seconds: median of `steps`.
@@ -42,8 +40,6 @@ class Measured:
         peak_bytes: peak memory in the timed steps, maximum over ranks. On a GPU it is the allocated memory, on a CPU
             the resident memory minus that of the process before it built the model.
         experts_per_token: active experts per token in the last forward, mean over tokens, linears and ranks.
-        wire: kind (see `parallel.wire`) -> elements that a rank sends for the experts in the last step, mean over
-            ranks.
         wire_bytes: bytes that a rank sends for the experts in the last step, mean over ranks.
         tokens_per_second: tokens of an optimizer step on all ranks, divided by `seconds`.
     """
@@ -54,7 +50,6 @@ class Measured:
     cores_elsewhere: float
     peak_bytes: int
     experts_per_token: float
-    wire: dict[str, float]
     wire_bytes: float
     tokens_per_second: float
 
@@ -84,7 +79,6 @@ def summary(cell: Cell, results: list[dict[str, Any]]) -> Measured:
     """
     seconds = [max(step) for step in zip(*(r["seconds"] for r in results), strict=True)]
     cpu = [sum(step) for step in zip(*(r["cpu_seconds"] for r in results), strict=True)]
-    wire: Counter[str] = sum((Counter(r["wire"]) for r in results), Counter())
     median = statistics.median(seconds)
     return Measured(
         seconds=median,
@@ -93,8 +87,7 @@ def summary(cell: Cell, results: list[dict[str, Any]]) -> Measured:
         cores_elsewhere=max(0.0, results[0]["busy"] - sum(cpu)) / sum(seconds),
         peak_bytes=max(r["peak_bytes"] for r in results),
         experts_per_token=statistics.mean(r["experts_per_token"] for r in results),
-        wire={kind: number / cell.ranks for kind, number in sorted(wire.items())},
-        wire_bytes=sum(r["wire_bytes"] for r in results) / cell.ranks,
+        wire_bytes=statistics.mean(r["wire_bytes"] for r in results),
         tokens_per_second=cell.tokens / median,
     )
 
@@ -142,19 +135,12 @@ def run_cell(cell: Cell, steps: int, warmup: int) -> dict[str, Any]:
             cpu_seconds.append(time.process_time() - started[1])
             busy += _busy_core_seconds() - started[2]
     tokens = cell.micro_batch * cell.seq
-    if on_cpu:
-        peak_kb = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-        assert peak_kb is not None
-        peak = 1024 * int(peak_kb[1])
-    else:
-        peak = torch.cuda.max_memory_allocated(process.device)
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "busy": busy,
-        "peak_bytes": peak - before,
+        "peak_bytes": process.peak_memory() - before,
         "experts_per_token": statistics.mean(float(stat[0]) / tokens for stat in context.stats.values()),
-        "wire": dict(engine.parallel.wire.by_kind()),
         "wire_bytes": engine.parallel.wire.bytes.total(),
     }
 

@@ -1,18 +1,14 @@
-"""The folder of a comparison: about.json, and cells.jsonl with one line per finished run."""
+"""The rows of a comparison, one per finished run."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
 
 from ldmole_dist.io import read_jsonl
-from ldmole_dist.study.folder import StudyFolder
 
 
 @dataclass(frozen=True)
@@ -65,50 +61,3 @@ def row_of(method: str, seed: int, run: Path) -> Row:
         tokens_per_second=statistics.median(line["tokens_per_second"] for line in metrics),
         peak_memory_gb=max((line["peak_memory_gb"] for line in metrics if "peak_memory_gb" in line), default=None),
     )
-
-
-class Store(StudyFolder):
-    """The folder of a comparison.
-
-    Args:
-        folder: path of the folder.
-        about: description of what the results depend on; None opens an existing folder for reading.
-
-    Raises:
-        UserError: if the folder cannot be used, see `StudyFolder`.
-    """
-
-    def __init__(self, folder: Path, about: Mapping[str, str] | None) -> None:
-        super().__init__(folder, about, "about.json", "cells.jsonl")
-
-    def rows(self) -> list[Row]:
-        """Return all finished runs in the order in which they finished.
-
-        Raises:
-            UserError: if a line cannot be read.
-        """
-        return self.parsed(lambda line: Row(**json.loads(line)))
-
-    def add(self, row: Row) -> None:
-        """Append a finished run and sync it to disk.
-
-        Raises:
-            UserError: if the row cannot be written.
-        """
-        self.append(json.dumps(asdict(row)))
-
-
-def commit() -> str:
-    """Return the git commit of this package, followed by ", with changes" if a tracked file is modified.
-
-    Returns "unknown" if git fails, such as outside a repository.
-    """
-    folder = Path(__file__).parent
-    try:
-        head, changes = (
-            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head}, with changes" if changes else head
