@@ -134,7 +134,9 @@ def is_caught(mutation: Mutation) -> bool:
         file = copy / "ldmole_dist" / mutation.file
         text = file.read_text()
         if text.count(mutation.old) != 1:
-            raise SystemExit(f"{mutation.name}: {mutation.file} holds {mutation.old!r} {text.count(mutation.old)} times")
+            raise SystemExit(
+                f"{mutation.name}: {mutation.file} holds {mutation.old!r} {text.count(mutation.old)} times"
+            )
         file.write_text(text.replace(mutation.old, mutation.new))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not nightly", *mutation.tests.split()]
         environment = os.environ | {"PYTHONPATH": str(copy)}
@@ -144,7 +146,10 @@ def is_caught(mutation: Mutation) -> bool:
             output = done.stdout[-2000:] + done.stderr[-2000:]
             raise SystemExit(f"{mutation.name}: pytest exited with {done.returncode}\n{output}")
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-        print(f"{'caught' if failed else 'MISSED'}: {mutation.name}: {failed[0].split(' - ')[0] if failed else ''}", flush=True)
+        print(
+            f"{'caught' if failed else 'MISSED'}: {mutation.name}: {failed[0].split(' - ')[0] if failed else ''}",
+            flush=True,
+        )
         return bool(failed)
 
 

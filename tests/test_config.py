@@ -69,7 +69,10 @@ def test_override_without_section(path: str) -> None:
             "adapter={router: topk, num_experts: [2, 8], top_k: 4}",
             "adapter.top_k=4 is greater than the smallest entry of adapter.num_experts=[2, 8]",
         ),
-        ("optimisation.epochs=1", "optimisation.epochs and optimisation.max_steps are both set; set exactly one of them"),
+        (
+            "optimisation.epochs=1",
+            "optimisation.epochs and optimisation.max_steps are both set; set exactly one of them",
+        ),
         ("optimisation.max_steps=null", "optimisation.epochs and optimisation.max_steps are both unset"),
         ("backbone.task=sequence_classification", "needs class names; set data.labels"),
         ("data.labels=[a, a]", "must have at least two entries, all different"),

@@ -49,7 +49,9 @@ def replaced_phrases(text: str) -> list[str]:
 
 
 def test_no_file_uses_a_replaced_phrase() -> None:
-    found = {str(path.relative_to(ROOT)): phrases for path in files() if (phrases := replaced_phrases(path.read_text()))}
+    found = {
+        str(path.relative_to(ROOT)): phrases for path in files() if (phrases := replaced_phrases(path.read_text()))
+    }
     assert found == {}
 
 

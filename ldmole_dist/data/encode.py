@@ -187,7 +187,9 @@ class Encoder:
             after = self._render(row, index + 1, False)
             if not before.startswith(done) or not after.startswith(before):
                 # If the first turn of the assistant was rendered, conversations that end with it are usable.
-                remedy = "conversations with one assistant turn" if done else "another record format, or another backbone"
+                remedy = (
+                    "conversations with one assistant turn" if done else "another record format, or another backbone"
+                )
                 raise UserError(
                     f"{row.where}: the chat template changes the text before turn {index + 1} when it adds this turn, so the "
                     f"assistant's tokens cannot be determined; use {remedy}."

@@ -85,7 +85,9 @@ def read_vader(archive: str) -> list[Sentence]:
             with tarfile.open(fileobj=io.BytesIO(inner_file.read())) as inner:
                 for domain, (name, rows) in DOMAINS.items():
                     file = inner.extractfile(f"hutto_ICWSM_2014/{name}")
-                    assert file is not None  # extractfile returns None for a directory; a missing member raises KeyError
+                    assert (
+                        file is not None
+                    )  # extractfile returns None for a directory; a missing member raises KeyError
                     found = [_parse(line, domain, name) for line in file.read().decode().splitlines() if line.strip()]
                     if len(found) != rows:
                         raise UserError(f"{path}: {name} has {len(found)} rows instead of {rows}; {remedy}")

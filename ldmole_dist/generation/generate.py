@@ -53,9 +53,7 @@ def load_generator(
         UserError: if the backbone or the adapter cannot be loaded, if they do not match, or if the model is a classifier.
     """
     if saved.task != "causal_lm":
-        raise UserError(
-            f"{saved.adapter} is a classifier and cannot generate text; evaluate it with `ldmole eval`."
-        )
+        raise UserError(f"{saved.adapter} is a classifier and cannot generate text; evaluate it with `ldmole eval`.")
     tokenizer = load_tokenizer(saved.backbone)
     model: Any = load_backbone(saved.backbone, "causal_lm", precision)
     if with_adapter:

@@ -197,7 +197,9 @@ def test_different_adapter_backbone_or_data_is_rejected(copy: Copy, trained: Pat
     assert "adapter.num_experts=4, but this run has 8" in copy.resume_error("adapter.num_experts=8")
     assert "adapter.r=2, but this run has 4" in copy.resume_error("adapter.r=4")
     assert "global_batch_size=8, but this run has 16" in copy.resume_error("optimisation.global_batch_size=16")
-    assert "batch size to 8 or 12" in copy.resume_error("optimisation.micro_batch_size=2", "optimisation.global_batch_size=10")
+    assert "batch size to 8 or 12" in copy.resume_error(
+        "optimisation.micro_batch_size=2", "optimisation.global_batch_size=10"
+    )
     assert "examples=30, but this run has 12" in copy.resume_error(f"data.train={trained / 'eval.jsonl'}")
     with changed_manifest(copy.last) as manifest:
         manifest["data"]["mixture"] = "[1.0] of [30]"

@@ -205,5 +205,7 @@ def test_source_name_is_the_default_domain(tmp_path: Path) -> None:
 
 def test_format_must_fit_the_backbone_task(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD["text"])
-    with pytest.raises(UserError, match="format text needs backbone.task=causal_lm, but the config has backbone.task=seq"):
+    with pytest.raises(
+        UserError, match="format text needs backbone.task=causal_lm, but the config has backbone.task=seq"
+    ):
         read_rows([Source(path=path, format="text")], "sequence_classification", ["a", "b"])

@@ -99,7 +99,9 @@ def test_failure_on_one_rank_stops_all_ranks(folder: Path, tmp_path: Path, stage
         (f"backbone.path={damaged.parent}", "checking the backbone"),
     ):
         output = fail_training(make_config(folder), f"parallelism.deepspeed=zero{stage}", only_rank_1=(override,))
-        message = "cannot read data file nowhere.jsonl: No such file" if "nowhere" in override else f"{damaged} is damaged"
+        message = (
+            "cannot read data file nowhere.jsonl: No such file" if "nowhere" in override else f"{damaged} is damaged"
+        )
         assert f"error: {message}" in output
         assert f"stopped: rank 1 failed while {doing}: UserError: {message}" in output
 

@@ -89,7 +89,9 @@ def test_incomplete_adapter_file_is_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     del tensors["base_model.lambda_mlp.48.fc1.bias"]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"lambda_mlp.*48\.fc1\.bias with shape \[8\], but in the adapter it is missing"):
+    with pytest.raises(
+        ValueError, match=r"lambda_mlp.*48\.fc1\.bias with shape \[8\], but in the adapter it is missing"
+    ):
         PeftModel.from_pretrained(backbone(), str(tmp_path))
 
 
@@ -97,7 +99,9 @@ def test_newer_file_format_is_refused(tmp_path: Path) -> None:
     adapt().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    with pytest.raises(ValueError, match=r"format_version=2 is newer than the version that this ldmole_dist reads \(1\)"):
+    with pytest.raises(
+        ValueError, match=r"format_version=2 is newer than the version that this ldmole_dist reads \(1\)"
+    ):
         PeftModel.from_pretrained(backbone(), str(tmp_path))
 
 

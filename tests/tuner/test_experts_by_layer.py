@@ -132,7 +132,9 @@ def test_report_of_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.full
-def test_training_starts_from_the_saved_adapter_on_other_ranks(folder: Path, tmp_path: Path, ranks2: LocalRanks) -> None:
+def test_training_starts_from_the_saved_adapter_on_other_ranks(
+    folder: Path, tmp_path: Path, ranks2: LocalRanks
+) -> None:
     adapter, out = folder / "run" / "adapter", tmp_path / "further"
     overrides = [f"adapter.init_from={adapter}", f"run.output_dir={out}", "learning_rate=1e-12", "max_steps=1"]
     ranks2.run(run_training, str(folder / "config.yaml"), *overrides)

@@ -150,9 +150,7 @@ def test_deleting_an_adapter_keeps_the_other(two_adapters: tuple[PeftModel, Tens
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == set(expected_file("llama"))
 
 
-def test_save_and_load_of_two_adapters(
-    two_adapters: tuple[PeftModel, Tensor, Tensor], tmp_path: Path
-) -> None:
+def test_save_and_load_of_two_adapters(two_adapters: tuple[PeftModel, Tensor, Tensor], tmp_path: Path) -> None:
     model, first, second = two_adapters
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "other" / "adapter_model.safetensors")

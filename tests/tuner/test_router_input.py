@@ -75,7 +75,9 @@ def test_cache_is_refused_and_generation_works_without(tmp_path: Path) -> None:
 
 def test_linear_with_another_number_of_rows_is_refused() -> None:
     model = move(adapt(router_input="hidden", target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="lm_head reads 2 rows, but router_input='hidden' gives its router 24 hidden states"):
+    with pytest.raises(
+        ValueError, match="lm_head reads 2 rows, but router_input='hidden' gives its router 24 hidden states"
+    ):
         model(input_ids=IDS, use_cache=False, logits_to_keep=1)
 
 
@@ -87,9 +89,7 @@ def test_unknown_router_input_is_refused() -> None:
 @pytest.mark.parametrize(
     "case", ["zero2", *(pytest.param(stage, marks=pytest.mark.full) for stage in ("zero0", "zero1", "zero3"))]
 )
-def test_two_ranks_train_like_one(
-    tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks, case: str
-) -> None:
+def test_two_ranks_train_like_one(tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks, case: str) -> None:
     """Two ranks with expert parallelism and recomputation against one process without."""
     make_folder(tmp_path)
     changes: dict[str, Any] = {"adapter": {"router_input": "hidden", "lora_dropout": 0.0}}

@@ -33,7 +33,9 @@ from ldmole_dist.planner.workload import Strategy, Workload
 from ldmole_dist.study.random_model import engine_for, random_model
 from ldmole_dist.tuner.model import tuner_of
 
-WARM_UP = 3  # optimizer steps; ZeRO-3 records the order of modules in the first micro-batch and prefetches from the second
+WARM_UP = (
+    3  # optimizer steps; ZeRO-3 records the order of modules in the first micro-batch and prefetches from the second
+)
 
 
 @dataclass
