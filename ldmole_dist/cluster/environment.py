@@ -37,8 +37,9 @@ def exported_environment(environ: Mapping[str, str], requested: Sequence[str], i
             raise UserError(f"--export {name}: the variable is not set; set it, or pass --export {name}=VALUE")
         if _SECRET.search(name):
             raise UserError(
-                f"--export {name}: the value would be visible in the process lists of all hosts; set the variable on each "
-                "host instead (for the Hugging Face hub: log in there, or download the models beforehand)"
+                f"--export {name}: the name looks like that of a secret, and exported values are visible in the process lists "
+                "of all hosts; set the variable on each host instead (for the Hugging Face Hub: log in there, or download the "
+                "models beforehand)"
             )
         exports[name] = value if given else environ[name]
     exports = {name: value for name, value in exports.items() if not _SECRET.search(name)}

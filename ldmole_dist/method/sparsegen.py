@@ -58,7 +58,7 @@ def sparsegen_support(logits: Tensor, lam: Tensor) -> Tensor:
     prefix = z_sorted.cumsum(dim=-1)
     position = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
     k = (1 + position * z_sorted > prefix).sum(dim=-1, keepdim=True).clamp_min(1)
-    # Compare with the k-th largest score, not with tau: tau is rounded, and could give another number of experts than k.
+    # Compare with the k-th largest score, not with tau: tau is rounded, so it could select more or fewer than k experts.
     return ~(z < z_sorted.gather(-1, k - 1))
 
 

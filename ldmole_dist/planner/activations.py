@@ -217,7 +217,7 @@ class _KeepsInput(torch.autograd.Function):
 
 
 class _NoExperts:
-    """Dispatch (`method.layer.Dispatch`) that returns empty outputs."""
+    """Dispatch (`method.layer.Dispatch`) that returns uninitialized outputs of the correct shape."""
 
     def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> None:
         """Return None: no expert-parallel dispatch takes place."""
@@ -230,7 +230,7 @@ class _NoExperts:
         decision: None,
         repeated: bool = False,
     ) -> Finish:
-        """Return a function that returns empty outputs."""
+        """Return a function that returns an uninitialized output for each linear."""
         return lambda: [_Empty.apply(x_TD, r.p_TE, b.A_LRD, b.B_LOR) for r, b in zip(routings, banks, strict=True)]
 
 

@@ -1,7 +1,7 @@
-"""Parity of several ranks with one process that runs the same micro-batches with all experts.
+"""Compare training on several ranks with one process that runs the same micro-batches with all experts.
 
-Every rank runs `gradients` and `updates`. They return the relative distances that this rank found, by name: of a parameter, or
-"logits", "loss" or "grad_norm".
+Every rank calls `gradients` and `updates`. They return the relative distances on this rank as a dict, whose keys are parameter
+names, "logits", "loss" and "grad_norm".
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def gradients(
     router: str = "sparsegen",
     num_experts: int | list[int] = EXPERTS,
 ) -> dict[str, float]:
-    """Compare logits, loss and every gradient of one micro-batch per rank, in float64 and without DeepSpeed.
+    """Compare logits, loss and gradients with those of `gradient_reference`, in float64 and without DeepSpeed.
+
+    Each rank processes one micro-batch. The gradients are those of the mean loss over all ranks. Collective: every rank must
+    call it.
 
     Args:
         architecture: "llama" or "qwen3".
@@ -102,7 +105,9 @@ def updates(
     num_experts: int | list[int] = EXPERTS,
     **zero: Any,
 ) -> dict[str, float]:
-    """Compare losses, gradient norms and parameter updates of `STEPS` clipped optimizer steps, in float32 with DeepSpeed.
+    """Compare losses, gradient norms and parameter updates with those of `update_reference`, in float32 with DeepSpeed.
+
+    There are `STEPS` optimizer steps with gradient clipping. Collective: every rank must call it.
 
     Args:
         architecture: "llama" or "qwen3".

@@ -1,10 +1,10 @@
 """Measure the latency of lambda-MLP, router and experts in training and generation: `ldmole bench latency`.
 
-"whole" is a model with an adapter on all seven linears of a layer, "frozen model" the same model with the adapter
-disabled. The calls of lambda-MLP, router and experts in one forward are recorded, and each part is timed by replaying
-its calls with the same arguments. All candidates run in turns, and each runs the same number of times per turn. The
-fastest run of each turn is kept, since other programs can slow a single run down by a multiple; the result is the
-median over turns.
+"whole" is a model with an adapter on all seven linears of every decoder layer, "frozen model" the same model with the
+adapter disabled. The calls of lambda-MLP, router and experts in one forward are recorded, and each part is timed by
+replaying its calls with the same arguments. All candidates run in turns, and each runs the same number of times per
+turn. The fastest run of each turn is kept, because other programs can make a single run several times slower; the
+result is the median over turns.
 
 "remainder" is the difference between the whole and the sum of the parts: dropout, auxiliary losses, sums of outputs and
 of gradients, hooks, and the warmer caches of a part that is timed alone.
@@ -102,7 +102,7 @@ def measure(model: PeftModel, phase: Phase, batch: int, turns: int) -> dict[str,
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     """Return each part and the remainder as a fraction of the whole; the fractions sum to 1.
 
-    The remainder is negative if the parts took longer when timed alone.
+    The remainder is negative if the separately timed parts sum to more than the whole.
 
     Args:
         seconds: result of `measure`.

@@ -95,7 +95,10 @@ class Compared(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Error relative to the measured value; if that is 0, 1 for a wrong prediction and 0 for a correct one."""
+        """Relative error of the prediction, positive if it is too large.
+
+        If the measured value is 0, the error is 0 for a correct prediction and 1 for a wrong one.
+        """
         return self.predicted / self.measured - 1 if self.measured else float(self.predicted != 0)
 
 
