@@ -81,12 +81,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not sections and name not in key_names(Config):
         sections = [section for section in key_names(Config) if name in key_names(subsection(Config, [section]))]
         if len(sections) != 1:
-            found = (
-                f"the sections {sections} all have a key {name!r}; prefix it with one of them"
+            reason = (
+                f"several sections have this key; use {' or '.join(f'{section}.{override}' for section in sections)}"
                 if sections
-                else f"no section has a key {name!r}; the sections are {key_names(Config)}"
+                else f"no section has a key {name!r}; write section.key=value with one of {', '.join(key_names(Config))}"
             )
-            raise UserError(f"override {override!r} must look like section.key=value: {found}")
+            raise UserError(f"override {override!r}: {reason}")
     target = raw
     for section in sections:
         if target.get(section) is None:  # missing, or empty in the file

@@ -32,7 +32,8 @@ def gradient_norms(engine: Engine) -> dict[str, float]:
     squares = dict.fromkeys(PARTS, torch.zeros((), dtype=torch.float64))
     for parameter, square in _squares(engine):
         name = names[id(parameter)]
-        # At stage 0, all ranks hold the same gradients; dividing counts each gradient once.
+        # At stage 0, every rank that holds a parameter has its whole gradient, and the sum over ranks below counts it once for
+        # each of them: all ranks or, for an expert, those with the same experts.
         replicas = dist.get_world_size() if engine.stage == 0 else 1
         if is_expert_tensor(name):
             replicas = max(replicas // engine.parallel.size, 1)

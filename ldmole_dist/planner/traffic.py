@@ -138,7 +138,9 @@ def _reductions(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
         if strategy.stage < 3:
             yield Collective(kind, "all_reduce", group.ranks, sum(group.elements) * times, calls)
             continue
-        if strategy.ep_size > 1:  # a bucket holds one kind of gradients, and the kinds alternate by input group
+        if strategy.ep_size > 1:
+            # A gradient of the other kind flushes the bucket. The kinds alternate by input group, so each group causes at least
+            # one flush.
             calls = max(calls, len(shapes_of(workload).groups) * times)
         yield Collective(kind, "reduce_scatter", group.ranks, padded_elements(group, 3) * times, calls)
 

@@ -1,13 +1,13 @@
 """Measure the latency of lambda-MLP, router and experts in training and generation: `ldmole bench latency`.
 
 "whole" is a model with an adapter on all seven linears of every decoder layer, "frozen model" the same model with the
-adapter disabled. The calls of lambda-MLP, router and experts in one forward are recorded, and each part is timed by
+adapter disabled. The calls of lambda-MLP, router and experts in one forward are recorded, and each of these parts is timed by
 replaying its calls with the same arguments. All candidates run in turns, and each runs the same number of times per
 turn. The fastest run of each turn is kept, because other programs can make a single run several times slower; the
 result is the median over turns.
 
-"remainder" is the difference between the whole and the sum of the parts: dropout, auxiliary losses, sums of outputs and
-of gradients, hooks, and the warmer caches of a part that is timed alone.
+"remainder" is "whole" minus the frozen model and the three parts: dropout, auxiliary losses, sums of outputs and of
+gradients, hooks, and the warmer caches of a part that is timed alone.
 """
 
 from __future__ import annotations
