@@ -209,8 +209,8 @@ def _check_shapes(manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[
             there, here = (f"of shape {list(s[name])}" if name in s else "missing" for s in (saved, shapes))
             raise UserError(
                 f"{checkpoint} does not match the model of this run: {name} is {there} in the checkpoint and {here} in the "
-                f"model; set backbone.path={manifest.backbone['path']}, and set backbone.task, data.labels and the adapter section as "
-                f'under "config" in {checkpoint / MANIFEST_NAME}, or set run.resume=never'
+                f"model; set backbone.path={manifest.backbone['path']}, and backbone.task, data.labels and the adapter section as "
+                f'under "config" in {checkpoint / MANIFEST_NAME}; or set run.resume=never'
             )
 
 
