@@ -105,8 +105,9 @@ class ShardReader:
                     self._shards[key].append((start, start + length, file))
             except Exception as error:  # SafetensorError, KeyError, ValueError or OSError, depending on the damage
                 self._stack.close()
+                reason = "its metadata has no offsets" if isinstance(error, KeyError) else error
                 raise UserError(
-                    f"checkpoint file {path} cannot be read ({error}); restore it or use another checkpoint"
+                    f"checkpoint file {path} cannot be read ({reason}); restore it or use another checkpoint"
                 ) from error
         for shards in self._shards.values():
             shards.sort(key=lambda shard: shard[:2])
@@ -138,14 +139,14 @@ class ShardReader:
                 yield low - start, file.get_slice(key)[low - first : high - first]
 
     def find_gap(self, key: str, length: int) -> str | None:
-        """Describe the first range of elements that is missing or that more than one shard holds.
+        """Describe the first elements of a tensor that are missing, stored twice or beyond its end.
 
         Args:
             key: key of the tensor.
             length: number of elements of the full tensor.
 
         Returns:
-            Description of the range; None if the shards hold every element once.
+            Description of the elements; None if the shards hold every element exactly once.
         """
         reached = 0
         for start, end, _ in self._shards.get(key, []):

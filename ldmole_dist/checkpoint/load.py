@@ -45,7 +45,7 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
 
     Raises:
         UserError, PeerError: if `run.resume` is neither a checkpoint nor a run with checkpoints, if there are checkpoints but
-            none can be used, or if the chosen one has another adapter, backbone or order of the examples.
+            none can be used, or if the chosen one was trained with another adapter, backbone or order of the examples.
     """
     resume = config.run.resume
     if resume == "never":
@@ -79,7 +79,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
     """Load a checkpoint into a new engine. Collective: every rank must call it.
 
     Args:
-        engine: engine with the same backbone and adapter, under any topology, before its first step.
+        engine: engine with the backbone and adapter config of the checkpoint, under any topology, before its first step.
         checkpoint: return value of `choose_checkpoint`.
         process: this rank.
 
@@ -133,10 +133,9 @@ def _requested_checkpoint(path: Path) -> list[Path]:
 
 
 def _resumed_from(checkpoint: Path, resume: str) -> bool:
-    """Return whether the run that wrote a checkpoint had the same `run.resume`.
+    """Return whether the run that wrote a checkpoint had `run.resume` set to `resume`.
 
-    Such a run was started with this same command, so it must continue from its own checkpoint rather than start over from
-    `run.resume`.
+    If so, this run is a restart of that run and must continue from its own checkpoint, not start over from `resume`.
     """
     try:
         return bool(read_manifest(checkpoint).config["run"]["resume"] == resume)
@@ -183,8 +182,8 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict
         saved_path, path = manifest.backbone["path"], config.backbone.path
         if saved_path == path:
             raise UserError(
-                f"the weights in backbone.path={path} are not those that {checkpoint} was trained on; restore them, or set "
-                "run.resume=never"
+                f"the weights in backbone.path={path} differ from those that {checkpoint} was trained on; restore the original "
+                "weights, or set run.resume=never"
             )
         raise UserError(
             f"{checkpoint} was trained on another backbone, {saved_path}, and the weights in {path} differ from it; set "
@@ -194,7 +193,10 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict
         if (previous := manifest.data.get(key)) != (value := data.get(key)):
             setting = {"global_batch_size": "optimisation.global_batch_size", "seed": "run.seed"}.get(key)
             trained = f"with {setting}" if setting else f"on data with {key}"
-            remedy = f"set {setting}={previous}" if setting else "restore the data section and the files of that run"
+            restore = (
+                f'restore the data files and set the data section as under "config" in {checkpoint / MANIFEST_NAME}'
+            )
+            remedy = f"set {setting}={previous}" if setting else restore
             raise UserError(
                 f"{checkpoint} was trained {trained}={previous}, but this run has {value}, which changes the order of the "
                 f"examples; {remedy}, or start from the adapter of the checkpoint "
@@ -209,8 +211,8 @@ def _check_shapes(manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[
             there, here = (f"of shape {list(s[name])}" if name in s else "missing" for s in (saved, shapes))
             raise UserError(
                 f"{checkpoint} does not match the model of this run: {name} is {there} in the checkpoint and {here} in the "
-                f"model; set backbone.path={manifest.backbone['path']}, and backbone.task, data.labels and the adapter section as "
-                f'under "config" in {checkpoint / MANIFEST_NAME}; or set run.resume=never'
+                f"model; set backbone.path={manifest.backbone['path']}, and backbone.task, data.labels and the adapter section "
+                f'as under "config" in {checkpoint / MANIFEST_NAME}; or set run.resume=never'
             )
 
 

@@ -80,7 +80,7 @@ class Saver:
         self._host: dict[str, Tensor] = {}
 
     def save(self, engine: Engine, step: int) -> None:
-        """Finish the pending checkpoint, if any, and start one of the state after `step` optimizer steps.
+        """Finish the pending checkpoint, if any, and start to save the state after `step` optimizer steps.
 
         Collective: every rank must call it.
 

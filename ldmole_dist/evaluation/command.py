@@ -13,9 +13,9 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.io import atomic_write, write_errors
 
 EVAL = """Evaluate the adapter of a run, or a saved adapter, on held-out rows. Reports the loss and perplexity of the answers;
-accuracy if the possible answers are known; macro F1 and Matthews correlation if they are data.labels. Every metric is reported
-overall and by domain. Runs on any number of ranks with any ZeRO stage; start several ranks with torchrun, mpirun or deepspeed.
---lm-eval runs tasks of the LM Evaluation Harness instead."""
+accuracy if the possible answers are known; macro F1 and Matthews correlation if data.labels lists them. Every metric is
+reported overall and by domain. Runs on any number of ranks with any ZeRO stage; start several ranks with torchrun, mpirun or
+deepspeed. --lm-eval runs tasks of the LM Evaluation Harness instead."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate a model and print the results on rank 0.
+    """Evaluate a model, print the results on rank 0 and return exit code 0. Collective: every rank must call it.
 
     Raises:
         UserError, PeerError: for invalid arguments, data or models.

@@ -48,7 +48,7 @@ class Evaluator:
         """Evaluate a model. Collective: every rank must call it.
 
         Args:
-            model: PEFT model, inside or outside an engine; its training mode is restored.
+            model: PEFT model, such as `Engine.module`; its training mode is restored.
             progress: label of the progress bar.
 
         Returns:
@@ -80,7 +80,7 @@ class Evaluator:
     def _evaluate_batch(self, model: nn.Module, examples: Sequence[Encoded]) -> Tensor:
         """Return the outcomes of B examples as a (B, 5) tensor, one column per field of `Outcomes`.
 
-        The chosen answer is the one whose token has the highest logit at the position that predicts the first answer token; for
+        The chosen answer is the choice with the highest logit at the position that predicts the first answer token; for
         sequence classification, it is the class with the highest logit.
         """
         targets, logits = batch_logits(model, collate(examples, self.pad_id, self.process.device))

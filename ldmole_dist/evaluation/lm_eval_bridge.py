@@ -56,7 +56,8 @@ def run_lm_eval(
         manager = TaskManager(include_path=folder)
         if unknown := [task for task in tasks if not manager.match_tasks([task])]:
             raise UserError(
-                f"unknown lm-eval tasks: {', '.join(unknown)}; list all with `lm_eval ls tasks`, or set --lm-eval-path."
+                f"unknown lm-eval tasks: {', '.join(unknown)}; use names that `lm_eval ls tasks` prints, or set --lm-eval-path "
+                "to the folder that defines them."
             )
         try:
             # simple_evaluate loads the tasks again, from the cache. They are loaded here first, because an error in

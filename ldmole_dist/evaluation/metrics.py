@@ -17,10 +17,11 @@ class Outcomes(NamedTuple):
     """Outcomes of N rows; each field is an (N,) float64 tensor on the CPU.
 
     Args:
-        loss_N: cross entropy in nats, summed over the answer tokens of a row; for sequence classification, that of its class.
+        loss_N: cross entropy in nats, summed over the answer tokens of a row; for sequence classification, that of the correct
+            class.
         answers_N: number of answer tokens; 1 for sequence classification.
-        greedy_N: 1 if every answer token is the most likely token of the vocabulary (or the class the most likely class), else
-            0.
+        greedy_N: 1 if every answer token is the most likely token of the vocabulary, or the correct class is the most likely
+            class; else 0.
         chosen_N: index of the model's choice or class; -1 if the row has no choices.
         target_N: index of the correct choice or class; -1 if the row has no choices.
     """

@@ -2,7 +2,7 @@
 
 - Scalars `routing/<statistic>/<projection>`: mean over the layers.
 - Scalars `layers/<projection>/<statistic>/<layer>`: value of one linear.
-- Histograms `experts_per_token/<projection>`: number of active experts per token, mean over the layers.
+- Histograms `experts_per_token/<projection>`: share of tokens by number of active experts, mean over the layers.
 - Images `load/<projection>`: load of each expert (column) in each layer (row).
 
 The layout of the custom scalars page combines related scalars in one chart.
@@ -107,7 +107,7 @@ def write_routing(board: SummaryWriter, step: int, routing: dict[str, dict[str, 
 
 
 def write_changes(board: SummaryWriter, step: int, changed: dict[str, float]) -> None:
-    """Write how routing changed since the last evaluation.
+    """Write how routing changed since the previous evaluation.
 
     Args:
         board: TensorBoard writer of the run.

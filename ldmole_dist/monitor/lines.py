@@ -1,6 +1,6 @@
 """JSON-lines files of a run, with one line per optimizer step or evaluation.
 
-A resumed run removes the lines of later steps and appends to the files.
+A resumed run removes the lines of steps after its checkpoint and appends to the files.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Supports:
             other: supports of the same sequences, recorded earlier.
 
         Returns:
-            Name of a linear -> (number of tokens whose support differs, number of all tokens).
+            Name of a linear -> (number of tokens whose support differs, total number of tokens).
         """
         counts = {}
         for name, packed in self._packed.items():

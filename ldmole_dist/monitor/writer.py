@@ -20,7 +20,7 @@ class Monitor:
     """Writer of a run's reports on one rank; on the other ranks it does nothing.
 
     A write error is not raised at once, because the other ranks would then wait for this one in the next collective. It is
-    stored, later reports are skipped, and `check` raises it after all ranks have seen `failed`.
+    stored and later reports are skipped. Reduce `failed` over all ranks, then call `check`, which raises the error.
 
     Args:
         folder: output folder of the run.

@@ -17,7 +17,7 @@ MIN_EXPECTED = 5.0
 
 
 def lift(together_EE: np.ndarray, tokens: int) -> np.ndarray:
-    """Return the joint frequency of each pair of experts divided by its value under independence.
+    """Return the joint frequency of each pair of experts divided by the frequency expected under independence.
 
     Args:
         together_EE: (E, E), number of tokens for which both experts are active; on the diagonal, number of tokens for

@@ -1,4 +1,4 @@
-"""Run a data set through a model and count the experts that its routers activate.
+"""Run a data set through a model and count how often its routers activate each expert.
 
 The counts take O(V + linears x E x (E + domains)) memory, independent of the number of rows.
 
@@ -64,7 +64,7 @@ class Counter:
         self._tokens_V, self._active_V = (torch.zeros(vocabulary, dtype=torch.int64, device=device) for _ in range(2))
 
     def begin(self, domain: str, batch: Mapping[str, Tensor]) -> None:
-        """Set the batch of the next forward. All of its sequences belong to `domain`."""
+        """Count the tokens of the next forward's batch. All of its sequences belong to `domain`."""
         self._sums = self._domains.setdefault(domain, RoutingSums())
         self._ids_T = batch["input_ids"].flatten()
         self._mask_T = batch["attention_mask"].flatten() != 0

@@ -114,7 +114,7 @@ def adapter_config(model: PeftModel) -> LdMoleConfig:
 
 
 def _class_names(adapter: Path) -> list[str]:
-    """Return one placeholder name for each class of the adapter's classification head, or two without a saved head."""
+    """Return a placeholder name for each class of the adapter's classification head, or two names if no head is saved."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         heads = [key for key in file.keys() if key.endswith("score.weight")]  # noqa: SIM118  (safe_open is not a dict)
         classes = file.get_slice(heads[0]).get_shape()[0] if heads else 2

@@ -38,7 +38,7 @@ class ReportData:
         config: Config of the adapter.
         data: Data set that was routed.
         observed: Routing of the data set.
-        history: Routing over the course of the run; None as in `trace_history`.
+        history: Return value of `trace_history`: routing over the course of the run, or None.
         records: Lines of the run's routing.jsonl, see `read_routing_log`.
         setup: Precision, device and speed, as text.
     """
