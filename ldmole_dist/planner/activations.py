@@ -38,8 +38,8 @@ class Activations(NamedTuple):
 
     Args:
         kept: Bytes kept from the forward to the backward.
-        loss: Peak in addition to `kept` in forward and backward of the output head and the loss.
-        working: Peak in addition to `kept` in the backward of the decoder layers, including their recomputation.
+        loss: Peak above `kept` in the forward, and in the backward of the loss and the output head.
+        working: Peak above `kept` in the backward of the decoder layers, including their recomputation.
     """
 
     kept: int
@@ -78,7 +78,7 @@ def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bo
     loss_peaks: list[int] = []
 
     def end_of_loss(module: Any, args: Any, output: Any) -> None:
-        """Register a hook that records the peak of the loss when the gradient of the layer's output arrives."""
+        """Register a hook that records the memory peak so far when the gradient of the layer's output arrives."""
 
         def record(gradient: Tensor) -> None:
             if not loss_peaks:
@@ -100,7 +100,7 @@ def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bo
 
 
 def traced_model(workload: Workload, layers: int, checkpointing: bool, partitioned: bool = False) -> PeftModel:
-    """Return the adapted model on the meta device, with experts that return empty outputs and save nothing for the backward.
+    """Return the adapted model on the meta device; its experts return uninitialized outputs and save nothing for the backward.
 
     Args:
         workload: Backbone, adapter and shapes.

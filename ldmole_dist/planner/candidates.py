@@ -216,7 +216,7 @@ def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _complexity(candidate: Candidate) -> tuple[bool, int, int, int]:
     s = candidate.strategy
-    # Among stages 0 to 2, prefer the one with the most free memory.
+    # Stages 0 to 2, and both values of checkpointing, are equally simple: prefer the candidate with the most free memory.
     return s.offload != "none", s.ep_size, s.stage == 3, candidate.total_bytes
 
 

@@ -26,7 +26,7 @@ class Volume(NamedTuple):
 
     Args:
         rows: Number of token rows sent; each is sent once for all linears of the group.
-        linear_rows: Number of token rows for which each linear returns a sum.
+        linear_rows: Number of sums returned for one linear: one per sent row that uses remote experts of this linear.
         experts: Number of experts of each linear that are fetched from other ranks.
     """
 
@@ -66,7 +66,8 @@ def group_sizes(group: Group, workload: Workload, strategy: Strategy) -> GroupSi
 def dispatch_volume(group: Group, workload: Workload, strategy: Strategy) -> Volume:
     """Return the expected numbers of rows and experts that one rank exchanges; all are 0 without expert parallelism.
 
-    Mode "all_to_all" exchanges rows, "gather" all remote experts, and "auto" selects the alternative with the smaller payload.
+    Mode "all_to_all" exchanges rows, "gather" all remote experts. "auto", which decides per expert in training, is estimated as
+    the one of these with the smaller payload.
     """
     P, T = strategy.ep_size, workload.tokens
     if P == 1:

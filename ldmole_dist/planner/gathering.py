@@ -25,8 +25,8 @@ class Gather(NamedTuple):
     """Fetches of weights of one kind within one group of ranks. They are all-gathers if the group has several ranks.
 
     Args:
-        kind: "gather" for frozen weights, "gather_adapter" for routers and lambda-MLPs, "gather_experts" for experts; for
-            persistent weights after an update "update", or "update_experts" for experts with expert parallelism.
+        kind: In forward and backward: "gather" (frozen weights), "gather_adapter" (routers and lambda-MLPs), "gather_experts".
+            After an update, for persistent weights: "update_experts" (experts, with expert parallelism), "update" (all others).
         ranks: Number of ranks in the group.
         elements: Number of elements of the whole weights with padding, summed over all calls.
         calls: Number of calls.

@@ -42,7 +42,7 @@ class Order(NamedTuple):
 
     Args:
         events: Calls of hooks, in their order.
-        uses: Names of the parameters that each module uses itself, by name of the module.
+        uses: Names of each module's parameters, without those of its submodules, by name of the module.
     """
 
     events: tuple[Event, ...]
@@ -57,7 +57,7 @@ def module_order(workload: Workload, checkpointing: bool) -> Order:
     layers = min(depth, 3)
     model = traced_model(small, layers, checkpointing, partitioned=True)
     names = {module: name for name, module in model.named_modules()}
-    # A tied output head has the name of the embedding, because `named_parameters` lists each parameter once.
+    # A tied output head's weight has the name of the embedding's, because `named_parameters` lists each parameter once.
     first = {parameter: name for name, parameter in model.named_parameters()}
     uses = {name: tuple(first[p] for p in module.parameters(recurse=False)) for module, name in names.items()}
     for module, name in names.items():

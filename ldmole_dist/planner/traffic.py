@@ -1,4 +1,4 @@
-"""Numbers of elements that one rank sends, and of collectives that it takes part in, in an optimizer step, by kind.
+"""Number of elements that one rank sends in an optimizer step, and number of its collectives, by kind.
 
 The kinds of the experts (`DISPATCH`) are those that `parallel.wire` counts: elements sent to other ranks. The kinds of ZeRO
 are DeepSpeed's collectives. In a ring of P ranks, an all-reduce of n elements sends 2 n (P-1)/P elements per rank, and an

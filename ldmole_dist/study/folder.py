@@ -43,7 +43,7 @@ class StudyFolder(Generic[T]):
         file = path / "about.json"
         if about is None and not file.is_file():
             raise UserError(
-                f"{path} holds no study (about.json is missing); set --output to the folder of a study, or run one first"
+                f"{path} holds no study (about.json is missing); set --output to the folder of a study, or omit --page-only"
             )
         try:
             if about is not None and not file.is_file():
@@ -60,7 +60,7 @@ class StudyFolder(Generic[T]):
         if differing := [key for key in asked if self.about.get(key) != asked[key]]:
             values = "; ".join(f"{key} {self.about.get(key)}, now {asked[key]}" for key in differing)
             raise UserError(
-                f"{path} holds a study with other settings ({values}); choose another --output for a new study, "
+                f"{path} holds a study measured under other conditions ({values}); choose another --output for a new study, "
                 "or add --page-only to write the page of the existing one"
             )
 

@@ -63,7 +63,7 @@ def test_grid_varies_one_axis_at_a_time() -> None:
     [
         (["--stage", "0,5"], "stage=5 is not supported; use one of 0, 1, 2, 3"),
         (["--dispatch", "magic,auto"], "dispatch=magic is not supported"),
-        (["--ep-size", "3"], "ep_size=3 does not divide ranks=2"),
+        (["--ep-size", "3"], "ep_size=3 must divide both ranks=2"),
         (["--experts", "8,seven"], "--experts '8,seven' is not a list of integers"),
         (["--hidden", "100,256"], "hidden=100 is not a multiple of 64"),
         (["--layers", "0,4"], "layers=0 is not positive"),

@@ -108,10 +108,10 @@ def test_cell_that_times_out_is_recorded_as_failed(tmp_path: Path) -> None:
 
 def test_folder_of_another_machine_or_version_is_refused(tmp_path: Path) -> None:
     study(tmp_path, MACHINE).add(Row(TINY, measured(1.0)))
-    with pytest.raises(UserError, match=r"other settings \(torch 1, now 2\); choose another --output"):
+    with pytest.raises(UserError, match=r"other conditions \(torch 1, now 2\); choose another --output"):
         study(tmp_path, MACHINE | {"torch": "2"})
     assert len(study(tmp_path).rows()) == 1  # to write its page on another machine
-    with pytest.raises(UserError, match=r"other settings \(timed_steps 7, now 5\)"):
+    with pytest.raises(UserError, match=r"other conditions \(timed_steps 7, now 5\)"):
         study(tmp_path, MACHINE | {"timed_steps": "5"})
     (tmp_path / "about.json").write_text("{")
     with pytest.raises(UserError, match=r"about\.json is damaged"):

@@ -109,8 +109,8 @@ def decide(cell: Cell, repeats: int = 1) -> dict[str, float]:
 
     Returns:
         Name of a strategy -> number of elements sent and received in one forward; "deciding ms" -> median milliseconds
-        of a decision. Both exclude the exchange of row counts, which every strategy needs. "row per pair" sends a row
-        and returns a sum for every active pair of a token and a remote expert.
+        of a decision. Both exclude the exchange of row counts, which every strategy needs. "row per pair" sends
+        an input row and returns an output row for every active pair of a token and a remote expert.
     """
     support, sizes = cell.support(), cell.sizes()
     seconds = []

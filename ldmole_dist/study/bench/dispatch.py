@@ -174,7 +174,7 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
         "strategy": name in `STRATEGIES`.
         "ms": median milliseconds of a forward and backward, from a barrier before it to a barrier after it.
         "deciding ms": part of "ms" in which this rank decides what to send, including the exchange of row counts; 0 for
-            strategies that have nothing to decide.
+            "row per pair", where it is not measured, and for "replicate".
         "elements sent", "counts sent": elements of the payload, and row counts, summed over all ranks.
         "distance": largest relative distance of this rank's outputs and gradients of x and p from those of "replicate".
         "x faster", "x fewer elements": ratios of "row per pair" to this strategy.
@@ -222,9 +222,14 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
 
 
 def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Time a dispatch that overlaps the frozen linears against one that runs after them.
+    """Time a dispatch that overlaps the first frozen linear of each input group, and one without overlap.
 
     Collective: every rank must call it.
+
+    Args:
+        sizes: sizes of the layer.
+        turns: timed turns.
+        dtype: dtype of inputs, experts and frozen linears.
 
     Returns:
         One row per mode, all_to_all and auto: median milliseconds of a forward and backward with and without overlap, and
@@ -272,5 +277,5 @@ def main(turns: int) -> None:
         with LocalRanks(number) as ranks:
             print(f"\nAdapters of one decoder layer, forward + backward, wall time, {number} ranks, {sizes}; {setup()}")
             print(markdown_table(ranks.run(measure, sizes, turns, torch.float32)[0]))
-            print("\nWith the frozen linears; the dispatch overlaps them or runs after them:")
+            print("\nWith the frozen linears; the dispatch overlaps the first one of each input group, or none:")
             print(markdown_table(ranks.run(measure_overlap, sizes, turns, torch.float32)[0]))

@@ -6,8 +6,8 @@ replaying its calls with the same arguments. All candidates run in turns, and ea
 turn. The fastest run of each turn is kept, because other programs can make a single run several times slower; the
 result is the median over turns.
 
-"remainder" is "whole" minus the frozen model and the three parts: dropout, auxiliary losses, sums of outputs and of
-gradients, hooks, and the warmer caches of a part that is timed alone.
+"remainder" is "whole" minus the frozen model and the three parts. It contains dropout, auxiliary losses, sums of outputs
+and of gradients, hooks, and the effect of warmer caches when a part is timed alone.
 """
 
 from __future__ import annotations

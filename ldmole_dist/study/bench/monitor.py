@@ -63,8 +63,8 @@ LEVELS = ("silent", "plain", "detailed")
 def overhead(seconds: Mapping[str, Sequence[float]], interval: int) -> float:
     """Return the time that reporting adds to a step, as a fraction of the median silent step.
 
-    The added time is the median over turns of the difference between two levels, because other programs disturb single
-    steps.
+    The added time is the median over turns of plain - silent, plus that of detailed - plain divided by `interval`.
+    Medians are used because other programs disturb single steps.
 
     Args:
         seconds: level of reporting -> seconds of a step in each turn.

@@ -31,7 +31,7 @@ from ldmole_dist.study.bench.plan_measure import Measured, measure
 from ldmole_dist.study.machine import setup
 from ldmole_dist.study.table import markdown_table
 
-# With the default thresholds, ZeRO-3 would not partition the weights of such small models, or gather all of them at
+# With the default thresholds, ZeRO-3 would keep most weights of such small models gathered, and gather the others all at
 # once.
 SMALL_ZERO3 = (
     ("stage3_param_persistence_threshold", 500),

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from ldmole_dist.study.compare.rows import Row
     from ldmole_dist.study.folder import StudyFolder
 
-COMPARE = """Train with every router, and plain LoRA with about as many parameters, with the same data, budget and seeds.
-Write tables of the results to OUTPUT/routers.md. To resume an interrupted comparison, run the same command again."""
+COMPARE = """Train an adapter with each router, and a plain LoRA with about as many parameters, on the same data with the
+same budget and seeds. Write tables of the results to OUTPUT/routers.md. To resume an interrupted comparison, run the
+same command again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

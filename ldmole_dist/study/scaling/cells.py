@@ -66,7 +66,7 @@ class Cell:
         """Check the values and return this cell.
 
         Raises:
-            UserError: if a value is not supported, ep_size does not divide ranks and experts, or hidden is not a
+            UserError: if a value is not supported, ep_size does not divide both ranks and experts, or hidden is not a
                 multiple of 64.
         """
         for name, value in asdict(self).items():
@@ -76,7 +76,7 @@ class Cell:
                 raise UserError(f"{name}={value} is not positive; use 1 or more")
         if self.ranks % self.ep_size or self.experts % self.ep_size:
             raise UserError(
-                f"ep_size={self.ep_size} does not divide ranks={self.ranks} and experts={self.experts}; use a common divisor"
+                f"ep_size={self.ep_size} must divide both ranks={self.ranks} and experts={self.experts}; use a common divisor"
             )
         if self.hidden % 64:
             raise UserError(f"hidden={self.hidden} is not a multiple of 64, the width of a head; use 64, 128, 192, ...")

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help=text)
     parser.add_argument("--ranks", help="comma-separated numbers of ranks, such as 1,2,4")
     for axis in AXES[1:]:
-        text = f"comma-separated values of {axis} to measure around the base cell; a single value is set in every cell"
+        text = f"comma-separated values of {axis}, each set in one variation of the base cell; a single value is set in all"
         parser.add_argument(f"--{axis.replace('_', '-')}", help=text)
     parser.set_defaults(call=run)
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         0, or `EXIT_PREEMPTED` after Ctrl-C; the same command then resumes the study.
 
     Raises:
-        UserError: if an option has a value that is not supported, or the folder cannot be used.
+        UserError: if an option has a value that is not supported, the folder cannot be used, or no cell was measured.
     """
     chosen = {axis: _values(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None}
     from ldmole_dist.study.folder import StudyFolder
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
 def _cells(is_full: bool, chosen: dict[str, list[Any]]) -> list[Cell]:
     """Return the cells to measure.
 
-    On a machine with GPUs, numbers of ranks above the number of GPUs are left out, and the precision is bf16 instead of
-    fp32.
+    On a machine with GPUs, the precision is bf16 instead of fp32, and the grid's numbers of ranks that exceed the
+    number of GPUs are left out.
 
     Args:
         is_full: whether to use the "full" grid instead of "quick".

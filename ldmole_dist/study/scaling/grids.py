@@ -48,7 +48,7 @@ class Grid:
         return [cell for cell in cells if cell.experts % cell.ep_size == 0]
 
     def strong(self) -> list[Cell]:
-        """Return the cells of strong scaling: every number of ranks has the batch size of the most ranks.
+        """Return the cells of strong scaling: all have the batch size that weak scaling has with the most ranks.
 
         Fewer ranks accumulate more micro-batches. Numbers of ranks that do not divide the largest one are left out.
         """

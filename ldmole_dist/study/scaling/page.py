@@ -39,7 +39,7 @@ def write_page(study: StudyFolder[Row]) -> None:
     results = {row.cell: row.measured for row in rows if row.measured is not None}
     if not results:
         raise UserError(
-            f"{study.table} holds no measured cell; fix the errors that it names, delete their lines and run the study again"
+            f"{study.table} holds no measured cell; fix the errors that it lists, if any, delete their lines and measure again"
         )
     cells = list(results)
     base = base_of(cells)
@@ -153,7 +153,7 @@ def scaling_figure(results: Results, series: Mapping[str, Sequence[Cell]], cores
 
 
 def _table(rows: Rows) -> str:
-    """Return an HTML table, or a paragraph that says so if the study has no rows for it."""
+    """Return an HTML table, or a paragraph that the study has no rows for it."""
     if not rows:
         return "<p>None in this study.</p>"
     return html.Table(list(rows[0]), [[text_of(value) for value in row.values()] for row in rows]).html()
