@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest:  # argparse does not append positional arguments after an option to a nargs="*" list that precedes it
+    if rest:  # argparse does not add arguments to a nargs="*" list if they follow an option
         more = next((getattr(args, name) for name in ("overrides", "prompts") if hasattr(args, name)), None)
         if more is None or any(argument.startswith("-") for argument in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ldmole", description="Fine-tune language models with LD-MoLE.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train in this process, or as one rank of a launcher (launch/train.py)")
+    train = commands.add_parser("train", help="train in this process, alone or as one rank under a launcher")
     _add_config(train)
     # DeepSpeed's launcher passes --local_rank. It is ignored: LOCAL_RANK in the environment has the same value.
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks",
         type=int,
         metavar="N",
-        help="number of ranks (default: the largest of 8, 4, 2 and 1 for which there are GPUs; 4 without a GPU)",
+        help="number of ranks (default: the largest of 8, 4, 2 and 1 that is at most the number of GPUs; 4 without GPUs)",
     )
     selftest.set_defaults(call=_selftest)
 

@@ -58,7 +58,7 @@ class AuxiliaryLosses(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of the base class and, in training, add the auxiliary losses of this micro-batch to it."""
+        """Return the loss of the base class plus, in training, the auxiliary losses of this micro-batch."""
         with self._auxiliary_losses() as collected:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
@@ -68,9 +68,9 @@ class AuxiliaryLosses(_Base):
         return (loss, outputs) if return_outputs else loss
 
     def _micro_batch_weight(self, num_items_in_batch: Tensor | int | None) -> float:
-        """Return the factor that turns the sum of the auxiliary losses over the micro-batches of a step into their mean.
+        """Return the weight of a micro-batch's auxiliary losses: 1 divided by the number of micro-batches of the step.
 
-        It is 1 if `Trainer.training_step` itself divides the loss by the number of micro-batches.
+        It is 1 if `Trainer.training_step` itself divides the loss by that number.
         """
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
@@ -82,7 +82,7 @@ class AuxiliaryLosses(_Base):
     def _auxiliary_losses(self) -> Iterator[list[Tensor | float]]:
         """Yield a list to which each forward with gradients appends its auxiliary loss.
 
-        Some trainers also run forwards without gradients, for metrics.
+        Forwards without gradients, which some trainers run for metrics, are skipped.
         """
         collected: list[Tensor | float] = []
 

@@ -1,7 +1,7 @@
 """Crash-safe files: atomic writes of files and folders, durable appends of lines, and digests.
 
 An atomic write creates a hidden file or folder beside the target, syncs it to disk and renames it. A crash at any moment
-leaves either the previous content or the new content under the target's name, never a part of it. The exception is the
+leaves either the complete previous content or the complete new content under the target's name. The exception is the
 replacement of a folder (`publish_folder`).
 """
 
@@ -100,7 +100,7 @@ def atomic_write(path: Path, content: str | bytes) -> Digest:
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """Return the hidden folder `.NAME` beside `folder`, which holds its content until `publish_folder` renames it.
+    """Return the path `.NAME` beside `folder`: the hidden folder to fill, which `publish_folder` then renames to `folder`.
 
     The name is the same in every process, so that several ranks can write into the folder, and so that the next attempt finds
     and removes what a killed process left.
@@ -215,7 +215,7 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def append_jsonl(path: Path, values: Iterable[Any]) -> None:
-    """Append values to a file of JSON lines with `append_lines`. Objects that JSON cannot represent are written as `str`."""
+    """Append values to a file of JSON lines with `append_lines`. Values that JSON cannot represent are converted with `str`."""
     append_lines(path, (json.dumps(value, ensure_ascii=False, default=str) for value in values))
 
 

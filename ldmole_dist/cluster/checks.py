@@ -136,7 +136,7 @@ def _clock(facts: HostFacts) -> CheckResult:
 
 
 def _limits(facts: HostFacts) -> CheckResult:
-    # Each rank opens connections to all other ranks; 1024 files remain for libraries and data. RLIM_INFINITY is negative.
+    # Allow each rank 64 connections per rank of the job, and 1024 files for libraries and data. RLIM_INFINITY is negative.
     limit, needed = facts.found["open_files"], 1024 + 64 * facts.ranks
     if 0 <= limit < needed:
         problem = f"a process can open {limit} files, but {needed} are needed: raise the hard limit (/etc/security/limits.conf)"
@@ -150,7 +150,7 @@ def _output_shared(facts: HostFacts) -> CheckResult:
     if facts.output_shared == "yes":
         return "yes", None
     if facts.output_shared == "no":
-        return "no", "its run.output_dir is not that of the first host: choose a folder on a shared file system"
+        return "no", "its run.output_dir is not shared with the first host: choose a folder on a shared file system"
     if facts.output_shared == "not checked":
         return "?", None  # `_clock`, or the problem of the first host, gives the reason
     return "?", f"cannot use run.output_dir: {facts.output_shared}: make it writable, or choose another folder"

@@ -37,7 +37,7 @@ def run_launch(args: argparse.Namespace) -> int:
             )
         if args.max_restarts:
             raise UserError(
-                "--max-restarts inside mpirun: the job cannot restart mpirun; run `ldmole launch` without mpirun, with "
+                "--max-restarts inside mpirun: ldmole launch cannot restart mpirun; run `ldmole launch` without mpirun, with "
                 "--launcher openmpi --hostfile FILE"
             )
         exec_supervisor(rank_command(train), exports, args.interface, args.stall_minutes * 60)
@@ -64,7 +64,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     exports = exported_environment(os.environ, args.export, args.interface)
     if spec.launcher == "torchrun":
         raise UserError(
-            "--nodes gives doctor no access to the other hosts; replace it with --hostfile FILE, or run doctor on each host "
+            "doctor cannot reach other hosts with --nodes; replace --nodes with --hostfile FILE, or run doctor on each host "
             "without --nodes and --launcher"
         )
     check_installed(spec.launcher)
@@ -72,7 +72,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def create_launch_spec(args: argparse.Namespace, config: Config | None) -> LaunchSpec:
-    """Return launcher, hosts and network of a job, as the arguments and the environment (GPUs, Slurm allocation) select them.
+    """Return launcher, hosts and network of a job, selected by the arguments and the environment (GPUs, Slurm allocation).
 
     Args:
         args: parsed arguments of `add_arguments`.

@@ -77,7 +77,7 @@ class Connections:
 
     Attributes:
         port: TCP port on which the server listens.
-        by_rank: status of each connected rank.
+        by_rank: status of each rank that has connected; it stays after the connection is closed.
         duplicates: status of supervisors whose rank was already connected.
 
     Raises:

