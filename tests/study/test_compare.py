@@ -190,7 +190,7 @@ def test_small_comparison_is_interrupted_and_resumed(tmp_path: Path) -> None:
         message = first.communicate(timeout=120)[0]
     finally:
         first.kill()
-    assert first.returncode == EXIT_PREEMPTED and "run the same command to resume" in message
+    assert first.returncode == EXIT_PREEMPTED and "run the same command again to resume" in message
     assert list((run / "checkpoints").glob("step_*")), message
 
     again = start(tmp_path)

@@ -128,7 +128,7 @@ def test_interrupted_study_is_resumed(tmp_path: Path) -> None:
         first.kill()
     assert (
         first.returncode == EXIT_PREEMPTED
-        and "run the same command to resume" in message
+        and "run the same command again to resume" in message
         and "Traceback" not in message
     )
     before = table.read_text()
