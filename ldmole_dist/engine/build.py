@@ -21,7 +21,7 @@ from ldmole_dist.tuner.model import tuner_of
 
 
 class Engine:
-    """A DeepSpeed engine around a PEFT model with LD-MoLE adapters.
+    """A DeepSpeed engine around a PEFT model with LD-MoLE adapters. Collective: every rank must create one.
 
     Args:
         model: PEFT model with its adapter injected. All ranks must have the same parameters, except that each has its own
@@ -36,7 +36,7 @@ class Engine:
         parallel: expert-parallel group of the model.
         deepspeed: the wrapped DeepSpeed engine.
         grad_norm: gradient norm of the last optimizer step, over the parameters of all ranks, before clipping; infinite if
-            DeepSpeed has skipped the step.
+            DeepSpeed skipped the step.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Engine:
     def step(self) -> None:
         """Finish a micro-batch; after the last one of an optimizer step, clip the gradients and update the parameters.
 
-        At ZeRO stages 1 to 3, DeepSpeed skips the update if gradients are non-finite. Collective: call it after each
-        micro-batch.
+        At ZeRO stages 1 to 3, DeepSpeed skips the update if gradients are non-finite. Collective: every rank must
+        call it after each micro-batch.
         """
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         if boundary and self._clips_itself:
@@ -114,7 +114,7 @@ class Engine:
 
     @property
     def loss_scale(self) -> float:
-        """Factor by which the loss, and until the step its gradients, are multiplied; 1 except in fp16."""
+        """Factor by which the loss and, until `step`, the gradients are multiplied; 1 except in fp16."""
         return float(self.deepspeed.optimizer.loss_scaler.cur_scale) if self._scales_losses else 1.0
 
     @property
@@ -141,7 +141,7 @@ def register_experts_of_linears(model: PeftModel) -> None:
 def gathered_parameter(parameter: Tensor) -> Tensor:
     """Return a detached copy of the full tensor of a parameter that ZeRO-3 may have partitioned.
 
-    Of an expert parameter, the full tensor has the experts of this rank only. Collective over the ranks that the parameter is
+    For an expert parameter, the full tensor has only the experts of this rank. Collective over the ranks that the parameter is
     partitioned over.
     """
     if not hasattr(parameter, "ds_status") or parameter.ds_status == ZeroParamStatus.AVAILABLE:

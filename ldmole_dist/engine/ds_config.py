@@ -69,7 +69,7 @@ def resolve_ds_config(
     """Return a complete config for `Engine`.
 
     Keys with the value "auto" are set from the arguments, or removed so that DeepSpeed uses its default. Keys that the engine
-    depends on are set.
+    depends on are overwritten.
 
     Args:
         config: config from `load_ds_config`; not modified.
@@ -128,8 +128,8 @@ def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
     """Return the complete DeepSpeed config of a run on `world_size` ranks.
 
     Raises:
-        UserError: if the DeepSpeed config is invalid or contradicts the run config, or the global batch size does not fit the
-            number of ranks.
+        UserError: if the DeepSpeed config is invalid or contradicts the run config, or the global batch size is not a
+            multiple of the micro-batch size times the world size.
     """
     return resolve_ds_config(
         load_ds_config(config.parallelism.deepspeed),
@@ -175,7 +175,7 @@ def _check_support(zero: dict[str, Any], ep_size: int) -> None:
         )
     if zero.get("compute_grad_norm", True) is False:
         raise UserError(
-            "zero_optimization.compute_grad_norm=false would not detect non-finite gradients; remove it, or set it to true"
+            "zero_optimization.compute_grad_norm=false leaves non-finite gradients undetected; remove it, or set it to true"
         )
 
 

@@ -62,7 +62,7 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
 
     Args:
         model: model with its adapter injected.
-        num_experts: largest number of experts of a linear.
+        num_experts: largest number of experts of any linear.
         ep_size: number of ranks per expert-parallel group; with 1 there is nothing to declare.
         stage: ZeRO stage.
     """

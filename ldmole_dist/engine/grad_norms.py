@@ -23,7 +23,9 @@ PARTS = (*MARKS.values(), "head")
 
 
 def gradient_norms(engine: Engine) -> dict[str, float]:
-    """Return the gradient norm of each part before clipping. Call it on every rank, after the last backward of a step.
+    """Return the gradient norm of each part before clipping.
+
+    Collective: every rank must call it, after the last backward of a step.
 
     Returns:
         The norm of each of `PARTS`, over all ranks and linears. "head" covers the modules that are trained in full.

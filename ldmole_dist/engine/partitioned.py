@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 @contextmanager
 def partitioned_loading(stage: int, precision: str) -> Iterator[None]:
-    """Context manager in which transformers partitions each model that it creates over all ranks, if `stage` is 3.
+    """Context manager: if `stage` is 3, models that transformers creates inside it are partitioned over all ranks.
 
     Args:
         stage: ZeRO stage.

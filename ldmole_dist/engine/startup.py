@@ -44,8 +44,8 @@ def start(timeout_minutes: float = 30.0) -> Process:
         # package does not use them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
-            # By default each rank would use all cores of the host, and ranks would slow each other down many times over. The
-            # number of ranks on this host is in a variable of torchrun, DeepSpeed or Open MPI; else assume a single host.
+            # By default each rank would use all cores of the host, and ranks that share the cores would run many times slower.
+            # The number of ranks on this host is in a variable of torchrun, DeepSpeed or Open MPI; else assume a single host.
             names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
             local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))

@@ -1,6 +1,6 @@
 """State that one forward of the model shares with its adapted linears: token mask, auxiliary losses, recorded decisions.
 
-There is one `StepContext` per model, attached at injection. `begin` opens a micro-batch and `end` closes it; in between every
+There is one `StepContext` per model, attached at injection. `begin` opens a micro-batch and `end` closes it; in between, every
 adapted linear records its routing. The first forward of a checkpointed region records its decisions on a tape, and the
 recomputation replays them: which experts are active, and how many rows are sent to each rank. A recomputation that decided
 again could round differently, and its rows would not match the split sizes of the all-to-all.
@@ -66,7 +66,7 @@ class StepContext:
 
     Attributes:
         weights: coefficients of the auxiliary losses.
-        noise: noise on the router scores of the next training forward; set it for each micro-batch. None adds none.
+        noise: noise on the router scores of the next training forward; set it for each micro-batch. None: no noise.
         observer: function that gets the routing of each linear in training and evaluation, but not in a recomputation; or None.
         terms: values of each auxiliary loss, one scalar per linear recorded so far; keyed by the name of the loss.
         stats: (3,) per linear, keyed by its name: over its real tokens, the number of active (token, expert) pairs, the sum of
@@ -114,7 +114,7 @@ class StepContext:
             x_TD: input of the linear, after dropout.
 
         Returns:
-            x_TD, or the hidden states (T, H) that all routers read.
+            x_TD, or, if `hidden` is set, the hidden states as (T, H).
 
         Raises:
             ValueError: if the number of hidden states is not the number of rows of x_TD.

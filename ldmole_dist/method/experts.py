@@ -1,11 +1,11 @@
 """The LoRA experts of one linear, y = s * sum_e p_e(x) B_e A_e x (paper, section 3), in two equivalent formulations.
 
-fused:  h = x A_cat^T for all experts at once, h weighted by p, then one product with B_cat. Needs no device synchronization,
+fused:  concatenates the experts: h = x A_cat^T, h weighted by p, then one product with B_cat. Needs no device synchronization,
         but computes inactive experts too. Saves x, p and h (T, L R) for the backward.
 sparse: for each expert, gathers its active rows, computes two small products and adds the result to the output with
         index_add. Saves x, p, and h of the active pairs only.
 
-Neither builds a (T, L, O) tensor, as the einsum of the authors' code does. Which one is faster depends on L R / k and on the
+Unlike the einsum of the authors' code, neither builds a (T, L, O) tensor. Which one is faster depends on L R / k and on the
 device (docs/method.md; measure it with `ldmole bench layer`).
 
 Shapes: T tokens, D in-features, O out-features, L experts held by this process, R LoRA rank, N active (token, expert) pairs,
@@ -50,7 +50,7 @@ def fused_threshold(on_cpu: bool) -> int:
 
 
 def fused_is_always_faster(bank: ExpertBank) -> bool:
-    """Return whether fused is faster at one or more active experts per token, in which case no counts are needed."""
+    """Return whether fused is faster for every k >= 1, so that the experts' token counts are not needed."""
     num_experts, lora_rank, _ = bank.A_LRD.shape
     return num_experts * lora_rank <= fused_threshold(bank.A_LRD.device.type == "cpu")
 
@@ -126,7 +126,7 @@ def _weighted(h: Tensor, p: Tensor, scaling: float) -> Tensor:
 class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: Tensor, A: Tensor, B: Tensor, scaling: float, counts: list[int]) -> Tensor:
-        # Sum over experts in at least float32: with many active experts, half precision would lose their contributions.
+        # Sum over experts in at least float32: with many active experts, half precision would round small terms away.
         y = x.new_zeros(x.shape[0], B.shape[1], dtype=at_least_float32(x.dtype))
         h = x.new_empty(sum(counts), A.shape[1])
         for expert, pairs, tokens in _segments(p, counts):

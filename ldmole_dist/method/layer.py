@@ -48,7 +48,8 @@ class Dispatch(Protocol):
     ) -> Finish:
         """Start the communication and return the function that waits for it and computes the experts.
 
-        Work between `start` and the call of that function overlaps with the communication.
+        Work between `start` and the call of that function overlaps with the communication. Over several ranks, both calls are
+        collective.
 
         Args:
             x_TD: input of the group, after dropout.

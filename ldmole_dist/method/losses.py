@@ -21,7 +21,7 @@ def load_balance_loss(p: Tensor, mask: Tensor | None = None, prob: Tensor | None
     its mean probability before the selection if `prob` is given, which gives inactive experts a gradient too.
 
     Source: the paper's load-balancing loss; with `prob`, that of the Switch Transformer, arXiv 2101.03961, as used by MoLA.
-    Huang et al. divide by the number of tokens in freq_e, not of pairs.
+    For top-p, Huang et al. (see `entropy_loss`) divide freq_e by the number of tokens instead of pairs.
 
     Args:
         p: (..., T, E) routing weights.

@@ -88,10 +88,10 @@ def _parts(sums_S: Tensor) -> tuple[Tensor, ...]:
 
 
 def summarize(sums_S: Tensor) -> dict[str, Any]:
-    """Return the routing statistics of one linear from its accumulated sums.
+    """Return the routing statistics of one linear, or of several linears together, from their sums.
 
     Args:
-        sums_S: (S,) from `routing_sums`, added over micro-batches and ranks.
+        sums_S: (S,) from `routing_sums`, added over micro-batches and ranks, or from `merge_sums`.
 
     Returns:
         "tokens": number of real tokens.

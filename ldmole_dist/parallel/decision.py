@@ -10,8 +10,8 @@ The cost is the number of elements that the forward sends and receives. The back
 recomputation repeats the forward, so their costs are proportional to it. The exchange of counts is the same for every decision
 and is left out.
 
-Shapes: G linears of the input group, T tokens, P ranks, L experts of each rank, R LoRA rank, X = G L experts of one rank in all
-linears of the group.
+Shapes: G linears of the input group, T tokens, P ranks, L experts of one linear on each rank, R LoRA rank, X = G L experts of
+all linears of the group on one rank.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 # optimum.
 IMPROVEMENTS = 2
 # Several rounds are used only if a rank receives more than twice this number of rows. Fewer rows take no more memory than a
-# small micro-batch, which does not justify the kernel launches of more rounds.
+# small micro-batch, so the kernel launches of more rounds would not pay.
 ROWS_AT_ONCE = 1024
 
 
@@ -43,14 +43,14 @@ class DispatchDecision(NamedTuple):
         sent_PGL: bool, experts of this rank that each rank fetches.
         send_rows: number of rows to send to each rank. Each row is needed by at least one linear of the group.
         recv_rows: number of rows to receive from each rank.
-        send_linear_rows: for each linear, the number of rows to send to each rank that the linear needs.
-        recv_linear_rows: for each linear, the number of rows to receive from each rank that the linear needs.
+        send_linear_rows: for each linear, the part of `send_rows` that this linear needs.
+        recv_linear_rows: for each linear, the part of `recv_rows` that this linear needs.
         send_experts: for each linear, the number of experts to send to each rank.
         recv_experts: for each linear, the number of experts to receive from each rank.
         here_counts: for each linear, the number of this rank's active tokens of each expert that is computed here, own or
             fetched, in order of expert index.
         recv_counts: for each linear, the number of received rows for each of this rank's own experts.
-        rounds: number of rounds in which the rows are exchanged; the same on every rank of the group.
+        rounds: number of rounds in which the rows are exchanged; the same on every rank.
     """
 
     group: str
@@ -75,7 +75,7 @@ class GroupSizes:
         in_features: D.
         out_features: O of each linear.
         lora_rank: R.
-        experts: L, the number of experts of each rank.
+        experts: L, the number of experts of one linear that each rank holds.
     """
 
     in_features: int
@@ -186,7 +186,8 @@ def number_of_rounds(rows_PP: list[list[int]]) -> int:
         rows_PP: `rows_PP[p][q]` is the number of rows that rank p sends to rank q.
 
     Returns:
-        1, unless a rank receives more than twice the mean over ranks (or than 2 `ROWS_AT_ONCE`, if that is more).
+        1 if no rank receives more than twice the mean over ranks (or `ROWS_AT_ONCE`, if that is larger); otherwise the largest
+        number that a rank receives, divided by that mean (or `ROWS_AT_ONCE`) and rounded up.
     """
     received = [sum(to_rank) for to_rank in zip(*rows_PP, strict=True)]
     share = max(math.ceil(sum(received) / len(received)), ROWS_AT_ONCE)
@@ -197,7 +198,7 @@ def count_message_elements(ranks: int, sizes: GroupSizes) -> int:
     """Return the number of counts that one rank sends before a dispatch, once per micro-batch and input group.
 
     Each other rank receives the number of rows for each linear, the number of tokens for each of its experts in each linear (or
-    -1, which requests the expert), and the number of rows that this rank sends to every rank.
+    -1, which requests the expert), and, for every rank, the number of rows that this rank sends to it.
 
     Args:
         ranks: P.

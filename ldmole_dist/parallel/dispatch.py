@@ -2,9 +2,9 @@
 
 For each (rank, remote expert), mode "auto" sends the cheaper of the two: the token rows to the expert's rank, or the expert to
 the tokens' rank (`decision.choose_fetched_experts`). A token's row is sent at most once to each remote rank, even if several of
-its experts are there or several linears of the input group need it; each linear returns its own partial sum. Rows and
-experts of one group share an all-to-all, unless the rows are exchanged in rounds (`rounds`). No token is dropped and nothing is
-padded. Every mode gives the result of one process that holds all experts, up to rounding.
+its experts are there or several linears of the input group need it; the remote rank returns one partial sum per linear. Rows
+and experts of one group share an all-to-all, unless the rows are exchanged in rounds (`rounds`). No token is dropped and
+nothing is padded. Every mode gives the result of one process that holds all experts, up to rounding.
 
 The all-to-all is in flight while the caller computes something else (`Dispatch.start`), and the partial sums are returned
 while the local experts compute. Fetched experts are kept for the backward, and so are received rows unless they are exchanged
@@ -61,7 +61,7 @@ class ExpertParallel:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def placement(self, num_experts: int) -> Placement:
-        """Return which of the `num_experts` experts of a bank this rank holds. ValueError if `size` does not divide them."""
+        """Return which of a bank's `num_experts` experts this rank holds. Raises ValueError if `size` does not divide it."""
         return Placement(num_experts, self.size, 0 if self.group is None else dist.get_rank(self.group))
 
     def dispatch(self) -> Dispatch:

@@ -1,4 +1,4 @@
-"""Differentiable all-to-all of several tensors with variable split sizes, in flight while other work is computed.
+"""Differentiable all-to-all of several tensors with variable split sizes, in flight while other work runs.
 
 `start_exchange` starts the all-to-all and `PendingExchange.wait` waits for it. Operations between the two calls in the
 forward also overlap in the backward: autograd runs them between starting the all-to-all of the gradients and waiting for it,
@@ -59,6 +59,9 @@ def start_exchange(
         group: process group of the ranks that exchange.
         tally: counter of the elements sent; gradients are counted as "grad_" + kind.
         overlap: False waits for each all-to-all as soon as it is started, forward and backward.
+
+    Returns:
+        The all-to-all in flight; its `wait` returns the received rows.
     """
     state = _ExchangeState([(p.kind, p.send, p.recv) for p in payloads], group, tally, overlap)
     return PendingExchange(state, _Send.apply(state, *(p.rows for p in payloads)))

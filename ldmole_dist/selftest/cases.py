@@ -108,7 +108,7 @@ def half_precision(architecture: str, ep_size: int) -> dict[str, float]:
 
     Both backbones have the same weights. Both models use the routing decisions of the float32 model, because a gradient is
     discontinuous where a token crosses the boundary of a support. The B matrices and the router weights are smaller than in the
-    other cases, where the tiny model amplifies rounding errors about a hundred times.
+    other cases, where the tiny model amplifies rounding errors by a factor of about 100.
 
     Args:
         architecture: "llama" or "qwen3".

@@ -23,7 +23,7 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.selftest.processes import CPU_ENVIRONMENT, start_process
 
-# Time for the other ranks to return after one raised UserError or PeerError: all ranks are expected to raise one together.
+# Time for the other ranks to return after one raised UserError or PeerError: usually every rank raises one of them.
 REPORT_SECONDS = 10.0
 
 Outcome = Literal["returned", "refused", "failed"]
@@ -36,9 +36,9 @@ class RankFailed(RuntimeError):
 class LocalRanks:
     """Context manager for processes of one process group, with one GPU each if there are enough, otherwise on the CPU.
 
-    The first `run` starts the processes, and `close` ends them. If a rank fails, exits or times out, the ranks may be out of
-    step, so `run` ends all of them, and the next `run` starts new ones. A `UserError` or `PeerError` on every rank does not
-    end them.
+    The first `run` starts the processes, and `close` ends them. If a rank fails, exits or times out, others may be blocked in a
+    collective, so `run` ends all of them, and the next `run` starts new ones. A `UserError` or `PeerError` on every rank does
+    not end them.
 
     Args:
         size: number of ranks.

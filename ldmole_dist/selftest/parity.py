@@ -47,7 +47,7 @@ def gradients(
     router: str = "sparsegen",
     num_experts: int | list[int] = EXPERTS,
 ) -> dict[str, float]:
-    """Compare logits, loss and gradients with those of `gradient_reference`, in float64 and without DeepSpeed.
+    """Return the distances of logits, loss and gradients from `gradient_reference`, in float64 and without DeepSpeed.
 
     Each rank processes one micro-batch. The gradients are those of the mean loss over all ranks. Collective: every rank must
     call it.
@@ -105,9 +105,9 @@ def updates(
     num_experts: int | list[int] = EXPERTS,
     **zero: Any,
 ) -> dict[str, float]:
-    """Compare losses, gradient norms and parameter updates with those of `update_reference`, in float32 with DeepSpeed.
+    """Return the distances of losses, gradient norms and parameter updates from `update_reference`, in float32 with DeepSpeed.
 
-    There are `STEPS` optimizer steps with gradient clipping. Collective: every rank must call it.
+    Runs `STEPS` optimizer steps with gradient clipping. Collective: every rank must call it.
 
     Args:
         architecture: "llama" or "qwen3".

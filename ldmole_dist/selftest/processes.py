@@ -40,7 +40,7 @@ preload = [
 def start_process(
     target: Callable[..., None], *args: Any, environment: Mapping[str, str], on_gpu: bool = False, daemon: bool = True
 ) -> BaseProcess:
-    """Start a process and return it. The new process blocks SIGINT until `target` unblocks it, and exits with this process.
+    """Start a process and return it. It blocks SIGINT until `target` unblocks it, and exits when this process exits.
 
     Args:
         target: function to run. It must be importable by name, and its arguments must be picklable.

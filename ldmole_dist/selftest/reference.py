@@ -195,7 +195,7 @@ def loss_of(
     Args:
         model: adapted model, or an engine around it; called for the logits.
         context_owner: the adapted model, which has the auxiliary losses in its context.
-        batch: micro-batch, as from `micro_batch`.
+        batch: micro-batch in the format of `micro_batch`.
         answers: number of answer tokens by which the summed loss is divided.
 
     Returns:

@@ -62,7 +62,7 @@ def adapted(
     Args:
         backbone: model to adapt in place.
         parallel: placement of the experts; the weights of an expert do not depend on it.
-        dropout: dropout on the input of the adapters.
+        dropout: dropout probability of the adapters' input.
         router: name of the router.
         num_experts: number of experts of every adapted linear, or a list with one number per decoder layer.
     """
