@@ -36,15 +36,15 @@ class AdapterFields:
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = field(
         default=0.1,
         metadata={
-            "help": "Dropout probability of the input of the router, the lambda-MLP and the experts. Linears that read the "
-            "same input share one mask."
+            "help": "Dropout probability of the input of the experts and, with router_input 'layer', of the router and the "
+            "lambda-MLP. Linears that read the same input share one mask."
         },
     )
     num_experts: ExpertCounts = field(
         default=8,
         metadata={
-            "help": "Number of experts of each adapted linear. With a list of n numbers, the decoder layers are divided in "
-            "order into n equal groups, and each number applies to one group."
+            "help": "Number of experts of each adapted linear. A list of n numbers divides the decoder layers in order into n "
+            "groups of equal size, up to rounding; each number applies to the linears of one group."
         },
     )
     target_modules: list[str] | str = field(

@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ldmole_dist.config.checks import check_config
-from ldmole_dist.config.explain import explain, key_names, subsection
+from ldmole_dist.config.explain import did_you_mean, explain, key_names, subsection
 from ldmole_dist.config.schema import Config
 from ldmole_dist.errors import UserError
 
@@ -81,10 +81,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not sections and name not in key_names(Config):
         sections = [section for section in key_names(Config) if name in key_names(subsection(Config, [section]))]
         if len(sections) != 1:
+            known = [key for section in key_names(Config) for key in key_names(subsection(Config, [section]))]
             reason = (
                 f"several sections have this key; use {' or '.join(f'{section}.{override}' for section in sections)}"
                 if sections
-                else f"no section has a key {name!r}; write section.key=value with one of {', '.join(key_names(Config))}"
+                else f"no section has a key {name!r}; {did_you_mean(name, known)}"
             )
             raise UserError(f"override {override!r}: {reason}")
     target = raw

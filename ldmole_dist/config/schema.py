@@ -65,8 +65,8 @@ class Source:
             paper; "text" lists no options and answers with the text of an option.
         split: split of a task on the Hub; null for the default split.
         weight: sampling weight relative to the other sources; set it for all sources or for none.
-        name: domain, in results, of rows that have none of their own. The default with several sources is the name of the task
-            or file.
+        name: domain of rows that do not set their own, by which results are grouped. With several sources, the default is the
+            name of the task or file.
     """
 
     path: str | None = None
@@ -95,7 +95,7 @@ class Data:
         labels: class names, or possible completions of one token each. If set, the answer of each row without `choices` must be
             one of them, and evaluation reports accuracy. Tasks set their own.
         max_length: maximum number of tokens of a sequence.
-        truncation: cut sequences longer than max_length: prompts at their start, plain texts at their end. If false, such a
+        truncation: cut sequences longer than max_length: plain texts at their end, all others at their start. If false, such a
             sequence is an error.
         packing: concatenate the sequences of a micro-batch into one row instead of padding them; each keeps its own positions
             and attention mask. Needs attention "sdpa", "eager" or "flash_attention_2".
@@ -127,21 +127,21 @@ class Optimisation:
         max_steps: number of optimizer steps; set either this or epochs.
         micro_batch_size: sequences per forward on one rank.
         global_batch_size: sequences per optimizer step, over all ranks and micro-batches.
-        learning_rate: learning rate after the warm-up.
+        learning_rate: learning rate at the end of the warm-up.
         weight_decay: weight decay of AdamW.
         betas: decay rates of the Adam moments.
         eps: term that Adam adds to the denominator.
         optimizer: "adamw" is PyTorch's; "fused_adam" and "cpu_adam" are DeepSpeed's and need a compiler.
         schedule: learning rate after the warm-up: "cosine" decays to 0, "multistep" multiplies by gamma at each milestone,
             "constant" keeps it.
-        warmup_steps: number of first steps over which the learning rate increases linearly.
+        warmup_steps: number of initial steps over which the learning rate increases linearly.
         milestones: milestones of "multistep", as fractions of all steps.
         gamma: factor by which "multistep" multiplies the learning rate at each milestone.
         max_grad_norm: norm that gradients are clipped to; 0 disables clipping.
         label_smoothing: label smoothing of the task loss.
         balance_coef: coefficient of the load-balancing loss (c_lb); 1.0 in the paper.
         sparsity_coef: coefficient of the sparsity loss (c_sp); 0 in the paper's main results.
-        sparsity_target: target number of active experts per token (k*), of the sparsity loss and the L1 loss of router "relu".
+        sparsity_target: target number of active experts per token (k*) in the sparsity loss and the L1 loss of router "relu".
         z_coef: coefficient of the router z-loss.
         l1_coef: initial coefficient of the L1 loss of router "relu"; the default is ReMoE's. Each step multiplies it by l1_rate
             if more than sparsity_target experts are active, and divides it if fewer are.

@@ -138,7 +138,7 @@ class TrainingOrder:
 
 
 def content_digest(examples: Sequence[Encoded]) -> str:
-    """Return a hash of the number of token ids, their sum and the labels of each example of a training set."""
+    """Return a hash of a training set; it covers the labels and the number and sum of the token ids of each example."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{len(example.input_ids)} {sum(example.input_ids)} {example.labels}\n".encode())

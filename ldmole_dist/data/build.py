@@ -41,13 +41,14 @@ class RunData:
 
 
 def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, process: Process) -> RunData:
-    """Read and check all rows of a run, and encode those that are not streamed.
+    """Return the data of a run: all rows are read and checked, and those that are not streamed are encoded.
 
     Collective: every rank must call it.
 
     Raises:
-        UserError, PeerError: on every rank, if `data.labels` do not fit the tokenizer, a source cannot be read, a row is
-            invalid or the cache cannot be written. For an invalid row, the message names the file, the line and the reason.
+        UserError, PeerError: on every rank, if `data.labels` do not fit the tokenizer, a source does not fit the task, has no
+            rows or cannot be read, a row is invalid, or the cache cannot be written. For an invalid row, the message names the
+            file, the line and the reason.
     """
     data, task, quiet = config.data, config.backbone.task, not process.is_main
 

@@ -22,8 +22,8 @@ class Encoded:
         input_ids: all token ids.
         labels: token ids of the answer and -100 elsewhere; for sequence classification, the class index.
         domain: domain of the row (`Row.domain`).
-        choices: token id of each possible answer; None if they are unknown, if one of them is not a single token, or for
-            sequence classification.
+        choices: token id of each possible answer; None if the answers are unknown, if one of them is not a single token, or
+            for sequence classification.
     """
 
     input_ids: list[int]
@@ -97,7 +97,7 @@ class Encoder:
         no room for the prompt. Rarer errors, such as two choices that are the same token, are not found.
 
         Raises:
-            UserError: if the row was encoded and that failed.
+            UserError: if the row is encoded and `encode` raises it.
         """
         # A token is assumed to take at least half a byte, which leaves a margin for tokenizers that normalize the text.
         if row.messages or (row.source and 2 * len(row.target.encode()) + 2 >= self.max_length):
@@ -247,7 +247,7 @@ def check_single_tokens(labels: Sequence[str], ids: Sequence[Sequence[int]], whe
         if len(tokens) != 1:
             raise UserError(
                 f"{where}: {label!r} is {len(tokens)} tokens for this tokenizer, but accuracy needs labels of one token; "
-                "start labels that follow a word with a space, use other words, or remove data.labels."
+                "put a space before a label that follows a word, use other words, or remove data.labels."
             )
     choices = tuple(tokens[0] for tokens in ids)
     if len(set(choices)) < len(choices):

@@ -129,7 +129,7 @@ def get_text(record: Record, key: str, where: str) -> str:
 
 def describe_value(record: Record, key: str) -> str:
     """Return the end of an error message about the value of a key: the value, or that the key is missing."""
-    return f"got {record[key]!r:.60}" if key in record else f"but it is missing among the keys {sorted(record)}"
+    return f"got {record[key]!r:.60}" if key in record else f"but it is missing from the keys {sorted(record)}"
 
 
 def get_domain(record: Record) -> str | None:

@@ -134,8 +134,9 @@ def _hub_records(task: Task, split: str | None, default: str) -> Iterator[Locate
     except Exception as error:  # the errors have no common base class: network, missing data set, access denied
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"data task {task.name}: cannot load {path} from the Hugging Face Hub ({reason}); save its rows with the same "
-            f"columns in a .jsonl, .parquet or .csv file, and set this source of the data to {{task: {task.name}, path: FILE}}."
+            f"data task {task.name}: cannot load {path} from the Hugging Face Hub ({reason}); check the network and `split`, "
+            "or save its rows with the same columns in a .jsonl, .parquet or .csv file, and set the source to "
+            f"{{task: {task.name}, path: FILE}}."
         ) from error
     if task.hub_split is not None:
         try:

@@ -70,7 +70,7 @@ def index_part(
         first, end = size * part // parts, size * (part + 1) // parts
         with path.open("rb") as file:
             _parse_first_row(file, path, parser)
-            # A line that starts before `first` belongs to the previous part.
+            # A line that starts before `first` belongs to an earlier part.
             file.seek(max(0, first - 1))
             offset = first if first == 0 else first - 1 + len(file.readline())
             return _index(
@@ -164,7 +164,7 @@ class LineFile:
     def _open(self) -> BinaryIO:
         """Return the file, opened by this process.
 
-        A file object that a worker inherits in a fork shares its position with that of the parent process.
+        A file object that a forked worker inherits shares its position with the parent process.
         """
         if self._file is None or self._file[0] != os.getpid():
             try:

@@ -88,7 +88,7 @@ def load_backbone(
     attention: str | None = None,
     pad_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """Load the backbone in the dtype of `precision`. Inside `partitioned_loading`, a rank keeps only its partition at stage 3.
+    """Load the backbone in the dtype of `precision`. Inside `partitioned_loading` at stage 3, a rank keeps only its partition.
 
     Args:
         path: model folder, or model name on the Hugging Face Hub.
@@ -142,7 +142,7 @@ def load_adapter(backbone: PreTrainedModel, folder: str, trainable: bool) -> Pef
         trainable: whether the adapter's parameters get gradients.
 
     Raises:
-        UserError: if the folder has no LD-MoLE adapter, or the adapter does not fit the backbone.
+        UserError: if the folder has no LD-MoLE adapter, or the adapter cannot be read or does not fit the backbone.
     """
     _adapter_config(folder)
     try:

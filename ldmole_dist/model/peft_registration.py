@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def register_with_peft() -> None:
-    """Register LD-MoLE with PEFT, now if PEFT is imported already, else after its import. Further calls have no effect."""
+    """Register LD-MoLE with PEFT: now if PEFT is already imported, otherwise after its import. Further calls have no effect."""
     if "peft" in sys.modules:
         _register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
@@ -52,7 +52,7 @@ class _PeftFinder:
 
 
 class _RegisteringLoader:
-    """Loads PEFT with its own loader, then registers LD-MoLE and removes the finder.
+    """Loader that runs PEFT's original loader, then registers LD-MoLE and removes the finder.
 
     If PEFT's code raises, the error is not changed and the finder stays, so that a later import registers LD-MoLE.
     """

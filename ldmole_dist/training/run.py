@@ -138,5 +138,5 @@ def _print_summary(model: PeftModel, config: Config, process: Process, first_ste
     p, accumulation = config.parallelism, accumulation_steps(config, process.world_size)
     tqdm.write(
         f"{process.world_size} rank(s) on {process.device.type}, {p.deepspeed}, ep_size {p.ep_size}, {p.precision}: "
-        f"{trainable:,} trainable parameters; steps {first_step + 1} to {total_steps}, {accumulation} micro-batch(es) each"
+        f"{trainable:,} trainable parameters; steps {first_step + 1} to {total_steps}, {accumulation} micro-batch(es) per rank"
     )

@@ -29,8 +29,8 @@ class LdMoleConfig(AdapterFields, PeftConfig):
     depend on the number of ranks.
 
     Raises:
-        ValueError: if a field is out of range; if `router` is "topk" and `top_k` exceeds the smallest number of experts; or if
-            the adapter was saved in a newer format.
+        ValueError: if a field has a wrong type or is out of range; if `router` is "topk" and `top_k` exceeds the smallest
+            number of experts; or if the adapter was saved in a newer format.
     """
 
     exclude_modules: list[str] | str | None = field(

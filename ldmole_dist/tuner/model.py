@@ -297,7 +297,7 @@ def tuner_of(model: nn.Module) -> LdMoleModel:
 
 
 def _keep_at_least_float32(module: nn.Module) -> None:
-    """Convert a module that is trained in full to at least float32, like all trained parameters, and its inputs with it."""
+    """Convert a module that is trained in full to at least float32, and cast its inputs to its dtype in each forward."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
 

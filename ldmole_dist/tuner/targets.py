@@ -38,7 +38,7 @@ def experts_of_linear(model: nn.Module, config: LdMoleConfig, name: str) -> int:
     """Return E, the number of experts of one adapted linear.
 
     If `num_experts` is a list of n entries, the decoder layers are divided in order into n groups of equal size, up to
-    rounding. Each entry is the number of experts of every adapted linear in one group.
+    rounding. Each entry sets how many experts each adapted linear of one group has.
 
     Args:
         model: the backbone.

@@ -173,7 +173,7 @@ def test_error_without_hub_access_names_the_local_alternative(monkeypatch: pytes
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"set this source of the data to \{task: arc_easy, path: FILE\}"):
+    with pytest.raises(UserError, match=r"set the source to \{task: arc_easy, path: FILE\}"):
         read_rows([Source(task="arc_easy")], "causal_lm", None)
 
 
