@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             measure_missing(study, cells, args.steps, args.timeout)
         except KeyboardInterrupt:
-            print(f"interrupted: {folder} holds the measured cells; run the same command again to resume", file=sys.stderr)
+            print(
+                f"interrupted: {folder} holds the measured cells; run the same command again to resume", file=sys.stderr
+            )
             return EXIT_PREEMPTED
     write_page(study)
     print(f"page: {folder / 'scaling.html'}")
