@@ -111,15 +111,15 @@ def test_ranks_and_axes_can_be_chosen() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_interrupted_study_is_resumed(tmp_path: Path) -> None:
-    axes = dict(ranks="1,2", experts="4", lora_rank="2", hidden="64", layers="1,2", seq="16", micro_batch="1")
-    axes |= dict(dispatch="auto", stage="0,2")
+    axes = dict(ranks="1,2", experts="4", lora_rank="2", hidden="64", layers="1", seq="16", micro_batch="1")
+    axes |= dict(dispatch="auto", stage="2")  # 4 cells
     command = [sys.executable, "launch/scaling_study.py", "--output", str(tmp_path), "--steps", "1"]
     command += [part for axis, values in axes.items() for part in (f"--{axis.replace('_', '-')}", values)]
     table = tmp_path / "cells.jsonl"
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         until = time.monotonic() + 300
-        while not table.exists() or table.read_text().count("\n") < 2:
+        while not table.exists() or table.read_text().count("\n") < 1:
             assert first.poll() is None and time.monotonic() < until
             time.sleep(0.2)
         first.send_signal(signal.SIGINT)
@@ -132,7 +132,7 @@ def test_interrupted_study_is_resumed(tmp_path: Path) -> None:
         and "Traceback" not in message
     )
     before = table.read_text()
-    assert 2 <= before.count("\n") < 7 and not (tmp_path / "scaling.html").exists()
+    assert 1 <= before.count("\n") < 4 and not (tmp_path / "scaling.html").exists()
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert second.returncode == 0, second.stderr
     assert table.read_text().startswith(before)
