@@ -70,17 +70,17 @@ def _read(path: Path, encoder: Encoder, rows: Sequence[Row]) -> list[Encoded] | 
     try:
         with np.load(path, allow_pickle=False) as file:
             ids, ends, labels = file["ids"], file["ends"], file["labels"]
+        row_ids = [part.tolist() for part in np.split(ids, ends[:-1])]
+        if encoder.task == "sequence_classification":
+            row_labels: list[list[int] | int] = labels.tolist()
+        else:
+            row_labels = [part.tolist() for part in np.split(labels, ends[:-1])]
+        return [
+            Encoded(input_ids, label, row.domain, encoder.choice_ids(row))
+            for input_ids, label, row in zip(row_ids, row_labels, rows, strict=True)
+        ]
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
-    if encoder.task == "sequence_classification":
-        row_labels: list[list[int] | int] = labels.tolist()
-    else:
-        row_labels = [part.tolist() for part in np.split(labels, ends[:-1])]
-    row_ids = [part.tolist() for part in np.split(ids, ends[:-1])]
-    return [
-        Encoded(input_ids, label, row.domain, encoder.choice_ids(row))
-        for input_ids, label, row in zip(row_ids, row_labels, rows, strict=True)
-    ]
 
 
 def _write(path: Path, encoded: Sequence[Encoded]) -> None:

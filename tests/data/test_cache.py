@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ldmole_dist.data.cache import encode_cached
@@ -102,7 +104,10 @@ def test_damaged_file_is_replaced(backbone: Path, tmp_path: Path) -> None:
     first = encode(make_encoder(backbone), ROWS, tmp_path)
     (file,) = tmp_path.iterdir()
     complete = file.read_bytes()
-    for damaged in (complete[:100], complete[:-40], b"", complete[:150] + b"x" + complete[151:]):
+    other = io.BytesIO()  # a whole file, but of one row
+    np.savez(other, ids=np.zeros(3, np.int32), ends=np.array([3]), labels=np.zeros(3, np.int32))
+    damages = (complete[:100], complete[:-40], b"", complete[:150] + b"x" + complete[151:], other.getvalue())
+    for damaged in damages:
         file.write_bytes(damaged)
         assert encode(make_encoder(backbone), ROWS, tmp_path) == first
         assert encode(forbid_encoding(make_encoder(backbone)), ROWS, tmp_path) == first
