@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ldmole_dist.method.autocast import backward_without_autocast
 from ldmole_dist.method.sparsegen import at_least_float32
 
 # On a CPU in float32, fused wins at L R / k = 64 and sparse at 256; the threshold is between the two (docs/method.md).
@@ -95,6 +96,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, None]:
         x, p, A, B, h = ctx.saved_tensors
         num_experts, lora_rank, _ = A.shape
@@ -139,6 +141,7 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None, None]:
         x, p, A, B, h = ctx.saved_tensors
         grad_x = x.new_zeros(x.shape, dtype=at_least_float32(x.dtype))

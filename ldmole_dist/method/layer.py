@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ldmole_dist.method.autocast import to_autocast_dtype, without_autocast
 from ldmole_dist.method.context import StepContext
 from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_is_always_faster
 from ldmole_dist.method.lambda_mlp import LambdaMLP
@@ -122,10 +123,13 @@ class InputGroup:
         # The leader computes for the whole group. Another linear gets here only if its input is not the leader's; it then
         # computes for itself alone.
         linears = self.linears if linear is self.linears[0] else [linear]
-        dispatched = self._route(linears, x)
+        x_cast = to_autocast_dtype(x)
+        with without_autocast(x.device.type):
+            dispatched = self._route(linears, x_cast)
 
         def finish() -> Tensor:
-            deltas = [delta_TO.view(*x.shape[:-1], delta_TO.shape[1]) for delta_TO in dispatched()]
+            with without_autocast(x.device.type):
+                deltas = [delta_TO.view(*x.shape[:-1], delta_TO.shape[1]) for delta_TO in dispatched()]
             self._waiting = {m: ((x.data_ptr(), x.shape), d) for m, d in zip(linears[1:], deltas[1:], strict=True)}
             return deltas[0]
 

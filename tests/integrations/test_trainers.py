@@ -135,7 +135,7 @@ def theirs(kind: str, folder: Path, rows: list[dict[str, list[int]]], accumulati
     output = str(folder / "theirs")
     made: Any
     if kind == "sft":
-        config = SFTConfig(output, bf16=False, **({"gradient_checkpointing": False} | settings))
+        config = SFTConfig(output, **({"gradient_checkpointing": False, "bf16": False} | settings))
         made = LdMoleSFTTrainer(args=config, processing_class=tokenizer, auxiliary=WEIGHTS, **given)
     else:
         args, collator = TrainingArguments(output, **settings), DataCollatorForSeq2Seq(tokenizer)
@@ -170,6 +170,16 @@ def test_a_loss_scale_scales_the_auxiliary_losses_too(folder: Path, ours: Any) -
     trainer.train()
     unscaled = {name: gradient / 1024 for name, gradient in kept.gradients.items()}
     assert distance(unscaled, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_bf16_autocast_has_nearly_the_same_gradients(folder: Path, ours: Any, kind: str) -> None:
+    expected, rows = ours(4)
+    trainer, kept = theirs(kind, folder, rows, 4, bf16=True)
+    trainer.train()
+    assert kept.gradients.keys() == expected.keys()
+    found, exact = (torch.cat([g[name].flatten() for name in expected]) for g in (kept.gradients, expected))
+    assert 0 < (found - exact).norm() / exact.norm() < 0.1  # more than 0: autocast was on
 
 
 def test_a_loss_of_ones_own(folder: Path, ours: Any) -> None:

@@ -1,0 +1,43 @@
+"""Mixed precision by `torch.autocast`: experts compute in its dtype, routing in float32, as with weights of that dtype.
+
+Autocast would otherwise choose dtypes inside the autograd functions of this package, in the forward but not in the backward.
+`torch.amp.custom_fwd` is no alternative: it fixes the device type when a module is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """Return x in the dtype that autocast would compute in; unchanged where autocast is off, and in float64."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Return a context in which operations compute in the dtypes of their arguments.
+
+    Args:
+        device: device type, such as "cuda".
+    """
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def backward_without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the backward of an autograd function: called within autocast, it computes in the dtypes of the forward too."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> Any:
+        with without_autocast(grad.device.type):
+            return backward(ctx, grad)
+
+    return run
