@@ -32,7 +32,7 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def backward_without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+def backward_without_autocast(backward: Callable[..., Any]) -> Any:
     """Decorate the backward of an autograd function: called within autocast, it computes in the dtypes of the forward too."""
 
     @wraps(backward)

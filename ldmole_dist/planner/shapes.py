@@ -22,6 +22,7 @@ from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.layer import LdMoleLinear
 from ldmole_dist.tuner.model import tuner_of
 from ldmole_dist.tuner.state_dict import is_expert_tensor
+from ldmole_dist.tuner.targets import features_of
 
 
 class Parameter(NamedTuple):
@@ -163,5 +164,5 @@ def input_groups(model: PeftModel) -> Iterator[Group]:
         if isinstance(module, LdMoleLinear):
             (group,) = module.groups.values()
             if group.linears[0] is module:
-                widths = tuple(int(m.base_layer.out_features) for m in group.linears)  # type: ignore[arg-type]
-                yield Group(module.name, int(module.base_layer.in_features), widths)  # type: ignore[arg-type]
+                in_features, _ = features_of(module.base_layer)
+                yield Group(module.name, in_features, tuple(features_of(m.base_layer)[1] for m in group.linears))

@@ -30,7 +30,7 @@ from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.input_groups import find_input_groups
 from ldmole_dist.tuner.layer import LdMoleLinear
 from ldmole_dist.tuner.state_dict import check_adapter_fits, is_expert_tensor
-from ldmole_dist.tuner.targets import check_targets_exist, experts_of_linear, is_plain_linear
+from ldmole_dist.tuner.targets import check_targets_exist, experts_of_linear, features_of, why_not_adaptable
 
 
 class LdMoleModel(BaseTuner):
@@ -124,8 +124,8 @@ class LdMoleModel(BaseTuner):
         """Replace the target linears, create the adapter's lambda-MLPs and group the linears by input.
 
         Raises:
-            ValueError: if a target is not a plain `nn.Linear`, an entry of `target_modules` matches no module, or `num_experts`
-                does not fit the decoder layers or the number of ranks that the experts are spread over.
+            ValueError: if a target cannot be adapted (`targets.why_not_adaptable`), an entry of `target_modules` matches no module,
+                or `num_experts` does not fit the decoder layers or the number of ranks that the experts are spread over.
         """
         check_targets_exist(model, _ldmole(self.peft_config[adapter_name]))
         self.lambda_mlp[adapter_name] = nn.ModuleDict()
@@ -156,16 +156,12 @@ class LdMoleModel(BaseTuner):
     ) -> None:
         config = _ldmole(peft_config)
         base: Any = target.base_layer if isinstance(target, LdMoleLinear) else target
-        if not is_plain_linear(base):
-            dtype = getattr(getattr(base, "weight", None), "dtype", "no weight")
-            raise ValueError(
-                f"{current_key} is of type {type(base).__name__} ({dtype}), but LD-MoLE adapts plain floating-point nn.Linear "
-                "only; load the backbone without quantization, or remove this module from target_modules"
-            )
+        if reason := why_not_adaptable(base):
+            raise ValueError(f"LD-MoLE cannot adapt {current_key}: this {type(base).__name__} {reason}")
         if not isinstance(target, LdMoleLinear):
             target = LdMoleLinear(base, current_key, self.context, self.parallel.dispatch())
             setattr(parent, target_name, target)
-        D, O = base.in_features, base.out_features
+        D, O = features_of(base)
         weight = base.weight
         like = torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device)
         experts = experts_of_linear(self.model, config, current_key)

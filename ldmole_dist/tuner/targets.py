@@ -1,21 +1,54 @@
-"""The linears that an adapter config selects in a backbone, and the number of experts of each."""
+"""The linears that an adapter config selects in a backbone, which of them can be adapted, and the number of experts of each."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from ldmole_dist.tuner.config import LdMoleConfig
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others are those of quantized weights
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether a module is an `nn.Linear`, not a subclass, with floating-point weights.
 
-    Subclasses are excluded, because quantization libraries use them for packed weights.
+def features_of(linear: nn.Module) -> tuple[int, int]:
+    """Return the in- and out-features of an `nn.Linear` or of a `Conv1D`, GPT-2's linear with a transposed weight."""
+    module: Any = linear
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def why_not_adaptable(module: nn.Module) -> str | None:
+    """Return why a module cannot be adapted and what to do about it, as the rest of a sentence; None if it can be adapted.
+
+    LD-MoLE adapts `nn.Linear`, transformers' `Conv1D`, and subclasses of them that map (..., D) to a tensor (..., O).
     """
-    return type(module) is nn.Linear and module.weight.is_floating_point()
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return "is not a linear; leave it out of target_modules"
+    if module.weight.dtype not in DTYPES:
+        return f"has weights of {module.weight.dtype}; load the backbone without quantization"
+    D, O = features_of(module)
+    if type(module) not in (nn.Linear, Conv1D) and not _is_linear_map(module, D, O):
+        return f"does not map (..., {D}) to a tensor (..., {O}); leave it out of target_modules"
+    return None
+
+
+def _is_linear_map(module: nn.Module, D: int, O: int) -> bool:
+    # On the meta device with weights of full size: those of the module may be partitioned or on any device.
+    sizes = {"weight": (D, O) if isinstance(module, Conv1D) else (O, D), "bias": (O,)}
+    weights = {
+        name: torch.empty(sizes.get(name, p.shape), dtype=p.dtype, device="meta")
+        for name, p in module.named_parameters()
+    }
+    x = torch.empty(1, D, dtype=weights["weight"].dtype, device="meta")
+    try:
+        y = functional_call(module, weights, (x,))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, O)
 
 
 def check_targets_exist(model: nn.Module, config: LdMoleConfig) -> None:
@@ -28,7 +61,7 @@ def check_targets_exist(model: nn.Module, config: LdMoleConfig) -> None:
     modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
     unmatched = [t for t in config.target_modules if not any(f".{name}".endswith(f".{t}") for name in modules)]
     if unmatched:
-        linears = {name.rsplit(".", 1)[-1] for name, module in modules.items() if is_plain_linear(module)}
+        linears = {name.rsplit(".", 1)[-1] for name, module in modules.items() if why_not_adaptable(module) is None}
         raise ValueError(
             f"target_modules {sorted(unmatched)} match no module of this model; choose from its linears, {sorted(linears)}"
         )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ldmole_dist import LdMoleConfig
 from ldmole_dist.config import Adapter
@@ -38,23 +38,25 @@ def test_targets_by_expression_and_exclusion() -> None:
     assert len(adapted(adapt())) == 2 * len(LINEARS)
 
 
-class PackedLinear(nn.Linear):
-    """A subclass of nn.Linear, as quantization libraries use for packed weights."""
+class RouterLinear(nn.Linear):
+    """A linear that returns more than its output, like the routers of some backbones."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(input)
+        return y, y
 
 
-def test_other_modules_than_plain_linears_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"embed_tokens is of type Embedding \(torch.float32\), but .* plain floating-point"
-    ):
+def test_modules_that_are_no_linear_maps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot adapt .*embed_tokens: this Embedding is not a linear; leave it out"):
         adapt(target_modules=["q_proj", "embed_tokens"])
-    packed = backbone()
-    packed.model.layers[1].mlp.up_proj = PackedLinear(32, 48, bias=False)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is of type PackedLinear .* without quantization"):
-        get_peft_model(packed, config())
+    other = backbone()
+    other.model.layers[1].mlp.up_proj = RouterLinear(32, 48, bias=False)
+    with pytest.raises(ValueError, match=r"1\.mlp\.up_proj: this RouterLinear does not map \(\.\.\., 32\) to a tensor"):
+        get_peft_model(other, config())
     integers = backbone()
     weight = integers.model.layers[0].self_attn.q_proj.weight
     integers.model.layers[0].self_attn.q_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is of type Linear \(torch.int8\)"):
+    with pytest.raises(ValueError, match=r"q_proj: this Linear has weights of torch.int8; load the backbone without"):
         get_peft_model(integers, config())
 
 
