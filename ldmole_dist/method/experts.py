@@ -95,8 +95,8 @@ class _Fused(torch.autograd.Function):
         return _weighted(h, p, scaling) @ _B_cat(B, x.dtype)
 
     @staticmethod
-    @once_differentiable
     @backward_without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, None]:
         x, p, A, B, h = ctx.saved_tensors
         num_experts, lora_rank, _ = A.shape
@@ -140,8 +140,8 @@ class _Sparse(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     @backward_without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None, None]:
         x, p, A, B, h = ctx.saved_tensors
         grad_x = x.new_zeros(x.shape, dtype=at_least_float32(x.dtype))

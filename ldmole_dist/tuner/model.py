@@ -124,8 +124,8 @@ class LdMoleModel(BaseTuner):
         """Replace the target linears, create the adapter's lambda-MLPs and group the linears by input.
 
         Raises:
-            ValueError: if a target cannot be adapted (`targets.why_not_adaptable`), an entry of `target_modules` matches no module,
-                or `num_experts` does not fit the decoder layers or the number of ranks that the experts are spread over.
+            ValueError: if a target cannot be adapted (`targets.why_not_adaptable`), if an entry of `target_modules` matches no
+                module, or if `num_experts` does not fit the decoder layers or the number of ranks that hold experts.
         """
         check_targets_exist(model, _ldmole(self.peft_config[adapter_name]))
         self.lambda_mlp[adapter_name] = nn.ModuleDict()
