@@ -17,10 +17,9 @@ from torch import Tensor
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
     """Return x in the dtype that autocast would compute in; unchanged where autocast is off, and in float64."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if not _is_on(x.device.type) or x.dtype == torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(device))
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
@@ -29,7 +28,11 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     Args:
         device: device type, such as "cuda".
     """
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _is_on(device) else nullcontext()
+
+
+def _is_on(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch has no autocast for the meta device, and raises
 
 
 def backward_without_autocast(backward: Callable[..., Any]) -> Any:
