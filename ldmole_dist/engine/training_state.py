@@ -36,7 +36,9 @@ def training_state(engine: Engine, step: int) -> dict[str, Any]:
 
 
 def restore_training_state(engine: Engine, state: dict[str, Any], step: int) -> None:
-    """Restore a saved state in a new engine, except for the step count of Adam (`create_moments`).
+    """Restore a saved state in a new engine.
+
+    The step count of Adam is not restored here: `optimizer_state.create_moments` sets it.
 
     Args:
         engine: engine that has not stepped yet, with any ZeRO stage, ep_size and world size.

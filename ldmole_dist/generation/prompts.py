@@ -114,7 +114,9 @@ def render_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: s
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except (TemplateError, KeyError) as error:
-        raise UserError(f"{where}: the chat template rejects the messages: {error}; correct them.") from error
+        raise UserError(
+            f"{where}: the chat template rejects the messages: {error}; correct them, or remove a system message."
+        ) from error
 
 
 class OutputFile:

@@ -32,7 +32,9 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 
 def _is_on(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # torch has no autocast for the meta device, and raises
+    return device != "meta" and torch.is_autocast_enabled(
+        device
+    )  # torch has no autocast for the meta device, and raises
 
 
 def backward_without_autocast(backward: Callable[..., Any]) -> Any:

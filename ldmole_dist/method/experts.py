@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from ldmole_dist.method.autocast import backward_without_autocast
 from ldmole_dist.method.sparsegen import at_least_float32
 
-# On a CPU in float32, fused wins at L R / k = 64 and sparse at 256; the threshold is between the two (docs/method.md).
+# On a CPU in float32, fused is faster at L R / k = 32 and sparse at 128 (docs/results/cpu.md). The threshold is an estimate
+# between the two.
 FUSED_THRESHOLD_ON_CPU = 115
 
 

@@ -64,7 +64,7 @@ def check_backbone(path: str) -> PretrainedConfig:
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"backbone.path={path!r} is quantized, which is not supported (ZeRO-3 cannot partition packed integers); "
-            "use the unquantized weights, in bf16 to halve their memory"
+            "set it to the unquantized model"
         )
     for weights in sorted(Path(path).glob("*.safetensors")):
         try:

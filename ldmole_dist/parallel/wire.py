@@ -18,8 +18,8 @@ from ldmole_dist.parallel.stopwatch import Stopwatch
 FORWARD = ("rows", "gates", "weights", "sums")
 KINDS = ("counts", *FORWARD, *(f"grad_{kind}" for kind in FORWARD), *(f"again_{kind}" for kind in FORWARD))
 
-# The timed parts of a dispatch besides the experts' computation: deciding what to send (including the exchange of counts), and
-# packing, waiting for and unpacking the payload.
+# The parts of a dispatch that are timed; the computation of the experts is not. "deciding": deciding what to send, including
+# the exchange of counts. "exchanging": packing the payload, waiting for it and unpacking it.
 TIMED = ("deciding", "exchanging")
 
 

@@ -128,7 +128,7 @@ class _Coordinator:
             self.release(name)
 
     def uses(self, module: str) -> tuple[str, ...]:
-        """Return the names of a module's own parameters, in the order of the model."""
+        """Return the names of the parameters that a module's hooks fetch, in the order of the model."""
         return self.order.uses.get(module, ())
 
     def _elements(self, module: str) -> int:

@@ -41,8 +41,9 @@ class Order(NamedTuple):
     """Order of the hooks in one micro-batch.
 
     Args:
-        events: Calls of hooks, in their order.
-        uses: Names of each module's parameters, without those of its submodules, by name of the module.
+        events: Calls of the hooks, in order.
+        uses: Name of a module -> names of the parameters that its hooks fetch: its own, without those of its submodules, and,
+            for the first linear of an input group, the experts of all linears of the group.
     """
 
     events: tuple[Event, ...]

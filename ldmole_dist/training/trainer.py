@@ -224,16 +224,16 @@ class Trainer:
         self.context.noise = self._router_noise(step, bad or 0)  # the diagnosis repeats the forward with its noise
         finding = explain_nonfinite(self.engine, batches[bad or 0], bad is not None)
         raise NonFiniteLoss(
-            f"the loss is {loss} at step {step}; {finding}. Resume from the last checkpoint with a smaller learning rate; if "
-            "the same step fails again, check its rows."
+            f"the loss is {loss} at step {step}; {finding}. Run again with run.resume=auto and a smaller "
+            "optimisation.learning_rate; if the same step fails again, also set parallelism.precision=fp32."
         )
 
     def _raise_nonfinite_gradient(self, step: int, loss: float, batches: list[dict[str, Tensor]]) -> None:
         self.context.noise = self._router_noise(step, 0)
         finding = explain_nonfinite(self.engine, batches[0], False)
         raise NonFiniteLoss(
-            f"the gradient norm is {self.engine.grad_norm} at step {step} although the loss is {loss}; {finding}. Resume from "
-            "the last checkpoint with a smaller learning rate."
+            f"the gradient norm is {self.engine.grad_norm} at step {step} although the loss is {loss}; {finding}. Run again "
+            "with run.resume=auto and a smaller optimisation.learning_rate."
         )
 
     def _adapt_l1(self, metrics: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ class Trainer:
         if not math.isfinite(result["eval_loss"]):
             finding = explain_nonfinite(self.engine, self._micro_batches(max(step, 1))[0], False)
             remedy = (
-                "Resume from the last checkpoint with a smaller learning rate."
+                "Run again with run.resume=auto and a smaller optimisation.learning_rate."
                 if step
                 else "Check the backbone and adapter.init_from, or set parallelism.precision=fp32."
             )

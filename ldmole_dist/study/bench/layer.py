@@ -139,9 +139,11 @@ def measure(case: Case, turns: int, device: torch.device) -> list[dict[str, obje
     """Time all formulations, the routing and the frozen linear, in float32.
 
     Returns:
-        One row per formulation, then the routing and the frozen linear, then two complete adapted linears (the sum of
-        frozen linear, routing and experts): one with "einsum", one with "chosen". "x faster" and "x fewer" are
-        the time and the saved bytes of einsum divided by those of the row, "saved MB" is the result of `saved_bytes`.
+        One row per formulation, then the routing and the frozen linear, then two complete adapted linears, one with
+        "einsum" and one with "chosen"; their time is the sum of frozen linear, routing and experts. For a formulation,
+        "saved MB" is the result of `saved_bytes` in MB, and "x faster" and "x fewer" are the time and the saved bytes of
+        einsum divided by its own. In the last row, "x faster" compares the two complete linears. These columns are
+        empty otherwise.
     """
     T, D, E, _, _ = case
     x, p, bank = random_inputs(case, device)
