@@ -40,7 +40,11 @@ class Process:
         return self.rank == 0
 
     def peak_memory(self) -> int:
-        """Return the peak memory since the start in bytes: allocated on the device or, on a CPU, resident in this process."""
+        """Return the peak memory of this process in bytes.
+
+        On a GPU, this is the memory allocated since the start or the last reset of torch's statistics; on a CPU, the resident
+        memory since the start.
+        """
         if self.device.type == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
         return int(torch.get_device_module(self.device).max_memory_allocated(self.device))

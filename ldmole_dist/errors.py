@@ -24,7 +24,7 @@ class NonFiniteLoss(Exception):
     """The loss or a gradient became NaN or infinite, so training cannot continue."""
 
 
-EXIT_EXPLAINED = 2  # a UserError or NonFiniteLoss; the same command would fail again
+EXIT_EXPLAINED = 2  # a UserError or NonFiniteLoss, or problems that a check found; the same command would fail again
 EXIT_PEER = 3  # another rank failed
 EXIT_PREEMPTED = 75  # stopped after saving a checkpoint, can be resumed; EX_TEMPFAIL of sysexits.h
 

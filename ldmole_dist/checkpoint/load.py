@@ -44,8 +44,9 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
         The checkpoint, the same on every rank; None to start fresh.
 
     Raises:
-        UserError, PeerError: if `run.resume` is neither a checkpoint nor a run with checkpoints, if there are checkpoints but
-            none can be used, or if the chosen one was trained with another adapter, backbone or order of the examples.
+        UserError, PeerError: if `run.resume` is neither a checkpoint nor a run with checkpoints; if no checkpoint is usable, of
+            those in the output folder or, for a path in `run.resume`, only the latest one; or if the chosen one was trained
+            with another adapter, backbone or order of the examples.
     """
     resume = config.run.resume
     if resume == "never":

@@ -28,7 +28,7 @@ class Manifest:
         topology: zero_stage, ep_size and world_size of the run that wrote the checkpoint.
         shapes: full shape of every trainable parameter by name, all experts included.
         adapter_keys: parameter name -> key in an adapter file.
-        training: counters, scheduler state, loss scale and adaptive L1 coefficient (`engine.training_state`).
+        training: counters, scheduler state, loss scale, L1 coefficient and Adam step count (`engine.training_state`).
         data: values that determine the order of the examples (`data.batches.describe_order`).
         backbone: "path" and "fingerprint" (`fingerprint`) of the backbone.
         config: config of the run.
@@ -132,10 +132,10 @@ def file_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) ->
 
 
 def content_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
-    """Return one description per tensor of the optimizer state with elements that are missing or stored twice.
+    """Return one description per tensor of the optimizer state with elements that are missing, stored twice or beyond its end.
 
     Raises:
-        UserError: if a rank file cannot be opened or its header is damaged.
+        UserError: if a rank file cannot be opened, or its header is damaged or has no offsets.
     """
     with ShardReader(checkpoint / name for name in manifest.rank_files()) as reader:
         gaps = [

@@ -188,7 +188,7 @@ class Saver:
         return {key: self._host[key] for key in states}
 
     def _publish(self, pending: _PendingCheckpoint, digests: list[Digest]) -> None:
-        """Write the manifest, give the folder its final name, and remove checkpoints beyond run.keep_last."""
+        """Write the manifest, give the folder its final name, update `latest`, and remove checkpoints beyond run.keep_last."""
         final = self.folder / f"step_{pending.step:08d}"
         files = dict(zip(pending.manifest.rank_files(), digests, strict=True))
         pending.manifest.files = files | {CONFIG_NAME: file_digest(pending.unfinished / CONFIG_NAME)}

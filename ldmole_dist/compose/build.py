@@ -1,7 +1,8 @@
 """LD-MoLE adapter whose experts are existing LoRA adapters; only its routers and lambda-MLPs remain to be trained.
 
-Expert e of a linear is s_e B_e A_e, with the matrices B_e and A_e and the scaling s_e of the e-th LoRA adapter. It is zero if
-that adapter does not adapt the linear. Smaller LoRA ranks are padded with zeros, which does not change the product.
+Expert e of a linear is s_e B_e A_e, with the matrices B_e and A_e and the scaling s_e of the e-th LoRA adapter. The
+expert is zero if that adapter does not adapt the linear. Smaller LoRA ranks are padded with zeros, which does not change the
+product.
 
 Shapes: E experts, R LoRA rank, D inputs, O outputs.
 """
@@ -150,7 +151,7 @@ def _initialize_routers(model: Any, linears: dict[str, LdMoleLinear], config: Ld
 
 
 def _stack_experts(loras: Sequence[LoraAdapter], linear: str, part: str, like: Tensor) -> Tensor:
-    """Return the stacked A (E, R, D) or B (E, O, R) of all experts of a linear, with the shape of `like`."""
+    """Return the stacked A (E, R, D), or B (E, O, R) times each expert's scaling, of a linear, in the shape of `like`."""
     stacked = torch.zeros(like.shape)
     for index, lora in enumerate(loras):
         if (expert := lora.experts.get(linear)) is not None:

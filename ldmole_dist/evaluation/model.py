@@ -57,6 +57,8 @@ def eval_config(
 ) -> Config:
     """Return the config of an evaluation: that of the run, or the defaults for an adapter without a run.
 
+    Gradient checkpointing is off and the optimizer is AdamW, whatever the run or the overrides set.
+
     Args:
         saved: run or adapter.
         overrides: config values to override, each as "a.b=c".

@@ -120,7 +120,8 @@ def _generate_for_file(args: argparse.Namespace, model: Any, tokenizer: Any, sam
     progress = tqdm(total=len(prompts), initial=first, unit="prompt", disable=output is None)
     for start in range(first, len(prompts), args.batch_size):
         batch = prompts[start : start + args.batch_size]
-        torch.manual_seed(args.seed + start)  # a resumed command samples the same tokens as an uninterrupted one
+        # With the same --batch-size, a command resumed after a complete batch samples the same tokens as an uninterrupted one.
+        torch.manual_seed(args.seed + start)
         texts = [""] * len(batch)
         # Templated prompts are tokenized without special tokens, so they form a batch of their own.
         for templated in {prompt.templated for prompt in batch}:

@@ -35,7 +35,8 @@ class Prompt(NamedTuple):
 def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, chat: bool, system: str | None) -> list[Prompt]:
     """Read the prompts of a file.
 
-    A .txt file has one prompt per line. Records in other files (`read_records`) have a "prompt" string or a "messages" list.
+    A .txt file has one prompt per line; blank lines are skipped. Records in other files (`read_records`) have a
+    "prompt" string or a "messages" list.
 
     Args:
         path: path of the file.

@@ -48,8 +48,8 @@ class StepMeter:
     Args:
         engine: engine that runs the step.
         process: this rank.
-        detailed: also report the routing of each linear, elements sent by input group, gradient norms by part, dispatch times
-            and peak memory.
+        detailed: also report the routing of each linear, the spread of lambda, the number of dead experts, elements sent by
+            input group, gradient norms by part, peak memory and, if experts are spread over ranks, dispatch times.
     """
 
     def __init__(self, engine: Engine, process: Process, detailed: bool) -> None:

@@ -34,7 +34,9 @@ def lift(together_EE: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def coactivation(linears: Linears, together: Mapping[str, Tensor], tokens: int) -> Figure | None:
-    """Draw the lift of every pair of experts in the first, middle and last layer of each projection.
+    """Draw the lift of every pair of experts of each linear in the first, middle and last layer of the model.
+
+    Linears outside the numbered layers are drawn only if there are no numbered layers.
 
     Args:
         linears: Adapted linears of the model.

@@ -18,7 +18,7 @@ ByDomain = Mapping[str, Mapping[str, Tensor]]  # domain -> name of a linear -> `
 
 
 def domain_figure(linears: Linears, by_domain: ByDomain) -> Figure:
-    """Plot experts per token and lambda by layer, one line per domain."""
+    """Plot experts per token and, if the router has one, lambda by layer, with one line per domain."""
     layers = [[name for p in linears.projections if (name := linears.name(p, layer))] for layer in linears.layers]
     summaries = {
         domain: [summarize(merge_sums(sums[name] for name in names)) for names in layers]

@@ -34,7 +34,10 @@ def change_map(linears: Linears, history: RoutingHistory) -> Figure:
 
 
 def state_lines(linears: Linears, history: RoutingHistory) -> Figure:
-    """Plot the difference from the final routing, experts per token and lambda at each state, one line per projection."""
+    """Plot the difference from the final routing, experts per token and lambda at each state, one line per projection.
+
+    There is no panel for lambda if the router has none.
+    """
     states = history.states
     summaries = [{name: summarize(sums) for name, sums in state.sums.items()} for state in states]
     quantities: dict[str, Callable[[int, str], float]] = {
