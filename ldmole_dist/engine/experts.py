@@ -29,7 +29,7 @@ def expert_parallel(ep_size: int, mode: Mode = "auto", overlap: bool = True) -> 
     Args:
         ep_size: ranks per group; 1 keeps all experts on every rank.
         mode: exchange mode of the groups (see `ExpertParallel`).
-        overlap: whether to exchange while the frozen linears compute.
+        overlap: whether to exchange while the frozen linears and the local experts compute.
 
     Raises:
         UserError: if `ep_size` does not divide the world size.

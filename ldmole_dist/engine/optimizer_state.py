@@ -169,6 +169,6 @@ def refresh_parameters(engine: Engine) -> None:
 
 
 def _torch_optimizer(engine: Engine) -> Any:
-    """Return the torch optimizer inside DeepSpeed's ZeRO optimizer; at stage 0 there is no ZeRO optimizer."""
+    """Return the optimizer that DeepSpeed's ZeRO optimizer wraps, or at stage 0 the optimizer of the engine itself."""
     optimizer = engine.deepspeed.optimizer
     return getattr(optimizer, "optimizer", optimizer)

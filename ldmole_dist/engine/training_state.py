@@ -66,7 +66,10 @@ def restore_training_state(engine: Engine, state: dict[str, Any], step: int) -> 
 
 
 def element_count(parameter: Any) -> int:
-    """Return the number of elements of the full parameter; `numel()` is 0 for one that ZeRO-3 has partitioned."""
+    """Return the number of elements of a parameter before ZeRO-3 partitions it; `numel()` is 0 once it is partitioned.
+
+    For an expert parameter, only the experts of this rank count.
+    """
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

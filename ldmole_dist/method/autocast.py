@@ -34,11 +34,11 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 def _is_on(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(
         device
-    )  # torch has no autocast for the meta device, and raises
+    )  # torch has no autocast for the meta device, and would raise
 
 
 def backward_without_autocast(backward: Callable[..., Any]) -> Any:
-    """Decorate the backward of an autograd function: called within autocast, it computes in the dtypes of the forward too."""
+    """Decorate the backward of an autograd function so that it runs without autocast, even if it is called within autocast."""
 
     @wraps(backward)
     def run(ctx: Any, grad: Tensor) -> Any:

@@ -1,9 +1,10 @@
 """State that one forward of the model shares with its adapted linears: token mask, auxiliary losses, recorded decisions.
 
-There is one `StepContext` per model, attached at injection. `begin` opens a micro-batch and `end` closes it; in between, every
-adapted linear records its routing. The first forward of a checkpointed region records its decisions on a tape, and the
-recomputation replays them: which experts are active, and how many rows are sent to each rank. A recomputation that decided
-again could round differently, and its rows would not match the split sizes of the all-to-all.
+There is one `StepContext` per model, attached at injection. `begin` opens a micro-batch and `end` closes it; in between,
+adapted linears in training mode record their auxiliary losses and statistics. The first forward of a checkpointed region
+records its decisions on a tape, and the recomputation replays them: which experts are active, and how many rows are sent to
+each rank. A recomputation that decided again could round differently, and its rows would not match the split sizes of the
+all-to-all.
 
 Shapes: B sequences, S positions, T tokens, D in-features, H backbone hidden size, E experts, G linears of an input group.
 """
@@ -148,7 +149,7 @@ class StepContext:
 
         A loss with a nonzero coefficient is also computed in a recomputation, where its value is dropped: torch's checkpoint
         requires that the recomputation saves the same tensors as the first forward. A loss whose coefficient is 0 is computed
-        without a graph.
+        only in the first forward, without a graph.
 
         Args:
             names: names of the G linears, unique in the model.

@@ -46,8 +46,8 @@ class ExpertBank(NamedTuple):
 
 def fused_threshold(on_cpu: bool) -> int:
     """Return the largest L R / k at which the fused formulation is faster than the sparse one."""
-    # On an accelerator the sparse formulation is bound by kernel launches. On an H200, its forward and backward take 0.6 ms per
-    # expert; those of fused take 1.2 ms in total for 8 or 32 experts (docs/results/h200.md). So always use fused there.
+    # On an accelerator the sparse formulation is bound by kernel launches. On an H200, its forward and backward take 0.6 to
+    # 0.75 ms per expert; those of fused take 1.2 ms in total for 8 or 32 experts (docs/results/h200.md). So always use fused.
     return FUSED_THRESHOLD_ON_CPU if on_cpu else sys.maxsize
 
 

@@ -42,8 +42,9 @@ class LambdaMLP(nn.Module):
         Args:
             generator: CPU generator.
             init: "authors" sets every bias to -2.5. For inputs of unit scale nearly all hidden units are then dead, and
-                lambda starts as the constant -1.59. "live" sets hidden biases to 0 and centers the output weights, so that
-                about half of the units are active and lambda starts spread around the same mean.
+                lambda starts as the constant -1.59 (if eps = 0.01). "live" sets hidden biases to 0, draws the output
+                weights from a range sqrt(6) times as wide and subtracts their mean, so that about half of the units are
+                active and lambda starts spread around the same mean.
         """
         kaiming_uniform_(self.fc1.weight, generator)
         with torch.no_grad():

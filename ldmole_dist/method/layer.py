@@ -201,7 +201,8 @@ class MoELinear(nn.Module):
             bank: experts held here, A (L, R, D) and B (L, O, R).
             router: router over all E experts; reads the input of the linear, or `StepContext.hidden`.
             lambda_mlp: lambda-MLP for the router's input size; None if the router does not need lambda.
-            dropout: dropout probability of x, before the router, the lambda-MLP and the experts.
+            dropout: dropout probability of the linear's input as read by the experts, the router and the lambda-MLP; not
+                applied to `StepContext.hidden`, nor to the input of the base layer.
         """
         self.lora_A[adapter], self.lora_B[adapter] = bank.A_LRD, bank.B_LOR
         self.scaling[adapter] = bank.scaling

@@ -124,7 +124,7 @@ class SoftmaxRouter(Router):
 
 
 class TopKRouter(Router):
-    """The k experts with the largest scores are active, p = softmax over these scores. Ties go to the lower index.
+    """The k experts with the largest scores are active; p = softmax over these scores. Ties go to the lower index.
 
     Source: MoLA, arXiv 2402.08562.
 
@@ -186,7 +186,7 @@ class TopPRouter(Router):
 
 
 class ReluRouter(Router):
-    """Experts with a positive score are active, p = relu(u); a token may have none.
+    """Experts with a positive score are active, with weights p = relu(u). A token may have no active expert.
 
     An L1 loss with an adaptive coefficient steers the number of active experts (`losses.l1_loss`). Source: ReMoE, arXiv
     2412.14711; ReMoLE in the LD-MoLE paper.
@@ -261,7 +261,7 @@ def new_router(name: str, in_features: int, num_experts: int, *, top_k: int, top
 
 
 def _on_support(p_TE: Tensor, support_TE: Tensor) -> Tensor:
-    """Set weights off the support to 0, and weights on it to at least the smallest normal number.
+    """Return the weights with 0 off the support, and at least the smallest normal number on it.
 
     A softmax can underflow to 0 on the support, but `p != 0` must recover the support.
     """

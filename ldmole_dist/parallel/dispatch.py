@@ -46,7 +46,7 @@ class ExpertParallel:
     Args:
         group: process group of these ranks; None if every rank holds all experts.
         mode: "auto" sends the cheaper of rows and experts, "all_to_all" always rows, "gather" always experts.
-        overlap: whether an all-to-all is in flight while the frozen linears compute.
+        overlap: whether an all-to-all is in flight while the frozen linears or the local experts compute.
         wire: counters of the elements and bytes that this rank sends.
     """
 

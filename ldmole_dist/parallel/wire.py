@@ -1,8 +1,9 @@
 """Exact counters of what a rank sends to other ranks: elements and bytes, by input group and kind.
 
-Kinds: "counts" (row counts exchanged before a dispatch; -1 requests an expert), "rows" (hidden states), "gates" (the routing
-weights of those rows), "weights" (experts), "sums" (partial sums returned to the rank of the tokens). Gradients sent by the
-backward are counted as "grad_" + kind, elements that a recomputed forward sends again as "again_" + kind.
+Kinds: "counts" (numbers of rows and of active tokens, exchanged before a dispatch; -1 requests an expert), "rows"
+(hidden states), "gates" (the routing weights of those rows), "weights" (experts), "sums" (partial sums returned to the rank of
+the tokens). Gradients sent by the backward are counted as "grad_" + kind, elements that a recomputed forward sends again as
+"again_" + kind.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ FORWARD = ("rows", "gates", "weights", "sums")
 KINDS = ("counts", *FORWARD, *(f"grad_{kind}" for kind in FORWARD), *(f"again_{kind}" for kind in FORWARD))
 
 # The parts of a dispatch that are timed; the computation of the experts is not. "deciding": deciding what to send, including
-# the exchange of counts. "exchanging": packing the payload, waiting for it and unpacking it.
+# the exchange of counts. "exchanging": packing the payloads of an all-to-all, starting it, waiting for it and unpacking
+# what was received, in the forward and in the backward.
 TIMED = ("deciding", "exchanging")
 
 
