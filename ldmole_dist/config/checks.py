@@ -13,10 +13,14 @@ PACKING_ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
 def check_config(config: Config) -> None:
-    """Check the keys of a config against each other. If data.labels is not set, set it to the classes of the training task.
+    """Check the keys of a config against each other.
+
+    If a sequence classifier has no data.labels and all training sources have the same classification task, data.labels is set
+    to the classes of that task.
 
     Raises:
-        UserError: if keys contradict each other; the message names them.
+        UserError: if keys contradict each other, a key that another one needs is not set, or a list is empty or has duplicates;
+            the message names the keys.
     """
     o, a, ep_size = config.optimisation, config.adapter, config.parallelism.ep_size
     if (o.epochs is None) == (o.max_steps is None):

@@ -24,8 +24,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
             the key.
 
     Raises:
-        UserError: if the file cannot be read, a key is unknown, a value is missing, has a wrong type or is out of range, or
-            keys contradict each other.
+        UserError: if the file cannot be read or is not YAML; for the other reasons, see `make_config`.
     """
     try:
         raw = yaml.safe_load(Path(path).read_text())
@@ -45,8 +44,8 @@ def make_config(raw: Any, overrides: list[str], path: str) -> Config:
         path: path of the YAML file, used in error messages.
 
     Raises:
-        UserError: if `raw` is not a mapping, a key is unknown, a value is missing, has a wrong type or is out of range, or keys
-            contradict each other.
+        UserError: if `raw` is not a mapping, an override is malformed or its section is ambiguous, a key is unknown, a value is
+            missing, has a wrong type or is out of range, or `check_config` raises it.
     """
     if not isinstance(raw, dict):
         raise UserError(

@@ -93,7 +93,8 @@ class Data:
         train: file to train on, or a list of sources.
         eval: file to evaluate on, a list of sources, or null.
         labels: class names, or possible completions of one token each. If set, the answer of each row without `choices` must be
-            one of them, and evaluation reports accuracy. Tasks set their own.
+            one of them, and evaluation reports accuracy. Multiple-choice tasks set `choices`. If all training sources are
+            the same classification task, its classes are the default.
         max_length: maximum number of tokens of a sequence.
         truncation: cut sequences longer than max_length: plain texts at their end, all others at their start. If false, such a
             sequence is an error.
@@ -209,13 +210,13 @@ class Run:
 
     Args:
         output_dir: folder of the run (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl and other .jsonl files).
-        seed: seed of initial values, dropout and data order.
-        eval_every: number of optimizer steps between evaluations; 0 evaluates only before and after training.
-        eval_before: evaluate before the first step as well.
+        seed: seed of initial values, dropout, router noise and data order.
+        eval_every: number of optimizer steps between evaluations; 0 evaluates only after the last step.
+        eval_before: also evaluate before the first step of a fresh run.
         save_every: number of optimizer steps between checkpoints; 0 saves one only after a stop request (SIGTERM or SIGINT).
         keep_last: number of latest checkpoints to keep.
         detail_every: number of optimizer steps between detailed reports: routing of each linear, gradient norms by part, time
-            spent in dispatch, volume sent per input group.
+            spent in dispatch, volume sent per input group, and peak memory.
         save_async: write checkpoints in the background from a copy in host memory. If false, training waits while a checkpoint
             is written, and no copy is needed.
         resume: "auto" resumes from the latest complete checkpoint in output_dir, if there is one; "never" starts fresh and

@@ -22,8 +22,8 @@ class Encoded:
         input_ids: all token ids.
         labels: token ids of the answer and -100 elsewhere; for sequence classification, the class index.
         domain: domain of the row (`Row.domain`).
-        choices: token id of each possible answer; None if the answers are unknown, if one of them is not a single token, or
-            for sequence classification.
+        choices: token id of each possible answer; None for sequence classification, conversations and the result of
+            `Encoder.encode_choices`, if the answers are unknown, or if one of them is not a single token.
     """
 
     input_ids: list[int]

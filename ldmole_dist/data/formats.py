@@ -61,7 +61,10 @@ def alpaca(record: Record, where: str) -> Row:
 
 
 def sharegpt(record: Record, where: str) -> Row:
-    """Convert {"conversations": [{"from": "human", "value": ...}, ...]} to a row; the turns from "gpt" are trained on."""
+    """Convert {"conversations": [{"from": "human", "value": ...}, ...]} to a row; turns from "gpt" are trained on.
+
+    "assistant" is accepted as another name of "gpt", and "user" of "human".
+    """
     return _conversation(record, "conversations", "from", "value", where)
 
 

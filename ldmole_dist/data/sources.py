@@ -97,7 +97,7 @@ class RowParser:
     def __call__(self, record: Mapping[str, Any], where: str) -> Row:
         """Return the row of a record.
 
-        If the config does not set the format, the first record determines it.
+        If the source has neither a task nor a format, its first record determines the format.
 
         Raises:
             UserError: for an invalid record; the message names `where`, the reason and the remedy.

@@ -27,7 +27,9 @@ from ldmole_dist.tuner.model import spread_experts, tuner_of
 def build_model(
     config: Config, parallel: ExpertParallel, process: Process, stage: int, pad_token_id: int | None
 ) -> PeftModel:
-    """Load the backbone, attach the adapter and set the loss weights. Collective: every rank must call it.
+    """Load the backbone, attach the adapter, and set the loss weights and gradient checkpointing.
+
+    Collective: every rank must call it.
 
     Args:
         config: config of the run.

@@ -111,7 +111,8 @@ def _prepare_folder(folder: Path, config: Config, checkpoint: Path | None) -> No
     """Create the output folder and write its config.yaml.
 
     If the folder holds an earlier run that is not resumed, it is first renamed to FOLDER.N with the smallest unused N. A run
-    that resumes from its own `checkpoint` renames later checkpoints, which are damaged or discarded, to `unused_step_N`.
+    that resumes from its own `checkpoint` renames later checkpoints, which are damaged or discarded, to `unused_step_N`, and
+    records `checkpoint` as the latest.
     """
     # Paths are resolved, because one of them may be relative or contain a link.
     if checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve():

@@ -80,7 +80,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: on every rank, if the loss, the gradient or the evaluation loss is not finite; the message names the
                 step and, if they can be found, rank and layer.
-            Preempted: on every rank, if any rank received a stop signal, after a checkpoint was saved.
+            Preempted: on every rank, if any rank received a stop signal before the last step; a checkpoint has then been saved.
             UserError, PeerError: on every rank, if data cannot be read, or reports or checkpoints cannot be written.
         """
         with self.stop:
@@ -132,7 +132,7 @@ class Trainer:
         return result
 
     def _train_step(self, step: int) -> Report:
-        """Run optimizer step `step` (from 1) and return its report, which is the same on every rank."""
+        """Run optimizer step `step` (from 1) and return its report, equal on all ranks except for `tokens_per_second`."""
         started = time.perf_counter()
         meter = StepMeter(self.engine, self.process, detailed=step % self.config.run.detail_every == 0)
         batches, loss_factor = self._load_batches(step)
@@ -275,8 +275,8 @@ class Trainer:
         """Reduce the flags of all ranks, so that all ranks act on them in the same step.
 
         Returns:
-            Whether any rank received a stop signal; whether every rank has finished its file of the pending checkpoint; whether
-            any rank failed to write a report.
+            Whether any rank received a stop signal; whether every rank has written its file of the pending checkpoint or failed
+            to; whether any rank failed to write a report.
         """
         own = [self.stop.requested, self.saver.done, self.monitor.failed]
         flags = torch.tensor(own, dtype=torch.int64, device=self.process.device)

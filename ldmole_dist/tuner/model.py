@@ -123,6 +123,8 @@ class LdMoleModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target linears, create the adapter's lambda-MLPs and group the linears by input.
 
+        The trainable copies of modules_to_save are converted to at least float32.
+
         Raises:
             ValueError: if a target cannot be adapted (`targets.why_not_adaptable`), if an entry of `target_modules` matches no
                 module, or if `num_experts` does not fit the decoder layers or the number of ranks that hold experts.
@@ -186,7 +188,7 @@ class LdMoleModel(BaseTuner):
         return mlp
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate an adapter and freeze all others, including their lambda-MLPs."""
+        """Activate an adapter and freeze all others, including their lambda-MLPs; `inference_mode` freezes all adapters."""
         super().set_adapter(adapter_name, inference_mode)
         for name, mlps in self.lambda_mlp.items():
             mlps.requires_grad_(name in self.active_adapters and not inference_mode)

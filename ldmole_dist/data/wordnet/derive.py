@@ -67,7 +67,7 @@ def read_definitions(data_noun: Path) -> dict[str, list[str]]:
 
     definitions: dict[str, list[str]] = {label: [] for label in LABELS.values()}
     for definition in sorted(labels_of, key=stable_key):
-        # Skip definitions that several nouns share: they may have several labels, and would appear twice.
+        # Skip definitions that several synsets share: they may have several labels, and would appear twice.
         if len(labels_of[definition]) > 1:
             continue
         label = labels_of[definition][0]
