@@ -78,7 +78,7 @@ def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bo
     loss_peaks: list[int] = []
 
     def end_of_loss(module: Any, args: Any, output: Any) -> None:
-        """Register a hook that records the memory peak so far when the gradient of the layer's output arrives."""
+        """Register a hook on the layer's output. When its gradient arrives, the hook records the peak and restarts it."""
 
         def record(gradient: Tensor) -> None:
             if not loss_peaks:
@@ -130,7 +130,10 @@ def on_meta(partitioned: bool = False) -> Iterator[None]:
 
 
 def run_forward(model: PeftModel, workload: Workload) -> Tensor:
-    """Return the loss of a micro-batch as the trainer computes it; call within `on_meta`."""
+    """Return the sum of the answer losses and the auxiliary losses of a micro-batch; call within `on_meta`.
+
+    Unlike the trainer, this does not divide the answer losses by the number of answers.
+    """
     w = workload
     shape, answers = (w.micro_batch, w.seq), w.answer_tokens or w.seq
     output = model(

@@ -245,8 +245,8 @@ def _differences(a: Strategy, b: Strategy) -> set[str]:
 def changes_that_fit(candidate: Candidate) -> list[str]:
     """Return options of `ldmole plan` that each make a candidate fit, such as "--seq 512".
 
-    Values are halved, or the number of GPUs doubled, until one suffices. If no single option suffices, each is combined with
-    `--micro-batch 1`.
+    Sizes are halved and the number of GPUs is doubled until the candidate fits; fp32 is replaced by bf16. If no single option
+    suffices and GPU memory is missing, each option is combined with `--micro-batch 1`.
     """
     found = _sufficient(candidate, candidate.workload)
     if found or candidate.workload.micro_batch == 1 or candidate.missing_bytes <= 0:

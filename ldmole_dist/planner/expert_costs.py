@@ -25,8 +25,9 @@ class Volume(NamedTuple):
     """Token rows and experts that one rank exchanges in the forward of a micro-batch.
 
     Args:
-        rows: Number of token rows sent; each is sent once for all linears of the group.
-        linear_rows: Number of sums returned for one linear: one per sent row that uses remote experts of this linear.
+        rows: Number of token rows sent: one per token and destination rank, shared by all linears of the group.
+        linear_rows: Number of sums returned for one linear: one per sent row that uses the destination's experts of this
+            linear.
         experts: Number of experts of each linear that are fetched from other ranks.
     """
 

@@ -31,9 +31,10 @@ def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
     Returns:
         backbone: Frozen weights; at stage 3 this rank's shard (0 if it is offloaded) and the persistent weights.
         experts: A and B of the local experts, sharded likewise at stage 3.
-        adapter: Routers and lambda-MLPs, sharded likewise at stage 3.
+        adapter: Routers and lambda-MLPs, sharded likewise at stage 3; at stages 1 and 2 also the padding of all trainable
+            parameters.
         gradients: Gradients of the trainable parameters that this rank holds after a backward.
-        optimizer: Adam's moments, and from stage 1 the float32 masters.
+        optimizer: Adam's moments, and from stage 1 the float32 masters; 0 with offload.
         activations: Tensors kept from the forward to the backward.
         working: Temporary memory at the peak: the maximum over logits and loss, the backward (with recomputation) of a decoder
             layer, and the update.

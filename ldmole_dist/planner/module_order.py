@@ -1,7 +1,7 @@
 """Order in which ZeRO-3's hooks see the modules of a model, traced on the meta device.
 
-DeepSpeed fetches the weights of a module before its forward and before its backward, and may release them after each. A model
-with three decoder layers is traced; a deeper one repeats the middle layer.
+DeepSpeed fetches the weights of a module before its forward and before its backward, and may release them after each. At
+most three decoder layers are traced; for a deeper model, the events of the middle layer are repeated.
 """
 
 from __future__ import annotations

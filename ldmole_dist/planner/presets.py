@@ -66,7 +66,7 @@ def load_backbone_config(name_or_path: str) -> PretrainedConfig:
 
 @contextmanager
 def explain_build_errors(what: str) -> Iterator[None]:
-    """Context manager that converts any exception of transformers into a UserError.
+    """Context manager that converts any exception raised in its block into a UserError.
 
     Args:
         what: Subject of the error message: option and model that is built.

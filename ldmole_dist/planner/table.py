@@ -27,7 +27,7 @@ def report(
         workload: Workload of the candidates.
         machine: Machine of the candidates.
         candidates: Candidates in the order of the table, the recommended one first.
-        show_all: Whether to list more than `MAX_ROWS` candidates, and those that do not fit.
+        show_all: Whether to list all candidates. If False, list at most `MAX_ROWS`: those that fit, or others if none fits.
     """
     fitting = [candidate for candidate in candidates if candidate.fits]
     others = [candidate for candidate in candidates if not candidate.fits]

@@ -25,9 +25,9 @@ class Collective(NamedTuple):
     """DeepSpeed's collectives of one kind in an optimizer step.
 
     Args:
-        kind: "reduce" and "reduce_experts" (gradients), "update" and "update_experts" (updated parameters at stages 1 and 2,
-            updated persistent parameters at stage 3), "gather…" (weights in forward and backward at stage 3), "norm" (gradient
-            norm).
+        kind: "reduce" and "reduce_experts" (gradients), "update" and "update_experts" (after the update: trainable parameters
+            at stages 1 and 2, all persistent parameters, including frozen ones, at stage 3), "gather…" (weights in forward and
+            backward at stage 3), "norm" (gradient norm).
         operation: Collective operation.
         ranks: Number of ranks in its group.
         elements: Number of elements that are reduced or gathered, summed over all calls.
@@ -63,7 +63,7 @@ def element_bytes(kind: str, workload: Workload) -> int:
     """Return the bytes per element of a kind.
 
     Counts are int64. Frozen weights that ZeRO-3 gathers, and all payloads of the experts except gates, have the precision of
-    the workload. All other kinds are float32.
+    the workload. All other kinds are counted as float32, including frozen persistent weights in "update".
     """
     if kind == "counts":
         return 8

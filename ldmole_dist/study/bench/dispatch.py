@@ -148,7 +148,10 @@ def _adapters(name: str, inputs: LayerInputs, parallel: ExpertParallel) -> list[
 
 
 def _forward_backward(name: str, inputs: LayerInputs, parallel: ExpertParallel) -> list[Tensor]:
-    """Return the output of each adapter in an input group, followed by the gradient of x and the gradient of each p."""
+    """Return the adapter's output of each linear of an input group, then the gradient of x and that of each linear's p.
+
+    The gradients of p are 0 outside of the support.
+    """
     outputs = _adapters(name, inputs, parallel)
     loss = torch.stack([(y * inputs.dy_TO).sum() for y in outputs]).sum()
     banks = inputs.all_experts if name == "replicate" else inputs.held
@@ -175,7 +178,8 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
         "ms": median milliseconds of a forward and backward, from a barrier before it to a barrier after it.
         "deciding ms": part of "ms" in which this rank decides what to send, including the exchange of row counts; 0 for
             "row per pair", where it is not measured, and for "replicate".
-        "elements sent", "counts sent": elements of the payload, and row counts, summed over all ranks.
+        "elements sent", "counts sent": elements of the payload, and row counts, summed over all ranks. For "replicate", the
+            elements are not counted, but computed for a ring all-reduce of the gradients.
         "distance": largest relative distance of this rank's outputs and gradients of x and p from those of "replicate".
         "x faster", "x fewer elements": ratios of "row per pair" to this strategy.
     """

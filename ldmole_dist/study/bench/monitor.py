@@ -40,7 +40,9 @@ VOCABULARY = 4096
 
 
 class Sizes(NamedTuple):
-    """Sizes of the model and of a micro-batch; the default model is the quickstart's with half of its layers.
+    """Sizes of the model and of a micro-batch.
+
+    The default model is the quickstart's with half of its layers and a smaller vocabulary.
 
     Args:
         hidden: hidden size of the Llama.

@@ -1,8 +1,8 @@
 """Measure the memory and the communication of a real engine in one optimizer step, for `ldmole bench plan`.
 
 The measurement does not use the planner's formulas. Memory is the bytes of the distinct storages that module, engine
-and optimizer hold. Communication is the elements of all torch.distributed collectives, whether DeepSpeed or this
-package calls them.
+and optimizer hold, and of those that a forward keeps for its backward. Communication is the elements of all
+torch.distributed collectives, whether DeepSpeed or this package calls them.
 
 Shapes: T tokens of a micro-batch, E experts.
 """

@@ -126,7 +126,8 @@ def speedups(results: Results, cells: Sequence[Cell]) -> dict[Cell, float]:
 def scaling_figure(results: Results, series: Mapping[str, Sequence[Cell]], cores: int | None) -> Figure:
     """Plot tokens per second against the number of ranks.
 
-    Each panel has a line per placement of the experts, and a dashed line for ideal scaling from the fewest ranks.
+    Each panel has two lines per placement of the experts: its results, and ideal scaling from its fewest
+    ranks (dashed).
 
     Args:
         results: results of every cell.
@@ -153,7 +154,7 @@ def scaling_figure(results: Results, series: Mapping[str, Sequence[Cell]], cores
 
 
 def _table(rows: Rows) -> str:
-    """Return an HTML table, or a paragraph that the study has no rows for it."""
+    """Return an HTML table, or a paragraph that says that the study has none of these rows."""
     if not rows:
         return "<p>None in this study.</p>"
     return html.Table(list(rows[0]), [[text_of(value) for value in row.values()] for row in rows]).html()
