@@ -20,7 +20,7 @@ class HostFacts:
 
     Attributes:
         found: result of `probe.inspect_host` on this host.
-        majority: most frequent value of each key of `found` over all hosts; for "packages", of each package.
+        majority: most frequent value of each key of `found` over the hosts that answered; for "packages", of each package.
         slots: number of ranks on this host.
         devices: number of devices that the selected slots need: the largest slot number plus 1.
         ranks: number of ranks of the job.

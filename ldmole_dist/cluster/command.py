@@ -22,7 +22,10 @@ from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 
 
 def run_launch(args: argparse.Namespace) -> int:
-    """Run `ldmole launch CONFIG`, and return its exit code."""
+    """Run `ldmole launch CONFIG`, and return its exit code.
+
+    Inside mpirun it does not return: this process becomes the supervisor of one rank.
+    """
     config = load_config(args.config, args.overrides)
     if args.max_restarts and not config.run.save_every:
         raise UserError(f"--max-restarts {args.max_restarts} needs checkpoints to resume from; set run.save_every=N")

@@ -29,7 +29,7 @@ class RankStatus:
         channel: connection to the supervisor.
         connected_at: time at which the supervisor connected.
         last_message_at: time of the last message from the supervisor.
-        exit_code: exit code of the rank; None while it runs.
+        exit_code: exit code of the rank; None until it has exited.
         activity: text of the rank's last heartbeat.
         heartbeat_at: time of the rank's last heartbeat; None before the first one.
     """
@@ -101,10 +101,10 @@ class Connections:
         self._followers: list[Channel] = []
 
     def receive(self, timeout: float) -> list[tuple[RankStatus | None, dict[str, Any]]]:
-        """Return the messages that arrive, and accept new connections.
+        """Return the messages that have arrived, and accept a new connection if there is one.
 
         Args:
-            timeout: maximum number of seconds to wait for a message.
+            timeout: maximum number of seconds to wait for a message or a new connection.
 
         Returns:
             Pairs (status, message); status is that of the rank whose supervisor sent the message, or None for a follower.

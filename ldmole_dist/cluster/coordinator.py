@@ -169,8 +169,8 @@ class Coordinator:
     def _start_when_complete(self, seconds: float, launcher_exit_code: int | None) -> None:
         """Start the ranks once all supervisors are connected.
 
-        A failure is recorded if a supervisor has a wrong rank or world size, if supervisors did not connect in time, or if the
-        launcher exited.
+        A failure is recorded if a supervisor has a wrong world size or the rank of another one, if supervisors did not connect
+        in time, or if the launcher exited before all were connected.
 
         Args:
             seconds: seconds since the coordinator started.
@@ -235,13 +235,15 @@ class Coordinator:
             self.connections.broadcast("stop")
 
     def _finish(self, kind: str, result: JobResult, **fields: Any) -> JobResult:
-        """End the supervisors, send the result to the followers, and return it once all supervisors have disconnected.
+        """End the supervisors, send the result to the followers, and return it.
+
+        It waits until all supervisors have disconnected, for at most SHUTDOWN_SECONDS.
 
         Args:
             kind: message to the supervisors: "exit", on which a supervisor exits with the exit code of its rank, or "kill", on
                 which it kills its rank and exits with 1.
             result: result of the job.
-            fields: fields of the message.
+            fields: fields of the message `kind`.
         """
         self.connections.broadcast(kind, **fields)
         self.connections.broadcast("result", **asdict(result))

@@ -1,4 +1,4 @@
-"""Detection of failures that no rank reports itself: ranks that do not start, are lost, or stall."""
+"""Detection of failures that no rank reports itself: ranks that start wrongly or not at all, are lost, or stall."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ LAUNCHER_SECONDS = 5.0  # delay before the exit of this host's launcher is repor
 class Follower:
     """Stand-in for `Coordinator` on a host that does not run it.
 
-    It has the methods of `Coordinator` that `launch.run_attempt` calls. It forwards stop requests to the coordinator and
-    receives the result from it.
+    It has the methods and attributes of `Coordinator` that `launch.run_attempt` uses. It forwards stop requests to the
+    coordinator and receives the result from it.
 
     Args:
         address: IPv4 address or host name, and port of the coordinator.
@@ -43,6 +43,8 @@ class Follower:
 
     def serve(self, launcher_exit_code: Callable[[], int | None]) -> JobResult:
         """Wait until the job has ended, and return its result.
+
+        The result is a failure if the coordinator cannot be reached or is lost.
 
         Args:
             launcher_exit_code: function that returns the exit code of this host's launcher, or None while it runs.

@@ -88,7 +88,7 @@ def slurm_hosts(environ: Mapping[str, str]) -> list[Host]:
 
 
 def select_hosts(hosts: Sequence[Host], include: str, exclude: str) -> list[Host]:
-    """Return the selected hosts and slots, in the order of the hostfile.
+    """Return the selected hosts and slots, in the order of `hosts`.
 
     Args:
         hosts: hosts to select from.
@@ -136,7 +136,7 @@ def order_for_groups(hosts: Sequence[Host], ep_size: int) -> list[Host]:
     """Return the hosts, sorted so that those whose number of slots is a multiple of `ep_size` come first.
 
     An expert-parallel group is `ep_size` consecutive ranks. A host whose number of slots is not a multiple shifts the groups of
-    all hosts after it, so that groups there can span two hosts.
+    all hosts after it, so that groups there can span hosts.
     """
     return sorted(hosts, key=lambda host: len(host.slots) % ep_size != 0)
 

@@ -42,11 +42,11 @@ def rank_command(arguments: Sequence[str]) -> list[str]:
 def supervisor_command(
     command: Sequence[str], job_arguments: Sequence[str], exports: Mapping[str, str], interface: str | None
 ) -> list[str]:
-    """Return the arguments of the Python interpreter that run the supervisor of a rank: the path of entry.py and its options.
+    """Return the arguments of the Python interpreter that run the supervisor of a rank: the path of entry.py and its arguments.
 
     Args:
         command: command of the rank.
-        job_arguments: arguments of entry.py that name the coordinator and the job.
+        job_arguments: options --coordinator, --job and --stall-seconds of entry.py, as far as they are needed.
         exports: environment variables for the rank.
         interface: network interface to use; None lets the supervisor select one.
     """
@@ -76,7 +76,8 @@ def coordinator_address(spec: LaunchSpec) -> str:
     """Return the IPv4 address at which the supervisors reach this host.
 
     Raises:
-        UserError: if this host has no such interface with an IPv4 address, or if a host cannot be resolved or has no route.
+        UserError: if `spec.interface` is not an interface of this host with an IPv4 address; or, if it is None, if the name
+            of a host cannot be resolved or there is no route to the host.
     """
     if spec.launcher == "local":
         return "127.0.0.1"
@@ -121,7 +122,8 @@ def run_attempt(
             hosts.
 
     Raises:
-        UserError: if the coordinator cannot listen, or the launcher cannot start the ranks on these hosts and slots.
+        UserError: if there is no address for the coordinator (see `coordinator_address`), if the coordinator cannot listen, or
+            if the launcher cannot start the ranks on these hosts and slots.
     """
     launcher: subprocess.Popen[bytes] | None = None
     coordinator = _create_coordinator(spec, stall_seconds, number)

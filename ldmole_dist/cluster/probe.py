@@ -33,13 +33,13 @@ MARKER = "ldmole-probe "  # prefix of the output lines, because the shell of a h
 def inspect_host(
     config: str | None, folder: str, towards: str | None, interface: str | None, optimizer: str
 ) -> dict[str, Any]:
-    """Return facts about this host: its packages, code, config, free memory and disk space, GPUs, network and limits.
+    """Return facts about this host: packages, code, config, free memory and disk space, GPUs, network, optimizer and limits.
 
     Args:
         config: configuration file of the run, or None.
         folder: output folder of the run; it need not exist yet.
         towards: name of another host of the job, or None.
-        interface: network interface to use; None selects the one on the route to `towards`.
+        interface: network interface to use; None selects the one on the route to `towards`, or "lo" if that is None too.
         optimizer: `optimisation.optimizer` of the run.
 
     Returns:

@@ -31,7 +31,7 @@ def detect_rank_environment(environ: Mapping[str, str]) -> RankEnvironment:
     """Return rank and world size as set by torchrun or DeepSpeed (RANK), MPI or Slurm; without a launcher, rank 0 of 1."""
     if "RANK" in environ:
         return RankEnvironment(int(environ["RANK"]), int(environ["WORLD_SIZE"]))
-    # MPI before Slurm: mpirun starts its daemons with srun, and its processes inherit the variables of srun.
+    # MPI before Slurm: in an allocation, mpirun starts its daemons with srun, and its processes inherit the variables of srun.
     if inside_mpi(environ):
         from mpi4py import MPI  # the import calls MPI_Init
 

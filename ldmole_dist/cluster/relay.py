@@ -51,7 +51,10 @@ class Relay(threading.Thread):
         return [line for line in lines if line.strip()][-count:]
 
     def _complete_lines(self, chunk: bytes) -> bytes:
-        """Return the complete lines to write to a log after a chunk was read; keep the incomplete line for the next call."""
+        """Return what to write to a log after a chunk was read; keep the rest for the next call.
+
+        This is the complete lines and, every PROGRESS_BAR_SECONDS, the state of a progress bar on the incomplete line.
+        """
         # tqdm moves the cursor up (ESC [A) after it has drawn a nested bar.
         *lines, self._incomplete_line = (self._incomplete_line + chunk.replace(b"\x1b[A", b"")).split(b"\n")
         out = b"".join(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n" for line in lines)

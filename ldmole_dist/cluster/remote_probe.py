@@ -1,4 +1,7 @@
-"""Client of a probe (probe.py): starts it on a host, over ssh or srun, and asks it questions through stdin and stdout."""
+"""Client of a probe (probe.py): starts it on a host, and asks it questions through stdin and stdout.
+
+Other hosts are reached over ssh or srun; on this host alone, the probe is started directly.
+"""
 
 from __future__ import annotations
 

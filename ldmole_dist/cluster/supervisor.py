@@ -65,7 +65,7 @@ class Supervisor:
             timeout: maximum number of seconds to wait for a connection.
 
         Returns:
-            The exit code of the rank; 1 if the job failed, or if the coordinator does not answer.
+            The exit code of the rank; 1 if the job failed, or if the coordinator does not answer or is lost.
         """
         channel = _connect(coordinator, timeout)
         if channel is None:

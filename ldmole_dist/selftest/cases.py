@@ -1,4 +1,4 @@
-"""Cases of the selftest other than parity: collectives, replay of routing decisions, half precision.
+"""Cases of the selftest other than parity: process group, collectives, replay of routing decisions, half precision.
 
 Each case is a function that every rank runs. It returns a dict from the name of a comparison to the distance that this rank
 found: a relative error or a count, such as the number of wrong elements.

@@ -107,7 +107,8 @@ def updates(
 ) -> dict[str, float]:
     """Return the distances of losses, gradient norms and parameter updates from `update_reference`, in float32 with DeepSpeed.
 
-    Runs `STEPS` optimizer steps with gradient clipping. Collective: every rank must call it.
+    Runs `STEPS` optimizer steps with gradient clipping; "loss" and "grad_norm" are the largest distances over these.
+    Collective: every rank must call it.
 
     Args:
         architecture: "llama" or "qwen3".
@@ -175,10 +176,10 @@ def _updates(model: PeftModel, reference: Updates, settings: dict[str, Any], fir
 
 
 def worst(results: list[dict[str, float]]) -> tuple[float, str]:
-    """Return the largest distance over all ranks and tensors, and the name of its tensor.
+    """Return the largest distance over all ranks and comparisons, and the name of its comparison.
 
     Args:
-        results: distances by tensor, for each rank; NaN is treated as infinity.
+        results: distances by name of the comparison, for each rank; NaN is treated as infinity.
     """
     # `max` could skip a NaN, because every comparison with NaN is False.
     return max((math.inf if math.isnan(d) else d, name) for result in results for name, d in result.items())

@@ -215,5 +215,5 @@ def mean_answers(batches: list[dict[str, Tensor]]) -> float:
 
 
 def active_pairs(model: PeftModel) -> Tensor:
-    """Return the number of active (token, expert) pairs of each of the N adapted linears in the last forward, as (N,)."""
+    """Return the numbers of active (token, expert) pairs in the last forward, without padding: (N,), one per adapted linear."""
     return torch.stack([stat[0] for stat in tuner_of(model).context.stats.values()])

@@ -1,6 +1,7 @@
 """The selftest: verify that training on the ranks of this machine gives the same results as training in one process.
 
-Each case prints one line: the largest distance found on any rank, the tolerance, and the tensor with that distance.
+Each case prints one line: the largest distance found on any rank, the tolerance, the time, and the name of the comparison
+(usually a tensor) with that distance.
 """
 
 from __future__ import annotations

@@ -107,9 +107,9 @@ def relative(value: Tensor, reference: Tensor) -> float:
 
 
 def whole(model: PeftModel, name: str, local: Tensor) -> Tensor:
-    """Return the whole tensor of a parameter, such as its value or gradient: for experts, gathered over the ranks.
+    """Return the whole tensor of a parameter, such as its value or gradient.
 
-    Collective for experts: every rank must call it.
+    Experts are gathered over the expert-parallel group. Collective for experts: every rank of the group must call it.
 
     Args:
         model: adapted model.
