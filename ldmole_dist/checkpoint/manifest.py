@@ -132,7 +132,10 @@ def file_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) ->
 
 
 def content_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
-    """Return one description per tensor of the optimizer state with elements that are missing, stored twice or beyond its end.
+    """Check that the rank files hold each element of the optimizer state exactly once.
+
+    Returns:
+        A description of the first bad elements of each tensor that has any: missing, stored twice or beyond the tensor's end.
 
     Raises:
         UserError: if a rank file cannot be opened, or its header is damaged or has no offsets.

@@ -171,7 +171,7 @@ def _load_config(folder: str) -> LoraConfig:
         raise UserError(f"cannot read an adapter from {folder!r}: {reason}; check the path.") from error
     if type(config) is not LoraConfig:
         raise UserError(
-            f"the adapter {folder!r} is of type {config.peft_type}, but only LoRA adapters can be experts; leave it out."
+            f"the adapter {folder!r} is of type {config.peft_type}, but only LoRA adapters can be experts; remove it."
         )
     return config
 
@@ -198,7 +198,7 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
     }
     if found := [name for name, value in unsupported.items() if value]:
         raise UserError(
-            f"the adapter {folder!r} uses {', '.join(found)}, but only plain LoRA can be an expert; leave it out."
+            f"the adapter {folder!r} uses {', '.join(found)}, but only plain LoRA can be an expert; remove the adapter."
         )
     if not explicit and config.base_model_name_or_path != backbone:
         raise UserError(
@@ -232,7 +232,7 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
             if not is_plain_linear:
                 raise UserError(
                     f"the adapter {folder!r} adapts {name}, a {type(module.get_base_layer()).__name__}, but experts can adapt "
-                    "only nn.Linear; leave it out."
+                    "only nn.Linear; remove this adapter from the command."
                 )
             if None in actual:
                 raise UserError(

@@ -79,7 +79,8 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = name
             parameter.ds_zero_partition_process_group = data_parallel
-    if stage < 3 and trained:  # stages 1 and 2 fail if the model has experts but the optimizer has none
+    # No marker if all experts are frozen: stages 1 and 2 fail if a model is marked as having experts that no optimizer holds.
+    if stage < 3 and trained:
         model.add_module("expert_marker", _ExpertMarker(num_experts, ep_size))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
-    """Return x in the dtype that autocast would compute in; unchanged where autocast is off, and in float64."""
+    """Return x cast to the autocast dtype. If autocast is disabled or x is float64, return x unchanged."""
     if not _is_on(x.device.type) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))

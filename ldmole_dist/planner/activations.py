@@ -78,7 +78,7 @@ def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bo
     loss_peaks: list[int] = []
 
     def end_of_loss(module: Any, args: Any, output: Any) -> None:
-        """Register a hook on the layer's output. When its gradient arrives, the hook records the peak and restarts it."""
+        """Register a gradient hook on the layer's output. Its first call comes when the backward of loss and head is done."""
 
         def record(gradient: Tensor) -> None:
             if not loss_peaks:

@@ -144,8 +144,8 @@ class Candidate:
         sizes = bytes_sent(w, s)
         wire = sum(sizes[kind] for kind in dispatch_elements(w, s)) / m.bytes_per_second(s.ep_size, s.ep_size)
         for c in collectives(w, s):
-            # Of these collectives, only a norm uses the expert-parallel group, which consists of consecutive ranks. Every
-            # other group is treated as spanning all ranks.
+            # Of these collectives, only the all-reduce of the gradient norm can run in the expert-parallel group, which
+            # consists of consecutive ranks. The groups of all others are treated as spanning all ranks.
             span = s.ep_size if c.ranks == s.ep_size and c.kind == "norm" else s.ranks
             width = sizes[c.kind] / self.elements_sent[c.kind] if self.elements_sent[c.kind] else 0
             wire += c.sent * width / m.bytes_per_second(span, c.ranks)

@@ -54,7 +54,7 @@ class ExpertCall(NamedTuple):
         return self.experts * workload.lora_rank * self.rows <= fused_threshold(workload.on_cpu) * self.pairs
 
     def hidden(self, workload: Workload) -> float:
-        """Return the number of elements between A and B: R for each computed (row, expert) pair."""
+        """Return the number of elements in the output of A: R for each (row, expert) pair that is computed, active or not."""
         return (self.rows * self.experts if self.fused(workload) else self.pairs) * workload.lora_rank
 
 

@@ -65,7 +65,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def tokens_figure(use: TokenUse, tokenizer: PreTrainedTokenizerBase) -> Figure:
-    """Plot experts per token against frequency, and label the most frequent and the most extreme tokens."""
+    """Plot experts per token against frequency, and label frequent tokens and those with the most or fewest experts."""
     texts = [token_text(tokenizer, int(token)) for token in use.ids_N]
     kinds_N = np.array([kind_of(tokenizer, int(token), text) for token, text in zip(use.ids_N, texts, strict=True)])
     figure = Figure(figsize=(WIDTH, 6.6), dpi=DPI, layout="constrained")
@@ -126,7 +126,7 @@ def _drawable() -> Any:
 
 
 def _label(ax: Axes, use: TokenUse, texts: Sequence[str], renderer: Any) -> None:
-    """Label the most frequent and most extreme tokens, if the label fits without covering a point or another label."""
+    """Label the most frequent tokens and those with the most or fewest experts, except where a label would cover something."""
     by_experts = np.argsort(use.experts_N, kind="stable")
     by_count = np.argsort(-use.counts_N, kind="stable")
     turns = itertools.islice(zip(by_count, by_experts[::-1], by_experts, strict=True), LABELED)

@@ -295,7 +295,10 @@ def tuner_of(model: nn.Module) -> LdMoleModel:
 
 
 def _keep_at_least_float32(module: nn.Module) -> None:
-    """Convert a module that is trained in full to at least float32, and cast its inputs to its dtype in each forward."""
+    """Convert the parameters of a `modules_to_save` module to at least float32.
+
+    Also register a hook that casts the floating-point inputs of each forward to the dtype of the parameters.
+    """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
 

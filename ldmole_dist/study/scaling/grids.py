@@ -73,9 +73,10 @@ def overridden(grid: Grid, ranks: Sequence[int], axes: Mapping[str, Sequence[Any
 
     Args:
         grid: grid to start from.
-        ranks: numbers of ranks. If they do not include that of the base cell, the base cell gets the largest, also as
-            its ep_size.
-        axes: name of an axis -> values that replace those of the grid. A single value is set in every cell instead.
+        ranks: numbers of ranks. If the base cell's number of ranks is not among them, its `ranks` and `ep_size` are set to
+            the largest.
+        axes: name of an axis -> values that replace those of the grid. An axis with a single value is no longer varied:
+            the value is set in the base cell, from which all cells are derived.
 
     Raises:
         UserError: if a number of ranks is not positive.
