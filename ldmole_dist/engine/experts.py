@@ -85,7 +85,10 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
 
 
 def optimizer_groups(model: nn.Module, ep_size: int, stage: int) -> list[dict[str, Any]]:
-    """Return the parameter groups of the optimizer; at ZeRO stages 1 and 2, experts are in separate groups."""
+    """Return the parameter groups of the optimizer.
+
+    At ZeRO stages 1 and 2, experts are in separate groups if they are spread over ranks (ep_size > 1).
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     everything: list[dict[str, Any]] = [{"params": trainable, "name": "adapter"}]
     if ep_size > 1 and stage in (1, 2):

@@ -2,9 +2,9 @@
 
 There is one `StepContext` per model, attached at injection. `begin` opens a micro-batch and `end` closes it; in between,
 adapted linears in training mode record their auxiliary losses and statistics. The first forward of a checkpointed region
-records its decisions on a tape, and the recomputation replays them: which experts are active, and how many rows are sent to
-each rank. A recomputation that decided again could round differently, and its rows would not match the split sizes of the
-all-to-all.
+records its decisions on a tape, and the recomputation replays them: which experts are active, and which rows and experts are
+sent to each rank. A recomputation that decided again could round differently, and its rows would not match the split sizes of
+the all-to-all.
 
 Shapes: B sequences, S positions, T tokens, D in-features, H backbone hidden size, E experts, G linears of an input group.
 """

@@ -91,7 +91,8 @@ def summarize(sums_S: Tensor) -> dict[str, Any]:
     """Return the routing statistics of one linear, or of several linears together, from their sums.
 
     Args:
-        sums_S: (S,) from `routing_sums`, added over micro-batches and ranks, or from `merge_sums`.
+        sums_S: (S,) from `routing_sums`, added over micro-batches and ranks, or from `merge_sums`. If it covers several
+            linears, a token counts once for each linear, and the experts with the same index count as one expert.
 
     Returns:
         "tokens": number of real tokens.

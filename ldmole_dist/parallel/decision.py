@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Number of single changes tried after the best prefix. tests/parallel/test_decision.py checks that the result then costs at
-# most 2 % more than the optimum.
+# Number of single changes tried after the best prefix. tests/parallel/test_decision.py checks on small random cases that the
+# result then costs at most 2 % more than the optimum.
 IMPROVEMENTS = 2
 # Several rounds are used only if a rank receives more than twice this number of rows. Fewer rows take no more memory than a
 # small micro-batch, so the kernel launches of more rounds would not pay.
@@ -199,7 +199,7 @@ def count_message_elements(ranks: int, sizes: GroupSizes) -> int:
     """Return the number of counts that one rank sends before a dispatch, once per micro-batch and input group.
 
     Each other rank receives the number of rows for each linear, the number of tokens for each of its experts in each linear (or
-    -1, which requests the expert), and, for every rank, the number of rows that this rank sends to it.
+    -1, which requests the expert), and the numbers of rows that the sender sends to each of the P ranks.
 
     Args:
         ranks: P.

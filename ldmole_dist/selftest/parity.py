@@ -1,7 +1,7 @@
 """Compare training on several ranks with one process that runs the same micro-batches with all experts.
 
 Every rank calls `gradients` and `updates`. They return the relative distances on this rank as a dict, whose keys are parameter
-names, "logits", "loss" and "grad_norm".
+names, "loss" and, for `gradients`, "logits" or, for `updates`, "grad_norm".
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def gradients(
 
 
 class RoutingFlipped(Exception):
-    """Raised if the routing differs from that of the reference.
+    """Raised if a linear's number of active (token, expert) pairs differs from the reference in any micro-batch of a step.
 
     Rounding can move a token across the boundary of a support, where the gradient is discontinuous. The results then differ
     although neither is wrong.

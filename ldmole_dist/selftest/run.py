@@ -1,7 +1,7 @@
 """The selftest: verify that training on the ranks of this machine gives the same results as training in one process.
 
-Each case prints one line: the largest distance found on any rank, the tolerance, the time, and the name of the comparison
-(usually a tensor) with that distance.
+Each case prints one line: its name and settings, the largest distance found on any rank, the tolerance, whether the case
+passed, the time, and the name of the comparison (usually a tensor) with that distance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.tiny import EXPERTS
 
 EXACT, FLOAT64, FLOAT32 = 0.0, 1e-12, 1e-4
-BFLOAT16 = 0.25  # the relative rounding error is 0.004, but larger where gradients nearly cancel
+# Rounding to bfloat16 changes a number by up to 0.4 %. The relative error of a gradient is larger if its terms nearly cancel.
+BFLOAT16 = 0.25
 
 
 class Case(NamedTuple):
