@@ -26,9 +26,9 @@ class HostFacts:
         ranks: number of ranks of the job.
         hosts: number of hosts of the job.
         clock_skew: seconds by which the clock of this host is ahead of the launching host; NaN if the host stopped answering.
-        output_shared: "yes"; "no" if this host does not see a file that the first host has created in run.output_dir;
-            "not checked" if the first host could not create it or a host stopped answering; or an error message, if this host
-            could not access the folder.
+        output_shared: "yes"; "no" if this host does not see a file that the first host that answered has created in
+            run.output_dir; "not checked" if that host could not create it, or if that host or this one stopped answering; or an
+            error message, if this host could not access the folder.
     """
 
     found: Mapping[str, Any]

@@ -78,7 +78,7 @@ class Connections:
     Attributes:
         port: TCP port on which the server listens.
         by_rank: status of each rank that has connected; it stays after the connection is closed.
-        duplicates: status of supervisors whose rank was already connected.
+        duplicates: status of each supervisor that connected with a rank that is already in `by_rank`.
 
     Raises:
         UserError: if the server cannot listen on the port.
@@ -133,11 +133,11 @@ class Connections:
 
     @property
     def all_closed(self) -> bool:
-        """Whether the connections to all supervisors are closed."""
+        """Whether the connections to all supervisors in `by_rank` are closed."""
         return all(status.channel.closed for status in self.by_rank.values())
 
     def broadcast(self, kind: str, **fields: Any) -> None:
-        """Send a message to all supervisors and followers that are still connected."""
+        """Send a message to all supervisors in `by_rank` and all followers that are still connected."""
         for channel in [*(status.channel for status in self.by_rank.values()), *self._followers]:
             if not channel.closed:
                 channel.send(kind, **fields)
@@ -156,7 +156,7 @@ class Connections:
                 status.heartbeat_at += seconds
 
     def close(self) -> None:
-        """Close all connections and stop listening."""
+        """Close all connections except those of `duplicates`, and stop listening."""
         for channel in [*self._unidentified, *self._followers, *(status.channel for status in self.by_rank.values())]:
             channel.close()
         self._server.close()

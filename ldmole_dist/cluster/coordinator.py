@@ -111,7 +111,7 @@ class Coordinator:
         return self._finish("kill", result, stacks=cause.stalled)
 
     def close(self) -> None:
-        """Close all connections and stop listening."""
+        """Close the connections (see `Connections.close`) and stop listening."""
         self.connections.close()
 
     # Incoming messages
@@ -237,7 +237,7 @@ class Coordinator:
     def _finish(self, kind: str, result: JobResult, **fields: Any) -> JobResult:
         """End the supervisors, send the result to the followers, and return it.
 
-        It waits until all supervisors have disconnected, for at most SHUTDOWN_SECONDS.
+        Before it returns, it waits until all supervisors have disconnected, for at most SHUTDOWN_SECONDS.
 
         Args:
             kind: message to the supervisors: "exit", on which a supervisor exits with the exit code of its rank, or "kill", on

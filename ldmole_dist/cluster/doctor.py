@@ -130,7 +130,7 @@ def _majority(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _check_output_shared(probes: Sequence[RemoteProbe], output_dir: Path) -> dict[str, str]:
-    """Check whether the other hosts see a file that the first host creates in the output folder.
+    """Check whether the other hosts see a file that the first host that could be probed creates in the output folder.
 
     Returns:
         By host, "yes", "no", "not checked" or an error message (see `HostFacts.output_shared`).

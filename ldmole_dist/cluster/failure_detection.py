@@ -33,7 +33,7 @@ def find_wrong_rank(connections: Connections, world_size: int) -> Failure | None
 def find_missing_ranks(
     connections: Connections, missing: Sequence[int], seconds: float, launcher_exit_code: int | None, address: str
 ) -> Failure | None:
-    """Return a failure if the launcher exited before all ranks connected, or if no missing rank connected in time.
+    """Return a failure if the launcher exited before all ranks had connected, or if the next rank did not connect in time.
 
     Args:
         connections: connections of the job.

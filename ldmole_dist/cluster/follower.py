@@ -44,7 +44,8 @@ class Follower:
     def serve(self, launcher_exit_code: Callable[[], int | None]) -> JobResult:
         """Wait until the job has ended, and return its result.
 
-        The result is a failure if the coordinator cannot be reached or is lost.
+        The result is a failure if the coordinator cannot be reached or is lost, or if the launcher exits or a stop is requested
+        before the coordinator has accepted the connection.
 
         Args:
             launcher_exit_code: function that returns the exit code of this host's launcher, or None while it runs.

@@ -20,8 +20,8 @@ class Failure:
         permanent: whether the job must not be restarted: it would fail in the same way, or a second stop was requested.
         stalled: whether ranks hang, so that their stacks must be printed.
         secondary: whether the rank reported that it failed because of another rank.
-        abrupt: whether the rank was killed or lost and could not report anything. Ranks that fail as a consequence may report
-            their failures earlier.
+        abrupt: whether the rank was killed by SIGKILL, or lost, and could not report anything. Ranks that fail as a
+            consequence may report their failures earlier.
         stop_requested: whether a stop request ended the job before there was anything to save.
     """
 
@@ -58,8 +58,9 @@ class JobResult:
 def root_cause(failures: Sequence[Failure]) -> Failure:
     """Return the most likely cause among failures that were observed within seconds of each other.
 
-    The order of preference is: an abrupt failure, an exit on a stop request, a permanent failure, any other failure, and last a
-    failure that a rank attributes to another rank. Of several failures of the same kind, the first in the list is returned.
+    The order of preference is: an abrupt failure, a stop request before there was anything to save, a permanent failure, any
+    other failure, and last a failure that a rank attributes to another rank. Of several failures of the same kind, the first in
+    the list is returned.
     """
     return min(failures, key=lambda f: (not f.abrupt, not f.stop_requested, not f.permanent, f.secondary))
 

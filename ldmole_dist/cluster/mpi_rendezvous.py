@@ -21,7 +21,8 @@ def rendezvous(
 
     Args:
         rank_environment: rank and world size of this process.
-        interface: network interface that the coordinator uses; None selects the one that leads to another host.
+        interface: network interface that the coordinator uses. If it is None or does not exist on the host of rank 0, the one
+            that leads to another host is used, or the loopback interface in a job on one host.
         stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
 
     Returns:

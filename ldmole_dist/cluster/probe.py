@@ -99,7 +99,7 @@ def answer(question: str) -> str:
 
 
 def _packages() -> dict[str, str]:
-    """Return the versions of Python, of this package and of its requirements."""
+    """Return the versions of Python, of this package and of its requirements (without those of extras)."""
     names = [
         re.split(r"[^\w.-]", requirement)[0]
         for requirement in importlib.metadata.requires("ldmole-dist") or []

@@ -1,6 +1,7 @@
 """Client of a probe (probe.py): starts it on a host, and asks it questions through stdin and stdout.
 
-Other hosts are reached over ssh or srun; on this host alone, the probe is started directly.
+With the launchers "local" and "torchrun", the probe is started directly on this host. With the others, it is started over ssh
+or srun, even on this host.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Supervisor:
                 self._check_rank(channel, now)
 
     def _handle(self, channel: Channel, message: Mapping[str, Any]) -> int | None:
-        """Execute a command of the coordinator; return the exit code if it ends this supervisor, otherwise None."""
+        """Execute a command of the coordinator; return the exit code if the command ends this supervisor, otherwise None."""
         process = self._process
         if message["kind"] == "start":
             self._start_rank(channel, message["environment"])
