@@ -211,7 +211,7 @@ class Run:
     Args:
         output_dir: folder of the run (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl and other .jsonl files).
         seed: seed of initial values, dropout, router noise and data order.
-        eval_every: number of optimizer steps between evaluations; 0 evaluates only after the last step.
+        eval_every: number of optimizer steps between evaluations; 0 disables those between the first and the last step.
         eval_before: also evaluate before the first step of a fresh run.
         save_every: number of optimizer steps between checkpoints; 0 saves one only after a stop request (SIGTERM or SIGINT).
         keep_last: number of latest checkpoints to keep.
@@ -220,7 +220,8 @@ class Run:
         save_async: write checkpoints in the background from a copy in host memory. If false, training waits while a checkpoint
             is written, and no copy is needed.
         resume: "auto" resumes from the latest complete checkpoint in output_dir, if there is one; "never" starts fresh and
-            moves previous results in output_dir aside; a path resumes from that checkpoint, or from the latest one of that run.
+            moves previous results in output_dir aside; a path resumes from that checkpoint, or from the latest one of that run,
+            unless output_dir already has checkpoints of a run that was resumed from that path: then from the latest of these.
     """
 
     output_dir: str

@@ -78,7 +78,7 @@ class Encoder:
         """Encode one row.
 
         Raises:
-            UserError: if the row has no tokens, is too long and must not be cut, has an answer that leaves no room for the
+            UserError: if the row has no tokens, is too long while truncation is off, has an answer that leaves no room for the
                 prompt, has two choices that are the same token, or is a conversation that the chat template cannot render.
         """
         if self.task == "sequence_classification":

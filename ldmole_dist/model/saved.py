@@ -14,7 +14,7 @@ from ldmole_dist.model.backbone import backbone_of
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved adapter and its backbone; also the run that trained it, if it was found in the folder of the run.
+    """A saved adapter and its backbone; also the run that trained the adapter, if the folder of the run was given.
 
     Attributes:
         adapter: folder of the adapter.

@@ -13,9 +13,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Context manager that records SIGTERM and SIGINT instead of ending the process.
 
-    The training loop reads `requested` at the end of each step except the last and, if it is set, saves a checkpoint and stops.
-    A second SIGINT interrupts the process as usual. Later SIGTERMs are ignored: on Ctrl-C, DeepSpeed's launcher at once sends
-    SIGTERM to the ranks, which have not saved yet. It kills a rank that still runs 30 s later.
+    The training loop reads `requested` at the end of each step. If it is set on any rank, all ranks save a checkpoint and stop,
+    unless that step was the last. A second SIGINT interrupts the process as usual. Later SIGTERMs are ignored: on Ctrl-C,
+    DeepSpeed's launcher at once sends SIGTERM to the ranks, which have not saved yet. The launcher kills a rank that still runs
+    30 s later.
 
     Attributes:
         requested: whether a signal was received.
