@@ -36,7 +36,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes files and prints."""
+        """Whether this is rank 0, which prints and writes the files that are not written by every rank."""
         return self.rank == 0
 
     def peak_memory(self) -> int:

@@ -44,9 +44,9 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
         The checkpoint, the same on every rank; None to start fresh.
 
     Raises:
-        UserError, PeerError: if `run.resume` is neither a checkpoint nor a run with checkpoints; if no checkpoint is usable, of
-            those in the output folder or, for a path in `run.resume`, only the latest one; or if the chosen one was trained
-            with another adapter, backbone or order of the examples.
+        UserError, PeerError: if the path in `run.resume` is neither a checkpoint nor a run with checkpoints; if there are
+            checkpoints, but none that was tried is intact (all in the output folder for "auto", only one for a path); or if the
+            chosen one was trained with another adapter, backbone or order of the examples.
     """
     resume = config.run.resume
     if resume == "never":
@@ -78,6 +78,8 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
 
 def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
     """Load a checkpoint into a new engine. Collective: every rank must call it.
+
+    Random states are restored only if the topology is that of the run that wrote the checkpoint.
 
     Args:
         engine: engine with the backbone and adapter config of the checkpoint, under any topology, before its first step.

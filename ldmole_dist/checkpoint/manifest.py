@@ -26,7 +26,7 @@ class Manifest:
     Args:
         step: number of optimizer steps done.
         topology: zero_stage, ep_size and world_size of the run that wrote the checkpoint.
-        shapes: full shape of every trainable parameter by name, all experts included.
+        shapes: name of a trainable parameter -> its full shape; that of an expert tensor covers the experts of all ranks.
         adapter_keys: parameter name -> key in an adapter file.
         training: counters, scheduler state, loss scale, L1 coefficient and Adam step count (`engine.training_state`).
         data: values that determine the order of the examples (`data.batches.describe_order`).
@@ -96,6 +96,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 def verify(checkpoint: Path) -> list[str]:
     """Return a description of each problem of a checkpoint; empty if it is intact.
+
+    The content of the rank files is checked only if `file_problems` finds nothing.
 
     Raises:
         UserError: as in `read_manifest` and `content_problems`.

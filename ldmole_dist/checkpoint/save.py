@@ -6,7 +6,7 @@
 3. When the files of all ranks are on disk, which the training loop detects with an all-reduce at the end of a later step,
    `finish` writes the manifest, renames the folder and updates `latest`.
 
-With run.save_async=false, `save` does all of this before it returns, without a copy.
+With run.save_async=false, `save` does all of this before it returns, and copies only one tensor at a time to host memory.
 
 A crash at any moment leaves earlier checkpoints intact. The threads run no collectives, which would interleave with those of
 training.

@@ -25,8 +25,8 @@ def choose_by_likelihood(
         Outcomes of the N rows. `chosen_N` is the index of the choice with the highest log likelihood; `loss_N`,
         `answers_N` and `greedy_N` are those of the correct choice.
 
-        (N,) float64 tensor: index of each row's choice with the highest log likelihood per UTF-8 byte, which does not favor
-        short answers.
+        (N,) float64 tensor: index of each row's choice with the highest log likelihood per UTF-8 byte of its text without
+        surrounding white space; unlike the total log likelihood, this does not favor short answers.
     """
     losses, first = sequences.loss_N.split([len(texts) for texts in choices]), 0
     correct, chosen, normalized = [], [], []

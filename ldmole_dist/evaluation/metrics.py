@@ -22,8 +22,8 @@ class Outcomes(NamedTuple):
         answers_N: number of answer tokens; 1 for sequence classification.
         greedy_N: 1 if every answer token is the most likely token of the vocabulary, or the correct class is the most likely
             class; else 0.
-        chosen_N: index of the model's choice or class; -1 if the row has no choices.
-        target_N: index of the correct choice or class; -1 if the row has no choices.
+        chosen_N: index of the model's choice or class; -1 if the row has no choices or no answer tokens.
+        target_N: index of the correct choice or class; -1 if the row has no choices or no answer tokens.
     """
 
     loss_N: Tensor

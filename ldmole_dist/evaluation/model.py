@@ -64,7 +64,7 @@ def eval_config(
         overrides: config values to override, each as "a.b=c".
         data: evaluation file that replaces `data.eval`; None keeps it.
         limit: maximum number of rows of each source; None keeps `data.eval_limit`, or reads all rows if `data` is set.
-        batch_size: sequences per forward pass of a rank; None uses twice the run's micro-batch size.
+        batch_size: sequences per forward pass of a rank; None uses twice `optimisation.micro_batch_size`.
 
     Raises:
         UserError: if a value of the config is invalid.
@@ -97,7 +97,7 @@ def load_distributed(config: Config, with_adapter: bool) -> Iterator[Distributed
         with_adapter: if False, disable the adapter in the context.
 
     Raises:
-        UserError, PeerError: on every rank, if the model cannot be loaded.
+        UserError, PeerError: on every rank, if the config is invalid for the world size or the model cannot be loaded.
     """
     process = start(config.parallelism.timeout_minutes)
     p, o = config.parallelism, config.optimisation

@@ -25,7 +25,8 @@ class JsonLines:
 
     Args:
         path: path of the file, which is created if it does not exist.
-        last_step: last step to keep; lines of later steps, and an incomplete last line, are removed.
+        last_step: last step to keep. The first line that is damaged or of a later step is removed, with all lines after it;
+            so is an incomplete last line.
 
     Raises:
         OSError: if the file cannot be written.

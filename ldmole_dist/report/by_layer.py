@@ -72,7 +72,7 @@ def experts_by_layer(linears: Linears, summaries: Summaries) -> Figure:
 
 
 def experts_histogram(linears: Linears, summaries: Summaries) -> Figure:
-    """Plot the distribution of the number of active experts per token, one panel per projection."""
+    """Plot the distribution of active experts per token, averaged over layers, in one panel per projection."""
     counts = np.arange(max_experts(summaries) + 1)
     shares = {
         p: as_table([summaries[name]["histogram"] for name in linears.of(p)], 0, len(counts)).mean(axis=0)

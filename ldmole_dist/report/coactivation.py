@@ -36,7 +36,8 @@ def lift(together_EE: np.ndarray, tokens: int) -> np.ndarray:
 def coactivation(linears: Linears, together: Mapping[str, Tensor], tokens: int) -> Figure | None:
     """Draw the lift of every pair of experts of each linear in the first, middle and last layer of the model.
 
-    Linears outside the numbered layers are drawn only if there are no numbered layers.
+    With up to 10 experts, the diagonal shows the percentage of tokens for which each expert is active. Linears outside the
+    numbered layers are drawn only if there are no numbered layers.
 
     Args:
         linears: Adapted linears of the model.

@@ -57,8 +57,8 @@ def read_data(saved: SavedModel, path: str | None, limit: int | None, tokenizer:
         saved: Run or adapter of the report. Sets the task and, with a run, the maximum length and the labels; the labels of
             sequence classification are those of the data.
         path: Path of the data file. None reads the run's evaluation data, or its training data if it has none.
-        limit: Maximum number of rows of each source. None reads `data.eval_limit` rows of each source of the run's
-            evaluation data, and all rows of other data.
+        limit: Maximum number of rows of each source. None is `data.eval_limit` for the run's evaluation data, and no
+            limit for other data.
         tokenizer: Tokenizer of the backbone.
 
     Raises:

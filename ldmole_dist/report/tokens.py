@@ -93,8 +93,8 @@ def tokens_figure(use: TokenUse, tokenizer: PreTrainedTokenizerBase) -> Figure:
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """Return the text of a token for a plot.
 
-    White space is replaced by visible characters, and characters that the font lacks by their escape sequences. A token
-    that is part of a multi-byte character is written as "#" and the token id.
+    Spaces, line breaks and tabs are replaced by visible characters, and characters that the font lacks by their escape
+    sequences. A token that is part of a multi-byte character is written as "#" and the token id.
     """
     piece = str(tokenizer.convert_ids_to_tokens(token))
     text = " " + piece[1:] if piece.startswith("▁") else str(tokenizer.decode([token]))
@@ -126,7 +126,10 @@ def _drawable() -> Any:
 
 
 def _label(ax: Axes, use: TokenUse, texts: Sequence[str], renderer: Any) -> None:
-    """Label the most frequent tokens and those with the most or fewest experts, except where a label would cover something."""
+    """Label the most frequent tokens and those with the most or fewest experts.
+
+    A token has no label if, at every offset in `_OFFSETS`, it would cover a data point or another label or leave the axes.
+    """
     by_experts = np.argsort(use.experts_N, kind="stable")
     by_count = np.argsort(-use.counts_N, kind="stable")
     turns = itertools.islice(zip(by_count, by_experts[::-1], by_experts, strict=True), LABELED)
