@@ -245,7 +245,8 @@ def _differences(a: Strategy, b: Strategy) -> set[str]:
 def changes_that_fit(candidate: Candidate) -> list[str]:
     """Return options of `ldmole plan` that each make a candidate fit, such as "--seq 512".
 
-    Sizes are halved and the number of GPUs is doubled until the candidate fits; fp32 is replaced by bf16. If no single option
+    Sizes are halved until the candidate fits; from stage 1, the number of GPUs is doubled likewise, at most five times; fp32
+    is replaced by bf16. If no single option
     suffices and GPU memory is missing, each option is combined with `--micro-batch 1`.
     """
     found = _sufficient(candidate, candidate.workload)

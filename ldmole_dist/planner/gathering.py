@@ -145,7 +145,7 @@ class _Coordinator:
         self.gather(wanted)
 
     def gather(self, names: Sequence[str]) -> None:
-        """Fetch weights together: one collective per group of ranks and data type."""
+        """Fetch weights together: for each group of ranks, one collective for frozen and one for trainable weights."""
         called: set[tuple[int, bool]] = set()
         # DeepSpeed flattens weights by group and data type. Experts and other trainable weights, all float32, share a
         # collective if their groups have the same ranks.

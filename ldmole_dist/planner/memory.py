@@ -85,7 +85,8 @@ def parameter_bytes(workload: Workload, strategy: Strategy) -> tuple[dict[str, i
     """Return the bytes of backbone, experts and adapter between two steps, with padding.
 
     Returns:
-        Two dicts by part: this rank's shards, and the persistent weights that ZeRO-3 keeps unsharded in addition.
+        Two dicts by part: this rank's shards at stage 3 and its whole parameters below, and the persistent weights that ZeRO-3
+        keeps unsharded in addition.
     """
     shards = dict.fromkeys(("backbone", "experts", "adapter"), 0)
     persistent = dict(shards)

@@ -102,7 +102,8 @@ def micro_batch_elements(
         sent["counts"] += count_payload(group, workload, strategy)
         for kind, elements in forward.items():
             sent[kind] += elements
-            # The first group reads the frozen embeddings, whose output needs a gradient only under checkpointing.
+            # All kinds have gradients, except the rows of the first group without checkpointing: the output of the frozen
+            # embeddings needs a gradient only under checkpointing.
             if i > 0 or kind != "rows" or strategy.checkpointing:
                 sent[f"grad_{kind}"] += elements
             if strategy.checkpointing:

@@ -64,7 +64,7 @@ def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: in
     Args:
         G, T, P, L: sizes, as defined at the top of this module.
         k: mean number of active experts per token and linear. Each token has floor(k) or floor(k) + 1 active experts: the
-            same number in every linear, but different experts.
+            same number in every linear; which experts they are is drawn for each linear independently.
         skew: exponent of the power law of the experts' popularity; 0 is uniform.
         seed: seed of the draw.
 

@@ -146,7 +146,7 @@ def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
     Args:
         case: configuration that was measured.
         measured: measurements of all ranks, by rank. Unless `case.dense`, the prediction uses rank 0's active experts
-            per token.
+            per token; routing-dependent elements are instead computed from the measured supports of all ranks.
     """
     workload = case.workload if case.dense else replace(case.workload, active=measured[0].active)
     predicted = memory(workload, case.strategy)

@@ -36,7 +36,7 @@ def stored_row(cell: Mapping[str, Any], measured: Mapping[str, Any] | None, erro
 
 
 def reason(error: Exception) -> str:
-    """Return the last line of an error's message, or of the traceback in a `RankFailed`, cut to 300 characters."""
+    """Return the last line of an error's type and message, or of the traceback in a `RankFailed`, cut to 300 characters."""
     text = str(error) if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[-1].strip()[:300]
 
