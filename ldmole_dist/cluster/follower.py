@@ -37,7 +37,7 @@ class Follower:
         return self._requests.count > 0
 
     def request_stop(self) -> None:
-        """Forward a stop request to the coordinator. Safe to call from a signal handler."""
+        """Record a stop request, which `serve` forwards to the coordinator. Safe to call from a signal handler."""
         if self._requests.add():
             self._unsent_requests.append(self._requests.count > 1)
 

@@ -172,7 +172,7 @@ class Supervisor:
             self._report_failure(channel, f"cannot be started: {error}", permanent=True)
 
     def _check_rank(self, channel: Channel, now: float) -> None:
-        """Report the exit or the failure of the rank, at most once."""
+        """Report that the rank has exited or was suspended for too long, or that the launcher's connection was lost."""
         process = self._process
         if process is not None and process.exit_code is not None:
             process.kill()  # kill descendants that outlived the rank

@@ -167,8 +167,13 @@ def _load_config(folder: str) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        reason = error if (Path(folder) / CONFIG_NAME).is_file() else f"it has no {CONFIG_NAME}"
-        raise UserError(f"cannot read an adapter from {folder!r}: {reason}; check the path.") from error
+        if (Path(folder) / CONFIG_NAME).is_file():
+            problem = (
+                f"{error}; correct its {CONFIG_NAME}, or save the adapter again with the installed version of PEFT."
+            )
+        else:
+            problem = f"it has no {CONFIG_NAME}; give the folder of a LoRA adapter saved with PEFT."
+        raise UserError(f"cannot read an adapter from {folder!r}: {problem}") from error
     if type(config) is not LoraConfig:
         raise UserError(
             f"the adapter {folder!r} is of type {config.peft_type}, but only LoRA adapters can be experts; remove it."

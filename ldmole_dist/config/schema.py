@@ -186,8 +186,8 @@ class Parallelism:
     Args:
         ep_size: expert-parallel size: each group of this many consecutive ranks holds all experts once. Must divide num_experts
             and the number of ranks.
-        dispatch: exchange in an expert-parallel group: "all_to_all" sends tokens, "gather" sends experts, "auto" chooses for
-            each expert what takes less traffic.
+        dispatch: exchange in an expert-parallel group: "all_to_all" sends tokens, "gather" sends experts, and "auto" chooses,
+            for each expert, whichever of the two causes less traffic.
         overlap: exchange while the frozen linears compute; this does not change the results.
         deepspeed: name of a file in ds_configs/, such as "zero2", or path of a DeepSpeed JSON config.
         precision: dtype of the backbone and the activations; adapter parameters are always float32. fp16 uses a loss scale.

@@ -1,8 +1,8 @@
-"""Number of elements that one rank sends in an optimizer step, and number of its collectives, by kind.
+"""Estimate, by kind, how many elements one rank sends and how many collectives it calls in an optimizer step.
 
-The kinds of the experts (`DISPATCH`) are those that `parallel.wire` counts: elements sent to other ranks. The kinds of ZeRO
-are DeepSpeed's collectives. In a ring of P ranks, an all-reduce of n elements sends 2 n (P-1)/P elements per rank, and an
-all-gather or a reduce-scatter sends n (P-1)/P.
+The kinds in `DISPATCH` are the payloads of the expert dispatch, as `parallel.wire` counts them: elements sent to other ranks.
+All other kinds are collectives of DeepSpeed (`Collective`), counted as rings: among P ranks, an all-reduce of n elements sends
+2 n (P-1)/P elements per rank, and an all-gather or a reduce-scatter sends n (P-1)/P.
 """
 
 from __future__ import annotations

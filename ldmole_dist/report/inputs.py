@@ -54,10 +54,10 @@ def read_data(saved: SavedModel, path: str | None, limit: int | None, tokenizer:
     """Read and encode the rows of a report.
 
     Args:
-        saved: Run or adapter of the report. Sets the task and, with a run, the maximum length and the labels; the labels of
-            sequence classification are those of the data.
+        saved: Run or adapter of the report. Sets the task. A run also sets the maximum length and, for causal_lm, the labels;
+            sequence classification uses the labels that occur in the data.
         path: Path of the data file. None reads the run's evaluation data, or its training data if it has none.
-        limit: Maximum number of rows of each source. None is `data.eval_limit` for the run's evaluation data, and no
+        limit: Maximum number of rows of each source. None means `data.eval_limit` for the run's evaluation data, and no
             limit for other data.
         tokenizer: Tokenizer of the backbone.
 

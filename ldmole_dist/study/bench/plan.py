@@ -182,7 +182,7 @@ def _compare_dispatch(case: Case, workload: Workload, measured: Sequence[Measure
 
 
 def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
-    """Return the elements that `dispatch: auto` sends for the measured supports, by kind, summed over ranks."""
+    """Compute the number of elements that `dispatch: auto` sends for the measured supports, by kind, summed over ranks."""
     workload, strategy = case.workload, case.strategy
     groups = shapes_of(workload).groups
     sent: Counter[str] = Counter()

@@ -161,11 +161,11 @@ def _loss(engine: Engine, workload: Workload, batch: dict[str, Tensor]) -> Tenso
 class KeptForBackward:
     """Records the tensors that a forward keeps for its backward.
 
-    These are the tensors that autograd saves, except parameters, and with gradient checkpointing the tapes of routing
-    decisions that the recomputation replays.
+    These are the tensors that autograd saves, without the parameters. With gradient checkpointing, they also include the
+    tapes of routing decisions that the recomputation replays.
 
     Args:
-        module: model to observe; gradient checkpointing must not be enabled yet.
+        module: model to observe. Enable gradient checkpointing only after this object is created.
     """
 
     def __init__(self, module: PeftModel) -> None:
