@@ -39,8 +39,8 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str
 
     if isinstance(model, PreTrainedModel):
         config = copy.deepcopy(model.config)
-        # Some attention kernels, such as flash-attention, do not run on the meta device. Eager attention does, and which linears
-        # read the same tensor does not depend on the attention.
+        # Some attention kernels, such as flash-attention, do not run on the meta device. Eager attention does, and the linears
+        # read the same tensors with it.
         config._attn_implementation = "eager"
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
