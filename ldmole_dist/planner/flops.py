@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ldmole_dist.planner.expert_costs import expert_calls
 from ldmole_dist.planner.shapes import meta_model, shapes_of
@@ -76,5 +75,5 @@ def _backbone(workload: Workload) -> tuple[int, int, int]:
 def _linears(workload: Workload, layers: int) -> tuple[int, int]:
     base: Any = meta_model(workload, layers).get_base_model()
     head = base.get_output_embeddings()
-    inside = [m for m in base.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    inside = [m for m in base.modules() if type(m) is nn.Linear and m is not head]
     return sum(m.weight.numel() for m in inside), 0 if head is None else int(head.weight.numel())

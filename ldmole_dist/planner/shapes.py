@@ -10,7 +10,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import LossWeights
@@ -110,6 +112,12 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
                 f"--backbone: parameter {name} of this {config.model_type} model has more than two dimensions; backbones with "
                 "experts of their own or with convolutions are not supported; choose a dense transformer."
             )
+        for name, module in backbone.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and type(module) is not nn.Linear:
+                raise UserError(
+                    f"--backbone: {name} of this {config.model_type} model is a {type(module).__name__}; the planner's counts "
+                    "are tested only for backbones whose linears are all nn.Linear; choose one of these."
+                )
         model = new_adapter(backbone, adapter)
     tuner_of(model).context.weights = LossWeights(balance=1.0)
     return model.train()

@@ -47,6 +47,10 @@ def error_of(backbone: Path | str, capsys: pytest.CaptureFixture[str]) -> str:
             LLAMA | dict(model_type="mixtral", num_local_experts=4),
             "mlp.experts.gate_up_proj of this mixtral model has more than",
         ),
+        (
+            dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=64),
+            "c_attn of this gpt2 model is a Conv1D; the planner's counts are tested only for",
+        ),
         (dict(model_type="unheard-of"), "unheard-of"),
         ({}, "has no model_type"),
         ([LLAMA], "has no model_type"),

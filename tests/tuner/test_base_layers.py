@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ldmole_dist import LdMoleConfig, LossWeights, tuner_of
+from ldmole_dist.model.backbone import load_tokenizer
+from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.tuner.layer import LdMoleLinear
 from tests.small_adapter import move
+from tests.small_run import make_config, make_folder, run_training
 
 LORA_RANK = 4
 
@@ -99,3 +105,26 @@ def test_adapter_starts_trains_and_is_saved(kind: str, tmp_path: Path) -> None:
     assert all((again[name] - value).norm() < 1e-5 * value.norm() for name, value in found.items())
     model.save_pretrained(tmp_path)
     assert logits(PeftModel.from_pretrained(backbone(kind), str(tmp_path))).equal(moved)
+
+
+@pytest.mark.full
+def test_gpt2_trains_on_two_ranks_like_one(tmp_path: Path, ranks1: LocalRanks, ranks2: LocalRanks) -> None:
+    make_folder(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path / "backbone"))
+    sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    shutil.rmtree(tmp_path / "backbone")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    adapter = {"lora_dropout": 0.0, "target_modules": ["c_attn", "c_proj", "c_fc"]}
+    config = make_config(
+        tmp_path,
+        adapter=adapter,
+        optimisation={"eps": 1e-4, "learning_rate": 1e-3, "max_steps": 2},
+        data={"eval": None},
+    )
+    zero3 = tmp_path / "zero3.json"
+    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    ranks1.run(run_training, str(config), "parallelism.ep_size=1", f"run.output_dir={tmp_path}/one")
+    ranks2.run(run_training, str(config), f"parallelism.deepspeed={zero3}", f"run.output_dir={tmp_path}/two")
+    one, two = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
+    assert one.keys() == two.keys() and max((two[name] - value).abs().max() for name, value in one.items()) < 1e-6
