@@ -34,7 +34,7 @@ from ldmole_dist.study.bench import command as bench_command
 from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.study.scaling import command as scaling_command
 
-# Extra that subcommands with figures need, and the modules that it installs (arguments of `require_extra`).
+# Arguments of `require_extra` for the subcommands that draw figures: the name of the extra, then the modules that it installs.
 REPORT_EXTRA = ("report", "matplotlib", "scipy")
 
 
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 on success; EXIT_EXPLAINED after a `UserError` or `NonFiniteLoss`, whose message is printed, or if `doctor`
         or `checkpoint verify` found problems; EXIT_PEER if another rank failed; EXIT_PREEMPTED if a run was stopped by a
         signal, has saved a checkpoint and can be resumed; 1 otherwise. `launch` returns the exit code of its job.
+
+    Raises:
+        SystemExit: after `--help` and after invalid arguments, whose error argparse prints.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(args: argparse.Namespace) -> int:
     """Call the subcommand and return the exit code. Errors of this package are printed without a traceback."""
     call: Callable[[argparse.Namespace], int] = args.call
-    # Read this before the subcommand runs, because joining the process group may renumber LOCAL_RANK.
+    # Read LOCAL_RANK before the subcommand runs, because joining the process group may change the variable.
     is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         if hasattr(args, "extra"):

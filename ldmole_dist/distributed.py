@@ -36,14 +36,14 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which prints and writes the files that are not written by every rank."""
+        """Whether this is rank 0. It prints the progress and writes the files that only one rank writes."""
         return self.rank == 0
 
     def peak_memory(self) -> int:
         """Return the peak memory of this process in bytes.
 
-        On a GPU, this is the memory allocated since the start or the last reset of torch's statistics; on a CPU, the resident
-        memory since the start.
+        On a GPU, this is the peak of the memory that torch has allocated since the process started or since the last reset of
+        torch's statistics. On a CPU, this is the peak of the resident memory since the process started.
         """
         if self.device.type == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
@@ -74,7 +74,7 @@ def raise_on_all_ranks(activity: str) -> Iterator[None]:
     contain collectives, because the other ranks would wait in them for a rank that has failed.
 
     Args:
-        activity: activity of the body, such as "reading the data", for the message on the other ranks.
+        activity: what the body does, such as "reading the data"; the message of `PeerError` contains it.
 
     Raises:
         The original error on the lowest rank whose body failed; `PeerError`, which names that rank and its error, on all

@@ -77,7 +77,7 @@ def test_override_without_section(path: str) -> None:
         ("backbone.task=sequence_classification", "needs class names; set data.labels"),
         ("data.labels=[a, a]", "must have at least two entries, all different"),
         ("run.save_every=-1", "run.save_every=-1"),
-        ("run.output_dir", "must look like section.key=value"),
+        ("run.output_dir", "does not have the form section.key=value"),
         ("run.output_dir.x=1", "'output_dir' is a value, not a section"),
         ("run.output_dir=[", "the value is not YAML"),
     ],

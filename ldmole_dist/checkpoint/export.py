@@ -1,6 +1,6 @@
 """Export of the adapter as an ordinary PEFT folder, from a model in training or from a checkpoint.
 
-Both exports gather or read one full tensor at a time. Exporting a checkpoint needs no process group.
+Either export holds one full tensor in memory at a time. Exporting a checkpoint needs no process group.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ DTYPE_NAMES = {
 class TensorSpec(NamedTuple):
     """Key, shape and dtype of a tensor to write.
 
-    The file starts with a header that holds them, so they must be known before the tensors are available.
+    The file starts with a header of all specs, so they must be known before the first tensor is written.
     """
 
     key: str
@@ -56,6 +56,9 @@ def write_tensors(
         specs: specs of all tensors.
         tensors: tensors in the order of `specs`, on any device. Each is requested after the previous one is written.
         metadata: metadata to store in the file.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0

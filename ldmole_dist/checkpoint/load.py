@@ -44,9 +44,9 @@ def choose_checkpoint(config: Config, data: dict[str, int | str], process: Proce
         The checkpoint, the same on every rank; None to start fresh.
 
     Raises:
-        UserError, PeerError: if the path in `run.resume` is neither a checkpoint nor a run with checkpoints; if there are
-            checkpoints, but none that was tried is intact (all in the output folder for "auto", only one for a path); or if the
-            chosen one was trained with another adapter, backbone or order of the examples.
+        UserError, PeerError: if the path in `run.resume` is neither a checkpoint nor a run with checkpoints; if no checkpoint
+            is intact ("auto" tries all in the output folder, a path only the latest); or if the chosen checkpoint was trained
+            with another adapter, backbone or order of the examples.
     """
     resume = config.run.resume
     if resume == "never":
@@ -125,6 +125,7 @@ def _join(topology: dict[str, int]) -> str:
 
 
 def _requested_checkpoint(path: Path) -> list[Path]:
+    """Return the checkpoint at `path`, or the latest one of the run at `path`, as a list with one entry."""
     if (path / MANIFEST_NAME).exists():
         return [path]
     if found := list_checkpoints(path):
@@ -171,7 +172,8 @@ def _problems(checkpoint: Path, process: Process) -> list[str]:
 
 
 def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict[str, int | str]) -> None:
-    # A checkpoint of an earlier version may lack adapter keys; these have their default values.
+    """Raise UserError if the adapter, the backbone or the order of the examples differs from that of a checkpoint."""
+    # A checkpoint of an earlier version lacks the adapter keys that were added later. Their defaults describe its adapter.
     saved_adapter = asdict(Adapter()) | manifest.config["adapter"]
     for key in ("router", "top_k", "top_p", "num_experts", "r", "lambda_hidden", "target_modules"):
         saved, here = saved_adapter[key], getattr(config.adapter, key)
@@ -192,7 +194,7 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict
             f"{checkpoint} was trained on another backbone, {saved_path}, and the weights in {path} differ from it; set "
             f"backbone.path={saved_path}, or run.resume=never"
         )
-    for key in manifest.data | data:  # a key may be in one of them only, such as that of a mixture
+    for key in manifest.data | data:  # "mixture" is missing in a run without source weights
         if (previous := manifest.data.get(key)) != (value := data.get(key)):
             setting = {"global_batch_size": "optimisation.global_batch_size", "seed": "run.seed"}.get(key)
             trained = f"with {setting}" if setting else f"on data with {key}"

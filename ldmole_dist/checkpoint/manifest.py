@@ -107,9 +107,7 @@ def verify(checkpoint: Path) -> list[str]:
 
 
 def file_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Return one description per file that is missing, cannot be read, or differs from its entry in the manifest.
-
-    A file without an entry, or with another size or hash, differs.
+    """Return one description per file that is missing, cannot be read, is not in the manifest, or has another size or hash.
 
     Args:
         checkpoint: folder of the checkpoint.
@@ -154,8 +152,8 @@ def content_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
 def fingerprint(backbone: str) -> str | None:
     """Return a hash of the weights in a backbone folder; None if it has no safetensors files, as for a name on the hub.
 
-    The hash covers the name, the size, and the first and last MiB of each safetensors file. This distinguishes two trainings of
-    the same architecture without reading complete files.
+    The hash covers the name, the size, and the first and last MiB of each safetensors file. These suffice to distinguish two
+    sets of weights of the same architecture, without reading complete files.
     """
     files = sorted(Path(backbone).glob("*.safetensors"))
     if not files:

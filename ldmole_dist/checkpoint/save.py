@@ -47,12 +47,15 @@ from ldmole_dist.io import (
 )
 from ldmole_dist.tuner.state_dict import adapter_keys
 
-HEARTBEAT_SECONDS = 10  # interval while waiting for a write; far below any stall time-out of the launcher
+HEARTBEAT_SECONDS = 10  # interval while waiting for a write; far below the default of --stall-minutes (10 minutes)
 
 
 @dataclass
 class _PendingCheckpoint:
-    """Checkpoint that this rank is writing."""
+    """Checkpoint that this rank is writing.
+
+    `copied` is set once the shards are in host memory. After the write, `digest` describes this rank's file, or `error` is set.
+    """
 
     step: int
     unfinished: Path
@@ -122,7 +125,7 @@ class Saver:
 
     @property
     def done(self) -> bool:
-        """Whether a checkpoint is pending and this rank has written its file or failed to."""
+        """Whether a checkpoint is pending and this rank has written its file or failed to write it."""
         return self._pending is not None and (self._pending.thread is None or not self._pending.thread.is_alive())
 
     def finish(self) -> None:
@@ -155,7 +158,7 @@ class Saver:
         random_states: dict[str, Tensor],
         ready: torch.cuda.Event | None,
     ) -> None:
-        """Write this rank's file; an error is stored, and `finish` raises it. With run.save_async, this runs in a thread."""
+        """Write this rank's file, in a thread with run.save_async. An error is stored in `pending`, and `finish` raises it."""
         try:
             states = {f"{state}/{shard.name}": value for shard in shards for state, value in shard.states.items()}
             starts = {f"{state}/{shard.name}": shard.start for shard in shards for state in shard.states}

@@ -26,9 +26,9 @@ class HostFacts:
         ranks: number of ranks of the job.
         hosts: number of hosts of the job.
         clock_skew: seconds by which the clock of this host is ahead of the launching host; NaN if the host stopped answering.
-        output_shared: "yes"; "no" if this host does not see a file that the first host that answered has created in
-            run.output_dir; "not checked" if that host could not create it, or if that host or this one stopped answering; or an
-            error message, if this host could not access the folder.
+        output_shared: whether this host shares run.output_dir with the first host that answered, which creates a file in it:
+            "yes" or "no" if this host sees the file or not; "not checked" if the first host could not create the file or one
+            of the two hosts stopped answering; the error message if this host could not access the folder.
     """
 
     found: Mapping[str, Any]

@@ -25,6 +25,9 @@ def run_launch(args: argparse.Namespace) -> int:
     """Run `ldmole launch CONFIG`, and return its exit code.
 
     Inside mpirun it does not return: this process becomes the supervisor of one rank.
+
+    Raises:
+        UserError: if the config or an argument is invalid, or the job cannot be started.
     """
     config = load_config(args.config, args.overrides)
     if args.max_restarts and not config.run.save_every:
@@ -61,7 +64,12 @@ def run_launch(args: argparse.Namespace) -> int:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Run `ldmole doctor [CONFIG]`, and return its exit code."""
+    """Run `ldmole doctor [CONFIG]`, and return its exit code.
+
+    Raises:
+        UserError: if the config or an argument is invalid, the launcher is not installed, or the collectives cannot be started.
+        KeyboardInterrupt: if a stop is requested while the collectives run.
+    """
     config = None if args.config is None else load_config(args.config, args.overrides)
     spec = create_launch_spec(args, config)
     exports = exported_environment(os.environ, args.export, args.interface)
@@ -93,7 +101,7 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
             raise UserError("--nodes uses torchrun on each host; remove --hostfile and --launcher, or remove --nodes")
         if args.master_addr is None or args.node_rank is None or not 0 <= args.node_rank < args.nodes:
             raise UserError(
-                f"--nodes {args.nodes} needs --master-addr ADDRESS and --node-rank N with N from 0 to {args.nodes - 1}"
+                f"--nodes {args.nodes} needs --master-addr ADDRESS and --node-rank I with I from 0 to {args.nodes - 1}"
             )
         master = f"{args.master_addr}:{args.port}"
         return LaunchSpec("torchrun", this_host, nodes=args.nodes, node_rank=args.node_rank, master=master, **common)

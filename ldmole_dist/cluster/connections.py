@@ -54,8 +54,8 @@ class RankStatus:
     def reachable(self) -> bool:
         """Whether other hosts can reach the address.
 
-        They cannot reach a loopback address. A supervisor reports one if it reaches the coordinator through the loopback
-        interface: in a job on one host, or if /etc/hosts maps the host's own name to 127.0.1.1 (Debian).
+        A loopback address is not reachable. A supervisor reports such an address if it connects to the coordinator through the
+        loopback interface: in a job on one host, or if /etc/hosts maps the host's own name to 127.0.1.1 (Debian).
         """
         return not self.address.startswith("127.")
 
@@ -77,7 +77,7 @@ class Connections:
 
     Attributes:
         port: TCP port on which the server listens.
-        by_rank: status of each rank that has connected; it stays after the connection is closed.
+        by_rank: status of each rank whose supervisor has connected, including those whose connection is closed.
         duplicates: status of each supervisor that connected with a rank that is already in `by_rank`.
 
     Raises:

@@ -68,7 +68,7 @@ class Coordinator:
         self._started_at: float | None = None
 
     def request_stop(self) -> None:
-        """Make all ranks save and exit; a second request ends them without saving. Safe to call from a signal handler."""
+        """Request that all ranks save and exit; a second request kills them without saving. Safe in a signal handler."""
         if self._requests.add():
             self._on_stop_request(repeated=self._requests.count > 1)
 
@@ -169,8 +169,8 @@ class Coordinator:
     def _start_when_complete(self, seconds: float, launcher_exit_code: int | None) -> None:
         """Start the ranks once all supervisors are connected.
 
-        A failure is recorded if a supervisor has a wrong world size or the rank of another one, if supervisors did not connect
-        in time, or if the launcher exited before all were connected.
+        A failure is recorded if a supervisor has a wrong world size, if two supervisors have the same rank, if a supervisor did
+        not connect in time, or if the launcher exited before all supervisors were connected.
 
         Args:
             seconds: seconds since the coordinator started.

@@ -117,7 +117,7 @@ def _check_collectives(spec: LaunchSpec, exports: Mapping[str, str]) -> list[str
 
 
 def _majority(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the most frequent value of each key, and for "packages" of each package; on a tie, the first of them."""
+    """Return the most frequent value of each key, and for "packages" of each package; on a tie, the value found first."""
     majority: dict[str, Any] = {}
     for key in findings[0] if findings else ():
         values = [found[key] for found in findings]
@@ -130,7 +130,11 @@ def _majority(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _check_output_shared(probes: Sequence[RemoteProbe], output_dir: Path) -> dict[str, str]:
-    """Check whether the other hosts see a file that the first host that could be probed creates in the output folder.
+    """Check whether the hosts share the output folder: the first host creates a file in it, and the others look for the file.
+
+    Args:
+        probes: probes of the hosts that answered.
+        output_dir: output folder of the run.
 
     Returns:
         By host, "yes", "no", "not checked" or an error message (see `HostFacts.output_shared`).

@@ -86,7 +86,7 @@ def find_stalled_rank(
     """Return a failure if a rank has stalled.
 
     A rank has stalled if it sent no heartbeat within LOADING_SECONDS of its start, or if its last heartbeat is older than
-    `stall_seconds`. Of several ranks of the second kind, the one with the oldest heartbeat is reported.
+    `stall_seconds`. If the last heartbeats of several ranks are too old, the rank with the oldest one is reported.
 
     Args:
         running: status of the ranks that have not exited.

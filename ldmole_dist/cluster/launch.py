@@ -151,13 +151,16 @@ def run_attempt(
 def run_with_restarts(
     spec: LaunchSpec, command: Sequence[str], exports: Mapping[str, str], stall_seconds: float, max_restarts: int
 ) -> int:
-    """Run a job, restart it after failures that a restart can cure, and return the exit code.
+    """Run a job, restart it after each failure that is not permanent, and return the exit code.
 
-    If the job fails, the end of the output names the first failure.
+    If the job fails, the end of the output names the first failure. After a stop request, the job is not restarted.
 
     Args:
         spec, command, exports, stall_seconds: arguments of `run_attempt`.
         max_restarts: maximum number of restarts.
+
+    Raises:
+        UserError: as in `run_attempt`.
     """
     with StopSignals() as signals:
         number = 0

@@ -21,8 +21,8 @@ def rendezvous(
 
     Args:
         rank_environment: rank and world size of this process.
-        interface: network interface that the coordinator uses. If it is None or does not exist on the host of rank 0, the one
-            that leads to another host is used, or the loopback interface in a job on one host.
+        interface: network interface that the coordinator uses. If it is None or does not exist on the host of rank 0, the
+            interface on the route to another host is used; in a job on one host, the loopback interface.
         stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
 
     Returns:

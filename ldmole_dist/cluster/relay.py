@@ -51,9 +51,10 @@ class Relay(threading.Thread):
         return [line for line in lines if line.strip()][-count:]
 
     def _complete_lines(self, chunk: bytes) -> bytes:
-        """Return what to write to a log after a chunk was read; keep the rest for the next call.
+        """Return the bytes to write to a log after a chunk was read.
 
-        This is the complete lines and, every PROGRESS_BAR_SECONDS, the state of a progress bar on the incomplete line.
+        These are the complete lines and, every PROGRESS_BAR_SECONDS, the state of a progress bar on the incomplete line. The
+        rest of the chunk is kept for the next call.
         """
         # tqdm moves the cursor up (ESC [A) after it has drawn a nested bar.
         *lines, self._incomplete_line = (self._incomplete_line + chunk.replace(b"\x1b[A", b"")).split(b"\n")

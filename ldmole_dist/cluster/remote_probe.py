@@ -79,7 +79,7 @@ class RemoteProbe:
         return self._read_answer()
 
     def clock_skew(self) -> float:
-        """Return the seconds by which the clock of the host is ahead of this host's; NaN if it does not answer.
+        """Return the seconds by which the clock of the probed host is ahead of this host's; NaN if the probe does not answer.
 
         The clock is read three times, and the reading with the shortest round trip is used.
         """

@@ -53,7 +53,7 @@ class LaunchSpec:
 
 
 def check_installed(launcher: str) -> None:
-    """Raise an error if the program that a launcher needs is not installed.
+    """Check that the program that a launcher needs is installed.
 
     Raises:
         UserError: if the program is not in PATH.
@@ -117,7 +117,7 @@ def launcher_environment(spec: LaunchSpec, environ: Mapping[str, str]) -> dict[s
 def device_environment(spec: LaunchSpec, environ: Mapping[str, str]) -> dict[str, str]:
     """Return CUDA_VISIBLE_DEVICES if it is set and the launcher starts ranks on this host only, otherwise an empty dict.
 
-    It is passed explicitly because DeepSpeed's launcher overwrites it.
+    The variable is passed to the ranks explicitly, because DeepSpeed's launcher overwrites the inherited value.
 
     Args:
         spec: launcher and hosts.

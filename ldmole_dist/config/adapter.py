@@ -24,14 +24,15 @@ ExpertCounts = Annotated[
 class AdapterFields:
     """Fields that the `adapter` section of a run config and a PEFT `LdMoleConfig` have in common.
 
-    The defaults are those of the paper, except for `lambda_init`: "live" deviates from the authors' code, which "authors"
-    follows (docs/method.md). This is a dataclass of the standard library, so that PEFT's config can derive from it. pydantic
-    checks values against the annotations.
+    The defaults are those of the paper, except for `lambda_init`: the authors' code corresponds to "authors", but the default
+    is "live" (docs/method.md). The class is a dataclass of the standard library, so that PEFT's config can derive from it.
+    pydantic checks values against the annotations.
     """
 
     r: Positive = field(default=8, metadata={"help": "LoRA rank of each expert."})
     lora_alpha: Annotated[float, Field(gt=0)] = field(
-        default=16.0, metadata={"help": "Numerator of lora_alpha / r, the factor of the experts' output."}
+        default=16.0,
+        metadata={"help": "Numerator of lora_alpha / r, the factor by which the output of the experts is scaled."},
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = field(
         default=0.1,
@@ -57,8 +58,8 @@ class AdapterFields:
     router_input: Literal["layer", "hidden"] = field(
         default="layer",
         metadata={
-            "help": "Input of the router. 'layer': the input of its linear. 'hidden', as in X-LoRA: the last hidden states of "
-            "the model without the adapter, from an additional forward that needs use_cache=False."
+            "help": "Input of the router. 'layer': the input of the adapted linear. 'hidden', as in X-LoRA: the last hidden "
+            "states of the model without the adapter, from an additional forward that needs use_cache=False."
         },
     )
     top_k: Positive = field(default=2, metadata={"help": "Number of active experts per token with router 'topk'."})

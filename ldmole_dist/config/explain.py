@@ -31,7 +31,7 @@ def key_names(section: Any) -> list[str]:
 
 
 def subsection(section: Any, path: list[str]) -> Any:
-    """Return the dataclass at a path of keys below a section. An index in the path is that of a `Source` in a list."""
+    """Return the dataclass at a path of keys below a section. A number in the path is the index of a `Source` in a list."""
     for name in path:
         section = Source if name.isdigit() else typing.get_type_hints(section)[name]
     return section

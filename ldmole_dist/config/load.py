@@ -76,7 +76,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     *sections, name = key.split(".")
     if not found or not all([*sections, name]):
-        raise UserError(f"override {override!r} must look like section.key=value")
+        raise UserError(
+            f"override {override!r} does not have the form section.key=value; write, for example, run.seed=1"
+        )
     if not sections and name not in key_names(Config):
         sections = [section for section in key_names(Config) if name in key_names(subsection(Config, [section]))]
         if len(sections) != 1:

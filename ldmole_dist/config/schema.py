@@ -99,7 +99,7 @@ class Data:
         truncation: cut sequences longer than max_length: plain texts at their end, all others at their start. If false, such a
             sequence is an error.
         packing: concatenate the sequences of a micro-batch into one row instead of padding them; each keeps its own positions
-            and attention mask. Needs attention "sdpa", "eager" or "flash_attention_2".
+            and attention mask. backbone.attention must be null, "sdpa", "eager" or "flash_attention_2".
         cache: folder for encoded data sets, visible to all ranks. The file names depend on everything that affects encoding.
         streaming: keep the training set on disk: .jsonl files are read and checked once at the start, and rows are encoded when
             a step needs them. Needs truncation.
@@ -188,7 +188,7 @@ class Parallelism:
             and the number of ranks.
         dispatch: exchange in an expert-parallel group: "all_to_all" sends tokens, "gather" sends experts, and "auto" chooses,
             for each expert, whichever of the two causes less traffic.
-        overlap: exchange while the frozen linears compute; this does not change the results.
+        overlap: run the exchange while the frozen linears compute. The results are the same with and without overlap.
         deepspeed: name of a file in ds_configs/, such as "zero2", or path of a DeepSpeed JSON config.
         precision: dtype of the backbone and the activations; adapter parameters are always float32. fp16 uses a loss scale.
         gradient_checkpointing: recompute decoder layers in the backward instead of keeping their activations.
@@ -211,7 +211,8 @@ class Run:
     Args:
         output_dir: folder of the run (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl and other .jsonl files).
         seed: seed of initial values, dropout, router noise and data order.
-        eval_every: number of optimizer steps between evaluations; 0 disables those between the first and the last step.
+        eval_every: number of optimizer steps between evaluations; 0 evaluates only after the last step and, with eval_before,
+            before the first.
         eval_before: also evaluate before the first step of a fresh run.
         save_every: number of optimizer steps between checkpoints; 0 saves one only after a stop request (SIGTERM or SIGINT).
         keep_last: number of latest checkpoints to keep.
@@ -219,9 +220,10 @@ class Run:
             spent in dispatch, volume sent per input group, and peak memory.
         save_async: write checkpoints in the background from a copy in host memory. If false, training waits while a checkpoint
             is written, and no copy is needed.
-        resume: "auto" resumes from the latest complete checkpoint in output_dir, if there is one; "never" starts fresh and
-            moves previous results in output_dir aside; a path resumes from that checkpoint, or from the latest one of that run,
-            unless output_dir already has checkpoints of a run that was resumed from that path: then from the latest of these.
+        resume: "auto" resumes from the latest complete checkpoint in output_dir, if there is one. "never" starts fresh and
+            moves previous results in output_dir aside. The path of a checkpoint resumes from this checkpoint, the path of a run
+            from its latest checkpoint. If such a run is restarted with the same path, it resumes from the latest checkpoint in
+            its own output_dir.
     """
 
     output_dir: str

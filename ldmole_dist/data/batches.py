@@ -124,8 +124,8 @@ class TrainingOrder:
         if self.mixture is None:
             return self._sources[0].example(position)
         block, offset = divmod(position, BLOCK_SIZE)
-        # Draw every block up to this one: the pass through a source depends on how often it was drawn before. A resumed run
-        # therefore repeats the draws of the steps that it skips.
+        # Draw every block up to this one, because the next example of a source depends on how often the source was drawn in
+        # earlier blocks. A resumed run therefore repeats the draws of the steps before its checkpoint.
         while len(self._blocks) <= block:
             generator = seeded(self.seed, "mixture", len(self._blocks))
             weights = torch.tensor(self.mixture.weights, dtype=torch.float64)

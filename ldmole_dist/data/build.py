@@ -87,7 +87,10 @@ def _make_order(config: Config, lengths: Sequence[int], process: Process, mixtur
 
 
 def _index_files(config: Config, encoder: Encoder, process: Process) -> StreamedRows:
-    """Check and index the training files: each rank reads one part of every file and receives the indexes of all parts."""
+    """Check and index the training files, and return their rows.
+
+    Collective: each rank reads one part of every file and receives the indexes of all parts.
+    """
     sources = as_sources(config.data.train)
     with raise_on_all_ranks("checking the data"):
         parsers = [RowParser(s, config.backbone.task, config.data.labels, named=len(sources) > 1) for s in sources]

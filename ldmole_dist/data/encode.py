@@ -33,7 +33,7 @@ class Encoded:
 
 
 class Encoder:
-    """Encoder of rows as token ids and labels.
+    """Converts rows to token ids and labels.
 
     Args:
         tokenizer: tokenizer of the backbone.
@@ -210,7 +210,10 @@ class Encoder:
             ) from error
 
     def _fit(self, parts: Sequence[tuple[list[int], bool]], row: Row) -> tuple[list[int], list[int]]:
-        """Return the token ids and labels of the concatenated parts, cut to `max_length` if truncation is on."""
+        """Return the token ids and labels of the concatenated parts.
+
+        If truncation is on, they are cut to `max_length`: plain texts at the end, all other rows at the start.
+        """
         ids = [i for part, _ in parts for i in part]
         labels = [i if trained else IGNORED for part, trained in parts for i in part]
         limit = self.max_length

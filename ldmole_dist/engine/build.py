@@ -103,7 +103,7 @@ class Engine:
     def overflowed(self) -> bool:
         """Whether the last step was skipped because fp16 gradients overflowed and a lower loss scale can prevent that.
 
-        False for non-finite gradients in another precision, or at a fixed or minimum loss scale, where they are errors.
+        False in the other precisions and at a fixed or minimum loss scale. There, non-finite gradients are an error.
         """
         return self._may_overflow and not math.isfinite(self.grad_norm)
 

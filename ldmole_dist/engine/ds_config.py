@@ -66,7 +66,7 @@ def resolve_ds_config(
     precision: str,
     ep_size: int,
 ) -> dict[str, Any]:
-    """Return a complete config for `Engine`.
+    """Return a complete DeepSpeed config for `Engine`.
 
     Keys with the value "auto" are set from the arguments, or removed so that DeepSpeed uses its default. Keys that the engine
     depends on are overwritten.
@@ -92,7 +92,7 @@ def resolve_ds_config(
     for key, value in given.items():
         if config.get(key, "auto") not in ("auto", value):
             raise UserError(
-                f'the DeepSpeed config sets {key}={config[key]}, but the run config needs {value}; set it to "auto" in the '
+                f'the DeepSpeed config sets {key}={config[key]}, but the run config needs {value}; set {key} to "auto" in the '
                 "DeepSpeed config"
             )
     config = _without_auto(config) | given
@@ -117,8 +117,8 @@ def resolve_ds_config(
         # `Engine` clips the gradients at stage 0: DeepSpeed 0.19.8 computes the norm of experts incorrectly there.
         config["gradient_clipping"] = 0.0
     config["zero_allow_untested_optimizer"] = True
-    # Without this, DeepSpeed rejects torch's AdamW, the default optimizer, if the optimizer state is offloaded. DeepSpeed's own
-    # CPU optimizer needs a compiler.
+    # With the default, true, DeepSpeed rejects torch's AdamW (our default optimizer) if the optimizer state is offloaded.
+    # DeepSpeed's own CPU optimizer needs a compiler.
     config["zero_force_ds_cpu_optimizer"] = False
     config["steps_per_print"] = 10**12  # the trainer prints its own progress
     return config

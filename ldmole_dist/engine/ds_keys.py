@@ -166,7 +166,7 @@ REFUSED = {
     "sequence_parallel_size": "sequence parallelism is not supported; remove this key",
     "tensor_parallel": "tensor parallelism is not supported; remove this section",
     "use_data_before_expert_parallelism": "consecutive ranks form an expert-parallel group; remove this key",
-    "weight_quantization": "quantized backbones are not supported; remove this section",
+    "weight_quantization": "DeepSpeed's weight quantization is not supported; remove this section",
     "zero_optimization.cpu_offload": 'it is deprecated; replace it with "offload_optimizer": {"device": "cpu"}',
     "zero_optimization.cpu_offload_param": 'it is deprecated; replace it with "offload_param": {"device": "cpu"}',
     "zero_optimization.cpu_offload_use_pin_memory": "it is deprecated; replace it with pin_memory in the offload sections",

@@ -1,8 +1,8 @@
 """Expert-parallel groups in DeepSpeed, and the declaration of expert parameters to DeepSpeed.
 
-DeepSpeed must reduce an expert's gradient only over the ranks that hold the same expert (its expert-data-parallel group). How
-to declare that depends on the ZeRO stage (docs/clusters.md): parameter attributes at every stage, a marker module at stages 0
-to 2, and separate optimizer groups at stages 1 and 2.
+DeepSpeed must reduce an expert's gradient only over the ranks that hold the same expert (its expert-data-parallel group). The
+declaration depends on the ZeRO stage (docs/clusters.md): parameter attributes at every stage, a marker module at stages 0 to 2,
+and separate optimizer groups at stages 1 and 2.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, stage: int) -
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = name
             parameter.ds_zero_partition_process_group = data_parallel
-    # No marker if all experts are frozen: stages 1 and 2 fail if a model is marked as having experts that no optimizer holds.
+    # Add no marker if all experts are frozen: with the marker, stages 1 and 2 fail unless an optimizer group has experts.
     if stage < 3 and trained:
         model.add_module("expert_marker", _ExpertMarker(num_experts, ep_size))
 
@@ -119,7 +119,7 @@ def check_partition_groups(model: nn.Module, ep_size: int) -> None:
 
 @torch.no_grad()
 def clip_local_gradients(model: nn.Module, max_norm: float, parallel: ExpertParallel) -> float:
-    """Clip the gradients at ZeRO stage 0 by their norm over the parameters of all ranks. Collective.
+    """Clip the gradients in place, at ZeRO stage 0, by their norm over the parameters of all ranks. Collective.
 
     At stage 0, DeepSpeed 0.19.8 averages the norms of the ranks, which is incorrect for experts.
 

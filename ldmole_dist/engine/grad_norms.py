@@ -68,8 +68,8 @@ def _squares(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
     offloaded = optimizer.offload_optimizer if engine.stage == 3 else optimizer.cpu_offload
     for index, parameters in enumerate(groups):
         if offloaded:
-            # The gradients are already in host memory. DeepSpeed stored the norm of each shard before it copied the shard
-            # there; there is no norm if this rank holds no shard of a parameter.
+            # The gradients are already in host memory. DeepSpeed computed and stored the norm of each shard before it copied
+            # the shard to the host. If this rank holds no shard of a parameter, no norm is stored.
             norms = optimizer.norm_for_param_grads
             for parameter in parameters:
                 if (norm := norms.get(optimizer.get_param_id(parameter))) is not None:

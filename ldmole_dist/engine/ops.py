@@ -15,7 +15,8 @@ def how_built(optimizer: str) -> str:
         optimizer: value of optimisation.optimizer.
 
     Returns:
-        "not needed", "prebuilt", "built at the first start" or, if tools are missing, "cannot be built: no g++ and no ninja".
+        "not needed", "prebuilt" or "built at the first start"; if tools are missing, "cannot be built: " and their names, such
+        as "cannot be built: no g++ and no ninja".
     """
     if optimizer not in _OPS:
         return "not needed"

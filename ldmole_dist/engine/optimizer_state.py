@@ -67,9 +67,10 @@ def full_shapes(engine: Engine, frozen_experts: bool = False) -> dict[str, tuple
 
 
 def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
-    """Yield this rank's shard of each trainable parameter. At ZeRO stages 1 to 3, a rank may hold no shard of some.
+    """Yield this rank's shard of each trainable parameter.
 
-    The Adam moments must exist: before the first step, call `create_moments`.
+    At ZeRO stages 1 to 3, a rank may hold no shard of a parameter, which is then skipped. The Adam moments must exist: before
+    the first step, call `create_moments`.
     """
     if engine.stage in (1, 2):
         # DeepSpeed links moments to parameters only once, after the step of the first parameter group. The moments of later

@@ -14,6 +14,7 @@ from torch import Tensor
 from ldmole_dist.engine.build import Engine
 from ldmole_dist.tuner.model import tuner_of
 
+# Attributes of the DeepSpeed engine that a checkpoint stores.
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 

@@ -3,7 +3,8 @@
 - Scalars `routing/<statistic>/<projection>`: mean over the layers.
 - Scalars `layers/<projection>/<statistic>/<layer>`: value of one linear.
 - Histograms `experts_per_token/<projection>`: share of tokens by number of active experts, mean over the layers.
-- Images `load/<projection>`: load of each expert (column) in each layer (row).
+- Images `load/<projection>`: load of each expert (column) in each layer (row), which is its share of the active (token, expert)
+  pairs.
 
 The layout of the custom scalars page combines related scalars in one chart.
 
@@ -27,6 +28,7 @@ STATISTICS = ("lambda_mean", "lambda_std", "experts_per_token", "entropy", "max_
 CHANGED = "support_changed"
 PIXELS = 16  # width and height of one (layer, expert) cell in an image
 
+# Chart title -> regular expressions of the tags in the chart.
 HEADLINES: dict[str, list[str]] = {
     "loss": ["train/loss$", "train/loss_task$"],
     "auxiliary losses": [],  # write_layout adds those of the router

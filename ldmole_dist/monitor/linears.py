@@ -79,8 +79,8 @@ def as_table(rows: Sequence[Sequence[float]], filler: float, width: int = 0) -> 
 def _positions(names: list[str]) -> dict[str, Position]:
     """Return the position of each linear: the first number in its name is its layer, the last component its projection.
 
-    If two linears would have the same position, as in an encoder and a decoder, the projection of all linears with that last
-    component is the full name with "*" in place of the layer.
+    Two linears may then have the same position, for example in an encoder and a decoder. For all linears with this last
+    component, the projection is instead the full name with "*" in place of the layer.
     """
     split = {name: _split(name) for name in names}
     counts = Counter((pattern.rsplit(".", 1)[-1], layer) for pattern, layer in split.values())

@@ -25,8 +25,8 @@ class JsonLines:
 
     Args:
         path: path of the file, which is created if it does not exist.
-        last_step: last step to keep. The first line that is damaged or of a later step is removed, with all lines after it;
-            so is an incomplete last line.
+        last_step: last step to keep. The first line that is damaged or of a later step is removed, with all lines after it.
+            An incomplete last line is removed as well.
 
     Raises:
         OSError: if the file cannot be written.
@@ -68,7 +68,7 @@ def _end_of(path: Path, last_step: int) -> int:
 def _plain(value: Any) -> Any:
     """Return a copy with None in place of NaN and infinity, which JSON lacks.
 
-    They occur in normal runs: the gradient norm of a skipped step is infinite.
+    Infinity occurs in normal runs: the gradient norm of a skipped step is infinite.
     """
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}

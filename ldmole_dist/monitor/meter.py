@@ -42,14 +42,14 @@ class Report(NamedTuple):
 class StepMeter:
     """Collector of the metrics of one optimizer step.
 
-    Every rank creates one per step, before the first forward. Creating it resets the counters of sent elements and the times of
-    the dispatch.
+    Every rank creates one meter per step, before the first forward. The constructor resets the counters of sent elements and
+    the times of the dispatch.
 
     Args:
         engine: engine that runs the step.
         process: this rank.
-        detailed: also report the routing of each linear, the spread of lambda, the number of dead experts, elements sent by
-            input group, gradient norms by part, peak memory and, if experts are spread over ranks, dispatch times.
+        detailed: also report the routing of each linear, the standard deviation of lambda, the number of dead experts, gradient
+            norms by part, peak memory and, if experts are spread over ranks, elements sent by input group and dispatch times.
     """
 
     def __init__(self, engine: Engine, process: Process, detailed: bool) -> None:

@@ -111,7 +111,7 @@ def _scalars(values: dict[str, Any], section: str, prefix: str = "") -> Iterator
 
 
 def _rounded(value: Any) -> Any:
-    """Round all floats to five significant digits: a detailed report has thousands, and routing.jsonl must remain small."""
+    """Return a copy with floats rounded to five significant digits, because a detailed report has thousands of them."""
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -3,12 +3,12 @@
 Sending an expert (A and B) costs about as much as sending R token rows and returning their sums, so neither is always
 cheaper. A row that one expert no longer needs may still be needed by another expert of the same rank, so the choices depend
 on each other: the exact optimum is a minimum-weight vertex cover. `choose_fetched_experts` sorts the experts of a rank by
-their number of rows, takes the cheapest prefix (from no expert to all of them), and improves it by single changes.
+their number of rows, takes the cheapest prefix (from no expert to all of them), and then changes the choice for single experts.
 `optimal_fetched_experts` searches exhaustively, for tests.
 
-The cost is the number of elements that the forward sends and receives. The backward sends a gradient for each of them, and a
-recomputation repeats the forward, so their costs are proportional to it. The exchange of counts is the same for every decision
-and is left out.
+The cost is the number of elements that the source rank sends and receives for its own tokens in the forward. The cost of the
+backward, which exchanges gradients, and of a recomputed forward is about proportional to that of the forward. The exchange of
+counts costs the same for every decision, so it is not included.
 
 Shapes: G linears of the input group, T tokens, P ranks, L experts of one linear on each rank, R LoRA rank, X = G L experts of
 all linears of the group on one rank.
@@ -24,11 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Number of single changes tried after the best prefix. tests/parallel/test_decision.py checks on small random cases that the
-# result then costs at most 2 % more than the optimum.
+# Number of times that the choice for one expert per rank may be changed after the best prefix is found. With this number, the
+# result costs at most 2 % more than the optimum (tests/parallel/test_decision.py, on small random cases).
 IMPROVEMENTS = 2
 # Several rounds are used only if a rank receives more than twice this number of rows. Fewer rows take no more memory than a
-# small micro-batch, so the kernel launches of more rounds would not pay.
+# small micro-batch, so more rounds would save little memory and only add kernel launches.
 ROWS_AT_ONCE = 1024
 
 
@@ -43,13 +43,13 @@ class DispatchDecision(NamedTuple):
         sent_PGL: bool, experts of this rank that each rank fetches.
         send_rows: number of rows to send to each rank. Each row is needed by at least one linear of the group.
         recv_rows: number of rows to receive from each rank.
-        send_linear_rows: for each linear, the part of `send_rows` that this linear needs.
-        recv_linear_rows: for each linear, the part of `recv_rows` that this linear needs.
-        send_experts: for each linear, the number of experts to send to each rank.
-        recv_experts: for each linear, the number of experts to receive from each rank.
-        here_counts: for each linear, the number of this rank's active tokens of each expert that is computed here, own or
-            fetched, in order of expert index.
-        recv_counts: for each linear, the number of received rows for each of this rank's own experts.
+        send_linear_rows: `[g][q]` is the number of rows to send to rank q that linear g needs.
+        recv_linear_rows: `[g][q]` is the number of rows to receive from rank q that linear g needs.
+        send_experts: `[g][q]` is the number of experts of linear g to send to rank q.
+        recv_experts: `[g][q]` is the number of experts of linear g to receive from rank q.
+        here_counts: `[g]` has one entry for each own or fetched expert of linear g, in order of expert index: the number of
+            this rank's tokens for which the expert is active.
+        recv_counts: `[g][e]` is the number of received rows for which this rank's own expert e of linear g is active.
         rounds: number of rounds in which the rows are exchanged; the same on every rank.
     """
 
@@ -168,11 +168,13 @@ def _gains(support_TPX: Tensor, fetched_PX: Tensor, weight_X: Tensor, sizes: Gro
 
 
 def _depends(left_TP1: Tensor, fetched_PX: Tensor) -> Tensor:
-    """Return whether a row that needs an expert has no other unfetched expert, (T, P, X).
+    """Return (T, P, X) bool: whether all other experts that the row needs on the rank are fetched.
+
+    The result is valid only for rows that need the expert.
 
     Args:
         left_TP1: number of unfetched experts of each row.
-        fetched_PX: whether the expert is fetched, and so not counted in `left_TP1`.
+        fetched_PX: bool, the fetched experts; they are not counted in `left_TP1`.
     """
     return torch.where(fetched_PX, left_TP1 == 0, left_TP1 == 1)
 
@@ -214,8 +216,8 @@ def payload_elements(
 ) -> dict[str, int]:
     """Return the number of elements, by kind, that one rank sends and receives for its own tokens in one forward.
 
-    The backward sends the same number of gradients in the opposite direction, except for kinds that need no gradient.
-    With several rounds it also sends rows and gates again.
+    The backward sends the same number of gradients in the opposite direction, except for kinds that need no gradient. With
+    several rounds, the backward also sends the rows and gates again.
 
     Args:
         support_GTPL: (G, T, P, L) bool, the rank's active pairs.

@@ -69,7 +69,7 @@ class ExpertParallel:
         return LocalDispatch() if self.group is None else ExpertParallelDispatch(self)
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """Return the tensors (L, ...) of all ranks as one (E, ...). Collective: every rank of the group must call it."""
+        """Return the (L, ...) tensors of all ranks as one (E, ...) tensor. Collective: every rank of the group must call it."""
         if self.group is None:
             return local
         parts = [torch.empty_like(local) for _ in range(self.size)]
@@ -286,8 +286,8 @@ class ExpertParallelDispatch:
 class _AddSums(torch.autograd.Function):
     """Add the partial sums returned by remote ranks to the local output, in at least float32.
 
-    Must also be applied when this rank receives no sums: the backward is collective, and other ranks wait for their gradients.
-    Saves only the token index of each sum; torch's index_add would also save the sums.
+    Apply it even if this rank receives no sums: it connects the exchange of the sums to the graph, and the backward of the
+    exchange is collective. It saves only the token index of each sum, whereas torch's index_add would also save the sums.
     """
 
     @staticmethod

@@ -84,10 +84,14 @@ def exchange_in_rounds(
 
 
 def _run_round(part: Rows, banks: Sequence[ExpertBank], group: dist.ProcessGroup, tally: Tally) -> tuple[Tensor, ...]:
+    """Send the rows of one round, apply the experts of each linear on the destination ranks, and return the sums, (n, O) each.
+
+    The sums of each linear are in the order of the rows. Collective.
+    """
     tallies, send, recv = iter([tally]), part.send, part.recv
 
-    # Pass tensors as arguments, which an enclosing checkpoint can drop. Those in the closure would stay in memory until the
-    # backward.
+    # Pass the tensors as arguments, so that an enclosing checkpoint can free them. Tensors in the closure would stay in memory
+    # until the backward.
     def compute(x_TD: Tensor, gates: Tensor, token_n: Tensor) -> tuple[Tensor, ...]:
         # The first call is the forward; the second is the recomputation, whose elements are counted as repeated.
         counting = next(tallies, tally._replace(repeated=True))

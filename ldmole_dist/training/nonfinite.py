@@ -21,7 +21,7 @@ def explain_nonfinite(engine: Engine, batch: dict[str, Tensor], own_loss_is_bad:
 
     Args:
         engine: engine that computed the non-finite value.
-        batch: micro-batch whose loss was non-finite on this rank; any micro-batch if there was none.
+        batch: micro-batch whose loss was non-finite on this rank; any micro-batch of the step if all losses were finite.
         own_loss_is_bad: whether the loss of `batch` was non-finite.
 
     Returns:

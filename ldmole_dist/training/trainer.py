@@ -97,7 +97,7 @@ class Trainer:
 
     def _training_loop(self) -> dict[str, float]:
         run = self.config.run
-        if self.first_step >= self.last_step:  # nothing left to train; the resumed run has reported the evaluation
+        if self.first_step >= self.last_step:  # nothing to train; this evaluation was reported before the resume
             return self._evaluate(self.first_step)
         result = self._report_evaluation(0) if self.first_step == 0 and run.eval_before else {}
         steps = tqdm(
@@ -146,7 +146,7 @@ class Trainer:
         self.saver.wait_for_copy()
         self.engine.step()
         metrics["grad_norm"] = self.engine.grad_norm
-        # In fp16 an overflow is expected until the loss scale fits: DeepSpeed skips the step and lowers the scale.
+        # In fp16, gradients may overflow until the loss scale is low enough: DeepSpeed skips the step and lowers the scale.
         if not math.isfinite(self.engine.grad_norm) and not self.engine.overflowed:
             self._raise_nonfinite_gradient(step, metrics["loss"], batches)
 
@@ -221,7 +221,7 @@ class Trainer:
         self, step: int, loss: float, batches: list[dict[str, Tensor]], losses: list[Tensor]
     ) -> None:
         bad = next((index for index, value in enumerate(losses) if not value.isfinite()), None)
-        self.context.noise = self._router_noise(step, bad or 0)  # the diagnosis repeats the forward with its noise
+        self.context.noise = self._router_noise(step, bad or 0)  # repeat the forward with the same noise
         finding = explain_nonfinite(self.engine, batches[bad or 0], bad is not None)
         raise NonFiniteLoss(
             f"the loss is {loss} at step {step}; {finding}. Run again with run.resume=auto and a smaller "
@@ -275,8 +275,8 @@ class Trainer:
         """Reduce the flags of all ranks, so that all ranks act on them in the same step.
 
         Returns:
-            Whether any rank received a stop signal; whether every rank has written its file of the pending checkpoint or failed
-            to; whether any rank failed to write a report.
+            Whether any rank received a stop signal; whether every rank has finished writing its file of the pending checkpoint,
+            with or without an error; whether any rank failed to write a report.
         """
         own = [self.stop.requested, self.saver.done, self.monitor.failed]
         flags = torch.tensor(own, dtype=torch.int64, device=self.process.device)

@@ -49,6 +49,9 @@ class Task(ABC):
         """Divide a `datasets.Dataset` into train, validation and test (80, 10 and 10 %), and return one of them by name.
 
         The calls and the seed are those of the paper's code, so that the parts have the same records.
+
+        Raises:
+            KeyError: if `name` is not "train", "validation" or "test".
         """
         halves = data.train_test_split(test_size=0.2, seed=42)
         held_out = halves["test"].train_test_split(test_size=0.5, seed=42)

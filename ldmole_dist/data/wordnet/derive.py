@@ -81,7 +81,8 @@ def read_definitions(data_noun: Path) -> dict[str, list[str]]:
 def interleave(definitions: dict[str, list[str]], start: int, stop: int) -> list[dict[str, str]]:
     """Return the rows of definitions `start` to `stop - 1` of each label.
 
-    They are in rounds of one row per label, so that the labels of any prefix are balanced to within one row.
+    The rows are ordered in rounds, each with one row of every label. In any prefix of the list, the numbers of rows of two
+    labels therefore differ by at most one.
     """
     rows = []
     for index in range(start, stop):
@@ -120,7 +121,7 @@ def derive(data_noun: Path, out_dir: Path) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Parse the command line and call `derive`; on an error, print it and exit with code 1."""
     parser = argparse.ArgumentParser(
         prog="python -m ldmole_dist.data.wordnet.derive",
         description="Derive train.jsonl and test.jsonl from WordNet 3.0's data.noun.",
