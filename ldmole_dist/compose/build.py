@@ -50,7 +50,7 @@ class Expert(NamedTuple):
 
 
 class LoraAdapter(NamedTuple):
-    """LoRA adapter that becomes one expert of each linear.
+    """LoRA adapter that becomes one expert of each adapted linear.
 
     Args:
         folder: folder of the adapter.
@@ -73,7 +73,7 @@ def compose(
 ) -> LdMoleConfig:
     """Write an LD-MoLE adapter composed of LoRA adapters.
 
-    The stacked tensors (A or B of all experts of one linear) are created and written one at a time.
+    To limit the memory, the stacked tensors (A or B of all experts of one linear) are created and written one at a time.
 
     Args:
         output: folder to create.
@@ -151,7 +151,17 @@ def _initialize_routers(model: Any, linears: dict[str, LdMoleLinear], config: Ld
 
 
 def _stack_experts(loras: Sequence[LoraAdapter], linear: str, part: str, like: Tensor) -> Tensor:
-    """Return the stacked A (E, R, D), or B (E, O, R) times each expert's scaling, of a linear, in the shape of `like`."""
+    """Return the A or B matrices of all experts of one linear, stacked in float32.
+
+    Args:
+        loras: LoRA adapters, one per expert.
+        linear: name of the linear in the backbone.
+        part: "A", or "B" for the B matrices multiplied by the scaling of their adapters.
+        like: tensor with the shape of the result.
+
+    Returns:
+        (E, R, D) for "A", (E, O, R) for "B"; zero where an adapter does not adapt the linear or has a smaller LoRA rank.
+    """
     stacked = torch.zeros(like.shape)
     for index, lora in enumerate(loras):
         if (expert := lora.experts.get(linear)) is not None:
@@ -176,7 +186,8 @@ def _load_config(folder: str) -> LoraConfig:
         raise UserError(f"cannot read an adapter from {folder!r}: {problem}") from error
     if type(config) is not LoraConfig:
         raise UserError(
-            f"the adapter {folder!r} is of type {config.peft_type}, but only LoRA adapters can be experts; remove it."
+            f"the adapter {folder!r} is of type {config.peft_type}, but only LoRA adapters can be experts; remove this adapter "
+            "from the command."
         )
     return config
 
@@ -203,7 +214,8 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
     }
     if found := [name for name, value in unsupported.items() if value]:
         raise UserError(
-            f"the adapter {folder!r} uses {', '.join(found)}, but only plain LoRA can be an expert; remove the adapter."
+            f"the adapter {folder!r} uses {', '.join(found)}, but only plain LoRA can be an expert; remove this adapter "
+            "from the command."
         )
     if not explicit and config.base_model_name_or_path != backbone:
         raise UserError(
@@ -253,7 +265,7 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
     if unused := sorted(shapes.keys() - {key for expert in experts.values() for key in (expert.A_key, expert.B_key)}):
         raise UserError(
             f"the file of the adapter {folder!r} holds {unused[0]}, which is not part of a linear that its config adapts; only "
-            "linears can be adapted by experts: leave the adapter out, or restore its config."
+            "linears can be adapted by experts: remove this adapter from the command, or restore its config."
         )
     return LoraAdapter(Path(folder), backbone, experts)
 

@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compose an adapter.
+    """Compose an adapter, and print its number of experts and its LoRA rank.
+
+    Returns:
+        Exit code 0.
 
     Raises:
         UserError: as in `build.compose`.

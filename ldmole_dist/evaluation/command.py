@@ -100,7 +100,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """Return the results as a plain-text table."""
+    """Return the results as a plain-text table.
+
+    Args:
+        result: result of `evaluate_rows` or of `run_lm_eval`; keys other than the metrics are ignored.
+    """
     if "lm_eval" in result:
         return "\n".join(
             f"{task:32} {name:24} {value:10.4f}" if isinstance(value, float) else f"{task:32} {name:24} {value!s:>10}"

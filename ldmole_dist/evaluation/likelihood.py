@@ -1,4 +1,4 @@
-"""Choice of the most likely answer, by the likelihood of all its tokens."""
+"""Choose each row's answer by the log likelihood of all tokens of the answer."""
 
 from __future__ import annotations
 

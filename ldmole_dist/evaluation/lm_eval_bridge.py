@@ -1,4 +1,4 @@
-"""LM Evaluation Harness tasks, with any ZeRO stage and expert-parallel size.
+"""Run tasks of the LM Evaluation Harness, with any ZeRO stage and expert-parallel size.
 
 Every rank runs the harness with all requests; `Evaluator` distributes the forward passes over the ranks.
 """

@@ -55,7 +55,7 @@ class DistributedModel:
 def eval_config(
     saved: SavedModel, overrides: list[str], data: str | None, limit: int | None, batch_size: int | None
 ) -> Config:
-    """Return the config of an evaluation: that of the run, or the defaults for an adapter without a run.
+    """Return the config of an evaluation: the config of the run, or the defaults for an adapter without a run, with overrides.
 
     Gradient checkpointing is off and the optimizer is AdamW, whatever the run or the overrides set.
 
@@ -109,7 +109,7 @@ def load_distributed(config: Config, with_adapter: bool) -> Iterator[Distributed
         tokenizer = load_tokenizer(config.backbone.path)
     parallel = expert_parallel(p.ep_size, p.dispatch, p.overlap)
     model = build_model(config, parallel, process, stage_of(ds_config), tokenizer.pad_token_id)
-    # The engine always creates an optimizer, which never steps here.
+    # The engine always creates an optimizer; evaluation never calls it.
     engine = Engine(model, ds_config, o)
     model.eval()
     context: Any = nullcontext() if with_adapter else model.disable_adapter()

@@ -23,9 +23,9 @@ def evaluate_rows(model: DistributedModel, encoder: Encoder, rows: Sequence[Row]
         likelihood: choose the answer by the likelihood of all its tokens, not only of the first one.
 
     Returns:
-        "all": metrics of all rows (`compute_metrics`). "domains": the same metrics for each domain. With `likelihood`, they
-        include "accuracy_norm" and "accuracy_norm_stderr": the accuracy if answers are chosen by log likelihood per byte, and
-        its standard error.
+        "all": metrics of all rows (`compute_metrics`). "domains": the same metrics for each domain. With `likelihood`, these
+        metrics include "accuracy_norm", the accuracy if answers are chosen by log likelihood per byte, and its standard error
+        "accuracy_norm_stderr".
 
     Raises:
         UserError, PeerError: on every rank, if a row cannot be encoded or, with `likelihood`, has no choices.

@@ -68,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate text.
+    """Generate text for the prompts, and print it or write it to --output.
+
+    Returns:
+        Exit code 0.
 
     Raises:
         UserError: for invalid arguments, prompts or models.

@@ -18,7 +18,7 @@ from ldmole_dist.tuner.model import tuner_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings.
+    """Settings of `generate_batch`: the maximum length, and how tokens are sampled.
 
     Args:
         max_new_tokens: maximum number of tokens generated per prompt.

@@ -19,7 +19,7 @@ Messages = list[dict[str, str]]
 
 
 class Prompt(NamedTuple):
-    """Prompt for which text is generated.
+    """Input text of the model, and the record that it was read from.
 
     Args:
         text: input of the model.
@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, chat: bool, system: str | None) -> list[Prompt]:
-    """Read the prompts of a file.
+    """Return the prompts of a file, in the order of the file.
 
     A .txt file has one prompt per line; blank lines are skipped. Records in other files (`read_records`) have a
     "prompt" string or a "messages" list.

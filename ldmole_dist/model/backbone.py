@@ -29,6 +29,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the backbone's tokenizer. If it has no padding token, its end-of-sequence token is used for padding.
 
+    Args:
+        path: model folder, or model name on the Hugging Face Hub.
+
     Raises:
         UserError: if the tokenizer cannot be loaded.
     """
@@ -46,13 +49,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def check_backbone(path: str) -> PretrainedConfig:
-    """Check that a backbone can be adapted, reading only its config and the headers of its weight files.
+    """Check that a backbone can be loaded, without loading its weights.
+
+    Reads the config and, if `path` is a folder, the headers of the safetensors files in it.
+
+    Args:
+        path: model folder, or model name on the Hugging Face Hub.
 
     Returns:
         The config of the backbone.
 
     Raises:
-        UserError: if the config cannot be loaded, the weights are quantized, or a weight file cannot be read or is truncated.
+        UserError: if the config cannot be loaded, the weights are quantized, or a safetensors file is unreadable or damaged.
     """
     try:
         config = AutoConfig.from_pretrained(path)
@@ -88,7 +96,9 @@ def load_backbone(
     attention: str | None = None,
     pad_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """Load the backbone in the dtype of `precision`. Inside `partitioned_loading` at stage 3, a rank keeps only its partition.
+    """Load the backbone in the dtype of `precision`.
+
+    Within `partitioned_loading` at ZeRO stage 3, each rank keeps only its partition of the weights.
 
     Args:
         path: model folder, or model name on the Hugging Face Hub.
@@ -210,7 +220,7 @@ def convert_gguf(gguf_path: str, folder: str) -> None:
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:
-    """Enable gradient checkpointing: the backward recomputes each decoder layer, with the routing decisions of the forward."""
+    """Enable gradient checkpointing: the backward recomputes each decoder layer and reuses the forward's routing decisions."""
     tuner_of(model).activation_checkpointing_enable()
 
 

@@ -46,7 +46,7 @@ def build_model(
         PeerError: if that happens on another rank, except while the backbone is loaded at stage 3.
     """
     b, a = config.backbone, config.adapter
-    torch.manual_seed(config.run.seed)  # loading a classifier initializes its new head from the global generator
+    torch.manual_seed(config.run.seed)  # loading a classifier initializes its new head from the global random generator
     if process.is_main:
         tqdm.write(f"loading {b.path}")
     with raise_on_all_ranks("checking the backbone"):

@@ -18,7 +18,7 @@ from ldmole_dist.model.build import adapter_config
 def check_build(config: Config, world_size: int) -> None:
     """Build the backbone on the meta device, inject the adapter, load the tokenizer, and parse the DeepSpeed config.
 
-    Needs only one process, for any world size.
+    One process checks the config for all ranks.
 
     Args:
         config: config of the run.

@@ -26,8 +26,8 @@ def batch_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         batch: batch from `collate` or `pack`.
 
     Returns:
-        Targets (B, S') and logits (B, S', V) of a causal model, at the positions that have a target in any sequence;
-        labels (B,) and logits (B, V) of a classifier.
+        For a causal model, targets (B, S') and logits (B, S', V) at the positions where at least one sequence has a target; a
+        sequence without a target at such a position has -100 there. For a classifier, labels (B,) and logits (B, V).
     """
     inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"} | {"use_cache": False}
     if batch["labels"].dim() == 1:
@@ -44,12 +44,12 @@ def observe_routing(model: PeftModel, batch: Mapping[str, Tensor], observer: Obs
     Args:
         model: model in evaluation mode.
         batch: batch from `collate`.
-        observer: function to call with each routing (`StepContext.observer`), or None.
+        observer: function to call with each routing (`StepContext.observer`); None records nothing.
     """
     base: Any = model.get_base_model()
     inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask")} | {"use_cache": False}
-    # The logits are not used, and the head of a causal model is its widest product. So compute one position only, unless
-    # the head is adapted: its routing is then observed at every position.
+    # The logits are not used, and the output head of a causal model is its largest matrix product, so compute the logits of
+    # one position only. If the head is adapted, compute all: its routing is observed at every position.
     if batch["labels"].dim() == 2 and not isinstance(base.get_output_embeddings(), LdMoleLinear):
         inputs["logits_to_keep"] = 1
     context = tuner_of(model).context

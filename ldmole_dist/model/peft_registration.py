@@ -1,8 +1,8 @@
-"""Registration of LD-MoLE with PEFT, as soon as a process has imported both.
+"""Register LD-MoLE with PEFT as soon as a process has imported both packages.
 
 PEFT must know the method before `AutoPeftModelForCausalLM.from_pretrained` reads an LD-MoLE adapter. Importing PEFT here would
-make `import ldmole_dist` and every `ldmole` command as slow as importing torch. So if PEFT is not imported yet, a finder in
-`sys.meta_path` waits for its import and registers the method right after PEFT's own code has run.
+make `import ldmole_dist` and every `ldmole` command as slow as importing torch. If PEFT is not imported yet, a finder is
+added to `sys.meta_path` instead; when PEFT is imported, the finder registers the method right after PEFT's own code has run.
 
 This module imports neither torch nor PEFT. It is not in `tuner/`, because importing that package imports PEFT.
 """
@@ -35,7 +35,10 @@ def _register() -> None:
 
 
 class _PeftFinder:
-    """Import finder that finds PEFT with the other finders and wraps its loader. It ignores every other module."""
+    """Finder for `sys.meta_path` that gets PEFT's spec from the other finders and wraps the loader in this spec.
+
+    Every other module is left to the other finders.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -54,7 +57,7 @@ class _PeftFinder:
 class _RegisteringLoader:
     """Loader that runs PEFT's original loader, then registers LD-MoLE and removes the finder.
 
-    If PEFT's code raises, the error is not changed and the finder stays, so that a later import registers LD-MoLE.
+    An exception raised by PEFT's code is passed on, and the finder stays, so that a later import registers LD-MoLE.
     """
 
     def __init__(self, loader: Any, finder: _PeftFinder) -> None:

@@ -49,6 +49,9 @@ def find_saved_model(path: str, backbone: str | None) -> SavedModel:
         path: folder of a run or of an adapter.
         backbone: path of the backbone; None uses the path in the config of the run or of the adapter.
 
+    Returns:
+        The adapter and its backbone, and for the folder of a run also the run.
+
     Raises:
         UserError: if the folder is neither a run nor an adapter, its config is invalid or names no backbone, or the run has no
             adapter yet.

@@ -238,6 +238,8 @@ class _NoExperts:
 
 
 class _Empty(torch.autograd.Function):
+    """Output and gradients of the experts with the correct shapes and uninitialized values; saves nothing for the backward."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: Tensor, A: Tensor, B: Tensor) -> Tensor:
         ctx.shapes = [(t.shape, t.dtype) for t in (x, p, A, B)]

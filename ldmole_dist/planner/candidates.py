@@ -18,7 +18,7 @@ from ldmole_dist.planner.zero import param_groups, shard_elements
 
 SIMILAR = 1.02  # step times within this factor are treated as equal, and the simpler candidate is preferred
 ADAM_PASSES = 7  # reads and writes of a float32 shard in host memory by one update of the offloaded Adam
-SETTINGS = ("ep_size", "checkpointing", "stage", "offload")
+SETTINGS = ("ep_size", "checkpointing", "stage", "offload")  # fields of `Strategy` in which candidates differ
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Machine:
             span: Number of ranks from the first to the last rank of the group, including ranks outside of the group.
             ranks: Number of ranks in the group.
         """
+        # If the span does not divide the GPUs of a node, some of the groups contain ranks of two nodes.
         in_node = span <= self.gpus_per_node and self.gpus_per_node % span == 0
         single_node = self.gpus <= self.gpus_per_node
         return 1e9 * (self.bandwidth if in_node or single_node or ranks == 1 else self.inter_bandwidth)
@@ -114,7 +115,7 @@ class Candidate:
 
     @property
     def missing_host_bytes(self) -> int:
-        """Bytes per node beyond its host memory; 0 or less if the candidate fits, 0 if the host memory is not checked."""
+        """Bytes per node beyond the host memory; 0 or less if the candidate fits, 0 if the host memory is not checked."""
         return 0 if self.machine.host_memory is None else self.host_bytes_per_node - self.machine.host_memory
 
     @property
@@ -245,9 +246,12 @@ def _differences(a: Strategy, b: Strategy) -> set[str]:
 def changes_that_fit(candidate: Candidate) -> list[str]:
     """Return options of `ldmole plan` that each make a candidate fit, such as "--seq 512".
 
-    Sizes are halved until the candidate fits; from stage 1, the number of GPUs is doubled likewise, at most five times; fp32
-    is replaced by bf16. If no single option
+    Sizes (micro-batch, answer tokens, sequence length) are halved until the candidate fits. At ZeRO stages 1 to 3, the number
+    of GPUs is doubled until the candidate fits, at most five times. Precision fp32 is replaced by bf16. If no single option
     suffices and GPU memory is missing, each option is combined with `--micro-batch 1`.
+
+    Returns:
+        Command-line options; empty if none suffices.
     """
     found = _sufficient(candidate, candidate.workload)
     if found or candidate.workload.micro_batch == 1 or candidate.missing_bytes <= 0:

@@ -1,4 +1,4 @@
-"""`ldmole plan`: its arguments and its command. Slow imports are inside `plan`, so that the parser is built fast."""
+"""`ldmole plan`: arguments and output. Imports that take seconds are inside `plan`, because the parser does not need them."""
 
 from __future__ import annotations
 

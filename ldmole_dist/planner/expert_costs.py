@@ -1,7 +1,7 @@
 """Traffic, memory and computation of the experts of one input group.
 
 Each token is assumed to use `Workload.active` experts of each linear, drawn uniformly and independently per linear, so the
-numbers are expectations. They are exact if every token uses all experts, or if all experts are sent.
+numbers are expectations. They are exact if every token uses all experts, or if the dispatch sends all experts ("gather").
 
 Shapes: T tokens, D in-features, O out-features, E experts, L local experts, R LoRA rank, P ranks of the expert-parallel group,
 G linears of the input group.
@@ -100,9 +100,13 @@ def _probability_of_any(num_experts: int, local: int, active: float) -> float:
 
 
 def payload(volume: Volume, sizes: GroupSizes) -> dict[str, float]:
-    """Return the number of elements that one rank sends in a forward, by kind.
+    """Return the number of elements that one rank sends in the forward of a micro-batch, for one input group.
 
     With balanced routing, each rank sends as many sums and weights as it receives.
+
+    Returns:
+        By the kinds of `parallel.wire`: "rows" (inputs), "gates" (routing weights of these rows), "weights" (A and B of
+        experts) and "sums" (returned outputs).
     """
     return {
         "rows": volume.rows * sizes.in_features,
@@ -134,9 +138,9 @@ def expert_calls(group: Group, workload: Workload, strategy: Strategy) -> Iterat
 
 
 def saved_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
-    """Return the bytes that the experts of a group save for the backward, in addition to x and the routing.
+    """Return the bytes that the experts of a group save for the backward of a micro-batch, without x and the routing.
 
-    A saved view keeps the memory of its whole base tensor.
+    A saved view is counted with the size of its base tensor, whose memory it keeps.
     """
     w, itemsize = workload, workload.itemsize
     hidden = sum(call.hidden(w) for _, call in expert_calls(group, w, strategy)) * itemsize
@@ -151,13 +155,15 @@ def saved_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
         sum_indices += G * volume.linear_rows * INT64  # indices of the received rows with a returned sum
     gathered = 0.0
     if fetched:
+        # Copies of the local and fetched A and B; for each linear, the float32 routing weights of these experts, the
+        # (destination, expert) indices of the sent experts, and the indices of the local and fetched experts.
         gathered = (L + fetched) * sum(sizes.weights()) * itemsize
         gathered += G * (w.tokens * (L + fetched) * 4 + fetched * 2 * INT64 + (L + fetched) * INT64)
     return hidden + row_indices + received + sum_indices + gathered + strategy.ep_size * G * L
 
 
 def temporary_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
-    """Return an estimate of the temporary bytes in the backward of the experts of one linear, the maximum over the linears."""
+    """Return an estimate of the temporary bytes in the backward of one linear's experts; the maximum over the linears."""
     w, most = workload, 0.0
     for out, call in expert_calls(group, w, strategy):
         hidden = call.hidden(w)

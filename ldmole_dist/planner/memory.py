@@ -18,7 +18,7 @@ from ldmole_dist.planner.zero import (
     shard_elements,
 )
 
-FLOAT = 4  # bytes; trainable parameters, their gradients, masters and moments are float32 with any precision
+FLOAT = 4  # bytes; trainable parameters, their gradients, master weights and moments are float32 with any precision
 PARTS = ("backbone", "experts", "adapter", "gradients", "optimizer", "activations", "working", "gathered", "buckets")
 # Peak of the temporary tensors in an update by stage, in multiples of a rank's shard: Adam's roots and quotients, from stage 1
 # also the flattened gradient, at stage 3 also the updated parameters. Measured on the CPU with DeepSpeed 0.19.8.
@@ -34,7 +34,7 @@ def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
         adapter: Routers and lambda-MLPs, sharded likewise at stage 3; at stages 1 and 2 also the padding of all trainable
             parameters.
         gradients: Gradients of the trainable parameters that this rank holds after a backward.
-        optimizer: Adam's moments, and from stage 1 the float32 masters; 0 with offload.
+        optimizer: Adam's moments, and at stages 1 to 3 the float32 master weights; 0 with offload.
         activations: Tensors kept from the forward to the backward.
         working: Temporary memory at the peak: the maximum over logits and loss, the backward (with recomputation) of a decoder
             layer, and the update.
@@ -55,7 +55,7 @@ def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
         working = max(working, updated * UPDATE_COPIES[s.stage] - kept)
     sizes = held | {
         "gradients": gradient_bytes(w, s),
-        # At stage 0 there are no separate masters: the optimizer updates the float32 parameters.
+        # At stage 0 there are no separate master weights: the optimizer updates the float32 parameters.
         "optimizer": updated * (2 if s.stage == 0 else 3) if s.offload == "none" else 0,
         "activations": kept,
         "working": working,
@@ -71,8 +71,8 @@ def host_memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
     if s.offload == "none":
         return {}
     updated = _updated_bytes(w, s)
-    # "optimizer": the masters and two moments, and at stage 2 also a copy of the updated parameters. "gradients": one copy of
-    # the rank's shard at stage 2, two at stage 3.
+    # "optimizer": the master weights and two moments, and at stage 2 also a copy of the updated parameters. "gradients": one
+    # copy of the rank's shard at stage 2, two at stage 3.
     sizes = {"gradients": updated * (1 if s.stage == 2 else 2), "optimizer": updated * (4 if s.stage == 2 else 3)}
     return sizes if s.stage == 2 else parameter_bytes(w, s)[0] | sizes
 
@@ -85,8 +85,8 @@ def parameter_bytes(workload: Workload, strategy: Strategy) -> tuple[dict[str, i
     """Return the bytes of backbone, experts and adapter between two steps, with padding.
 
     Returns:
-        Two dicts by part: this rank's shards at stage 3 and its whole parameters below, and the persistent weights that ZeRO-3
-        keeps unsharded in addition.
+        Two dicts, each by part. First: at stage 3 this rank's shards, at the other stages all parameters that the rank holds.
+        Second: the persistent weights, which ZeRO-3 keeps unsharded in addition to the shards; 0 at the other stages.
     """
     shards = dict.fromkeys(("backbone", "experts", "adapter"), 0)
     persistent = dict(shards)

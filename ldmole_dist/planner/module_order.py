@@ -1,4 +1,4 @@
-"""Order in which ZeRO-3's hooks see the modules of a model, traced on the meta device.
+"""Order in which ZeRO-3's hooks are called for the modules of a model, traced on the meta device.
 
 DeepSpeed fetches the weights of a module before its forward and before its backward, and may release them after each. At
 most three decoder layers are traced; for a deeper model, the events of the middle layer are repeated.
@@ -85,7 +85,7 @@ def module_order(workload: Workload, checkpointing: bool) -> Order:
 
 def _record(module: nn.Module, name: str, events: list[Event], in_backward: Callable[[], bool]) -> None:
     """Register hooks in the same places as DeepSpeed; each call of a hook appends an event."""
-    remaining = [0]
+    remaining = [0]  # inputs of the last forward whose gradients the backward has not computed yet
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         remaining[0] = 0
@@ -128,7 +128,7 @@ class _OnGradient(torch.autograd.Function):
 
 
 def _deepened(events: list[Event], prefix: str, layers: int, depth: int) -> list[Event]:
-    """Repeat the events of the middle layer for a model with `depth` layers."""
+    """Return the events of a model with `depth` layers, made by repeating those of the middle one of `layers` traced layers."""
     if depth == layers:
         return events
     _, middle, last = (events.index(Event("fetch", f"{prefix}.{i}", True)) for i in range(3))

@@ -87,7 +87,8 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
         layers: Number of decoder layers; None for the backbone's own number.
 
     Raises:
-        UserError: If the backbone cannot be built or adapted, or has a parameter with more than two dimensions.
+        UserError: If the backbone cannot be built or adapted, has a parameter with more than two dimensions, or has a linear
+            that is not exactly `nn.Linear`.
     """
     config = copy.deepcopy(workload.backbone)
     if layers is not None:
@@ -116,7 +117,7 @@ def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
             if isinstance(module, (nn.Linear, Conv1D)) and type(module) is not nn.Linear:
                 raise UserError(
                     f"--backbone: {name} of this {config.model_type} model is a {type(module).__name__}; the planner's counts "
-                    "are tested only for backbones whose linears are all nn.Linear; choose one of these."
+                    "are tested only for backbones whose linears are all nn.Linear; choose such a backbone."
                 )
         model = new_adapter(backbone, adapter)
     tuner_of(model).context.weights = LossWeights(balance=1.0)

@@ -1,6 +1,7 @@
 """Estimate, by kind, how many elements one rank sends and how many collectives it calls in an optimizer step.
 
-The kinds in `DISPATCH` are the payloads of the expert dispatch, as `parallel.wire` counts them: elements sent to other ranks.
+The kinds in `DISPATCH` are the payloads of the expert dispatch, as `parallel.wire` counts them: elements sent to other ranks in
+the forward, their gradients ("grad_") and what a recomputed forward sends again ("again_").
 All other kinds are collectives of DeepSpeed (`Collective`), counted as rings: among P ranks, an all-reduce of n elements sends
 2 n (P-1)/P elements per rank, and an all-gather or a reduce-scatter sends n (P-1)/P.
 """
@@ -42,7 +43,7 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Number of elements that one rank sends if the collective is a ring."""
+        """Number of elements that one rank sends if the collective uses a ring algorithm."""
         return self.elements * (self.ranks - 1) / self.ranks * (2 if self.operation == "all_reduce" else 1)
 
 
@@ -95,7 +96,7 @@ def micro_batch_elements(
     Args:
         forwards: Number of elements by kind that the forward of each input group sends, in the order of the model.
         workload: Workload with these input groups.
-        strategy: Strategy, which determines the counts and whether layers are recomputed.
+        strategy: Strategy; its ep_size determines the size of the count messages, its checkpointing whether layers send again.
     """
     sent = dict.fromkeys(DISPATCH, 0.0)
     for i, (group, forward) in enumerate(zip(shapes_of(workload).groups, forwards, strict=True)):

@@ -72,7 +72,7 @@ def write_configs(
 
 
 def _write_new(folder: Path, contents: dict[Path, str]) -> None:
-    """Write either all files or none, and overwrite none."""
+    """Write all files. If one exists already or cannot be written, raise UserError and write none."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--write {folder} is not a folder; choose another path.")
     if existing := [path for path in contents if path.exists()]:

@@ -82,9 +82,9 @@ def shard_elements(group: ParamGroup, stage: int) -> int:
 
 
 def max_overlapping_elements(group: ParamGroup) -> int:
-    """Return the number of elements of all parameters that overlap the shard of a rank, the maximum over the ranks.
+    """Return the total size, in elements, of the parameters that overlap one rank's shard; the maximum over the ranks.
 
-    Stages 1 and 2 keep the gradients of these parameters unsharded.
+    At stages 1 and 2, a rank keeps the complete gradients of the parameters that overlap its shard.
     """
     size = shard_elements(group, 1)
     sums = [0] * group.ranks

@@ -29,7 +29,7 @@ class Observed:
     """Routing counts of a data set. Padding is not counted.
 
     Attributes:
-        by_domain: Domain -> name of a linear -> `routing_sums`.
+        by_domain: Domain -> name of a linear -> result of `statistics.routing_sums`, summed over batches.
         together: Name of a linear -> (E, E), number of tokens for which both experts are active; on the diagonal,
             number of tokens for which that expert is active.
         tokens_V: (V,), number of occurrences of each token id.
@@ -43,7 +43,7 @@ class Observed:
 
     @property
     def by_linear(self) -> dict[str, Tensor]:
-        """Name of a linear -> `routing_sums` over all domains."""
+        """Name of a linear -> its sums in the format of `statistics.routing_sums`, over all domains."""
         names = next(iter(self.by_domain.values()))
         return {name: merge_sums(sums[name] for sums in self.by_domain.values()) for name in names}
 

@@ -42,7 +42,7 @@ def domain_table(linears: Linears, by_domain: ByDomain, rows: Mapping[str, int])
 
     Args:
         linears: Adapted linears of the model.
-        by_domain: Domain -> name of a linear -> `routing_sums`.
+        by_domain: Routing of each domain, from `Observed.by_domain`.
         rows: Domain -> number of data rows.
     """
     cells = []

@@ -38,7 +38,7 @@ class RoutingState:
 
     Attributes:
         label: Number of optimizer steps, or "final".
-        sums: Name of a linear -> `routing_sums` of the probe tokens.
+        sums: Name of a linear -> result of `statistics.routing_sums` for the probe tokens.
         changed: Name of a linear -> fraction of tokens whose support differs from that in the previous state; empty for
             the first state.
         to_final: Name of a linear -> fraction of tokens whose support differs from that with the final adapter.
@@ -76,7 +76,7 @@ class _Snapshot:
         self.supports(name, routing, mask_T)
 
     def changed_from(self, other: _Snapshot) -> dict[str, float]:
-        """Return, by name of the linear, the fraction of tokens whose support differs from that in `other`."""
+        """Return, for each linear by its name, the fraction of probe tokens whose support differs from that in `other`."""
         counts = self.supports.changed_from(other.supports)
         return {name: changed / tokens for name, (changed, tokens) in counts.items()}
 
@@ -84,13 +84,13 @@ class _Snapshot:
 def trace_history(
     model: PeftModel, saved: SavedModel, examples: Sequence[Encoded], pad_id: int, batch_size: int
 ) -> RoutingHistory | None:
-    """Route the same tokens with the initial adapter, the checkpoints and the final adapter of a run.
+    """Route the probe tokens with the initial adapter, the checkpoints and the final adapter of a run.
 
     Args:
         model: Model with the final adapter, in evaluation mode. Other adapters are added and removed; its state is the
             same after the call.
         saved: Run or adapter of the report.
-        examples: Sequences; the first ones with at most `PROBE_TOKENS` tokens in total are routed.
+        examples: Sequences. The probe tokens are those of the first sequences, at most `PROBE_TOKENS` in total.
         pad_id: Token id of the padding.
         batch_size: Sequences per forward.
 

@@ -54,8 +54,8 @@ def read_data(saved: SavedModel, path: str | None, limit: int | None, tokenizer:
     """Read and encode the rows of a report.
 
     Args:
-        saved: Run or adapter of the report. Sets the task. A run also sets the maximum length and, for causal_lm, the labels;
-            sequence classification uses the labels that occur in the data.
+        saved: Run or adapter of the report, which determines the task. The config of a run also determines the maximum length
+            and, for causal_lm, the labels. For sequence classification, the labels are those that occur in the data.
         path: Path of the data file. None reads the run's evaluation data, or its training data if it has none.
         limit: Maximum number of rows of each source. None means `data.eval_limit` for the run's evaluation data, and no
             limit for other data.

@@ -19,7 +19,7 @@ PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", ":", "-."]
 GREY = "#777777"
-MISSING = "#D9D9D9"
+MISSING = "#D9D9D9"  # non-finite elements of a heat map
 DIVERGING = "PuOr_r"  # purple below the center, white at the center, orange above
 SEQUENTIAL = "cividis"
 STYLE: dict[Any, Any] = {
@@ -108,7 +108,7 @@ def legend_above(figure: Figure, ax: Axes, title: str | None = None) -> None:
 
 
 def heat_map(ax: Axes, values: np.ndarray, **options: Any) -> AxesImage:
-    """Draw a matrix as a heat map. Non-finite values are grey.
+    """Draw a matrix as a heat map and return its image. Non-finite elements are grey.
 
     Args:
         ax: Axes to draw into.

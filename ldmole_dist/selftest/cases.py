@@ -34,7 +34,11 @@ def joined(size: int) -> dict[str, float]:
 
 
 def collectives() -> dict[str, float]:
-    """Count the wrong elements after an all-to-all with uneven splits, its backward, an all-gather and an all-reduce."""
+    """Return the number of wrong elements of each collective and dtype.
+
+    The collectives are an all-to-all with uneven splits, its backward (floating-point dtypes only), an all-gather and an
+    all-reduce.
+    """
     process = start()
     rank, world, device, group = process.rank, process.world_size, process.device, dist.group.WORLD
     assert group is not None, "start() has joined the process group"
@@ -75,8 +79,8 @@ def replay(ep_size: int) -> dict[str, float]:
         ep_size: number of ranks that share one copy of the experts.
 
     Returns:
-        Relative distance of each gradient, and the number of `counts` elements that the recomputation sent again (0 if it
-        replays the decisions).
+        Relative distance of each gradient, and the number of elements of kind "counts" (`parallel.wire`) that the
+        recomputation sent again, which is 0 if it replays the decisions.
     """
     parallel = expert_parallel(ep_size)
     found = []

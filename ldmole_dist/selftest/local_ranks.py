@@ -26,11 +26,13 @@ from ldmole_dist.selftest.processes import CPU_ENVIRONMENT, start_process
 # Time for the other ranks to return after one raised UserError or PeerError: usually every rank raises one of them.
 REPORT_SECONDS = 10.0
 
+# Outcome of a function on one rank. "refused": it raised UserError or PeerError, which all ranks usually do together.
+# "failed": it raised another exception, or the process ended.
 Outcome = Literal["returned", "refused", "failed"]
 
 
 class RankFailed(RuntimeError):
-    """Raised if, on one of the ranks, a function raises an exception or does not return in time, or the process ends."""
+    """Raised if, on one of the ranks, the function raises an exception, does not return in time, or ends the process."""
 
 
 class LocalRanks:

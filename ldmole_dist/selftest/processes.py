@@ -40,15 +40,17 @@ preload = [
 def start_process(
     target: Callable[..., None], *args: Any, environment: Mapping[str, str], on_gpu: bool = False, daemon: bool = True
 ) -> BaseProcess:
-    """Start a process and return it. It blocks SIGINT until `target` unblocks it, and exits when this process exits.
+    """Start a process and return it.
+
+    The new process blocks SIGINT until `target` unblocks the signal, and exits when its parent exits.
 
     Args:
         target: function to run. It must be importable by name, and its arguments must be picklable.
         args: arguments of `target`.
         environment: environment variables of the new process; it inherits no others.
         on_gpu: whether the process uses a GPU. It is then spawned, because CUDA does not survive a fork.
-        daemon: whether `multiprocessing` terminates the process when this process exits. A daemonic process cannot have
-            children.
+        daemon: whether `multiprocessing` terminates the process when its parent exits. A daemonic process cannot start
+            processes with `multiprocessing`.
     """
     with _interrupts_blocked():
         if on_gpu:
@@ -100,9 +102,10 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT in the processes that are started within the context.
+    """Context manager that blocks SIGINT in the processes that are started within its block.
 
-    Ctrl-C in a terminal sends SIGINT to all of them. Only this process handles it, and then ends the others.
+    Ctrl-C in a terminal sends SIGINT to this process and to all processes that it started. Only this process handles the
+    signal, and then ends the others.
     """
     multiprocessing.resource_tracker.ensure_running()  # start it first, because its start unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

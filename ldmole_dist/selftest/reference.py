@@ -72,7 +72,9 @@ _computed: dict[str, Any] = {}
 
 
 def gradient_reference(architecture: str, router: str, num_experts: int | list[int]) -> Gradients:
-    """Return the results for micro-batches 0 to world size - 1. Collective: every rank must call it.
+    """Return the reference for `parity.gradients`: the results for micro-batches 0 to world size - 1.
+
+    Collective: every rank must call it.
 
     Args:
         architecture, router, num_experts: arguments of `build`.
@@ -81,7 +83,9 @@ def gradient_reference(architecture: str, router: str, num_experts: int | list[i
 
 
 def update_reference(architecture: str, router: str, num_experts: int | list[int], first_batch: int) -> Updates:
-    """Return the results for the micro-batches of `update_batches`. Collective: every rank must call it.
+    """Return the reference for `parity.updates`: the results for the micro-batches of `update_batches`.
+
+    Collective: every rank must call it.
 
     Args:
         architecture, router, num_experts: arguments of `build`.
@@ -190,7 +194,7 @@ def build(
 def loss_of(
     model: Any, context_owner: PeftModel, batch: dict[str, Tensor], answers: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Run the forward of one micro-batch.
+    """Run the forward of one micro-batch and compute its loss, with label smoothing 0.1.
 
     Args:
         model: adapted model, or an engine around it; called for the logits.
@@ -199,7 +203,7 @@ def loss_of(
         answers: number of answer tokens by which the summed loss is divided.
 
     Returns:
-        The loss, including the auxiliary losses, and the logits.
+        The loss (scalar), including the auxiliary losses, and the logits (sequences, positions, vocabulary).
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = (

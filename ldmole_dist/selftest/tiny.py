@@ -1,6 +1,6 @@
 """Tiny models, adapters and micro-batches that exercise every part of the method.
 
-The B matrices of the experts are random: with the initial B = 0, most gradients are 0, so that comparing them would prove
+The B matrices of the experts are random, because with the initial B = 0 most gradients are 0, and comparing zeros would prove
 nothing. Ranks get different numbers of tokens.
 """
 
@@ -91,7 +91,15 @@ def adapted(
 
 
 def micro_batch(index: int, device: torch.device) -> dict[str, Tensor]:
-    """Return micro-batch number `index`: 3 sequences of up to 9 tokens, with padding and answer tokens."""
+    """Return micro-batch number `index`: random sequences with padding and answer tokens. Equal numbers give equal batches.
+
+    Args:
+        index: number of the micro-batch; also determines its length S = 5 + index % 5.
+        device: device of the tensors.
+
+    Returns:
+        "input_ids", "attention_mask" (0 for padding) and "labels" (-100 except for answer tokens), each (3, S).
+    """
     generator = torch.Generator().manual_seed(1000 + index)
     length = 5 + index % 5
     ids = torch.randint(0, VOCABULARY, (3, length), generator=generator)
@@ -102,18 +110,19 @@ def micro_batch(index: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
-    """Return the norm of `value - reference` divided by the norm of the reference."""
+    """Return the relative distance of two tensors: the 2-norm of `value - reference` divided by that of `reference`."""
     return float((value - reference).norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny))
 
 
 def whole(model: PeftModel, name: str, local: Tensor) -> Tensor:
-    """Return the whole tensor of a parameter, such as its value or gradient.
+    """Return the value or gradient of a parameter for all experts, from the part that this rank holds.
 
-    Experts are gathered over the expert-parallel group. Collective for experts: every rank of the group must call it.
+    The experts are gathered over the expert-parallel group; tensors of other parameters are returned unchanged. Collective for
+    experts: every rank of the group must call it.
 
     Args:
         model: adapted model.
         name: name of the parameter.
-        local: tensor of this rank, with the shape of the parameter.
+        local: value or gradient on this rank, with the shape that the parameter has there.
     """
     return tuner_of(model).parallel.all_gather(local) if is_expert_tensor(name) else local

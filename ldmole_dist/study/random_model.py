@@ -24,7 +24,17 @@ from ldmole_dist.tuner.model import spread_experts, tuner_of
 def llama_config(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **other: Any
 ) -> LlamaConfig:
-    """Return a `LlamaConfig` with these sizes, and with the fields in `other`."""
+    """Return the config of a Llama.
+
+    Args:
+        hidden: hidden size.
+        intermediate: hidden size of the MLP.
+        layers: number of decoder layers.
+        heads: number of attention heads.
+        kv_heads: number of key-value heads.
+        vocabulary: vocabulary size.
+        other: further fields of `LlamaConfig`.
+    """
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

@@ -72,6 +72,8 @@ def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: in
         (G, T, P, L) bool.
     """
     generator = torch.Generator().manual_seed(seed)
+    # Weighted sampling without replacement (Efraimidis and Spirakis, 2006): keep the experts with the largest
+    # u^(1 / popularity), where u is uniform in [0, 1).
     popularity = torch.arange(1, P * L + 1).float().pow(-skew)[torch.randperm(P * L, generator=generator)]
     scores = torch.rand(G, T, P * L, generator=generator).pow(1 / popularity)
     counts = (torch.rand(T, 1, generator=generator) < k % 1).long() + int(k)
@@ -101,7 +103,7 @@ def all_or_none(support_GTPL: Tensor, fetched: bool) -> Tensor:
 
 
 def decide(cell: Cell, repeats: int = 1) -> dict[str, float]:
-    """Compare the strategies for the tokens of rank 0.
+    """Count the elements that each strategy sends and receives for the tokens of rank 0, and time the decision of "auto".
 
     Args:
         cell: sizes and routing statistics.

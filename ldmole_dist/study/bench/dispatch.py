@@ -226,7 +226,9 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
 
 
 def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Time a dispatch that overlaps the first frozen linear of each input group, and one without overlap.
+    """Time the dispatch with and without overlap.
+
+    With overlap, the first frozen linear of each input group computes while the dispatch is in flight.
 
     Collective: every rank must call it.
 

@@ -119,9 +119,9 @@ def _forward_backward(run: Callable[[], Sequence[Tensor]]) -> None:
 
 
 def training_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
-    """Return a function that runs a forward and returns the loss.
+    """Return a function that runs a forward and returns the loss in a list.
 
-    As in the quickstart, the loss is on the last token of each sequence. It includes the auxiliary losses.
+    As in the quickstart, the task loss is the cross entropy of each sequence's last token. The auxiliary losses are added.
 
     Args:
         model: model with an adapter.

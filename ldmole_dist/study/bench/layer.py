@@ -138,12 +138,18 @@ def random_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Exp
 def measure(case: Case, turns: int, device: torch.device) -> list[dict[str, object]]:
     """Time all formulations, the routing and the frozen linear, in float32.
 
+    Args:
+        case: sizes.
+        turns: timed turns.
+        device: device to run on.
+
     Returns:
         One row per formulation, then the routing and the frozen linear, then two complete adapted linears, one with
-        "einsum" and one with "chosen"; their time is the sum of frozen linear, routing and experts. For a formulation,
-        "saved MB" is the result of `saved_bytes` in MB, and "x faster" and "x fewer" are the time and the saved bytes of
-        einsum divided by its own. In the last row, "x faster" compares the two complete linears. These columns are
-        empty otherwise.
+        "einsum" and one with "chosen"; their time is the sum of frozen linear, routing and experts. "ms" is the median
+        over turns of the time of a forward and backward. In the row of a formulation, "saved MB" is the result of
+        `saved_bytes` in MB, and "x faster" and "x fewer" are the time and the saved bytes of "einsum" divided by those of
+        the formulation. In the last row, "x faster" is the time of the linear with "einsum" divided by that of the linear
+        with "chosen". In all other rows, these columns are empty.
     """
     T, D, E, _, _ = case
     x, p, bank = random_inputs(case, device)

@@ -42,7 +42,7 @@ VOCABULARY = 4096
 class Sizes(NamedTuple):
     """Sizes of the model and of a micro-batch.
 
-    The default model is the quickstart's with half of its layers and a smaller vocabulary.
+    The default model is that of the quickstart, with half of the layers and a smaller vocabulary.
 
     Args:
         hidden: hidden size of the Llama.
@@ -65,8 +65,8 @@ LEVELS = ("silent", "plain", "detailed")
 def overhead(seconds: Mapping[str, Sequence[float]], interval: int) -> float:
     """Return the time that reporting adds to a step, as a fraction of the median silent step.
 
-    The added time is the median over turns of plain - silent, plus that of detailed - plain divided by `interval`.
-    Medians are used because other programs disturb single steps.
+    The added time is median(plain - silent) + median(detailed - plain) / interval, with differences within a turn and
+    medians over turns. Medians are used because other programs slow down single steps.
 
     Args:
         seconds: level of reporting -> seconds of a step in each turn.

@@ -146,7 +146,7 @@ def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
     Args:
         case: configuration that was measured.
         measured: measurements of all ranks, by rank. Unless `case.dense`, the prediction uses rank 0's active experts
-            per token; routing-dependent elements are instead computed from the measured supports of all ranks.
+            per token; elements sent that depend on the routing are predicted from the measured supports of all ranks.
     """
     workload = case.workload if case.dense else replace(case.workload, active=measured[0].active)
     predicted = memory(workload, case.strategy)
@@ -182,7 +182,7 @@ def _compare_dispatch(case: Case, workload: Workload, measured: Sequence[Measure
 
 
 def _from_supports(case: Case, measured: Sequence[Measured]) -> Counter[str]:
-    """Compute the number of elements that `dispatch: auto` sends for the measured supports, by kind, summed over ranks."""
+    """Return the number of elements that `dispatch: auto` sends for the measured supports, by kind, summed over ranks."""
     workload, strategy = case.workload, case.strategy
     groups = shapes_of(workload).groups
     sent: Counter[str] = Counter()

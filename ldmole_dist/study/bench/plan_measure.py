@@ -33,9 +33,8 @@ from ldmole_dist.planner.workload import Strategy, Workload
 from ldmole_dist.study.random_model import engine_for, random_model
 from ldmole_dist.tuner.model import tuner_of
 
-WARM_UP = (
-    3  # optimizer steps; ZeRO-3 records the order of modules in the first micro-batch and prefetches from the second
-)
+# Optimizer steps. ZeRO-3 records the order of the modules in the first micro-batch and prefetches from the second one.
+WARM_UP = 3
 
 
 @dataclass
@@ -149,7 +148,11 @@ def _batch(workload: Workload, device: torch.device, step: int, index: int) -> d
 
 
 def _loss(engine: Engine, workload: Workload, batch: dict[str, Tensor]) -> Tensor:
-    """Return the trainer's loss: the mean over the last `answer_tokens` positions, plus the auxiliary losses."""
+    """Return a loss as in training: the cross entropy of next tokens, plus the auxiliary losses.
+
+    The cross entropy is summed over the last `answer_tokens` positions of each sequence, of which the very last one has no
+    next token, and divided by the number of these positions.
+    """
     answers = workload.answer_tokens or workload.seq
     positions = torch.arange(workload.seq - answers, workload.seq, device=batch["input_ids"].device)
     inputs: dict[str, Any] = batch | {"use_cache": False, "logits_to_keep": positions}
@@ -165,7 +168,8 @@ class KeptForBackward:
     tapes of routing decisions that the recomputation replays.
 
     Args:
-        module: model to observe. Enable gradient checkpointing only after this object is created.
+        module: model to observe. Create this object before gradient checkpointing is enabled, because it replaces the
+            `checkpoint_contexts` that gradient checkpointing reads then.
     """
 
     def __init__(self, module: PeftModel) -> None:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `ldmole compare`.
+    """Execute the missing runs, unless --page-only is set, and write the page.
 
     Returns:
         0, or `EXIT_PREEMPTED` after Ctrl-C or SIGTERM; the same command then resumes the comparison.
@@ -96,7 +96,9 @@ def _base(args: argparse.Namespace, folder: Path) -> Config:
 
 
 def _about(args: argparse.Namespace, base: Config) -> dict[str, str]:
-    """Return what the results depend on: machine, library versions, data, settings, code and command.
+    """Return a description of what the results depend on: machine, library versions, data, settings, code and command.
+
+    Data and settings are given by the first 12 hexadecimal digits of their SHA-256.
 
     Raises:
         UserError: if data.eval is not set, or a data file cannot be read.

@@ -35,8 +35,8 @@ def run_missing(study: StudyFolder[Row], base: Config, cells: Sequence[Cell], jo
         jobs: number of concurrent runs; each uses one GPU, or one CPU thread.
 
     Raises:
-        UserError: if a run fails; the message has the last line of its log. Before that, the other runs are stopped
-            and save a checkpoint.
+        UserError: if a run fails; the message has the last line of the failed run's log. The other running runs are
+            stopped and save a checkpoint before the error is raised.
     """
     known = {(row.method, row.seed) for row in study.rows()}
     waiting = [cell for cell in cells if cell not in known]

@@ -1,4 +1,4 @@
-"""The methods to compare, loaded from methods.yaml. Each overrides a few keys of the same run config."""
+"""The methods to compare, loaded from methods.yaml. Each method overrides a few keys of the run config."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ METHODS = {
     name: Method(**fields)
     for name, fields in yaml.safe_load(files(__package__).joinpath("methods.yaml").read_text()).items()
 }
-DEFAULT = ROUTER_NAMES
+DEFAULT = ROUTER_NAMES  # methods to run if --methods is not set; the method with a router's name uses this router
 
 
 def overrides_of(name: str, adapter: Adapter, backbone: str) -> list[str]:
     """Return the config overrides of a method.
 
-    For plain LoRA they set r so that it has about as many parameters as the LD-MoLE adapter, with the same alpha / r.
+    For plain LoRA, the overrides set r so that plain LoRA has about as many parameters as the LD-MoLE adapter, with the same
+    alpha / r.
 
     Args:
         name: name of the method.

@@ -16,7 +16,11 @@ from ldmole_dist.study.table import Rows, markdown_table
 
 
 def page(study: StudyFolder[Row]) -> str:
-    """Return the page as Markdown."""
+    """Return the page as Markdown.
+
+    Args:
+        study: folder of the comparison, with at least one row.
+    """
     rows, about = study.rows(), study.about
     by_method = {name: [row for row in rows if row.method == name] for name in METHODS}
     by_method = {name: runs for name, runs in by_method.items() if runs}

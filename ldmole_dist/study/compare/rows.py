@@ -19,8 +19,8 @@ class Row:
         method: name of the method, a key of `methods.METHODS`.
         seed: seed of initial values, dropout and data order.
         after: metrics of the last evaluation.
-        before: metrics of the evaluation before training; None for all runs but the first, because they would be equal
-            for all runs.
+        before: metrics of the evaluation before training; None for all runs but the first, because these metrics are
+            the same for all runs.
         experts_per_token: number of active experts, mean over tokens, linears and the last quarter of the logged steps.
         parameters: number of parameters in the adapter.
         tokens_per_second: training throughput, median over the logged steps.

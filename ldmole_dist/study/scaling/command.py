@@ -35,13 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help=text)
     parser.add_argument("--ranks", help="comma-separated numbers of ranks, such as 1,2,4")
     for axis in AXES[1:]:
-        text = f"comma-separated values of {axis}, each set in one variation of the base cell; a single value is set in all"
+        text = f"value of {axis} in all cells, or comma-separated values, each for one variation of the base cell"
         parser.add_argument(f"--{axis.replace('_', '-')}", help=text)
     parser.set_defaults(call=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `ldmole scaling`.
+    """Measure the missing cells, unless --page-only is set, and write the page.
 
     Returns:
         0, or `EXIT_PREEMPTED` after Ctrl-C; the same command then resumes the study.

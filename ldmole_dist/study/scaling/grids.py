@@ -14,10 +14,10 @@ from ldmole_dist.study.scaling.cells import SIZES, Cell
 
 @dataclass(frozen=True)
 class Grid:
-    """Base cell and variations of it.
+    """Base cell, numbers of ranks and values of axes, from which the cells of the study are derived.
 
     Args:
-        base: base cell.
+        base: cell from which all others are derived.
         ranks: numbers of ranks for weak and strong scaling.
         axes: name of an axis -> values; for each value there is a cell that differs from the base cell in this axis
             only.

@@ -101,7 +101,10 @@ def run_cell(cell: Cell, steps: int, warmup: int) -> dict[str, Any]:
         warmup: number of optimizer steps before them.
 
     Returns:
-        Measurements of this rank; "busy" is the core-seconds of all programs on this machine during the timed steps.
+        Measurements of this rank:
+        "seconds", "cpu_seconds": wall-clock and CPU seconds of each timed step.
+        "busy": core-seconds of all programs on this machine during the timed steps.
+        "peak_bytes", "experts_per_token", "wire_bytes": as in `Measured`, for this rank only.
     """
     process = start()
     on_cpu = process.device.type == "cpu"
@@ -153,6 +156,9 @@ def micro_batch(cell: Cell, index: int, rank: int, device: torch.device) -> dict
         index: number of the micro-batch; seeds the draw together with `rank`.
         rank: rank that trains on it.
         device: device of the tensors.
+
+    Returns:
+        "input_ids", "attention_mask" (all 1) and "labels" (-100 before the labels), each (sequences, positions).
     """
     generator = torch.Generator().manual_seed(index * 10_007 + rank)
     ids = torch.randint(0, VOCABULARY, (cell.micro_batch, cell.seq), generator=generator)
