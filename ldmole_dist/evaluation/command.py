@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         UserError, PeerError: for invalid arguments, data or models.
     """
     if args.lm_eval is None and (args.lm_eval_path is not None or args.num_fewshot is not None):
-        raise UserError("--lm-eval-path and --num-fewshot require --lm-eval TASKS.")
+        raise UserError("--lm-eval-path and --num-fewshot require --lm-eval; add --lm-eval TASKS or omit them.")
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: its folder does not exist; create it first.")
     if args.lm_eval is not None:

@@ -124,6 +124,7 @@ class LdMoleLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         examples = []
         for _texts, context, continuation in requests:
+            # Remove tokens at the start of a sequence that is too long, which keeps the continuation.
             ids = (context + continuation)[-self.max_length :]
             labels = ([IGNORED] * len(context) + continuation)[-self.max_length :]
             examples.append(Encoded(ids, labels))

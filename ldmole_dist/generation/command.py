@@ -83,9 +83,9 @@ def run(args: argparse.Namespace) -> int:
             "CHECKPOINT ADAPTER` creates an adapter from a checkpoint."
         )
     if args.output is not None and args.file is None:
-        raise UserError("--output requires --file.")
+        raise UserError("--output requires --file; add --file FILE or omit --output.")
     if args.system is not None and not args.chat:
-        raise UserError("--system requires --chat.")
+        raise UserError("--system requires --chat; add --chat or omit --system.")
     import torch
 
     from ldmole_dist.generation.generate import Sampling, generate_batch, load_generator
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate_for_file(args: argparse.Namespace, model: Any, tokenizer: Any, sampling: Any) -> None:
+    """Generate text for the prompts of --file in batches. If --output exists, start at the first prompt that is not in it."""
     import torch
     from tqdm import tqdm
 

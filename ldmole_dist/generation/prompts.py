@@ -165,6 +165,7 @@ class OutputFile:
 
 
 def _without_output(record: Any) -> Any:
+    """Return a record without its "generated" text, to compare it with the record of a prompt."""
     if not isinstance(record, dict):
         return record
     return {key: value for key, value in record.items() if key != "generated"}

@@ -178,6 +178,7 @@ def backbone_of(folder: str) -> str:
 
 
 def _adapter_config(folder: str) -> LdMoleConfig:
+    """Return the config of the adapter in a folder. Raise UserError if it cannot be read or is not an LD-MoLE adapter's."""
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:

@@ -64,6 +64,7 @@ def activations(workload: Workload, checkpointing: bool, partitioned: bool = Fal
 
 @lru_cache(maxsize=64)
 def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bool) -> Activations:
+    """Return the activation memory of a model with `layers` decoder layers, traced in a forward and backward."""
     model = traced_model(workload, layers, checkpointing, partitioned)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, Any] = {}

@@ -261,6 +261,7 @@ def changes_that_fit(candidate: Candidate) -> list[str]:
 
 
 def _sufficient(candidate: Candidate, w: Workload) -> list[str]:
+    """Return the options that each make the candidate fit with the workload `w`, each with the first value that suffices."""
     answers, gpus = w.answer_tokens or w.seq, candidate.machine.gpus
     options: list[list[tuple[str, Workload, int]]] = []
     if candidate.missing_bytes > 0:  # these options only reduce activations, which are in GPU memory

@@ -73,6 +73,7 @@ def _backbone(workload: Workload) -> tuple[int, int, int]:
 
 
 def _linears(workload: Workload, layers: int) -> tuple[int, int]:
+    """Return the weight elements of a model with `layers` decoder layers: of the linears in the layers, and of the head."""
     base: Any = meta_model(workload, layers).get_base_model()
     head = base.get_output_embeddings()
     inside = [m for m in base.modules() if type(m) is nn.Linear and m is not head]

@@ -135,6 +135,7 @@ class _Coordinator:
         return sum(local_elements(self.parameters[name], self.strategy) for name in self.uses(module))
 
     def _prefetch(self, queue: deque[tuple[str, int]], fetched_for: dict[str, int]) -> None:
+        """Fetch the next weights of the queue, up to the prefetch size and the maximum number of live elements."""
         room, wanted, elements = min(self.max_live - self.live, self.prefetch), [], 0
         while self.prefetch and queue and elements < room:
             name, last = queue.popleft()
@@ -187,10 +188,12 @@ class _Coordinator:
         return [Gather(*key, *numbers) for key, numbers in found.items()]
 
     def _kind(self, p: Parameter) -> tuple[str, int]:
+        """Return the kind of a weight's fetches in forward and backward (`Gather.kind`), and the size of its group of ranks."""
         kind = "gather_experts" if p.expert else "gather_adapter" if p.trainable else "gather"
         return kind, self.strategy.expert_copies if p.expert and self.strategy.ep_size > 1 else self.strategy.ranks
 
     def _padded(self, p: Parameter) -> int:
+        """Return the number of elements of the whole weight, padded to equal shards on all ranks of its group."""
         ranks = self._kind(p)[1]
         return math.ceil(local_elements(p, self.strategy) / ranks) * ranks
 

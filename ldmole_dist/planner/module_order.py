@@ -147,6 +147,7 @@ def _deepened(events: list[Event], prefix: str, layers: int, depth: int) -> list
 
 
 def _all_layers(uses: dict[str, tuple[str, ...]], prefix: str, layers: int, depth: int) -> dict[str, tuple[str, ...]]:
+    """Return `Order.uses` for `depth` layers: layers that were not traced use the parameters of layer 1, renamed."""
     found = dict(uses)
     for i in range(layers, depth):
         for name, parameters in uses.items():

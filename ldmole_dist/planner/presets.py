@@ -105,6 +105,7 @@ def _gguf(path: Path) -> UserError:
 
 
 def _check_kind(config: PretrainedConfig, path: Path) -> None:
+    """Raise UserError if the planner does not support the kind of model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     quantization = getattr(config, "quantization_config", None)

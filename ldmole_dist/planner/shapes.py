@@ -159,6 +159,7 @@ def _deepened(shapes: Shapes, prefix: str, depth: int) -> Shapes:
 
 
 def _repeated(items: Sequence[Named], prefix: str, depth: int) -> Iterator[Named]:
+    """Yield the items of a model with two layers, and after those of the second one their copies for layers 2 to depth - 1."""
     second = [item for item in items if in_layer(item.name, prefix, 1)]
     for item in items:
         yield item

@@ -133,6 +133,7 @@ def collectives(workload: Workload, strategy: Strategy) -> list[Collective]:
 
 
 def _reductions(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
+    """Yield the collectives that average gradients over ranks."""
     bucket = STAGE0_BUCKET if strategy.stage == 0 else settings(strategy)["reduce_bucket_size"]
     times = workload.accumulation if strategy.stage >= 2 else 1  # stages 0 and 1 reduce the accumulated gradient
     for kind, group in zip(("reduce", "reduce_experts"), param_groups(workload, strategy), strict=False):
@@ -148,6 +149,7 @@ def _reductions(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
 
 
 def _updates(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
+    """Yield the all-gathers of parameters: after the update and, at stage 3, also in forward and backward."""
     if strategy.stage in (1, 2):
         for kind, group in zip(("update", "update_experts"), param_groups(workload, strategy), strict=False):
             if group.ranks > 1:

@@ -189,11 +189,13 @@ def last_step(run: Path) -> int | None:
 
 
 def _loader(model: PeftModel, folder: Path, checkpoint: Path) -> Callable[[str], None]:
+    """Return a function that adds the adapter in `folder`, exported from `checkpoint`, to the model under a given name."""
+
     def load(name: str) -> None:
         try:
             model.load_adapter(str(folder), name, is_trainable=False)
         except ValueError as error:
-            raise UserError(f"{checkpoint}: {error}") from error
+            raise UserError(f"cannot load the adapter of the checkpoint {checkpoint}: {error}") from error
 
     return load
 

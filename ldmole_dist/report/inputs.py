@@ -123,6 +123,7 @@ def _class_names(adapter: Path) -> list[str]:
 
 
 def _by_domain(rows: Sequence[Row], encoded: Sequence[Encoded]) -> dict[str, list[Encoded]]:
+    """Return domain -> its encoded rows, sorted by domain. See `ALL_ROWS` and `NO_DOMAIN` for rows without a domain."""
     default = NO_DOMAIN if any(row.domain is not None for row in rows) else ALL_ROWS
     by_domain: dict[str, list[Encoded]] = defaultdict(list)
     for row, example in zip(rows, encoded, strict=True):

@@ -122,6 +122,7 @@ def kind_of(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> str:
 
 @cache
 def _drawable() -> Any:
+    """Return a dict whose keys are the code points that the font of the figures contains."""
     return font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
 
 

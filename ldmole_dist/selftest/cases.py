@@ -97,6 +97,7 @@ def replay(ep_size: int) -> dict[str, float]:
 
 
 def _random_decide() -> Decide:
+    """Return a function that activates each expert with probability 0.4, and expert 0 for tokens without any other."""
     generator = torch.Generator().manual_seed(start().rank)
 
     def decide(logits_TE: Tensor, lam_T: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def updates(
 
 
 def _updates(model: PeftModel, reference: Updates, settings: dict[str, Any], first_batch: int) -> dict[str, float]:
+    """Train the model on the batches of the reference and return the distances; raise RoutingFlipped if the routing differs."""
     process = start()
     rank, world, device = process.rank, process.world_size, process.device
     before = {n: whole(model, n, p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}

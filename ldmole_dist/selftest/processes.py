@@ -69,6 +69,7 @@ def start_process(
 
 
 def _enter(environment: dict[str, str], on_gpu: bool, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """Prepare a new process and call `target(*args)`."""
     # A forked process inherits the environment of the fork server, not that of the parent.
     os.environ.clear()
     os.environ.update(environment)
@@ -80,6 +81,7 @@ def _enter(environment: dict[str, str], on_gpu: bool, target: Callable[..., None
 
 
 def _exit_with_parent() -> None:
+    """Wait until the parent has exited, even if it was killed, then exit this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -88,6 +90,7 @@ def _exit_with_parent() -> None:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Context manager that sets environment variables within its block and restores their previous values."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

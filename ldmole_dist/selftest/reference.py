@@ -107,6 +107,7 @@ def update_batches(first_batch: int, step: int, world_size: int) -> list[dict[st
 
 
 def _on_rank_0(function: Callable[..., T], *args: Any) -> T:
+    """Return `function(*args)`, computed on rank 0 and sent to all ranks. Equal later calls return the stored result."""
     key = f"{function.__name__}{args}"
     if key not in _computed:
         value = None

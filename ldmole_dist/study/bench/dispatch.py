@@ -267,6 +267,7 @@ def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[s
 
 
 def _forward_backward_with_frozen(inputs: LayerInputs, dispatch: Dispatch, frozen_DO: Tensor) -> None:
+    """Run the forward and backward of an input group, with `frozen_DO` as the frozen weight of each of its linears."""
     x_TD, p = inputs.x_TD, inputs.p
     decision = dispatch.decide([weights != 0 for weights in p], inputs.held, "layer")
     finish = dispatch.start(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], inputs.held, decision)

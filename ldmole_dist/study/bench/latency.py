@@ -112,6 +112,7 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _forward_backward(run: Callable[[], Sequence[Tensor]]) -> None:
+    """Call `run` and, if gradients are enabled, run the backward of its outputs with gradients of 1."""
     outputs = run()
     if torch.is_grad_enabled():
         differentiable = [y for y in outputs if y.requires_grad]
@@ -183,6 +184,8 @@ class RecordedCalls:
             call()
 
     def _recorder(self, part: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that records a call of `method` with its arguments and then makes the call."""
+
         def recorded(*args: Any) -> Any:
             self._calls[part].append(partial(method, *tree_map_only(Tensor, self._leaf, args)))
             return method(*args)
@@ -190,6 +193,7 @@ class RecordedCalls:
         return recorded
 
     def _leaf(self, tensor: Tensor) -> Tensor:
+        """Return the tensor to use in replays: a copy that is a leaf of the autograd graph, or `tensor` itself."""
         if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             return tensor
         self.leaves.append(tensor.detach().clone().requires_grad_(torch.is_grad_enabled()))

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "number of seeds; uses seeds 0 to N - 1 (default: %(default)s)"
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help=text)
     parser.add_argument("--jobs", type=positive, help="concurrent runs (default: one per GPU, or one per CPU core)")
-    parser.add_argument("--page-only", action="store_true", help="write the page of the finished runs, run no others")
+    parser.add_argument(
+        "--page-only", action="store_true", help="write the page of the finished runs without running others"
+    )
     parser.set_defaults(call=run)
 
 
@@ -126,6 +128,7 @@ def _about(args: argparse.Namespace, base: Config) -> dict[str, str]:
 
 
 def _run(args: argparse.Namespace, study: StudyFolder[Row], base: Config) -> None:
+    """Execute the missing runs of the methods and seeds that the arguments name."""
     import torch
 
     from ldmole_dist.study.compare.grid import run_missing

@@ -75,6 +75,15 @@ def folder_of(study: Path, cell: Cell) -> Path:
 
 
 def _start(folder: Path, base: Config, cell: Cell, slot: int, before: bool) -> subprocess.Popen[bytes]:
+    """Start the training run of a cell in a new process and return the process.
+
+    Args:
+        folder: output folder of the run; its config and log are beside it, with the suffixes .yaml and .log.
+        base: config that all runs start from.
+        cell: method and seed.
+        slot: index of the GPU to use; without effect on a CPU.
+        before: whether to evaluate before training.
+    """
     method, seed = cell
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = folder.with_suffix(".yaml")
@@ -94,6 +103,7 @@ def _start(folder: Path, base: Config, cell: Cell, slot: int, before: bool) -> s
 
 
 def _last_log_line(folder: Path) -> str:
+    """Return the last line of a run's log, cut to 300 characters, and the path of the log."""
     path = folder.with_suffix(".log")
     lines = [line for line in path.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     return f"{lines[-1][:300] if lines else 'no output'} (log: {path})"

@@ -126,6 +126,11 @@ def measure_missing(study: StudyFolder[Row], cells: Sequence[Cell], steps: int, 
 
 
 def _values(axis: str, text: str) -> list[Any]:
+    """Return the comma-separated values of an axis, converted to the type of this field of `Cell`.
+
+    Raises:
+        UserError: if a value cannot be converted.
+    """
     default = getattr(Cell(), axis)
     try:
         return [type(default)(value) for value in text.split(",")]
