@@ -60,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate a model, print the results on rank 0 and return exit code 0. Collective: every rank must call it.
+    """Evaluate a model; rank 0 prints the results and writes them to --output. Collective: every rank must call it.
+
+    Returns:
+        Exit code 0.
 
     Raises:
         UserError, PeerError: for invalid arguments, data or models.

@@ -37,7 +37,7 @@ class Evaluator:
     def __init__(self, examples: Sequence[Encoded], pad_id: int, batch_size: int, process: Process) -> None:
         self.pad_id, self.batch_size, self.process = pad_id, batch_size, process
         self.examples = examples
-        # Batches of similar lengths need little padding.
+        # Sort by length: batches of sequences with similar lengths need little padding.
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
         per_rank = -(-len(examples) // process.world_size)
         own = order[process.rank :: process.world_size]

@@ -82,7 +82,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A strategy for a workload on a machine, with its estimates."""
+    """A strategy for a workload on a machine, with the estimates of memory, traffic, FLOPs and step time."""
 
     workload: Workload
     strategy: Strategy
@@ -90,7 +90,7 @@ class Candidate:
 
     @cached_property
     def memory(self) -> dict[str, int]:
-        """Bytes per GPU at the peak of a step, by the parts of `memory.memory`."""
+        """Bytes per GPU at the peak of a step, by part; the parts are those of `memory.memory`."""
         return memory(self.workload, self.strategy)
 
     @cached_property
@@ -282,7 +282,8 @@ def _sufficient(candidate: Candidate, w: Workload) -> list[str]:
 
     found = []
     for values in options:
-        first = bisect_left(values, True, key=fits)  # the memory decreases along `values`
+        # The memory decreases along `values`, so after the first value that fits, all others fit too.
+        first = bisect_left(values, True, key=fits)
         if first < len(values):
             found.append(values[first][0])
     return found

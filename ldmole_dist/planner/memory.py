@@ -112,7 +112,8 @@ def gradient_bytes(workload: Workload, strategy: Strategy) -> int:
         # Stage 2 copies one gradient at a time to the host; stage 3 copies from its bucket.
         return max(n for group in groups for n in group.elements) * FLOAT if stage == 2 else 0
     if stage == 0 or (stage == 1 and workload.accumulation > 1):
-        return sum(sum(group.elements) for group in groups) * FLOAT  # stage 1 shards after the last micro-batch
+        # Stage 0 does not shard gradients, and stage 1 shards them only after the last micro-batch.
+        return sum(sum(group.elements) for group in groups) * FLOAT
     return sum(shard_elements(group, 3) if stage == 3 else max_overlapping_elements(group) for group in groups) * FLOAT
 
 

@@ -22,7 +22,14 @@ def missing(candidate: Candidate) -> str:
 
 
 def reasons(best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """Return lines of text: memory, step time, host memory with offload, and the effect of changing each setting."""
+    """Return the reasons for a recommendation as lines of text.
+
+    The lines state the memory, the step time, with offload the host memory, and the effect of changing each setting alone.
+
+    Args:
+        best: Recommended candidate.
+        candidates: All candidates.
+    """
     machine = best.machine
     found = [
         f"memory: {gb(best.total_bytes)} of {gb(machine.usable)} usable per GPU",
@@ -60,7 +67,11 @@ def _effect(best: Candidate, other: Candidate) -> str:
 
 
 def nothing_fits(closest: Candidate) -> str:
-    """Return the error message for a search in which no candidate fits."""
+    """Return the error message for a search in which no candidate fits.
+
+    Args:
+        closest: Candidate with the least missing memory.
+    """
     memory, machine = closest.memory, closest.machine
     host = "" if machine.host_memory is None else f" and {gb(machine.host_memory)} of host memory per node"
     largest = ", ".join(f"{part} {gb(memory[part])}" for part in sorted(memory, key=lambda part: -memory[part])[:3])

@@ -142,8 +142,8 @@ def _reductions(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
             yield Collective(kind, "all_reduce", group.ranks, sum(group.elements) * times, calls)
             continue
         if strategy.ep_size > 1:
-            # A gradient of the other kind flushes the bucket. The kinds alternate by input group, so each group causes at least
-            # one flush.
+            # Gradients of experts and of other parameters never share a bucket: one of the other kind flushes it. The kinds
+            # alternate by input group, so each group causes at least one flush.
             calls = max(calls, len(shapes_of(workload).groups) * times)
         yield Collective(kind, "reduce_scatter", group.ranks, padded_elements(group, 3) * times, calls)
 

@@ -18,7 +18,7 @@ Summaries = Mapping[str, Mapping[str, Any]]  # name of a linear -> result of `st
 
 
 def has_lambda(summaries: Summaries) -> bool:
-    """Return whether every linear has a lambda, which depends on the router."""
+    """Return whether the summaries contain lambda; some routers have none."""
     return all("lambda_mean" in summary for summary in summaries.values())
 
 

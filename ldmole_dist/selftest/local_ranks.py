@@ -23,7 +23,7 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.selftest.processes import CPU_ENVIRONMENT, start_process
 
-# Time for the other ranks to return after one raised UserError or PeerError: usually every rank raises one of them.
+# After one rank raised UserError or PeerError, `run` waits this long for the others, because usually every rank raises one.
 REPORT_SECONDS = 10.0
 
 # Outcome of a function on one rank. "refused": it raised UserError or PeerError, which all ranks usually do together.

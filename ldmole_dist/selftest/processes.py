@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-# DeepSpeed chooses its device when it is imported.
+# DeepSpeed chooses its device when it is imported, so these variables must be set before.
 CPU_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 # Disables the thread pools of OpenMP, OpenBLAS (NumPy) and the tokenizers, because threads do not survive a fork.
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -73,7 +73,7 @@ def _enter(environment: dict[str, str], on_gpu: bool, target: Callable[..., None
     # A forked process inherits the environment of the fork server, not that of the parent.
     os.environ.clear()
     os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # child processes use the default start method
+    multiprocessing.set_start_method(None, force=True)  # its own child processes use the default again
     if not on_gpu:
         torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     threading.Thread(target=_exit_with_parent, daemon=True).start()

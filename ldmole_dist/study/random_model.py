@@ -1,4 +1,4 @@
-"""Build randomly initialized models and their engines, for the benchmarks and the scaling study."""
+"""Build models with random weights and their engines, for the benchmarks and the scaling study."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class LayerInputs(NamedTuple):
 
 
 def layer_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[LayerInputs]:
-    """Draw random inputs for all input groups: the same experts on every rank, different tokens and routing on each."""
+    """Return random inputs for each input group: the same experts on all ranks, and other tokens and routing on each rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
     T, D, E, R, active = sizes
     held = slice(rank * E // world, (rank + 1) * E // world)

@@ -38,8 +38,8 @@ from ldmole_dist.tuner.model import tuner_of
 
 Phase = Literal["training", "generation"]
 
-# Name of a model -> arguments of `llama_config`. The cut model also has a smaller vocabulary, so that its head keeps its
-# share of the time.
+# Name of a model -> arguments of `llama_config`. The vocabulary of the second model is reduced by the same factor as its number
+# of layers, so that the output head takes the same share of the time as in the full model.
 MODELS = {
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 49152),
     "Llama-3.2-1B, 2 of 16 layers": (2048, 8192, 2, 32, 8, 16032),

@@ -79,7 +79,15 @@ def overhead(seconds: Mapping[str, Sequence[float]], interval: int) -> float:
 
 
 def measure(sizes: Sizes, turns: int) -> dict[str, list[float]]:
-    """Return, for each level of reporting, the seconds of a step in each turn. Collective: every rank must call it."""
+    """Time optimizer steps with each level of reporting. Collective: every rank must call it.
+
+    Args:
+        sizes: sizes of the model and of a micro-batch.
+        turns: timed turns, each with one step per level.
+
+    Returns:
+        Level of reporting -> seconds of a step in each turn.
+    """
     process = start()
     parallel = expert_parallel(process.world_size)
     backbone = llama_config(sizes.hidden, sizes.intermediate, sizes.layers, 9, 3, VOCABULARY)

@@ -93,7 +93,7 @@ def _base(args: argparse.Namespace, folder: Path) -> Config:
     if args.vader is not None:
         train, test = write_data(args.vader, folder / "data")
         overrides += [f"data.train={train}", f"data.eval={test}", f"data.labels={ALL_LABELS}"]
-    # Checkpoints are needed only to resume an interrupted run, so one per run is enough.
+    # Checkpoints are needed only to resume an interrupted run, so each run keeps only its last one.
     return load_config(args.config, [*overrides, f"run.output_dir={folder}", "run.save_every=10", "run.keep_last=1"])
 
 

@@ -71,7 +71,7 @@ def measure(cell: Cell, steps: int, warmup: int, timeout: float) -> Measured:
 
 
 def summary(cell: Cell, results: list[dict[str, Any]]) -> Measured:
-    """Combine the results of all ranks.
+    """Return the results of a cell, combined from those of all ranks.
 
     Args:
         cell: configuration that was measured.
