@@ -174,7 +174,7 @@ def _stack_experts(loras: Sequence[LoraAdapter], linear: str, part: str, like: T
 
 
 def _load_config(folder: str) -> LoraConfig:
-    """Return the config of the adapter in a folder. Raise UserError if it cannot be read or is not a LoRA adapter's."""
+    """Return the config of the adapter in a folder. Raise UserError if it cannot be read or the adapter is not LoRA."""
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:

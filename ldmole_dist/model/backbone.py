@@ -51,7 +51,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def check_backbone(path: str) -> PretrainedConfig:
     """Check that a backbone can be loaded, without loading its weights.
 
-    Reads the config and, if `path` is a folder, the headers of the safetensors files in it.
+    Only the config and, if `path` is a folder, the headers of its safetensors files are read.
 
     Args:
         path: model folder, or model name on the Hugging Face Hub.
@@ -178,7 +178,7 @@ def backbone_of(folder: str) -> str:
 
 
 def _adapter_config(folder: str) -> LdMoleConfig:
-    """Return the config of the adapter in a folder. Raise UserError if it cannot be read or is not an LD-MoLE adapter's."""
+    """Return the config of the adapter in a folder. Raise UserError if it cannot be read or the adapter is not LD-MoLE."""
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:

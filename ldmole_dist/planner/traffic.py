@@ -48,7 +48,7 @@ class Collective(NamedTuple):
 
 
 def elements_sent(workload: Workload, strategy: Strategy) -> dict[str, float]:
-    """Return the number of elements that one rank sends in an optimizer step, by kind: the dispatch's kinds, then ZeRO's."""
+    """Return the number of elements that one rank sends in an optimizer step, by kind: dispatch first, then ZeRO."""
     sent = dispatch_elements(workload, strategy)
     for collective in collectives(workload, strategy):
         sent[collective.kind] = sent.get(collective.kind, 0) + collective.sent

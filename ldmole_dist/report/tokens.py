@@ -110,7 +110,7 @@ def kind_of(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> str:
     Args:
         tokenizer: Tokenizer of the model.
         token: Token id.
-        text: `token_text` of the token.
+        text: Result of `token_text` for this token.
     """
     letters = text.lstrip("␣⏎→")
     if token in tokenizer.all_special_ids or not letters:

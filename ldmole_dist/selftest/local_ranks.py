@@ -32,7 +32,7 @@ Outcome = Literal["returned", "refused", "failed"]
 
 
 class RankFailed(RuntimeError):
-    """Raised if, on one of the ranks, the function raises an exception, does not return in time, or ends the process."""
+    """Raised by `LocalRanks.run` if the function raises or does not return in time on a rank, or if the rank's process ends."""
 
 
 class LocalRanks:

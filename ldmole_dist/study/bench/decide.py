@@ -94,7 +94,7 @@ def all_or_none(support_GTPL: Tensor, fetched: bool) -> Tensor:
         fetched: whether to fetch all.
 
     Returns:
-        (P, G, L) bool.
+        (P, G, L) bool, True for experts that rank 0 fetches.
     """
     G, _, P, L = support_GTPL.shape
     fetched_PGL = torch.full((P, G, L), fetched)

@@ -53,7 +53,7 @@ TURN_SECONDS, TURN_RUNS = 0.3, 5
 
 
 def build(sizes: Sequence[int], adapter: Mapping[str, int], device: torch.device) -> PeftModel:
-    """Return a Llama with random weights and a new adapter on all linears: bfloat16 on a GPU, float32 on a CPU.
+    """Return a Llama with random weights and an adapter on all linears of its layers: bfloat16 on a GPU, float32 on a CPU.
 
     Args:
         sizes: arguments of `llama_config`.
@@ -222,7 +222,10 @@ def measure_model(name: str, turns: int) -> list[dict[str, object]]:
 
 
 def main(turns: int) -> None:
-    """Measure all models in a new process, with one thread on a CPU, and print their table."""
+    """Measure all models in a new process and print their table.
+
+    On a CPU, the process uses OMP_NUM_THREADS threads, or one if the variable is not set.
+    """
     with LocalRanks(1, timeout=3600) as ranks:
         rows = [row for name in tqdm(MODELS, leave=False) for row in ranks.run(measure_model, name, turns)[0]]
     sizes = ", ".join(f"{name} {value}" for name, value in ADAPTER.items())

@@ -145,7 +145,10 @@ def _run(args: argparse.Namespace, study: StudyFolder[Row], base: Config) -> Non
 
 
 def _commit() -> str:
-    """Return the git commit of this package, with ", with changes" if a tracked file is modified; "unknown" without git."""
+    """Return the git commit of this package, 12 hexadecimal digits; "unknown" without git.
+
+    If a tracked file is modified, ", with changes" is appended.
+    """
     try:
         head, changes = (
             subprocess.check_output(["git", *command], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True)

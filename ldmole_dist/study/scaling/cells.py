@@ -53,7 +53,7 @@ class Cell:
         return self.ranks * self.micro_batch * self.accumulation * self.seq
 
     def backbone(self) -> LlamaConfig:
-        """Return the config of the Llama."""
+        """Return the Llama config with the sizes of this cell."""
         from ldmole_dist.study.random_model import llama_config  # imports torch, too slow for the argument parser
 
         heads = self.hidden // 64

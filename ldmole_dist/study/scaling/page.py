@@ -154,7 +154,7 @@ def scaling_figure(results: Results, series: Mapping[str, Sequence[Cell]], cores
 
 
 def _table(rows: Rows) -> str:
-    """Return an HTML table, or a paragraph that says that the study has none of these rows."""
+    """Return an HTML table of the rows; if there are none, a paragraph that says so."""
     if not rows:
         return "<p>None in this study.</p>"
     return html.Table(list(rows[0]), [[text_of(value) for value in row.values()] for row in rows]).html()

@@ -36,7 +36,11 @@ def stored_row(cell: Mapping[str, Any], measured: Mapping[str, Any] | None, erro
 
 
 def reason(error: Exception) -> str:
-    """Return the last line of an error's type and message, or of the traceback in a `RankFailed`, cut to 300 characters."""
+    """Return why a cell failed, as one line of at most 300 characters.
+
+    For a `RankFailed`, this is the last line of its message: the error of the first rank that failed, or the ranks that did
+    not return. For other errors, it is the type and the message, or the last line of a message with several lines.
+    """
     text = str(error) if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[-1].strip()[:300]
 

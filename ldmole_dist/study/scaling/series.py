@@ -19,7 +19,7 @@ def differing_axes(a: Cell, b: Cell) -> set[str]:
 
 
 def base_of(cells: Sequence[Cell]) -> Cell:
-    """Return the base cell, which is the cell with the most other cells that differ from it in exactly one axis."""
+    """Return the base cell: the cell for which the largest number of other cells differ from it in exactly one axis."""
     return max(cells, key=lambda cell: sum(len(differing_axes(cell, other)) == 1 for other in cells))
 
 
