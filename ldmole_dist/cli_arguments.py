@@ -6,10 +6,10 @@ import argparse
 
 
 def positive(text: str) -> int:
-    """Parse a positive integer.
+    """Return the value of an argument that must be a positive integer.
 
     Raises:
-        argparse.ArgumentTypeError: if `text` is anything else.
+        argparse.ArgumentTypeError: if `text` is not a positive integer in decimal digits.
     """
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")

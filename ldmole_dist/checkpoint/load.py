@@ -210,6 +210,7 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict
 
 
 def _check_shapes(manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise UserError if the names or shapes of the trainable parameters differ from those in a manifest."""
     saved = {name: tuple(shape) for name, shape in manifest.shapes.items()}
     for name in sorted(saved.keys() | shapes.keys()):
         if saved.get(name) != shapes.get(name):
@@ -222,6 +223,7 @@ def _check_shapes(manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[
 
 
 def _restore_random_states(path: Path, device: torch.device) -> None:
+    """Restore the random states of the CPU and, on a GPU, of the device from this rank's file of a checkpoint."""
     with safe_open(path, "pt") as file:
         # safe_open objects are not iterable.
         names = [name for name in file.keys() if name.startswith("random/")]  # noqa: SIM118

@@ -235,9 +235,9 @@ class Coordinator:
             self.connections.broadcast("stop")
 
     def _finish(self, kind: str, result: JobResult, **fields: Any) -> JobResult:
-        """End the supervisors, send the result to the followers, and return it.
+        """End the supervisors, send the result to the followers, and return the result.
 
-        Before it returns, it waits until all supervisors have disconnected, for at most SHUTDOWN_SECONDS.
+        The call waits until all supervisors have disconnected, for at most SHUTDOWN_SECONDS.
 
         Args:
             kind: message to the supervisors: "exit", on which a supervisor exits with the exit code of its rank, or "kill", on

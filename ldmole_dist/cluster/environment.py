@@ -24,7 +24,8 @@ def exported_environment(environ: Mapping[str, str], requested: Sequence[str], i
     Args:
         environ: environment of this process.
         requested: values of --export: "NAME" (with its value in `environ`) or "NAME=VALUE".
-        interface: value of --interface. It takes precedence: if it is set, *_SOCKET_IFNAME variables are dropped.
+        interface: value of --interface; None if it is not set. If it is set, variables *_SOCKET_IFNAME are dropped, because
+            they may name another interface.
 
     Raises:
         UserError: if a requested variable is not set, or its name looks like that of a secret. The variables are passed on

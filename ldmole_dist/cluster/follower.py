@@ -16,10 +16,10 @@ LAUNCHER_SECONDS = 5.0  # delay before the exit of this host's launcher is repor
 
 
 class Follower:
-    """Stand-in for `Coordinator` on a host that does not run it.
+    """Replacement for `Coordinator` on a host that does not run the coordinator.
 
-    It has the methods and attributes of `Coordinator` that `launch.run_attempt` uses. It forwards stop requests to the
-    coordinator and receives the result from it.
+    A follower has the methods and attributes of `Coordinator` that `launch.run_attempt` uses. It forwards stop requests to the
+    coordinator and receives the result of the job.
 
     Args:
         address: IPv4 address or host name, and port of the coordinator.

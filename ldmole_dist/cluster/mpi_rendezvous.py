@@ -51,6 +51,7 @@ def rendezvous(
 
 
 def _local_address(other_hosts: list[str], interface: str | None) -> str:
+    """Return the IPv4 address of this host at which `other_hosts` reach it (see `rendezvous` for `interface`)."""
     known = interfaces()
     if interface in known:
         return known[interface]

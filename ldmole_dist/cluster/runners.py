@@ -129,6 +129,7 @@ def device_environment(spec: LaunchSpec, environ: Mapping[str, str]) -> dict[str
 
 
 def _torchrun(spec: LaunchSpec, script: Sequence[str]) -> list[str]:
+    """Return the torchrun command that starts the ranks of this host."""
     address, _, port = spec.master.rpartition(":")
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes", str(spec.nodes)),
@@ -138,6 +139,7 @@ def _torchrun(spec: LaunchSpec, script: Sequence[str]) -> list[str]:
 
 
 def _pdsh(spec: LaunchSpec, script: Sequence[str], hostfile: Path) -> list[str]:
+    """Return the arguments of DeepSpeed's launcher for its pdsh runner, and write the hostfile that they refer to."""
     for path in (sys.executable, str(Path.cwd()), script[0]):
         if " " in path:
             raise UserError(
@@ -164,6 +166,7 @@ def _quote_for_pdsh(argument: str) -> str:
 
 
 def _mpirun(spec: LaunchSpec) -> list[str]:
+    """Return the arguments of mpirun."""
     # Map by slot, so that consecutive ranks share a host. Bind to none, because mpirun would bind each rank to one core.
     arguments = ["--map-by", "slot", "--bind-to", "none", "--allow-run-as-root"]
     interface = spec.interface or _interface_towards(spec.hosts)
@@ -175,6 +178,7 @@ def _mpirun(spec: LaunchSpec) -> list[str]:
 
 
 def _srun(spec: LaunchSpec) -> list[str]:
+    """Return the arguments of srun."""
     counts = {len(host.slots) for host in spec.hosts}
     if len(counts) > 1:
         raise UserError(

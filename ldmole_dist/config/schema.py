@@ -65,8 +65,8 @@ class Source:
             paper; "text" lists no options and answers with the text of an option.
         split: split of a task on the Hub; null for the default split.
         weight: sampling weight relative to the other sources; set it for all sources or for none.
-        name: domain of rows that do not set their own, by which results are grouped. With several sources, the default is the
-            name of the task or file.
+        name: domain of the rows that do not set their own; results are grouped by domain. With several sources, the default is
+            the name of the task or file.
     """
 
     path: str | None = None

@@ -37,7 +37,7 @@ def read_records(path: str) -> Iterator[LocatedRecord]:
 
 
 def parse_line(line: str | bytes, where: str) -> dict[str, Any]:
-    """Parse a line that holds a JSON object.
+    """Return the JSON object that a line holds.
 
     Raises:
         UserError: if the line is not a JSON object; the message names `where`.

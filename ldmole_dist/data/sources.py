@@ -125,6 +125,7 @@ def _records(source: Source, split: str) -> Iterator[LocatedRecord]:
 
 
 def _hub_records(task: Task, split: str | None, default: str) -> Iterator[LocatedRecord]:
+    """Yield the records of a task on the Hub, each with its location, from `split` or else from `task.splits[default]`."""
     import datasets  # deferred: it imports pandas, which is slow, and most runs read files
 
     path, config = task.hub

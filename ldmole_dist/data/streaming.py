@@ -95,6 +95,16 @@ def _parse_first_row(file: BinaryIO, path: Path, parser: RowParser) -> None:
 def _index(
     file: BinaryIO, path: Path, check: Callable[[bytes, str], None], offset: int, end: int, quiet: bool
 ) -> PartIndex:
+    """Check and index the lines from byte `offset` (the start of a line) up to the last one that starts before byte `end`.
+
+    Args:
+        file: the file, opened for reading.
+        path: path of the file.
+        check: function that takes a line and its location, and raises a UserError if the row is invalid.
+        offset: start of the first line, in bytes.
+        end: end of the part, in bytes.
+        quiet: hide the progress bar.
+    """
     rows = lines = digest = 0
     marks = array("q")
     file.seek(offset)

@@ -16,7 +16,8 @@ from torch import Tensor
 class GrowingLossScaler(DynamicLossScaler):
     """Dynamic loss scaler that raises the scale only between two steps.
 
-    DeepSpeed's own raises the scale before it unscales the gradients, which halves them once per `loss_scale_window` steps.
+    DeepSpeed's own scaler raises the scale before the gradients are unscaled. Once per `loss_scale_window` steps, the gradients
+    are therefore divided by twice the scale that the loss was multiplied by.
     """
 
     cur_scale: float

@@ -19,8 +19,8 @@ from ldmole_dist.monitor.meter import Report
 class Monitor:
     """Writer of a run's reports on one rank; on the other ranks it does nothing.
 
-    A write error is not raised at once, because the other ranks would then wait for this one in the next collective. It is
-    stored and later reports are skipped. Reduce `failed` over all ranks, then call `check`, which raises the error.
+    A write error is not raised at once, because the other ranks would then wait for this rank in the next collective. The error
+    is stored, and later reports are skipped. Reduce `failed` over all ranks, then call `check`, which raises the error.
 
     Args:
         folder: output folder of the run.
@@ -94,6 +94,7 @@ class Monitor:
 
     @contextmanager
     def _storing_error(self) -> Iterator[None]:
+        """Context manager that stores a write error of its body, if it is the first one, instead of raising it."""
         try:
             with write_errors(self._what):
                 yield

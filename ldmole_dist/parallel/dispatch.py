@@ -7,8 +7,8 @@ and experts of one group share an all-to-all, unless the rows are exchanged in r
 nothing is padded. Every mode gives the result of one process that holds all experts, up to rounding.
 
 The all-to-all is in flight while the caller computes something else (`Dispatch.start`), and the partial sums are returned
-while the local experts compute. Fetched experts are kept for the backward, and so are received rows unless they are exchanged
-in rounds; a recomputed forward fetches both again.
+while the local experts compute. Fetched experts are kept for the backward. Received rows are kept as well, unless they are
+exchanged in rounds. A recomputed forward exchanges experts and rows again.
 
 Shapes: T tokens on this rank, D in-features, O out-features, E experts in total, L experts held by this rank, R LoRA rank, P
 ranks of the expert-parallel group, G linears in the input group, N rows sent, M rows received, W experts computed here for this

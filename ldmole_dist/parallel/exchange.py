@@ -1,9 +1,9 @@
 """Differentiable all-to-all of several tensors with variable split sizes, in flight while other work runs.
 
-`start_exchange` starts the all-to-all and `PendingExchange.wait` waits for it. Operations between the two calls in the
-forward also overlap in the backward: autograd runs them between starting the all-to-all of the gradients and waiting for it,
-because among the ready nodes it runs the one created last. Only the overlap depends on this order. A dependency in the graph
-ensures that gradients are sent before they are received.
+`start_exchange` starts the all-to-all and `PendingExchange.wait` waits for it. Operations between the two calls overlap with
+the all-to-all. Their backward overlaps with the all-to-all of the gradients, because autograd runs the ready node that the
+forward created last. Only the overlap depends on this order. A dependency in the graph ensures that gradients are sent before
+they are received.
 
 Every rank of the group must make the same calls in the same order. The number of rows may differ and may be 0.
 """

@@ -126,8 +126,8 @@ def main() -> None:
         prog="python -m ldmole_dist.data.wordnet.derive",
         description="Derive train.jsonl and test.jsonl from WordNet 3.0's data.noun.",
     )
-    parser.add_argument("data_noun", type=Path, metavar="DATA_NOUN", help="WordNet 3.0's data.noun")
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to write the two files to")
+    parser.add_argument("data_noun", type=Path, metavar="DATA_NOUN", help="path of WordNet 3.0's data.noun")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to write train.jsonl and test.jsonl to")
     args = parser.parse_args()
     try:
         derive(args.data_noun, args.out_dir)
