@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,19 @@ class LossWeights:
 TERMS = ("balance", "sparsity", "z", "l1", "entropy")
 
 
+# Which tokens the rows of a linear are: those of the model's attention mask, or those of its decoder's. None: not known, or no
+# tokens at all, such as the patches of an image or one row for each sequence; then every row counts.
+MaskName = Literal["attention_mask", "decoder_attention_mask"]
+
+
+class _Inputs(NamedTuple):
+    """What adapted linears read of the inputs of a forward. A checkpointed region keeps it for its recomputation."""
+
+    masks: dict[MaskName, Tensor | None]
+    positions: Tensor | None
+    hidden: Tensor | None
+
+
 class StepContext:
     """State of the current micro-batch; one object per model, shared by its adapted linears.
 
@@ -73,7 +86,6 @@ class StepContext:
         stats: (3,) per linear, keyed by its name: over its real tokens, the number of active (token, expert) pairs, the sum of
             lambda (NaN for routers without lambda) and the number of tokens.
         adapter_disabled: whether adapted linears return only their base output.
-        hidden: (B, S, H) hidden states that all routers read instead of their linear's input (router_input='hidden'), or None.
     """
 
     def __init__(self) -> None:
@@ -83,24 +95,32 @@ class StepContext:
         self.terms: dict[str, list[Tensor]] = {}
         self.stats: dict[str, Tensor] = {}
         self.adapter_disabled = False
-        self.hidden: Tensor | None = None
-        self._mask: Tensor | None = None
-        self._positions: Tensor | None = None
+        # Kept after `end`, for recomputations that do not use `checkpoint_contexts`.
+        self._inputs = _Inputs({"attention_mask": None, "decoder_attention_mask": None}, None, None)
         self._open = False
         self._differentiable = False
         self._region: _Region | None = None
 
-    def begin(self, mask: Tensor | None, positions: Tensor | None = None) -> None:
+    def begin(
+        self,
+        mask: Tensor | None,
+        positions: Tensor | None = None,
+        decoder_mask: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
         """Start a micro-batch and clear the records of the previous one.
 
         Args:
-            mask: (B, S) attention mask, nonzero for real tokens; None counts every token.
+            mask: (B, S) attention mask, nonzero for real tokens; None counts every token. That of the encoder if the model has
+                an encoder and a decoder.
             positions: 1-D, the sequence positions that the model computes logits for, the only ones that an adapted head
                 reads; None for all positions.
+            decoder_mask: (B, S) attention mask of the decoder's tokens in a model with an encoder and a decoder.
+            hidden: (B, S, H) hidden states that all routers read instead of their linear's input (router_input='hidden').
         """
         self.terms = {}
         self.stats = {}
-        self._mask, self._positions = mask, positions
+        self._inputs = _Inputs({"attention_mask": mask, "decoder_attention_mask": decoder_mask}, positions, hidden)
         self._open, self._differentiable = True, torch.is_grad_enabled()
 
     def end(self) -> None:
@@ -115,20 +135,47 @@ class StepContext:
             x_TD: input of the linear, after dropout.
 
         Returns:
-            x_TD, or, if `hidden` is set, the hidden states as (T, H).
+            x_TD, or, if the forward has `hidden` states, these as (T, H).
 
         Raises:
             ValueError: if the number of hidden states is not the number of rows of x_TD.
         """
-        if self.hidden is None:
+        hidden = self._inputs.hidden
+        if hidden is None:
             return x_TD
-        hidden_TH = self.hidden.flatten(0, -2)
+        hidden_TH = hidden.flatten(0, -2)
         if len(hidden_TH) != len(x_TD):
             raise ValueError(
                 f"{name} reads {len(x_TD)} rows, but router_input='hidden' gives its router {len(hidden_TH)} hidden states; "
                 "remove this linear from target_modules, or set router_input='layer'"
             )
         return hidden_TH
+
+    def token_mask(self, name: MaskName | None, shape: torch.Size) -> Tensor | None:
+        """Return which rows of a linear are real tokens, (T,) bool; None if all rows count.
+
+        Args:
+            name: mask that covers the rows of the linear; None if no mask does.
+            shape: leading dimensions of the linear's input, whose product is T.
+
+        Raises:
+            ValueError: if the mask does not have one value for each token.
+        """
+        mask = None if name is None else self._inputs.masks[name]
+        if mask is None:
+            return None
+        if mask.dim() != 2:
+            raise ValueError(
+                f"{name} has shape {tuple(mask.shape)}, but the auxiliary losses and routing statistics need one value per "
+                "token; pass a (batch, sequence) mask, or None if every token is real"
+            )
+        positions, per_sequence = self._inputs.positions, shape.numel() // mask.shape[0]
+        if shape.numel() % mask.shape[0] or per_sequence > mask.shape[1]:
+            return None
+        if name == "attention_mask" and positions is not None and per_sequence == len(positions):
+            return mask[:, positions].reshape(-1) != 0
+        # With a key-value cache the mask also covers tokens of earlier calls; this call's tokens are its last columns.
+        return mask[:, mask.shape[1] - per_sequence :].reshape(-1) != 0
 
     def auxiliary_loss(self) -> Tensor | float:
         """Return the weighted sum c_lb L_lb + c_sp L_sparse + ... of the auxiliary losses of this micro-batch.
@@ -144,7 +191,9 @@ class StepContext:
         values = self.terms.get(term, [])
         return torch.stack(values).mean() if values else 0.0
 
-    def record_routing(self, names: Sequence[str], routing: Routing, shape: torch.Size, losses: Sequence[str]) -> None:
+    def record_routing(
+        self, names: Sequence[str], routing: Routing, mask_T: Tensor | None, losses: Sequence[str]
+    ) -> None:
         """Record the auxiliary losses and statistics of the linears of an input group.
 
         A loss with a nonzero coefficient is also computed in a recomputation, where its value is dropped: torch's checkpoint
@@ -154,11 +203,10 @@ class StepContext:
         Args:
             names: names of the G linears, unique in the model.
             routing: routing of the G linears, (G, T, E).
-            shape: leading dimensions of the input, whose product is T.
+            mask_T: True for real tokens; None counts every row (`token_mask`).
             losses: names of the losses that are defined for the router (`Router.losses`).
         """
-        mask_T, weights = self._token_mask(shape), self.weights
-        terms = {}
+        weights, terms = self.weights, {}
         for term in losses:
             differentiable = weights.of(term) > 0
             if not (differentiable or self._open):
@@ -177,30 +225,17 @@ class StepContext:
             stats_G3 = torch.stack([active_G, *(value.expand_as(active_G) for value in shared)], dim=-1)
             self.stats.update(zip(names, stats_G3.unbind(), strict=True))
 
-    def observe(self, name: str, routing: Routing, shape: torch.Size) -> None:
+    def observe(self, name: str, routing: Routing, mask_T: Tensor | None) -> None:
         """Call the observer, if there is one, with the routing of a linear.
 
         Args:
             name: name of the linear, unique in the model.
             routing: routing of the linear, (T, E).
-            shape: leading dimensions of the input, whose product is T.
+            mask_T: True for real tokens; None counts every row (`token_mask`).
         """
         if self.observer is not None and self._open:
             with torch.no_grad():
-                self.observer(name, routing, self._token_mask(shape))
-
-    def _token_mask(self, shape: torch.Size) -> Tensor | None:
-        if self._mask is None:
-            return None
-        if self._mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask has shape {tuple(self._mask.shape)}, but the auxiliary losses and routing "
-                "statistics need one value per token; pass a (batch, sequence) mask, or None if every token is real"
-            )
-        if self._positions is not None and shape[-1] == len(self._positions):
-            return self._mask[:, self._positions].reshape(-1) != 0
-        # With a key-value cache the mask also covers tokens of earlier calls; this call's tokens are its last columns.
-        return self._mask[:, -shape[-1] :].reshape(-1) != 0
+                self.observer(name, routing, mask_T)
 
     def check_not_reentrant(self) -> None:
         """Raise RuntimeError if this forward runs inside a reentrant checkpoint.
@@ -251,17 +286,20 @@ class _Region(AbstractContextManager[None]):
 
     def __init__(self, context: StepContext, tape: Tape, replaying: bool) -> None:
         self.context, self.tape, self.replaying = context, tape, replaying
+        # The recomputation runs after the forward has ended, and possibly after another forward has begun.
+        self._inputs, self._inputs_outside = context._inputs, context._inputs
         self._outer: _Region | None = None
         self._position: dict[Any, int] = {}
 
     def __enter__(self) -> None:
         self._outer, self.context._region = self.context._region, self
+        self._inputs_outside, self.context._inputs = self.context._inputs, self._inputs
         self._position = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.context._region = self._outer
+        self.context._region, self.context._inputs = self._outer, self._inputs_outside
 
     def next_decision(self, owner: Any) -> Any:
         position = self._position.get(owner, 0)

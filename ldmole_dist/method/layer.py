@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmole_dist.method.autocast import to_autocast_dtype, without_autocast
-from ldmole_dist.method.context import StepContext
+from ldmole_dist.method.context import MaskName, StepContext
 from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_is_always_faster
 from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.routers import Router, Routing
@@ -107,8 +107,8 @@ class InputGroup:
 
     def __init__(self, linears: Sequence[MoELinear], adapter: str) -> None:
         self.linears, self.adapter = list(linears), adapter
-        # Outputs of the other linears, with the address and shape of the input that they were computed from.
-        self._waiting: dict[MoELinear, tuple[tuple[int, torch.Size], Tensor]] = {}
+        # Outputs of the other linears, with the key of the input that they were computed from.
+        self._waiting: dict[MoELinear, tuple[tuple[int, torch.Size, int], Tensor]] = {}
 
     def start(self, linear: MoELinear, x: Tensor) -> Callable[[], Tensor]:
         """Start computing the adapter's output of `linear` for x (..., D).
@@ -116,9 +116,11 @@ class InputGroup:
         Returns:
             A function that waits for the communication and returns the output, (..., O).
         """
-        key, delta = self._waiting.pop(linear, (None, None))
-        # Compare addresses, not identity: ZeRO-3's hooks pass each linear a different tensor object for the same input.
-        if delta is not None and key == (x.data_ptr(), x.shape):
+        computed_for, delta = self._waiting.pop(linear, (None, None))
+        # Compare addresses, not identity: ZeRO-3's hooks pass each linear a different tensor object for the same input. The
+        # version, which these objects share, tells whether the tensor has been changed in place since.
+        key = (x.data_ptr(), x.shape, x._version)
+        if delta is not None and computed_for == key:
             return lambda: delta
         # The leader computes for the whole group. Another linear gets here only if its input is not the leader's; it then
         # computes for itself alone.
@@ -130,7 +132,7 @@ class InputGroup:
         def finish() -> Tensor:
             with without_autocast(x.device.type):
                 deltas = [delta_TO.view(*x.shape[:-1], delta_TO.shape[1]) for delta_TO in dispatched()]
-            self._waiting = {m: ((x.data_ptr(), x.shape), d) for m, d in zip(linears[1:], deltas[1:], strict=True)}
+            self._waiting = {m: (key, d) for m, d in zip(linears[1:], deltas[1:], strict=True)}
             return deltas[0]
 
         return finish
@@ -158,11 +160,13 @@ class InputGroup:
             decision = RoutingDecision(support_GTE, dispatch.decide(support_GTE.unbind(), banks, leader.name))
             context.record_decision(leader, decision)
         routing = router.weigh(logits_GTE, lam_T, decision.support_GTE)
-        if leader.training:
-            context.record_routing(names, routing, x.shape[:-1], router.losses)
         routings = routing.by_linear()
-        for name, of_linear in zip(names, routings, strict=True):
-            context.observe(name, of_linear, x.shape[:-1])
+        if leader.training or context.observer is not None:
+            mask_T = context.token_mask(leader.mask_name, x.shape[:-1])
+            if leader.training:
+                context.record_routing(names, routing, mask_T, router.losses)
+            for name, of_linear in zip(names, routings, strict=True):
+                context.observe(name, of_linear, mask_T)
         return dispatch.start(x_TD, routings, banks, decision.dispatch, repeated)
 
 
@@ -176,7 +180,12 @@ class MoELinear(nn.Module):
         name: name of the linear, unique in the model.
         context: step context, shared by all adapted linears of the model.
         dispatch: dispatch that brings tokens and experts together, local or over several ranks.
+
+    Attributes:
+        mask_name: mask that covers the rows of the linear's input; None if no mask does, so that every row counts.
     """
+
+    mask_name: MaskName | None = "attention_mask"
 
     def __init__(self, base_layer: nn.Module, name: str, context: StepContext, dispatch: Dispatch) -> None:
         super().__init__()
@@ -199,10 +208,10 @@ class MoELinear(nn.Module):
         Args:
             adapter: name of the adapter.
             bank: experts held here, A (L, R, D) and B (L, O, R).
-            router: router over all E experts; reads the input of the linear, or `StepContext.hidden`.
+            router: router over all E experts; reads the input of the linear, or the `hidden` states of `StepContext.begin`.
             lambda_mlp: lambda-MLP for the router's input size; None if the router does not need lambda.
             dropout: dropout probability of the linear's input as read by the experts, the router and the lambda-MLP; not
-                applied to `StepContext.hidden`, nor to the input of the base layer.
+                applied to these `hidden` states, nor to the input of the base layer.
         """
         self.lora_A[adapter], self.lora_B[adapter] = bank.A_LRD, bank.B_LOR
         self.scaling[adapter] = bank.scaling

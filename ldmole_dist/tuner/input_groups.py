@@ -1,62 +1,105 @@
-"""Input groups: the linears of a model that read the same tensor (q, k, v; gate, up), found by tracing a forward."""
+"""Input groups: the linears of a model that read the same tensor (q, k, v; gate, up), and the token mask that covers it."""
 
 from __future__ import annotations
 
-import copy
 import logging
+import re
 from collections.abc import Collection
-from typing import Any
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
+
+from ldmole_dist.method.context import MaskName
+from ldmole_dist.tuner.trace import Call, Sizes, Trace, TracedCopy
 
 logger = logging.getLogger(__name__)
 
+# Two forwards whose sizes differ, and are unusual as sizes of a model, tell the rows that are tokens from rows that by accident
+# are as many.
+SIZES = Sizes(3, 7, 5), Sizes(2, 13, 11)
 
-def find_input_groups(model: nn.Module, names: Collection[str]) -> list[list[str]]:
+
+class NamedGroup(NamedTuple):
+    """An input group.
+
+    Attributes:
+        linears: names of the linears, in the order of their calls.
+        mask_names: for each linear, the mask that covers the rows of its input; None if no mask is known to.
+    """
+
+    linears: list[str]
+    mask_names: list[MaskName | None]
+
+
+def find_input_groups(model: nn.Module, names: Collection[str]) -> list[NamedGroup]:
     """Group linears that read the same tensor object in a forward.
 
-    Runs the forward of a copy of the model on the meta device, with two tokens. This computes nothing, allocates no memory, and
-    also works if the weights of the model are partitioned.
+    Linears in different layers are never grouped, even if they read the same tensor, as cross-attention does: gradient
+    checkpointing recomputes each layer by itself.
 
     Args:
-        model: backbone. Adapters in it have no effect, because the copy is created from its config.
+        model: backbone. Adapters in it have no effect.
         names: names of the linears to group.
 
     Returns:
-        The names of each group, in the order of calls. A linear that is not called has a group of its own. So does every linear
-        if the model is not a `PreTrainedModel` or cannot run on the meta device. This needs more dispatches, but gives the same
-        results, except that each linear then has its own dropout mask.
+        The groups. A linear that could not be traced has a group of its own and no mask; the log tells how many there are. It
+        needs a dispatch of its own but gives the same results, except that it has a dropout mask of its own, and that padding
+        counts in its auxiliary losses and statistics. Reasons are that the model is not a `PreTrainedModel`, that it does not
+        run on the meta device, or that the linear is not called at all.
     """
-    inputs: dict[str, Tensor] = {}  # keeps the tensors alive: id() is unique only among objects that exist
+    first, second = _trace(model, names)
+    found: dict[tuple[object, ...], list[str]] = {}
+    for name, call in first.calls.items():
+        found.setdefault((id(call.tensor), call.version, _layer(name)), []).append(name)
+    groups = [
+        NamedGroup(linears, [_mask_name(first.calls[name], second.calls.get(name)) for name in linears])
+        for linears in found.values()
+    ]
+    unknown = [name for name in names if name not in first.calls or not first.calls[name].has_masks]
+    if unknown:
+        logger.warning(
+            "%d of %d linears, such as %s, could not be traced (%s): padding counts in their auxiliary losses and statistics, "
+            "and linears that read the same input may be dispatched separately, which is slower",
+            len(unknown),
+            len(names),
+            unknown[0],
+            first.error or "the model does not call them",
+        )
+    return groups + [NamedGroup([name], [None]) for name in names if name not in first.calls]
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs.setdefault(name, args[0])
 
-        return hook
+def _trace(model: nn.Module, names: Collection[str]) -> tuple[Trace, Trace]:
+    if not isinstance(model, PreTrainedModel):
+        none = Trace({}, TypeError(f"{type(model).__name__} is not a PreTrainedModel of transformers"))
+        return none, none
+    try:
+        traced = TracedCopy(model, names)
+    except Exception as error:  # any model code may run here
+        return Trace({}, error), Trace({}, error)
+    first, second = (traced.run(sizes) for sizes in SIZES)
+    return first, second
 
-    if isinstance(model, PreTrainedModel):
-        config = copy.deepcopy(model.config)
-        # Some attention kernels, such as flash-attention, do not run on the meta device. Eager attention does, and the linears
-        # read the same tensors with it.
-        config._attn_implementation = "eager"
-        try:
-            with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-                copied = type(model)(config).eval()
-                for name, module in copied.named_modules():
-                    if name in names:
-                        module.register_forward_pre_hook(record(name))
-                copied(input_ids=torch.zeros(1, 2, dtype=torch.long))
-        except Exception as error:
-            logger.warning(
-                "each linear is dispatched separately, because this model does not run on the meta device (%s); this is "
-                "slower, but without dropout the results are the same",
-                error,
+
+def _layer(name: str) -> str:
+    """Return the name of the numbered layer that a linear belongs to, which is what models checkpoint; "" if there is none."""
+    numbered = re.match(r"(.+\.)?\d+(?=\.)", name)
+    return numbered[0] if numbered else ""
+
+
+def _mask_name(first: Call, second: Call | None) -> MaskName | None:
+    """Return the mask whose tokens are the rows of a linear in both traced forwards."""
+    for mask_name in ("attention_mask", "decoder_attention_mask"):
+        if second is not None and all(
+            _reads_tokens(
+                call, sizes.sequences, sizes.tokens if mask_name == "attention_mask" else sizes.decoder_tokens
             )
-            inputs.clear()
-    groups: dict[int, list[str]] = {}
-    for name, tensor in inputs.items():
-        groups.setdefault(id(tensor), []).append(name)
-    return [*groups.values(), *([name] for name in names if name not in inputs)]
+            for call, sizes in zip((first, second), SIZES, strict=True)
+        ):
+            return mask_name
+    return None
+
+
+def _reads_tokens(call: Call, sequences: int, tokens: int) -> bool:
+    shape = tuple(size for size in call.tensor.shape[:-1] if size != 1)
+    return call.has_masks and call.same_shape and shape in ((sequences, tokens), (sequences * tokens,))

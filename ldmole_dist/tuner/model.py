@@ -59,15 +59,20 @@ class LdMoleModel(BaseTuner):
         self.context = StepContext()
         self.parallel = getattr(model, "expert_parallel", None) or ExpertParallel()
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        model.register_forward_hook(self._end)
+        model.register_forward_hook(self._end, always_call=True)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
         # transformers' logits_to_keep is a tensor of positions, or a number of positions at the end. The context aligns masks
         # to the end of the sequence anyway, so only a tensor is passed to it.
-        positions = given.get("logits_to_keep", given.get("kwargs", {}).get("logits_to_keep"))
-        self.context.begin(given.get("attention_mask"), positions if isinstance(positions, Tensor) else None)
-        self.context.hidden = self._hidden(model, given) if self.reads_hidden else None
+        positions = given.get("logits_to_keep")
+        self.context.begin(
+            given.get("attention_mask"),
+            positions if isinstance(positions, Tensor) else None,
+            given.get("decoder_attention_mask"),
+            self._hidden(model, given) if self.reads_hidden else None,
+        )
 
     @property
     def reads_hidden(self) -> bool:
@@ -141,10 +146,10 @@ class LdMoleModel(BaseTuner):
     def _group(self, model: nn.Module, adapter_name: str) -> None:
         """Put linears that read the same tensor in one `InputGroup`, so that one dispatch serves all of them."""
         linears = {m.name: m for m in model.modules() if isinstance(m, LdMoleLinear) and adapter_name in m.lora_A}
-        for names in find_input_groups(model, linears):
+        for names, mask_names in find_input_groups(model, linears):
             group = InputGroup([linears[name] for name in names], adapter_name)
-            for member in group.linears:
-                member.groups[adapter_name] = group
+            for member, mask_name in zip(group.linears, mask_names, strict=True):
+                member.groups[adapter_name], member.mask_name = group, mask_name
 
     def _create_and_replace(
         self,

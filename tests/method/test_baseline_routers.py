@@ -157,7 +157,7 @@ def test_balance_loss_uses_support_and_probabilities_before_selection(name: str)
     (routing,), context = of_group.by_linear(), StepContext()
     context.weights = LossWeights(balance=1.0)
     context.begin(mask.view(1, T))
-    context.record_routing(["linear"], of_group, torch.Size((1, T)), made.losses)
+    context.record_routing(["linear"], of_group, context.token_mask("attention_mask", torch.Size((1, T))), made.losses)
     rows = u_TE[mask].tolist()
     active = [[weight > 0 for weight in REFERENCES[name](u)] for u in rows]
     freq = [sum(token[e] for token in active) / sum(map(sum, active)) for e in range(E)]

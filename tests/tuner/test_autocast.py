@@ -51,7 +51,10 @@ def plain_forward(self: LdMoleLinear, x: Tensor, adapter: str) -> Tensor:
         scores = x_TD.to(torch.get_autocast_dtype("cpu")).float() @ self.router[adapter].weight.t()
         p_TE = scores.softmax(-1)
         self.context.record_routing(
-            [self.name], Routing(p_TE[None], scores[None], None), x.shape[:-1], ("balance", "z")
+            [self.name],
+            Routing(p_TE[None], scores[None], None),
+            self.context.token_mask(self.mask_name, x.shape[:-1]),
+            ("balance", "z"),
         )
     experts = zip(p_TE.unbind(1), self.lora_A[adapter], self.lora_B[adapter], strict=True)
     delta = sum(p_T.unsqueeze(1) * F.linear(F.linear(x_TD, A), B) for p_T, A, B in experts)

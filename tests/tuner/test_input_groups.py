@@ -7,17 +7,33 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DebertaV2Config,
+    DebertaV2Model,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 from ldmole_dist.method.context import LossWeights, StepContext
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.layer import Finish, InputGroup, LocalDispatch, MoELinear
 from ldmole_dist.method.routers import SparsegenRouter
-from ldmole_dist.selftest.tiny import tiny_backbone
+from ldmole_dist.selftest.tiny import SIZES, tiny_backbone
+from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.input_groups import find_input_groups
+from ldmole_dist.tuner.model import tuner_of
 
+ENCODER: dict[str, Any] = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 B, S, D, E, R = 2, 5, 6, 4, 2
 OUTS = (6, 3, 4)
 
@@ -152,6 +168,18 @@ def test_member_with_another_input_is_computed_separately() -> None:
     torch.testing.assert_close(read(linears, other), read(alone, other))
 
 
+def test_member_is_computed_separately_after_a_change_of_the_input_in_place() -> None:
+    linears, _, dispatch = make_linears(True)
+    alone, _, _ = make_linears(False)
+    x = hidden().detach()
+    linears[0].forward_with_adapter(x, "default")
+    x.mul_(2)
+    torch.testing.assert_close(
+        linears[1].forward_with_adapter(x, "default"), alone[1].forward_with_adapter(x, "default")
+    )
+    assert dispatch.sizes == [3, 1]
+
+
 def test_member_with_a_slice_of_the_input_is_computed_separately() -> None:
     linears, _, _ = make_linears(True)
     alone, _, _ = make_linears(False)
@@ -169,7 +197,9 @@ def test_groups_of_a_decoder(architecture: str) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    groups = find_input_groups(model, names)
+    found = find_input_groups(model, names)
+    groups = [group.linears for group in found]
+    assert {mask_name for group in found for mask_name in group.mask_names} == {"attention_mask"}
     assert torch.get_rng_state().equal(state)
     for layer in range(2):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
@@ -177,9 +207,94 @@ def test_groups_of_a_decoder(architecture: str) -> None:
         assert [f"{mlp}.gate_proj", f"{mlp}.up_proj"] in groups and [f"{mlp}.down_proj"] in groups
     assert len(groups) == 8
     some = [f"model.layers.0.self_attn.{n}_proj" for n in "kv"]
-    assert find_input_groups(model, some) == [some]
+    assert find_input_groups(model, some) == [(some, ["attention_mask"] * 2)]
 
 
 def test_model_without_meta_forward_gets_groups_of_one() -> None:
     names = ["0", "1"]
-    assert find_input_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), names) == [["0"], ["1"]]
+    assert find_input_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), names) == [
+        (["0"], [None]),
+        (["1"], [None]),
+    ]
+
+
+def bart() -> BartForConditionalGeneration:
+    sizes = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 16))
+    }
+    return BartForConditionalGeneration(BartConfig(vocab_size=32, d_model=16, max_position_embeddings=32, **sizes))
+
+
+def test_group_does_not_span_layers() -> None:
+    # All cross-attentions read the output of the encoder, and gradient checkpointing recomputes each decoder layer by itself.
+    model = get_peft_model(
+        bart(), LdMoleConfig(target_modules="all-linear", num_experts=2, r=2, lora_dropout=0.0)
+    ).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    group = tuner_of(model).model.get_submodule("model.decoder.layers.1.encoder_attn.v_proj").groups["default"]
+    assert [linear.name.rsplit(".", 1)[-1] for linear in group.linears] == ["k_proj", "v_proj"]
+    ids = torch.randint(3, 32, (2, 5), generator=torch.Generator().manual_seed(0))
+    model.config.dropout = 0.0
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_groups_of_routed_experts_and_of_another_modality() -> None:
+    sizes: dict[str, Any] = SIZES | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    moe = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).bfloat16()
+    vit = ViTModel(ViTConfig(**ENCODER, image_size=8, patch_size=4))
+    for model, mask_name in ((moe, "attention_mask"), (vit, None)):
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        groups = find_input_groups(model, names)
+        assert all(group.linears[0].endswith("q_proj") for group in groups if len(group.linears) == 3)
+        assert {len(group.linears) for group in groups} == {1, 3}
+        assert {name for group in groups for name in group.mask_names} == {mask_name}
+    assert moe.config._experts_implementation != "batched_mm"
+
+
+def test_linears_whose_tokens_are_not_certain_have_no_mask() -> None:
+    # Its query and key projections also read position embeddings.
+    deberta = DebertaV2Model(
+        DebertaV2Config(**ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True)
+    )
+    # Its routing does not run on the meta device, so that its decoder is traced by itself.
+    switch = SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(
+            vocab_size=32,
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=2,
+            num_heads=2,
+            num_experts=2,
+            num_sparse_encoder_layers=1,
+        )
+    )
+    for model, certain in ((deberta, ["value_proj", "dense"]), (switch, [])):
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        found = {
+            name: mask_name
+            for group in find_input_groups(model, names)
+            for name, mask_name in zip(*group, strict=True)
+            if name.startswith("encoder" if model is deberta else "decoder")
+        }
+        assert found and set(found.values()) <= {"attention_mask", None}
+        assert {name.rsplit(".", 1)[-1] for name, mask_name in found.items() if mask_name} == set(certain)
+
+
+def test_untraced_linears_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    find_input_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["0", "1"])
+    (record,) = caplog.records
+    assert "2 of 2 linears, such as 0, could not be traced (Sequential is not a PreTrainedModel" in record.message
