@@ -118,8 +118,9 @@ class InputGroup:
         """
         computed_for, delta = self._waiting.pop(linear, (None, None))
         # Compare addresses, not identity: ZeRO-3's hooks pass each linear a different tensor object for the same input. The
-        # version, which these objects share, tells whether the tensor has been changed in place since.
-        key = (x.data_ptr(), x.shape, x._version)
+        # version, which these objects share, tells whether the tensor has been changed in place since; torch.compile cannot
+        # read it.
+        key = (x.data_ptr(), x.shape, 0 if torch.compiler.is_compiling() else x._version)
         if delta is not None and computed_for == key:
             return lambda: delta
         # The leader computes for the whole group. Another linear gets here only if its input is not the leader's; it then

@@ -28,7 +28,8 @@ from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.layer import Finish, InputGroup, LocalDispatch, MoELinear
 from ldmole_dist.method.routers import SparsegenRouter
-from ldmole_dist.selftest.tiny import SIZES, tiny_backbone
+from ldmole_dist.parallel.dispatch import ExpertParallel
+from ldmole_dist.selftest.tiny import SIZES, adapted, micro_batch, tiny_backbone
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.input_groups import find_input_groups
 from ldmole_dist.tuner.model import tuner_of
@@ -216,6 +217,14 @@ def test_model_without_meta_forward_gets_groups_of_one() -> None:
         (["0"], [None]),
         (["1"], [None]),
     ]
+
+
+@pytest.mark.full
+def test_compiles_to_one_graph() -> None:
+    model = adapted(tiny_backbone("llama", torch.float32, torch.device("cpu")), ExpertParallel())
+    batch = micro_batch(0, torch.device("cpu"))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
 
 
 def bart() -> BartForConditionalGeneration:
