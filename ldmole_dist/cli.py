@@ -259,11 +259,11 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     from ldmole_dist.config import check_parallelism, load_config
-    from ldmole_dist.engine.ds_config import load_ds_config, resolve_run
+    from ldmole_dist.engine.ds_config import check_quantization, load_ds_config, resolve_run
 
     config = load_config(args.config, args.overrides)
     if args.ranks is None:
-        load_ds_config(config.parallelism.deepspeed)
+        check_quantization(config, load_ds_config(config.parallelism.deepspeed))
     else:
         check_parallelism(config, args.ranks)
         resolve_run(config, args.ranks)

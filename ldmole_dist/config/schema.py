@@ -35,11 +35,14 @@ class Backbone:
         task: "causal_lm", or "sequence_classification", which trains a `score` head over data.labels.
         attention: attention implementation by its name in transformers ("sdpa", "flash_attention_2", ...); null for the
             default of transformers.
+        quantization: quantize the frozen linears while they are loaded: "nf4" to 4 bits (QLoRA), "int8" to 8 bits (LLM.int8);
+            null for none. Needs the extra "quantization" (docs/train.md).
     """
 
     path: str
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
     attention: str | None = None
+    quantization: Literal["nf4", "int8"] | None = None
 
 
 @dataclass(config=_strict_keys)

@@ -128,17 +128,40 @@ def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
     """Return the complete DeepSpeed config of a run on `world_size` ranks.
 
     Raises:
-        UserError: if the DeepSpeed config is invalid or contradicts the run config, or the global batch size is not a
-            multiple of the micro-batch size times the world size.
+        UserError: if the DeepSpeed config is invalid or contradicts the run config, ZeRO stage 3 cannot partition the quantized
+            weights, or the global batch size is not a multiple of the micro-batch size times the world size.
     """
+    ds_config = load_ds_config(config.parallelism.deepspeed)
+    check_quantization(config, ds_config)
     return resolve_ds_config(
-        load_ds_config(config.parallelism.deepspeed),
+        ds_config,
         micro_batch_size=config.optimisation.micro_batch_size,
         accumulation=accumulation_steps(config, world_size),
         max_grad_norm=config.optimisation.max_grad_norm,
         precision=config.parallelism.precision,
         ep_size=config.parallelism.ep_size,
     )
+
+
+def check_quantization(config: Config, ds_config: dict[str, Any]) -> None:
+    """Raise UserError if ZeRO stage 3 cannot partition the quantized weights of `backbone.quantization`.
+
+    Args:
+        config: config of the run.
+        ds_config: config from `load_ds_config`.
+    """
+    quantization = config.backbone.quantization
+    if quantization is None or stage_of(ds_config) < 3:
+        return
+    if quantization == "int8":
+        raise UserError(
+            "backbone.quantization=int8 does not work with ZeRO stage 3, because bitsandbytes keeps a second reference to the "
+            "8-bit weights, which are then not partitioned; set parallelism.deepspeed=zero2 or backbone.quantization=nf4"
+        )
+    if ds_config["zero_optimization"].get("offload_param"):
+        raise UserError(
+            f"backbone.quantization={quantization} is not tested with zero_optimization.offload_param; remove one of them"
+        )
 
 
 def _check_keys(config: Any) -> None:

@@ -55,10 +55,12 @@ def load_generator(
     if saved.task != "causal_lm":
         raise UserError(f"{saved.adapter} is a classifier and cannot generate text; evaluate it with `ldmole eval`.")
     tokenizer = load_tokenizer(saved.backbone)
-    model: Any = load_backbone(saved.backbone, "causal_lm", precision)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = load_backbone(saved.backbone, "causal_lm", precision, quantization=saved.quantization, device=device)
     if with_adapter:
         model = load_adapter(model, str(saved.adapter), trainable=False)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    # Not PreTrainedModel.to, which refuses 8-bit weights, even if they are on the device.
+    return torch.nn.Module.to(model, device).eval(), tokenizer
 
 
 @torch.no_grad()

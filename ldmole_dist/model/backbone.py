@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,6 +21,7 @@ from transformers import (
 
 from ldmole_dist.errors import UserError
 from ldmole_dist.io import atomic_folder, write_errors
+from ldmole_dist.model.quantization import check_quantizable, quantized_loading
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import tuner_of
 
@@ -71,8 +73,8 @@ def check_backbone(path: str) -> PretrainedConfig:
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"backbone.path={path!r} is quantized, which is not supported (ZeRO-3 cannot partition packed integers); "
-            "set it to the unquantized model"
+            f"backbone.path={path!r} is quantized, which is not supported; set it to the unquantized model, and quantize it "
+            "while it is loaded with backbone.quantization=nf4"
         )
     for weights in sorted(Path(path).glob("*.safetensors")):
         try:
@@ -95,6 +97,9 @@ def load_backbone(
     labels: Sequence[str] | None = None,
     attention: str | None = None,
     pad_token_id: int | None = None,
+    quantization: str | None = None,
+    device: torch.device | str = "cpu",
+    partitioned: bool = False,
 ) -> PreTrainedModel:
     """Load the backbone in the dtype of `precision`.
 
@@ -107,12 +112,19 @@ def load_backbone(
         labels: class names, for sequence classification.
         attention: attention implementation by its name in transformers; None for the default.
         pad_token_id: id of the padding token, with which a sequence classifier finds the last token; unused for "causal_lm".
+        quantization: quantize the frozen linears to "nf4" or "int8"; None leaves them in `precision`.
+        device: device that quantized weights are loaded to. Without quantization, weights are loaded to the CPU.
+        partitioned: whether ZeRO-3 partitions the quantized weights later.
 
     Raises:
-        UserError: if the model cannot be loaded or is quantized.
+        UserError: if the model cannot be loaded, is quantized already, or cannot be quantized.
     """
     options = {"dtype": DTYPES[precision], "attn_implementation": attention}
     config = check_backbone(path)
+    if quantization is not None:
+        options |= quantized_loading(quantization, DTYPES[precision], device, partitioned)
+        with torch.device("meta"):
+            check_quantizable(AutoModel.from_config(config), quantization)
     try:
         if task == "causal_lm":
             return AutoModelForCausalLM.from_pretrained(path, **options)

@@ -19,6 +19,7 @@ from ldmole_dist.model.backbone import (
     load_backbone,
     new_adapter,
 )
+from ldmole_dist.model.quantization import weight_bytes
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.model import spread_experts, tuner_of
@@ -35,7 +36,7 @@ def build_model(
         config: config of the run.
         parallel: expert-parallel group that the experts are spread over.
         process: this process.
-        stage: ZeRO stage; stage 3 partitions the backbone while it is loaded.
+        stage: ZeRO stage; stage 3 partitions the backbone while it is loaded, unless it is quantized.
         pad_token_id: id of the tokenizer's padding token, with which a sequence classifier finds the last token.
 
     Returns:
@@ -51,11 +52,13 @@ def build_model(
         tqdm.write(f"loading {b.path}")
     with raise_on_all_ranks("checking the backbone"):
         check_backbone(b.path)
-    # Loading at stage 3 runs collectives, so it must not be inside raise_on_all_ranks: a rank that fails would enter its
+    # DeepSpeed partitions quantized weights when the engine is created: each rank first holds all of them.
+    in_parts = stage == 3 and b.quantization is None
+    # Loading in parts runs collectives, so it must not be inside raise_on_all_ranks: a rank that fails would enter its
     # all_gather_object while the others wait in the broadcast of a parameter.
     with (
-        partitioned_loading(stage, config.parallelism.precision),
-        raise_on_all_ranks("loading the backbone") if stage < 3 else nullcontext(),
+        partitioned_loading(stage, config.parallelism.precision) if in_parts else nullcontext(),
+        nullcontext() if in_parts else raise_on_all_ranks("loading the backbone"),
     ):
         backbone = load_backbone(
             b.path,
@@ -64,7 +67,12 @@ def build_model(
             labels=config.data.labels,
             attention=b.attention,
             pad_token_id=pad_token_id,
+            quantization=b.quantization,
+            device=process.device,
+            partitioned=stage == 3,
         )
+    if b.quantization is not None and process.is_main:
+        tqdm.write(f"quantized to {b.quantization}: the backbone takes {weight_bytes(backbone) / 1e6:.1f} MB")
     if stage < 3:
         # nn.Module.to: the wrapper that transformers puts around PreTrainedModel.to confuses mypy.
         torch.nn.Module.to(backbone, process.device)

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ldmole_dist.config import Config
 from ldmole_dist.engine.check import check_with_deepspeed
 from ldmole_dist.engine.ds_config import resolve_run
-from ldmole_dist.errors import UserError
+from ldmole_dist.errors import UserError, require_extra
 from ldmole_dist.model.backbone import DTYPES, check_backbone, load_adapter, load_tokenizer, new_adapter
 from ldmole_dist.model.build import adapter_config
+from ldmole_dist.model.quantization import check_quantizable
 
 
 def check_build(config: Config, world_size: int) -> None:
@@ -25,7 +26,7 @@ def check_build(config: Config, world_size: int) -> None:
         world_size: number of ranks of the run.
 
     Raises:
-        UserError: if the backbone, the adapter, the tokenizer or the DeepSpeed config is invalid.
+        UserError: if the backbone, its quantization, the adapter, the tokenizer or the DeepSpeed config is invalid.
     """
     b, a = config.backbone, config.adapter
     model_config = check_backbone(b.path)
@@ -43,6 +44,9 @@ def check_build(config: Config, world_size: int) -> None:
         raise UserError(
             f"cannot build the model of backbone.path={b.path!r}: {error}; check backbone.task and backbone.attention"
         ) from error
+    if b.quantization is not None:
+        require_extra("quantization", "bitsandbytes")
+        check_quantizable(backbone, b.quantization)
     with torch.device("meta"):
         if a.init_from is not None:
             load_adapter(backbone, a.init_from, trainable=True)

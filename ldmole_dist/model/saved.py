@@ -41,6 +41,11 @@ class SavedModel:
         task_type = PeftConfig.from_pretrained(str(self.adapter)).task_type
         return "sequence_classification" if task_type == "SEQ_CLS" else "causal_lm"
 
+    @property
+    def quantization(self) -> str | None:
+        """Quantization of the backbone, as in `backbone.quantization`; None for an adapter alone."""
+        return None if self.config is None else self.config.backbone.quantization
+
 
 def find_saved_model(path: str, backbone: str | None) -> SavedModel:
     """Find the adapter in the folder of a run or of an adapter.

@@ -195,7 +195,7 @@ def all_candidates(workload: Workload, machine: Machine) -> list[Candidate]:
         for stage, offload in SHIPPED
         for ep_size in sizes
         for checkpointing in (False, True)
-        if not (workload.precision == "fp16" and stage == 0)
+        if not (workload.precision == "fp16" and stage == 0) and not (workload.quantization is not None and stage == 3)
     ]
 
 

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bf16",
         help=f"precision of backbone and activations {default}",
     )
+    workload("--quantization", choices=("nf4", "int8"), help="quantization of the frozen linears (default: none)")
     workload("--dropout", type=float, default=0.1, help=f"dropout probability of the adapters' input {default}")
     workload("--no-padding", action="store_true", help="assume that all sequences of a batch have the same length")
     machine = parser.add_argument_group("machine").add_argument
@@ -109,6 +110,7 @@ def plan(args: argparse.Namespace) -> int:
         answer_tokens=args.answer_tokens,
         active=min(2.0, args.experts) if args.active is None else args.active,
         precision=args.precision,
+        quantization=args.quantization,
         padded=not args.no_padding,
         dropout=args.dropout,
     )

@@ -98,7 +98,7 @@ def parameter_bytes(workload: Workload, strategy: Strategy) -> tuple[dict[str, i
             ranks = strategy.expert_copies if p.expert and strategy.ep_size > 1 else strategy.ranks
             persistent[part] += n * width if n <= threshold else 0
             n = math.ceil(n / ranks)
-        shards[part] += n * width
+        shards[part] += p.quantized_bytes or n * width
     if strategy.stage in (1, 2):
         groups = param_groups(workload, strategy)
         shards["adapter"] += sum(padded_elements(group, 1) - sum(group.elements) for group in groups) * FLOAT
@@ -135,6 +135,8 @@ def step_activations(workload: Workload, strategy: Strategy) -> tuple[int, int]:
     traced = activations(w, s.checkpointing, s.stage == 3)
     saved = sum(saved_bytes(group, w, s) for group in groups)
     temporary = max(temporary_bytes(group, w, s) for group in groups)
+    # Each product of a quantized linear dequantizes its weight.
+    temporary += max((p.elements for p in shapes_of(w).parameters if p.quantized_bytes), default=0) * w.itemsize
     if not s.checkpointing:
         return int(traced.kept + saved), int(max(traced.loss, traced.working + temporary))
     of_layer = saved / w.backbone.num_hidden_layers

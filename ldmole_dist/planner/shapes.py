@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ldmole_dist.errors import UserError
 from ldmole_dist.method.context import LossWeights
 from ldmole_dist.model.backbone import DTYPES, new_adapter
+from ldmole_dist.model.quantization import quantized_bytes
 from ldmole_dist.planner.layers import in_layer, layer_prefix, rename
 from ldmole_dist.planner.presets import explain_build_errors
 from ldmole_dist.planner.workload import Workload
@@ -35,12 +36,14 @@ class Parameter(NamedTuple):
         elements: Number of elements; for an expert parameter, over all experts.
         expert: Whether it is the A or B of a linear's experts.
         trainable: Whether it belongs to the adapter; the backbone is frozen.
+        quantized_bytes: Bytes of the quantized weight with its scales; 0 if it is not quantized.
     """
 
     name: str
     elements: int
     expert: bool
     trainable: bool
+    quantized_bytes: int
 
 
 class Group(NamedTuple):
@@ -135,20 +138,38 @@ def _shapes_of(workload: Workload) -> Shapes:
     if depth > 2:
         # PEFT's injection dominates the time, so adapt two layers and repeat the second.
         shallow = meta_model(workload, 2)
-        shapes = _deepened(_shapes(shallow), layer_prefix(shallow), depth)
+        shapes = _deepened(_shapes(shallow, workload), layer_prefix(shallow), depth)
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(workload.backbone)
         if shapes.frozen() == sum(p.numel() for p in bare.parameters()):
             return shapes
-    return _shapes(meta_model(workload))  # at most two layers, or layers that differ, so that none can be repeated
+    return _shapes(
+        meta_model(workload), workload
+    )  # at most two layers, or layers that differ, so that none can be repeated
 
 
-def _shapes(model: PeftModel) -> Shapes:
+def _shapes(model: PeftModel, workload: Workload) -> Shapes:
+    quantized = {} if workload.quantization is None else _quantized_bytes(model, workload.quantization)
     parameters = tuple(
-        Parameter(name, p.numel(), is_expert_tensor(name) and p.requires_grad, p.requires_grad)
+        Parameter(name, p.numel(), is_expert_tensor(name) and p.requires_grad, p.requires_grad, quantized.get(name, 0))
         for name, p in model.named_parameters()
     )
     return Shapes(parameters, tuple(input_groups(model)))
+
+
+def _quantized_bytes(model: PeftModel, quantization: str) -> dict[str, int]:
+    """Return the bytes of each quantized weight, with its scales and code books, by its name.
+
+    bitsandbytes quantizes the weights of all frozen linears, except that of the output head.
+    """
+    backbone: Any = model.get_base_model()
+    head = backbone.get_output_embeddings()
+    head = getattr(head, "base_layer", head)
+    return {
+        f"{name}.weight": quantized_bytes(quantization, *features_of(module))
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head
+    }
 
 
 def _deepened(shapes: Shapes, prefix: str, depth: int) -> Shapes:

@@ -55,7 +55,8 @@ def _assumptions(name: str, workload: Workload, machine: Machine) -> Iterator[st
         f"r={w.lora_rank}), {shapes.dense():,} in routers and lambda-MLPs"
     )
     yield f"machine: {m.gpus:,} x {gb(m.memory)}, {gb(m.usable)} usable ({m.reserved:.0%} reserved){host}"
-    yield f"step: {w.precision}, {w.micro_batch} x {w.seq} tokens x {w.accumulation} micro-batches, {sequences:,} sequences"
+    precision = w.precision if w.quantization is None else f"{w.precision}, linears in {w.quantization}"
+    yield f"step: {precision}, {w.micro_batch} x {w.seq} tokens x {w.accumulation} micro-batches, {sequences:,} sequences"
     yield (
         f"assumed: {w.active:g} active experts per token{'' if w.dense else ', balanced'}; logits at "
         f"{w.answer_tokens or w.seq} positions per sequence; {'padding' if w.padded else 'no padding'}"

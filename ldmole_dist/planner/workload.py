@@ -14,6 +14,7 @@ from ldmole_dist.errors import UserError
 from ldmole_dist.parallel.dispatch import Mode
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Quantization = Literal["nf4", "int8"]
 Offload = Literal["none", "optimizer", "optimizer+params"]
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -34,6 +35,7 @@ class Workload:
         answer_tokens: Number of positions per sequence whose logits are computed; None for all.
         active: Mean number of active experts per token. Routing is assumed to be balanced and independent between linears.
         precision: Data type of the frozen backbone and of the activations.
+        quantization: Quantization of the frozen linears; None for none.
         padded: Whether attention keeps a mask, as in batches with padding.
         dropout: Dropout probability of the adapters' input.
         on_cpu: Whether training runs on a CPU, which changes when `apply_experts` computes all experts for all rows.
@@ -53,6 +55,7 @@ class Workload:
     answer_tokens: int | None = None
     active: float = 2.0
     precision: Precision = "bf16"
+    quantization: Quantization | None = None
     padded: bool = True
     dropout: float = 0.1
     on_cpu: bool = False
@@ -160,7 +163,10 @@ SHIPPED: dict[tuple[int, Offload], str] = {
 
 
 def check(workload: Workload, strategy: Strategy) -> None:
-    """Raise UserError if ep_size does not divide num_experts or the ZeRO stage rejects the precision; memory is not checked."""
+    """Raise UserError if a strategy does not fit a workload; memory is not checked.
+
+    ep_size must divide num_experts, and the ZeRO stage must support the precision and the quantization.
+    """
     experts = workload.num_experts
     if experts % strategy.ep_size:
         divisors = ", ".join(str(p) for p in range(1, experts + 1) if experts % p == 0)
@@ -168,4 +174,9 @@ def check(workload: Workload, strategy: Strategy) -> None:
     if workload.precision == "fp16" and strategy.stage == 0:
         raise UserError(
             "precision='fp16' needs a loss scale, which ZeRO stage 0 does not have; use another stage or precision."
+        )
+    if workload.quantization is not None and strategy.stage == 3:
+        raise UserError(
+            f"quantization={workload.quantization!r} is not counted at ZeRO stage 3, where each rank first loads all weights; "
+            "use another stage."
         )

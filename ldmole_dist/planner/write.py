@@ -41,7 +41,7 @@ def write_configs(
     zero: dict[str, Any] = load_ds_config(s.deepspeed)
     zero["zero_optimization"].update(dict(s.zero))
     config = Config(
-        backbone=Backbone(path=backbone or PLACEHOLDER),
+        backbone=Backbone(path=backbone or PLACEHOLDER, quantization=w.quantization),
         adapter=Adapter(
             r=w.lora_rank,
             num_experts=w.num_experts,

@@ -98,11 +98,19 @@ def load_model(saved: SavedModel, precision: str, tokenizer: PreTrainedTokenizer
     task = saved.task
     classes = _class_names(saved.adapter) if task == "sequence_classification" else None
     attention = saved.config.backbone.attention if saved.config else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone(
-        saved.backbone, task, precision, labels=classes, attention=attention, pad_token_id=tokenizer.pad_token_id
+        saved.backbone,
+        task,
+        precision,
+        labels=classes,
+        attention=attention,
+        pad_token_id=tokenizer.pad_token_id,
+        quantization=saved.quantization,
+        device=device,
     )
     model: Any = load_adapter(backbone, str(saved.adapter), trainable=False)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to(device).eval()
     assert isinstance(model, PeftModel)
     return model
 

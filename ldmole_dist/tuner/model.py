@@ -29,6 +29,7 @@ from ldmole_dist.parallel.placement import draw_bank, seeded
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.input_groups import find_input_groups
 from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.quantized import keep_gradients, stored_weight
 from ldmole_dist.tuner.state_dict import check_adapter_fits, is_expert_tensor
 from ldmole_dist.tuner.targets import check_targets_exist, experts_of_linear, features_of, why_not_adaptable
 
@@ -60,6 +61,7 @@ class LdMoleModel(BaseTuner):
         self.parallel = getattr(model, "expert_parallel", None) or ExpertParallel()
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end, always_call=True)
+        keep_gradients(model)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
@@ -169,7 +171,7 @@ class LdMoleModel(BaseTuner):
             target = LdMoleLinear(base, current_key, self.context, self.parallel.dispatch())
             setattr(parent, target_name, target)
         D, O = features_of(base)
-        weight = base.weight
+        weight = stored_weight(base)
         like = torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device)
         experts = experts_of_linear(self.model, config, current_key)
         placement = self.parallel.placement(experts)

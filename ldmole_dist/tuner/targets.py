@@ -11,8 +11,9 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.quantized import is_quantized_linear, why_quantization_fails
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others are those of quantized weights
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others are those of packed weights
 
 
 def features_of(linear: nn.Module) -> tuple[int, int]:
@@ -24,8 +25,13 @@ def features_of(linear: nn.Module) -> tuple[int, int]:
 def why_not_adaptable(module: nn.Module) -> str | None:
     """Return why a module cannot be adapted and what to do about it, as the rest of a sentence; None if it can be adapted.
 
-    LD-MoLE adapts `nn.Linear`, transformers' `Conv1D`, and subclasses of them that map (..., D) to a tensor (..., O).
+    LD-MoLE adapts `nn.Linear`, transformers' `Conv1D`, and subclasses of them that map (..., D) to a tensor (..., O); also the
+    quantized linears of `tuner.quantized`.
     """
+    if reason := why_quantization_fails(module):
+        return reason
+    if is_quantized_linear(module):
+        return None
     if not isinstance(module, (nn.Linear, Conv1D)):
         return "is not a linear; leave it out of target_modules"
     if module.weight.dtype not in DTYPES:

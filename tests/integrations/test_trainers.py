@@ -182,6 +182,12 @@ def test_bf16_autocast_has_nearly_the_same_gradients(folder: Path, ours: Any, ki
     assert 0 < (found - exact).norm() / exact.norm() < 0.1  # more than 0: autocast was on
 
 
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_fp16_on_a_cpu_is_refused_by_accelerate(folder: Path, ours: Any, kind: str) -> None:
+    with pytest.raises(ValueError, match="fp16 mixed precision requires a device in"):
+        theirs(kind, folder, ours(4)[1], 4, fp16=True)
+
+
 def test_a_loss_of_ones_own(folder: Path, ours: Any) -> None:
     """A user's loss function normalizes over the step, also where the model takes no number of answers."""
     expected, rows = ours(4)

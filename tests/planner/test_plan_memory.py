@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ldmole_dist.engine.ds_config import load_ds_config
 from ldmole_dist.errors import UserError
 from ldmole_dist.loss import answer_loss
-from ldmole_dist.model.backbone import enable_gradient_checkpointing
+from ldmole_dist.model.backbone import enable_gradient_checkpointing, load_backbone
+from ldmole_dist.model.quantization import weight_bytes
 from ldmole_dist.planner.live import LiveBytes
 from ldmole_dist.planner.memory import host_memory, memory, step_activations
 from ldmole_dist.planner.shapes import _shapes, meta_model, shapes_of
-from ldmole_dist.planner.workload import SHIPPED, Strategy, Workload
+from ldmole_dist.planner.workload import SHIPPED, Quantization, Strategy, Workload
 from ldmole_dist.planner.zero import (
     DEFAULTS,
     ParamGroup,
@@ -25,6 +27,7 @@ from ldmole_dist.planner.zero import (
     settings,
 )
 from ldmole_dist.tuner.model import tuner_of
+from tests.quantization import need
 
 
 def llama(vocabulary: int, layers: int = 3) -> LlamaConfig:
@@ -72,7 +75,7 @@ def test_peak_is_close_to_a_real_model(vocabulary: int, checkpointing: bool) -> 
 
 def test_shapes_of_deep_model_equal_the_real_ones() -> None:
     workload = replace(SMALL, backbone=llama(300, layers=5))
-    assert shapes_of(workload) == _shapes(meta_model(workload))
+    assert shapes_of(workload) == _shapes(meta_model(workload), workload)
 
 
 def test_offload_stores_shards_on_the_host() -> None:
@@ -90,6 +93,25 @@ def test_frozen_parameters_have_no_gradient_and_no_optimizer() -> None:
     assert sizes["gradients"] == 4 * trained and sizes["optimizer"] == 8 * trained
     assert sizes["backbone"] == 4 * shapes.frozen()
     assert memory(replace(SMALL, precision="bf16"), Strategy(1, 0))["backbone"] == 2 * shapes.frozen()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_backbone_takes_the_bytes_of_a_loaded_one(quantization: Quantization, tmp_path: Path) -> None:
+    need("bitsandbytes")
+    config = llama(300)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    plain = replace(SMALL, backbone=config, precision="bf16")
+    workload = replace(plain, quantization=quantization)
+    sizes, unquantized = memory(workload, Strategy(2, 2)), memory(plain, Strategy(2, 2))
+    loaded = load_backbone(str(tmp_path), "causal_lm", "bf16", quantization=quantization)
+    assert sizes["backbone"] == weight_bytes(loaded) < unquantized["backbone"]
+    largest = 128 * 256  # weights of an MLP linear, which a product dequantizes
+    checkpointed = [step_activations(w, Strategy(2, 2)) for w in (workload, plain)]
+    assert checkpointed[0][1] - checkpointed[1][1] in (0, 2 * largest)  # 0 if the peak is in the loss
+    others = ("experts", "adapter", "gradients", "optimizer", "activations", "gathered", "buckets")
+    assert all(sizes[part] == unquantized[part] for part in others)
+    with pytest.raises(UserError, match=f"quantization='{quantization}' is not counted at ZeRO stage 3"):
+        memory(workload, Strategy(2, 3))
 
 
 def test_shard_sizes_by_hand() -> None:
