@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["hf_trainer", "sft_trainer", "accelerate_loop"])
+@pytest.mark.parametrize("name", ["hf_trainer", "sft_trainer", "dpo_trainer", "grpo_trainer", "accelerate_loop"])
 def test_example(tmp_path: Path, name: str) -> None:
     make_folder(tmp_path)
     (line,) = re.findall(rf"^\.venv/bin/(.* examples/{name}\.py) ", (ROOT / "docs/integrations.md").read_text(), re.M)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from ldmole_dist.config import load_config
@@ -23,6 +23,7 @@ from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.training.run import prepare
 from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.model import tuner_of
 from tests.small_adapter import move
 from tests.small_run import make_config, make_folder
 
@@ -115,8 +116,11 @@ def ours(folder: Path, ranks1: LocalRanks) -> Callable[[int], tuple[Gradients, l
     return get
 
 
-def theirs(kind: str, folder: Path, rows: list[dict[str, list[int]]], accumulation: int, **changes: Any) -> Any:
-    """A trainer that is about to train one step on these rows in this order, and what keeps its gradients."""
+def theirs(kind: Any, folder: Path, rows: list[dict[str, list[int]]], accumulation: int, **changes: Any) -> Any:
+    """A trainer that is about to train one step on these rows in this order, and what keeps its gradients.
+
+    `kind` is "trainer", "sft" or a subclass of Trainer.
+    """
     kept, tokenizer = InOrder(), load_tokenizer(str(folder / "backbone"))
     settings: dict[str, Any] = dict(
         max_steps=1,
@@ -131,6 +135,7 @@ def theirs(kind: str, folder: Path, rows: list[dict[str, list[int]]], accumulati
         remove_unused_columns=False,
     )
     given: dict[str, Any] = dict(model=loaded(folder), train_dataset=Dataset.from_list(rows), callbacks=[kept])
+    given |= {name: changes.pop(name) for name in ("eval_dataset",) if name in changes}
     settings |= changes
     output = str(folder / "theirs")
     made: Any
@@ -139,7 +144,9 @@ def theirs(kind: str, folder: Path, rows: list[dict[str, list[int]]], accumulati
         made = LdMoleSFTTrainer(args=config, processing_class=tokenizer, auxiliary=WEIGHTS, **given)
     else:
         args, collator = TrainingArguments(output, **settings), DataCollatorForSeq2Seq(tokenizer)
-        made = LdMoleTrainer(args=args, data_collator=collator, auxiliary=WEIGHTS, **given)
+        made = (LdMoleTrainer if kind == "trainer" else kind)(
+            args=args, data_collator=collator, auxiliary=WEIGHTS, **given
+        )
     made._get_train_sampler = lambda dataset: SequentialSampler(dataset)
     return made, kept
 
@@ -213,12 +220,66 @@ def test_evaluation_has_no_auxiliary_loss(folder: Path, ours: Any) -> None:
     assert trainer.evaluate(Dataset.from_list(rows))["eval_loss"] == with_aux
 
 
+def test_training_metrics_are_not_logged_in_evaluation(folder: Path, ours: Any) -> None:
+    _, rows = ours(1)
+    settings = dict(max_steps=2, logging_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer, _ = theirs("trainer", folder, rows, 1, eval_dataset=Dataset.from_list(rows), **settings)
+    trainer.train()
+    assert ["loss_z" in line for line in trainer.state.log_history] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("checkpointing", [False], ids=["plain"])
+def test_several_forwards_in_a_loss(folder: Path, ours: Any, checkpointing: bool) -> None:
+    """The auxiliary losses are the mean of those of the forwards with gradients, each with its own mask."""
+    _, rows = ours(1)
+    rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+
+    class InChunks(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+            chunks = [{k: v[i : i + 2] for k, v in inputs.items()} for i in (0, 2)]
+            loss = torch.stack([model(**chunk).loss for chunk in chunks]).mean()
+            with torch.no_grad(), model.disable_adapter():
+                model(**{k: v[:, :3] for k, v in inputs.items()})
+            with torch.no_grad():
+                model(**{k: v[:, :3] for k, v in inputs.items()})
+            return loss
+
+    class LdMoleInChunks(AuxiliaryLosses, InChunks):
+        pass
+
+    trainer, kept = theirs(LdMoleInChunks, folder, rows, 1, gradient_checkpointing=checkpointing)
+    trainer.train()
+    model = loaded(folder).train()
+    context = tuner_of(model).context
+    context.weights = WEIGHTS
+    batch = DataCollatorForSeq2Seq(load_tokenizer(str(folder / "backbone")))(rows)
+    assert not batch["attention_mask"][:2].equal(batch["attention_mask"][2:])
+    for i in (0, 2):
+        loss = model(**{k: v[i : i + 2] for k, v in batch.items()}).loss + context.auxiliary_loss()
+        (loss / 2).backward()
+    assert distance(kept.gradients, gradients_of(model)) < 1e-5
+
+
+def test_a_loss_without_a_forward_of_the_model_is_refused(folder: Path, ours: Any) -> None:
+    _, rows = ours(1)
+
+    class OfTheDecoder(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+            return model.get_base_model().model(inputs["input_ids"]).last_hidden_state.sum()
+
+    class LdMoleOfTheDecoder(AuxiliaryLosses, OfTheDecoder):
+        pass
+
+    trainer, _ = theirs(LdMoleOfTheDecoder, folder, rows, 1)
+    with pytest.raises(RuntimeError, match="LdMoleOfTheDecoder computed its loss without calling the model"):
+        trainer.train()
+
+
 def test_reentrant_checkpointing_is_refused(folder: Path, ours: Any) -> None:
     _, rows = ours(1)
     kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    trainer, _ = theirs("trainer", folder, rows, 1, **kwargs)
     with pytest.raises(ValueError, match="use_reentrant=True silently drops the gradient"):
-        trainer.train()
+        theirs("trainer", folder, rows, 1, **kwargs)
 
 
 def test_spread_experts_are_refused(folder: Path, ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
