@@ -1,10 +1,10 @@
 """State that one forward of the model shares with its adapted linears: token mask, auxiliary losses, recorded decisions.
 
-There is one `StepContext` per model, attached at injection. `begin` opens a micro-batch and `end` closes it; in between,
-adapted linears in training mode record their auxiliary losses and statistics. The first forward of a checkpointed region
-records its decisions on a tape, and the recomputation replays them: which experts are active, and which rows and experts are
-sent to each rank. A recomputation that decided again could round differently, and its rows would not match the split sizes of
-the all-to-all.
+There is one `StepContext` per model, attached at injection. `begin` opens a forward and `end` closes it; in between, adapted
+linears in training mode record their auxiliary losses and statistics if gradients are enabled. The first forward of a
+checkpointed region records its decisions on a tape, and the recomputation replays them: which experts are active, and which
+rows and experts are sent to each rank. A recomputation that decided again could round differently, and its rows would not
+match the split sizes of the all-to-all.
 
 Shapes: B sequences, S positions, T tokens, D in-features, H backbone hidden size, E experts, G linears of an input group.
 """
@@ -108,7 +108,9 @@ class StepContext:
         decoder_mask: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> None:
-        """Start a micro-batch and clear the records of the previous one.
+        """Start a forward and, if it has gradients, clear the records of the previous one.
+
+        A forward without gradients, such as that of a reference model, records nothing and keeps the records as they are.
 
         Args:
             mask: (B, S) attention mask, nonzero for real tokens; None counts every token. That of the encoder if the model has
@@ -118,10 +120,10 @@ class StepContext:
             decoder_mask: (B, S) attention mask of the decoder's tokens in a model with an encoder and a decoder.
             hidden: (B, S, H) hidden states that all routers read instead of their linear's input (router_input='hidden').
         """
-        self.terms = {}
-        self.stats = {}
-        self._inputs = _Inputs({"attention_mask": mask, "decoder_attention_mask": decoder_mask}, positions, hidden)
         self._open, self._differentiable = True, torch.is_grad_enabled()
+        if self._differentiable:
+            self.terms, self.stats = {}, {}
+        self._inputs = _Inputs({"attention_mask": mask, "decoder_attention_mask": decoder_mask}, positions, hidden)
 
     def end(self) -> None:
         """End the forward. Later calls of adapted linears are recomputations and record nothing."""
@@ -178,7 +180,7 @@ class StepContext:
         return mask[:, mask.shape[1] - per_sequence :].reshape(-1) != 0
 
     def auxiliary_loss(self) -> Tensor | float:
-        """Return the weighted sum c_lb L_lb + c_sp L_sparse + ... of the auxiliary losses of this micro-batch.
+        """Return the weighted sum c_lb L_lb + c_sp L_sparse + ... of the auxiliary losses of the last forward with gradients.
 
         Each loss is averaged over the adapted linears. The sum is 0.0 if no recorded loss has a nonzero coefficient.
         """

@@ -162,9 +162,11 @@ class InputGroup:
             context.record_decision(leader, decision)
         routing = router.weigh(logits_GTE, lam_T, decision.support_GTE)
         routings = routing.by_linear()
-        if leader.training or context.observer is not None:
+        # Forwards without gradients, such as those of generation, add nothing to the auxiliary losses.
+        records = leader.training and torch.is_grad_enabled()
+        if records or context.observer is not None:
             mask_T = context.token_mask(leader.mask_name, x.shape[:-1])
-            if leader.training:
+            if records:
                 context.record_routing(names, routing, mask_T, router.losses)
             for name, of_linear in zip(names, routings, strict=True):
                 context.observe(name, of_linear, mask_T)

@@ -228,7 +228,7 @@ def test_training_metrics_are_not_logged_in_evaluation(folder: Path, ours: Any) 
     assert ["loss_z" in line for line in trainer.state.log_history] == [False, True, False, False]
 
 
-@pytest.mark.parametrize("checkpointing", [False], ids=["plain"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_several_forwards_in_a_loss(folder: Path, ours: Any, checkpointing: bool) -> None:
     """The auxiliary losses are the mean of those of the forwards with gradients, each with its own mask."""
     _, rows = ours(1)

@@ -328,12 +328,13 @@ def test_grpo(folder: Path, adapter: str, checkpointing: bool) -> None:
     "settings",
     [
         {},
+        {"cache_implementation": "static"},
         {
             "use_transformers_continuous_batching": True,
             "transformers_continuous_batching_config": {"num_blocks": 8, "block_size": 16, "max_batch_tokens": 64},
         },
     ],
-    ids=["dynamic cache", "continuous batching"],
+    ids=["dynamic cache", "static cache", "continuous batching"],
 )
 def test_grpo_generates_with_the_adapter(folder: Path, settings: dict[str, Any]) -> None:
     """Greedy generation with a key-value cache and left-padded prompts gives the tokens of forwards without a cache."""

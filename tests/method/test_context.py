@@ -253,6 +253,19 @@ def test_evaluation_records_nothing() -> None:
     assert context.stats == {} and context.auxiliary_loss() == 0.0
 
 
+def test_forward_without_gradients_keeps_the_records() -> None:
+    layers, context = make_layers()
+    context.begin(MASK)
+    plain(layers, context, hidden())
+    context.end()
+    terms, stats = {name: list(values) for name, values in context.terms.items()}, dict(context.stats)
+    with torch.no_grad():
+        context.begin(torch.ones(B, 1, S, S))  # as generation with a static cache passes it
+        plain(layers, context, hidden().flip(0))
+        context.end()
+    assert stats and context.terms == terms and context.stats == stats
+
+
 def test_mask_of_wrong_shape_is_refused_only_in_training() -> None:
     (layer, _), context = make_layers()
     context.begin(torch.ones(B, 1, S, S))
