@@ -101,7 +101,7 @@ MUTATIONS = [
     ),
     Mutation(
         "experts of other ranks in an exported adapter",
-        "tuner/model.py",
+        "tuner/saving.py",
         "self.parallel.all_gather(value) if is_expert_tensor(name) else value",
         "value",
         "tests/training/test_export.py",

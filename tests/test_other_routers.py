@@ -26,7 +26,7 @@ def test_lora_router_equals_peft_lora() -> None:
     lora = dict(theirs.named_modules())
     for name, module in ours.named_modules():
         if isinstance(module, LdMoleLinear):
-            A_ERD, B_EOR = module.lora_A["default"].data, module.lora_B["default"].data
+            A_ERD, B_EOR = module.ldmole_adapters["default"].lora_A.data, module.ldmole_adapters["default"].lora_B.data
             other = lora[name]
             other.lora_A["default"].weight.data = A_ERD.flatten(0, 1)
             other.lora_B["default"].weight.data = B_EOR.transpose(0, 1).flatten(1)

@@ -42,7 +42,7 @@ def _kind(name: str) -> str:
         return "experts"
     for part, kind in (
         (".router.", "routers"),
-        (".lambda_mlp.", "lambda-MLPs"),
+        ("lambda_mlp.", "lambda-MLPs"),
         (".modules_to_save.", "modules to save"),
     ):
         if part in name:

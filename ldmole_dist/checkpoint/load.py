@@ -30,6 +30,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.engine.optimizer_state import create_moments, full_shapes, optimizer_shards, refresh_parameters
 from ldmole_dist.engine.training_state import restore_training_state
 from ldmole_dist.errors import UserError
+from ldmole_dist.tuner.state_dict import adapter_keys
 
 
 def choose_checkpoint(config: Config, data: dict[str, int | str], process: Process) -> Path | None:
@@ -94,12 +95,13 @@ def load_checkpoint(engine: Engine, checkpoint: Path, process: Process) -> int:
     """
     with raise_on_all_ranks(f"reading checkpoint {checkpoint}"):
         manifest = read_manifest(checkpoint)
-        _check_shapes(manifest, checkpoint, full_shapes(engine))
+        names = _saved_names(manifest, adapter_keys(engine.module))
+        _check_shapes(manifest, checkpoint, {names[name]: shape for name, shape in full_shapes(engine).items()})
         create_moments(engine, step=manifest.training["adam_step"])
         with ShardReader(checkpoint / name for name in manifest.rank_files()) as reader:
             for shard in optimizer_shards(engine):
                 for state, held in shard.states.items():
-                    key, end = f"{state}/{shard.name}", shard.start + len(held)
+                    key, end = f"{state}/{names[shard.name]}", shard.start + len(held)
                     for position, value in reader.read_range(key, shard.start, end):
                         held[position : position + len(value)].copy_(value)
     refresh_parameters(engine)
@@ -207,6 +209,17 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict
                 f"examples; {remedy}, or start from the adapter of the checkpoint "
                 f"(ldmole checkpoint export {checkpoint} ADAPTER, then adapter.init_from=ADAPTER and run.resume=never)"
             )
+
+
+def _saved_names(manifest: Manifest, keys: dict[str, str]) -> dict[str, str]:
+    """Return the name in a checkpoint of each parameter of the adapter, whose name in the model depends on the version.
+
+    Args:
+        manifest: manifest of the checkpoint.
+        keys: key in an adapter file, by the name of the parameter in the model.
+    """
+    saved = {key: name for name, key in manifest.adapter_keys.items()}
+    return {name: saved.get(key, name) for name, key in keys.items()}
 
 
 def _check_shapes(manifest: Manifest, checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -122,8 +122,8 @@ def compose(
     for linear_path, module in model.named_modules():
         if isinstance(module, LdMoleLinear):
             expert_parameters |= {
-                f"{linear_path}.lora_A.default": (module.name, "A"),
-                f"{linear_path}.lora_B.default": (module.name, "B"),
+                f"{linear_path}.ldmole_adapters.default.lora_A": (module.name, "A"),
+                f"{linear_path}.ldmole_adapters.default.lora_B": (module.name, "B"),
             }
     _initialize_routers(model, linears, config)
     parameters = dict(model.named_parameters())
@@ -144,9 +144,9 @@ def compose(
 def _initialize_routers(model: Any, linears: dict[str, LdMoleLinear], config: LdMoleConfig) -> None:
     """Move routers and lambda-MLPs from the meta device to the CPU, with the initial values of a new adapter."""
     for name, linear in linears.items():
-        router: Any = linear.router["default"].to_empty(device="cpu")
-        router.reset(seeded(config.init_seed, name, "router"))
-    for in_features, mlp in tuner_of(model).lambda_mlp["default"].items():  # type: ignore[operator, union-attr]
+        adapter: Any = linear.ldmole_adapters["default"]
+        adapter.router.to_empty(device="cpu").reset(seeded(config.init_seed, name, "router"))
+    for in_features, mlp in tuner_of(model).ldmole_lambda_mlp["default"].items():  # type: ignore[operator, union-attr]
         mlp.to_empty(device="cpu").reset(seeded(config.init_seed, "lambda_mlp", int(in_features)), config.lambda_init)
 
 

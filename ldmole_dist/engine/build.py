@@ -127,15 +127,15 @@ def register_experts_of_linears(model: PeftModel) -> None:
     """Register the experts of each input group with the group's first linear, under ZeRO-3.
 
     ZeRO-3 gathers a module's own parameters when its forward starts. The first linear of a group computes the experts of all
-    linears of the group, and the ParameterDicts that hold these experts have no forward.
+    linears of the group, and the forward of the modules that hold these experts is not called.
     """
     for module in model.modules():
         if isinstance(module, LdMoleLinear):
             for adapter, group in module.groups.items():
                 if group.linears[0] is module:
                     for member in group.linears:
-                        deepspeed.zero.register_external_parameter(module, member.lora_A[adapter])
-                        deepspeed.zero.register_external_parameter(module, member.lora_B[adapter])
+                        deepspeed.zero.register_external_parameter(module, member.ldmole_adapters[adapter].lora_A)
+                        deepspeed.zero.register_external_parameter(module, member.ldmole_adapters[adapter].lora_B)
 
 
 def gathered_parameter(parameter: Tensor) -> Tensor:

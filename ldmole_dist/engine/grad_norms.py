@@ -18,7 +18,7 @@ from ldmole_dist.engine.build import Engine
 from ldmole_dist.tuner.state_dict import is_expert_tensor
 
 # Part that a trainable parameter belongs to, by a component of its name.
-MARKS = {"lora_A": "experts_A", "lora_B": "experts_B", "router": "router", "lambda_mlp": "lambda_mlp"}
+MARKS = {"lora_A": "experts_A", "lora_B": "experts_B", "router": "router", "ldmole_lambda_mlp": "lambda_mlp"}
 PARTS = (*MARKS.values(), "head")
 
 

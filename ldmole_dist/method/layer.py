@@ -142,18 +142,18 @@ class InputGroup:
         leader, adapter = linears[0], self.adapter
         context, dispatch = leader.context, leader.dispatch
         context.check_not_reentrant()
-        x_TD = leader.lora_dropout[adapter](x).reshape(-1, x.shape[-1])
+        adapters: list[Any] = [m.ldmole_adapters[adapter] for m in linears]
+        x_TD = adapters[0].dropout(x).reshape(-1, x.shape[-1])
         read_TD = context.router_input(leader.name, x_TD)
         lambda_mlp = leader.lambda_mlps[adapter]
         lam_T = None if lambda_mlp is None else lambda_mlp(read_TD)
-        routers: list[Any] = [m.router[adapter] for m in linears]
-        banks = [ExpertBank(m.lora_A[adapter], m.lora_B[adapter], m.scaling[adapter]) for m in linears]
-        logits = [router(read_TD) for router in routers]
+        banks = [a.bank for a in adapters]
+        logits = [a.router(read_TD) for a in adapters]
         if leader.training and context.noise is not None:
             logits = [context.noise.add_to(u_TE, m.name) for m, u_TE in zip(linears, logits, strict=True)]
 
         # All routers of a group are of the same class and differ only in W_g, so one of them handles the stacked scores.
-        router, logits_GTE, names = routers[0], torch.stack(logits), [m.name for m in linears]
+        router, logits_GTE, names = adapters[0].router, torch.stack(logits), [m.name for m in linears]
         decision = context.replay_decision(leader)
         repeated = decision is not None
         if decision is None:
@@ -171,6 +171,32 @@ class InputGroup:
             for name, of_linear in zip(names, routings, strict=True):
                 context.observe(name, of_linear, mask_T)
         return dispatch.start(x_TD, routings, banks, decision.dispatch, repeated)
+
+
+class LinearAdapter(nn.Module):
+    """What one adapter adds to one linear: experts, router and dropout. The linear's forward computes with them.
+
+    Args:
+        bank: experts held here, A (L, R, D) and B (L, O, R).
+        router: router over all E experts; reads the input of the linear, or the `hidden` states of `StepContext.begin`.
+        dropout: dropout probability of the linear's input as read by the experts, the router and the lambda-MLP.
+
+    Attributes:
+        train_experts: whether the experts are trained; the tuner freezes them otherwise.
+    """
+
+    train_experts = True
+
+    def __init__(self, bank: ExpertBank, router: Router, dropout: float) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B, self.scaling = bank
+        self.router = router
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def bank(self) -> ExpertBank:
+        """The experts held here."""
+        return ExpertBank(self.lora_A, self.lora_B, self.scaling)
 
 
 class MoELinear(nn.Module):
@@ -194,34 +220,27 @@ class MoELinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.name, self.context, self.dispatch = name, context, dispatch
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
-        self.router = nn.ModuleDict()
-        self.lora_dropout = nn.ModuleDict()
-        self.scaling: dict[str, float] = {}
+        self.ldmole_adapters = nn.ModuleDict()
         # A plain dict, not a ModuleDict: many linears share an MLP, which the tuner registers once.
         self.lambda_mlps: dict[str, LambdaMLP | None] = {}
         self.groups: dict[str, InputGroup] = {}
 
     def add_adapter(
         self, adapter: str, bank: ExpertBank, router: Router, lambda_mlp: LambdaMLP | None, dropout: float
-    ) -> None:
-        """Attach an adapter.
+    ) -> LinearAdapter:
+        """Attach an adapter and return its module.
 
         Args:
             adapter: name of the adapter.
             bank: experts held here, A (L, R, D) and B (L, O, R).
-            router: router over all E experts; reads the input of the linear, or the `hidden` states of `StepContext.begin`.
+            router: see `LinearAdapter`.
             lambda_mlp: lambda-MLP for the router's input size; None if the router does not need lambda.
-            dropout: dropout probability of the linear's input as read by the experts, the router and the lambda-MLP; not
-                applied to these `hidden` states, nor to the input of the base layer.
+            dropout: see `LinearAdapter`; not applied to the `hidden` states, nor to the input of the base layer.
         """
-        self.lora_A[adapter], self.lora_B[adapter] = bank.A_LRD, bank.B_LOR
-        self.scaling[adapter] = bank.scaling
-        self.router[adapter] = router
-        self.lora_dropout[adapter] = nn.Dropout(dropout)
+        added = self.ldmole_adapters[adapter] = LinearAdapter(bank, router, dropout)
         self.lambda_mlps[adapter] = lambda_mlp
         self.groups[adapter] = InputGroup([self], adapter)
+        return added
 
     def forward_with_adapter(self, x: Tensor, adapter: str) -> Tensor:
         """Return the output of the base layer plus the adapter's, (..., O) in the dtype of the base layer's output."""

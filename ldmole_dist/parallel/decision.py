@@ -74,13 +74,13 @@ class GroupSizes:
     Args:
         in_features: D.
         out_features: O of each linear.
-        lora_rank: R.
+        lora_ranks: R of each linear.
         experts: L, the number of experts of one linear that each rank holds.
     """
 
     in_features: int
     out_features: tuple[int, ...]
-    lora_rank: int
+    lora_ranks: tuple[int, ...]
     experts: int
 
     @property
@@ -90,7 +90,7 @@ class GroupSizes:
 
     def weights(self) -> list[int]:
         """Return, for each linear, the number of elements of one expert, A and B."""
-        return [self.lora_rank * (self.in_features + out) for out in self.out_features]
+        return [r * (self.in_features + out) for r, out in zip(self.lora_ranks, self.out_features, strict=True)]
 
 
 def choose_fetched_experts(support_GTPL: Tensor, own: int, sizes: GroupSizes) -> Tensor:

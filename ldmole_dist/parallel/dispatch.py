@@ -196,8 +196,8 @@ class ExpertParallelDispatch:
         """Return (P, G, L) bool: the remote experts that this rank fetches."""
         G, _, P, L = support_GTPL.shape
         if self.mode == "auto":
-            _, lora_rank, in_features = banks[0].A_LRD.shape
-            sizes = GroupSizes(in_features, tuple(bank.B_LOR.shape[1] for bank in banks), lora_rank, L)
+            _, outs, ranks = zip(*(bank.B_LOR.shape for bank in banks), strict=True)
+            sizes = GroupSizes(banks[0].A_LRD.shape[2], outs, ranks, L)
             return choose_fetched_experts(support_GTPL, self.rank, sizes)
         fetched_PGL = torch.full((P, G, L), self.mode == "gather", device=support_GTPL.device)
         fetched_PGL[self.rank] = False

@@ -53,7 +53,14 @@ def seeded(seed: int, *names: object) -> torch.Generator:
 
 
 def draw_bank(
-    placement: Placement, lora_rank: int, in_features: int, out_features: int, seed: int, name: str, like: Tensor
+    placement: Placement,
+    lora_rank: int,
+    in_features: int,
+    out_features: int,
+    seed: int,
+    name: str,
+    like: Tensor,
+    zero_B: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return initial values of the experts that this rank holds: A Kaiming uniform, B zero.
 
@@ -68,12 +75,16 @@ def draw_bank(
         seed: seed of the run.
         name: name of the adapted module, unique in the model.
         like: tensor whose dtype and device the bank gets.
+        zero_B: False draws B like A.
 
     Returns:
         A (L, R, D) and B (L, O, R).
     """
     experts = range(placement.num_experts)[placement.local]
     A = like.new_empty(len(experts), lora_rank, in_features)
+    B = like.new_zeros(len(experts), out_features, lora_rank)
     for local, expert in enumerate(experts):
         kaiming_uniform_(A[local], seeded(seed, name, "lora_A", expert))
-    return A, like.new_zeros(len(experts), out_features, lora_rank)
+        if not zero_B:
+            kaiming_uniform_(B[local], seeded(seed, name, "lora_B", expert))
+    return A, B

@@ -61,7 +61,7 @@ class ExpertCall(NamedTuple):
 def group_sizes(group: Group, workload: Workload, strategy: Strategy) -> GroupSizes:
     """Return the sizes of an input group in the form that the dispatch uses."""
     local = workload.num_experts // strategy.ep_size
-    return GroupSizes(group.in_features, group.out_features, workload.lora_rank, local)
+    return GroupSizes(group.in_features, group.out_features, (workload.lora_rank,) * len(group.out_features), local)
 
 
 def dispatch_volume(group: Group, workload: Workload, strategy: Strategy) -> Volume:

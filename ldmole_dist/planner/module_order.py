@@ -66,10 +66,10 @@ def module_order(workload: Workload, checkpointing: bool) -> Order:
             (group,) = module.groups.values()
             if group.linears[0] is module:  # engine.build registers the experts of a group with its first linear
                 uses[name] += tuple(
-                    f"{names[m]}.{bank}.{adapter}"
+                    f"{names[m]}.ldmole_adapters.{adapter}.{bank}"
                     for m in group.linears
                     for bank in ("lora_A", "lora_B")
-                    for adapter in m.lora_A
+                    for adapter in m.ldmole_adapters
                 )
     events: list[Event] = []
     in_backward = False

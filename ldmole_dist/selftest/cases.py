@@ -158,7 +158,7 @@ def _recorded(decide: Decide) -> tuple[Decide, Decide]:
 
 
 def _routers(model: PeftModel) -> Iterator[Any]:
-    return (module.router["default"] for module in model.modules() if isinstance(module, LdMoleLinear))
+    return (module.ldmole_adapters["default"].router for module in model.modules() if isinstance(module, LdMoleLinear))
 
 
 def _loss(model: PeftModel) -> Tensor:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
+from enum import Enum
+from functools import cache
+from typing import Annotated, Any
 
 from peft import PeftConfig
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
 
-from ldmole_dist.config.adapter import AdapterFields, check_top_k
+from ldmole_dist.config.adapter import AdapterFields, Positive, check_top_k
 from ldmole_dist.config.explain import explain
 
 FORMAT_VERSION = 1
-_FIELDS = TypeAdapter(AdapterFields)
+
+Names = list[str] | set[str] | str
 
 
-class LdMolePeftType(StrEnum):
+class LdMolePeftType(str, Enum):  # noqa: UP042  # PEFT reads the name from str(), which is the value in a StrEnum
     """The `peft_type` of LD-MoLE. PEFT's own enumeration of methods cannot be extended."""
 
     LDMOLE = "LDMOLE"
@@ -25,17 +29,55 @@ class LdMolePeftType(StrEnum):
 class LdMoleConfig(AdapterFields, PeftConfig):
     """Config of an LD-MoLE adapter for `peft.get_peft_model`.
 
-    It has the fields of `AdapterFields`, whose defaults are those of the paper except for `lambda_init`. The config does not
-    depend on the number of ranks.
+    It has the fields of `AdapterFields`, whose defaults are those of the paper except for `lambda_init`, and those of
+    `peft.LoraConfig` that apply to LD-MoLE. The config does not depend on the number of ranks.
 
     Raises:
         ValueError: if a field has a wrong type or is out of range; if `router` is "topk" and `top_k` exceeds the smallest
-            number of experts; or if the adapter was saved in a newer format.
+            number of experts; if two fields exclude each other; or if the adapter was saved in a newer format.
     """
 
-    exclude_modules: list[str] | str | None = field(
+    target_modules: Names | None = field(  # type: ignore[assignment]  # also None, and sets, as in PEFT's configs
+        default=None,
+        metadata={
+            "help": "Names of the linears to adapt, one regular expression that their full names must match, or 'all-linear'. "
+            "None: the paper's seven linears of a decoder layer if the model has them, otherwise 'all-linear'."
+        },
+    )
+    exclude_modules: Names | None = field(
         default=None,
         metadata={"help": "Names of linears not to adapt, or one regular expression for their full names."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Indices of the layers to adapt; None: all layers. Needs a list of target_modules."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the module lists that layers_to_transform counts in; None: any."}
+    )
+    rank_pattern: dict[str, Positive] = field(
+        default_factory=dict,
+        metadata={"help": "LoRA rank of single linears, by name or regular expression; the others have rank r."},
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = field(
+        default_factory=dict,
+        metadata={"help": "lora_alpha of single linears, by name or regular expression."},
+    )
+    use_rslora: bool = field(
+        default=False,
+        metadata={"help": "Scale the experts' output by lora_alpha / sqrt(r) in place of lora_alpha / r."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Tokens whose embeddings to train, of the input embedding or by name of the embedding."},
+    )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={"help": "Keep embeddings in modules_to_save or trainable_token_indices tied to the output head."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start with B = 0, so that the adapter changes nothing. False draws B at random, for tests."},
     )
     train_experts: bool = field(
         default=True,
@@ -57,13 +99,42 @@ class LdMoleConfig(AdapterFields, PeftConfig):
                 f"format_version={self.format_version} is newer than the version that this ldmole_dist reads "
                 f"({FORMAT_VERSION}); upgrade ldmole_dist"
             )
-        given = {f.name: getattr(self, f.name) for f in fields(AdapterFields)}
+        self._check_types()
+        check_top_k(self)
+        if self.layers_to_transform is not None and (
+            self.target_modules is None or isinstance(self.target_modules, str)
+        ):
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform} needs a list of names in target_modules, which is "
+                f"{self.target_modules!r}; list the names of the linears, or remove layers_to_transform"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; set the indices of the "
+                "layers, or remove layers_pattern"
+            )
+
+    def _check_types(self) -> None:
+        checker = _checker()
+        given = {name: getattr(self, name) for name in checker.model_fields}
         try:
-            checked = _FIELDS.validate_python(given)
+            checked = checker.model_validate(given)
         except ValidationError as error:
-            raise ValueError(explain(error, AdapterFields)) from error
+            raise ValueError(explain(error, LdMoleConfig)) from error
         for name, value in given.items():
             # Keep a value that differs only in type, such as 16 for 16.0, so that adapter_config.json is saved as it was read.
             if getattr(checked, name) != value:
                 setattr(self, name, getattr(checked, name))
-        check_top_k(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as a dict, with sets as sorted lists, so that equal configs are saved as equal files."""
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+
+
+@cache
+def _checker() -> type[BaseModel]:
+    """Return a pydantic model of the fields that are not PEFT's own, whose values PEFT itself sets in various types."""
+    hints = typing.get_type_hints(LdMoleConfig, include_extras=True)
+    names = [f.name for f in fields(LdMoleConfig) if f.name not in {f.name for f in fields(PeftConfig)}]
+    model: type[BaseModel] = create_model("LdMoleConfigFields", **{name: (hints[name], ...) for name in names})  # type: ignore[call-overload]
+    return model

@@ -5,17 +5,33 @@ Shapes: D in-features, O out-features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ldmole_dist.method.layer import MoELinear
+from ldmole_dist.tuner.quantized import stored_weight
+from ldmole_dist.tuner.targets import features_of
 
 
 class LdMoleLinear(MoELinear, BaseTunerLayer):
     """`MoELinear` with the attributes and methods that PEFT expects of a tuner layer."""
 
-    adapter_layer_names = ("lora_A", "lora_B", "router")
-    other_param_names = ("lora_dropout", "scaling", "lambda_mlps", "groups")
+    adapter_layer_names = ("ldmole_adapters",)
+    other_param_names = ("lambda_mlps", "groups")
+
+    @property
+    def in_features(self) -> int:
+        """D of the base layer."""
+        return features_of(self.get_base_layer())[0]
+
+    @property
+    def out_features(self) -> int:
+        """O of the base layer."""
+        return features_of(self.get_base_layer())[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the frozen linear and, unless adapters are disabled, the active adapter.
@@ -26,7 +42,7 @@ class LdMoleLinear(MoELinear, BaseTunerLayer):
         Returns:
             (..., O).
         """
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        active = [name for name in self.active_adapters if name in self.ldmole_adapters]
         if self.disable_adapters or not active or self.context.adapter_disabled:
             return self.base_layer(x)
         return self.forward_with_adapter(x, active[0])
@@ -40,3 +56,20 @@ class LdMoleLinear(MoELinear, BaseTunerLayer):
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
             raise ValueError(f"LD-MoLE activates one adapter at a time, not {adapter_names}; choose one of them")
         super().set_adapter(adapter_names, inference_mode)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
+        """Freeze the experts of adapters with `train_experts=False`, after PEFT has made a whole adapter trainable."""
+        adapters: Any = self.ldmole_adapters.values()
+        for adapter in adapters:
+            if not adapter.train_experts:
+                adapter.lora_A.requires_grad_(False)
+                adapter.lora_B.requires_grad_(False)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter and its lambda-MLP to a device, by default that of the base layer. PEFT's would change the dtype."""
+        for module in (self.ldmole_adapters.get_submodule(adapter_name), self.lambda_mlps[adapter_name]):
+            if module is not None:
+                module.to(device or stored_weight(self.get_base_layer()).device)
+
+    def _get_name(self) -> str:
+        return "ldmole.Linear"

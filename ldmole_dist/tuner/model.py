@@ -8,13 +8,10 @@ its own experts. Saving gathers all experts, one tensor at a time, so every rank
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -29,38 +26,43 @@ from ldmole_dist.parallel.placement import draw_bank, seeded
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.input_groups import find_input_groups
 from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.modules_to_save import is_head, train_in_float32
 from ldmole_dist.tuner.quantized import keep_gradients, stored_weight
-from ldmole_dist.tuner.state_dict import check_adapter_fits, is_expert_tensor
-from ldmole_dist.tuner.targets import check_targets_exist, experts_of_linear, features_of, why_not_adaptable
+from ldmole_dist.tuner.saving import SavedAdapters
+from ldmole_dist.tuner.targets import (
+    check_patterns_match,
+    check_targets_exist,
+    default_targets,
+    experts_of_linear,
+    features_of,
+    rank_and_scaling,
+    why_not_adaptable,
+)
+from ldmole_dist.tuner.trainable import TrainableAdapters
 
 
-class LdMoleModel(BaseTuner):
+class LdMoleModel(TrainableAdapters, SavedAdapters):
     """Tuner that injects LD-MoLE adapters and holds their lambda-MLPs, one per input size and adapter.
 
     Attributes:
         context: state of the current forward, shared by all adapted linears.
-        parallel: expert-parallel group that the experts are spread over.
-        lambda_mlp: lambda-MLPs, by adapter name and then by input size.
-        gather_parameter: function that returns the full tensor of a parameter of which this rank holds a shard; set under
-            ZeRO-3, None otherwise.
     """
 
-    prefix = "lora_"
+    prefix = "ldmole_"
     tuner_layer_cls = LdMoleLinear
     uses_shared_state = True
     target_module_mapping: dict[str, list[str]] = {}
-    gather_parameter: Callable[[Tensor], Tensor] | None = None
 
     context: StepContext
-    parallel: ExpertParallel
-    lambda_mlp: nn.ModuleDict
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self.lambda_mlp = nn.ModuleDict()
+        self.ldmole_lambda_mlp = nn.ModuleDict()
         self.context = StepContext()
         self.parallel = getattr(model, "expert_parallel", None) or ExpertParallel()
-        model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        model.register_forward_hook(self._end, always_call=True)
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
         keep_gradients(model)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,8 +80,10 @@ class LdMoleModel(BaseTuner):
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether the active adapter routes on the backbone's last hidden states (`router_input='hidden'`)."""
-        return any(_ldmole(self.peft_config[name]).router_input == "hidden" for name in self.active_adapters)
+        """Whether the forward routes on the backbone's last hidden states (`router_input='hidden'`)."""
+        return self.enabled and any(
+            _ldmole(self.peft_config[name]).router_input == "hidden" for name in self.active_adapters
+        )
 
     @torch.no_grad()
     def _hidden(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
@@ -130,24 +134,63 @@ class LdMoleModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target linears, create the adapter's lambda-MLPs and group the linears by input.
 
-        The trainable copies of modules_to_save are converted to at least float32.
+        The trainable copies of modules_to_save are converted to at least float32. Adapters that the model already has are not
+        changed, and if an error is raised, the model is as it was before.
 
         Raises:
             ValueError: if a target cannot be adapted (`targets.why_not_adaptable`), if an entry of `target_modules` matches no
                 module, or if `num_experts` does not fit the decoder layers or the number of ranks that hold experts.
         """
-        check_targets_exist(model, _ldmole(self.peft_config[adapter_name]))
-        self.lambda_mlp[adapter_name] = nn.ModuleDict()
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._group(model, adapter_name)
-        self._freeze_experts()
-        for module in model.modules():
+        trained = {p: p.requires_grad for p in self.ldmole_lambda_mlp.parameters()}
+        self.ldmole_lambda_mlp[adapter_name] = nn.ModuleDict()
+        try:
+            check_targets_exist(model, _ldmole(self.peft_config[adapter_name]))
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._group(model, adapter_name)
+        except Exception:
+            self._remove(adapter_name)
+            raise
+        finally:
+            for parameter, requires_grad in trained.items():
+                parameter.requires_grad_(requires_grad)
+        for name, module in model.named_modules():
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                _keep_at_least_float32(module.modules_to_save[adapter_name])
+                train_in_float32(module.modules_to_save[adapter_name], keep_output=is_head(model, name, module))
+
+    def _remove(self, adapter_name: str) -> None:
+        """Remove an adapter that was only partly injected."""
+        del self.ldmole_lambda_mlp[adapter_name]
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, LdMoleLinear) and adapter_name in module._all_available_adapter_names():
+                module.delete_adapter(adapter_name)
+                if not module.ldmole_adapters:
+                    parent, _, child = name.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, module.base_layer)
+        if not self.ldmole_lambda_mlp:
+            self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def unload(self) -> nn.Module:
+        """Return the backbone without adapters."""
+        backbone = super().unload()
+        self._remove_hooks()
+        return backbone
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = _ldmole(peft_config)
+        if config.target_modules is None:
+            config.target_modules = default_targets(self.model)
+        return config
 
     def _group(self, model: nn.Module, adapter_name: str) -> None:
         """Put linears that read the same tensor in one `InputGroup`, so that one dispatch serves all of them."""
-        linears = {m.name: m for m in model.modules() if isinstance(m, LdMoleLinear) and adapter_name in m.lora_A}
+        linears = {
+            m.name: m for m in model.modules() if isinstance(m, LdMoleLinear) and adapter_name in m.ldmole_adapters
+        }
+        check_patterns_match(_ldmole(self.peft_config[adapter_name]), linears)
         for names, mask_names in find_input_groups(model, linears):
             group = InputGroup([linears[name] for name in names], adapter_name)
             for member, mask_name in zip(group.linears, mask_names, strict=True):
@@ -171,21 +214,22 @@ class LdMoleModel(BaseTuner):
             target = LdMoleLinear(base, current_key, self.context, self.parallel.dispatch())
             setattr(parent, target_name, target)
         D, O = features_of(base)
-        weight = stored_weight(base)
-        like = torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device)
+        like = _parameter_like(stored_weight(base))
         experts = experts_of_linear(self.model, config, current_key)
+        r, scaling = rank_and_scaling(config, current_key)
         placement = self.parallel.placement(experts)
-        A, B = draw_bank(placement, config.r, D, O, config.init_seed, current_key, like)
+        A, B = draw_bank(placement, r, D, O, config.init_seed, current_key, like, zero_B=config.init_weights)
         router_in = self.model.config.hidden_size if config.router_input == "hidden" else D
         router = new_router(config.router, router_in, experts, top_k=config.top_k, top_p=config.top_p).to(like)
         router.reset(seeded(config.init_seed, current_key, "router"))
-        bank = ExpertBank(nn.Parameter(A), nn.Parameter(B), config.lora_alpha / config.r)
+        bank = ExpertBank(nn.Parameter(A), nn.Parameter(B), scaling)
         lambda_mlp = self._lambda_mlp(adapter_name, config, router_in, like) if router.needs_lambda else None
-        target.add_adapter(adapter_name, bank, router, lambda_mlp, config.lora_dropout)
+        adapter = target.add_adapter(adapter_name, bank, router, lambda_mlp, config.lora_dropout)
+        adapter.train_experts = config.train_experts
 
     def _lambda_mlp(self, adapter_name: str, config: LdMoleConfig, in_features: int, like: Tensor) -> LambdaMLP:
         """Return the adapter's lambda-MLP for inputs of size `in_features`; create it on first use."""
-        shared: Any = self.lambda_mlp[adapter_name]
+        shared: Any = self.ldmole_lambda_mlp[adapter_name]
         if str(in_features) not in shared:
             mlp = LambdaMLP(in_features, config.lambda_hidden, config.lambda_eps).to(like)
             mlp.reset(seeded(config.init_seed, "lambda_mlp", in_features), config.lambda_init)
@@ -194,89 +238,15 @@ class LdMoleModel(BaseTuner):
         assert isinstance(mlp, LambdaMLP)
         return mlp
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate an adapter and freeze all others, including their lambda-MLPs; `inference_mode` freezes all adapters."""
-        super().set_adapter(adapter_name, inference_mode)
-        for name, mlps in self.lambda_mlp.items():
-            mlps.requires_grad_(name in self.active_adapters and not inference_mode)
-        self._freeze_experts()
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        super()._enable_adapter_layers(enabled)
-        for name, mlps in self.lambda_mlp.items():
-            mlps.requires_grad_(enabled and name in self.active_adapters)
-        self._freeze_experts()
-
-    def _freeze_experts(self) -> None:
-        """Freeze the experts of adapters with `train_experts=False`; PEFT makes every active adapter trainable."""
-        for module in self.model.modules():
-            if isinstance(module, LdMoleLinear):
-                for name in module.lora_A:
-                    if not _ldmole(self.peft_config[name]).train_experts:
-                        module.lora_A[name].requires_grad_(False)
-                        module.lora_B[name].requires_grad_(False)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its lambda-MLPs."""
-        super().delete_adapter(adapter_name)
-        del self.lambda_mlp[adapter_name]
-
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "LD-MoLE cannot be merged into the base weights, because each token has its own mixture of experts; keep the "
             "adapter separate from the backbone"
         )
 
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        head, found, tail = key.partition(f"lambda_mlp.{adapter_name}.")
-        return f"{head}lambda_mlp.{tail}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
-
-    @classmethod
-    def _get_adapter_state_dict(  # type: ignore[override]  # PEFT passes every argument by name
-        cls, *, model: nn.Module, state_dict: dict[str, Tensor], **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Return full tensors on global rank 0, and meta tensors on the others. Collective: every rank must call it."""
-        selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
-        tuner = tuner_of(model)
-        keeps = not dist.is_initialized() or dist.get_rank() == 0
-        for key, parameter in model.named_parameters():
-            # PEFT reads modules_to_save from `state_dict` after this call; under ZeRO-3 the entries there are empty.
-            if key in selected or (".modules_to_save." in key and key in state_dict):
-                value = tuner.full_parameter(key, parameter)
-                state_dict[key] = value.cpu() if keeps else value.to("meta")
-        return {key: state_dict[key] for key in selected}
-
-    def full_parameter(self, name: str, parameter: Tensor) -> Tensor:
-        """Return the full tensor of a parameter of an adapter. If it holds experts, those of all ranks are included.
-
-        Collective: every rank must call it, for the same parameters in the same order.
-
-        Args:
-            name: name of the parameter in the model.
-            parameter: the parameter as this rank holds it, possibly a shard.
-        """
-        value = parameter.detach() if self.gather_parameter is None else self.gather_parameter(parameter)
-        return self.parallel.all_gather(value) if is_expert_tensor(name) else value
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Rename the keys of an adapter file to those of the model, check the tensors, and slice out the experts of this rank.
-
-        Raises:
-            ValueError: if the tensors do not match the parameters of the model (`check_adapter_fits`).
-        """
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        parallel = tuner_of(model).parallel
-        experts = check_adapter_fits(model, _ldmole(config), adapter_name, remapped, parallel.size)
-        return {
-            key: value[parallel.placement(len(value)).local] if key in experts else value
-            for key, value in remapped.items()
-        }
+    def unmerge_adapter(self) -> None:
+        """Raise ValueError, because LD-MoLE adapters cannot be merged."""
+        self._check_merge_allowed()
 
 
 def spread_experts(model: nn.Module, parallel: ExpertParallel) -> None:
@@ -301,19 +271,13 @@ def tuner_of(model: nn.Module) -> LdMoleModel:
     return tuner
 
 
-def _keep_at_least_float32(module: nn.Module) -> None:
-    """Convert the parameters of a `modules_to_save` module to at least float32.
+def _parameter_like(weight: Tensor) -> Tensor:
+    """Return an empty tensor with the dtype and device of new adapter parameters for a linear with this weight.
 
-    Also register a hook that casts the floating-point inputs of each forward to the dtype of the parameters.
+    With PEFT's `low_cpu_mem_usage`, which moves parameters to the meta device as they are registered, that is the device.
     """
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
-
-    def cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        dtype = next(module.parameters()).dtype
-        return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
-    module.register_forward_pre_hook(cast_inputs)
+    parameter = nn.Parameter(torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device))
+    return nn.ParameterList([parameter])[0].detach()
 
 
 def _ldmole(config: PeftConfig) -> LdMoleConfig:

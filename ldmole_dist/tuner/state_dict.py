@@ -9,17 +9,16 @@ Shapes: E experts, R LoRA rank, D in-features (the hidden size for routers with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import ModulesToSaveWrapper
+from peft import PeftConfig
 from torch import Tensor, nn
 
-from ldmole_dist.tuner.config import LdMoleConfig
-from ldmole_dist.tuner.layer import LdMoleLinear
-
 EXPERT_TENSORS = ("lora_A", "lora_B")
+
+# The containers that hold adapters by name, as the attribute of a module, and what an adapter file has in place of
+# "<attribute>.<adapter>.": PEFT saves modules_to_save under the names of the modules that they replace.
+HOLDERS = {"ldmole_adapters": "", "ldmole_lambda_mlp": "lambda_mlp.", "modules_to_save": ""}
 
 
 def is_expert_tensor(name: str) -> bool:
@@ -27,20 +26,25 @@ def is_expert_tensor(name: str) -> bool:
     return any(f".{tensor}." in name or name.endswith(f".{tensor}") for tensor in EXPERT_TENSORS)
 
 
+def saved_key(name: str, adapter_name: str) -> str | None:
+    """Return the name in an adapter file of the parameter `name`; None if it does not belong to the adapter."""
+    for holder, saved in HOLDERS.items():
+        head, found, tail = name.partition(f".{holder}.{adapter_name}.")
+        if found:
+            return f"{head}.{saved}{tail}"
+    return None
+
+
 def adapter_keys(model: nn.Module) -> dict[str, str]:
     """Return the name in an adapter file of each parameter of the active adapter, by its name in the PEFT model."""
     tuner: Any = model.base_model
     (adapter,) = tuner.active_adapters
-    keys = {}
-    for path, holder, name, _ in _adapter_parameters(model, adapter):
-        # PEFT saves modules_to_save under the name of the module that the wrapper replaces.
-        where = path if holder == "modules_to_save" else f"{path}.{holder}"
-        keys[f"{path}.{holder}.{name}"] = where + name.removeprefix(adapter)
-    return keys
+    keys = {name: saved_key(name, adapter) for name, _ in model.named_parameters()}
+    return {name: key for name, key in keys.items() if key is not None}
 
 
 def check_adapter_fits(
-    model: nn.Module, config: LdMoleConfig, adapter_name: str, loaded: dict[str, Tensor], ep_size: int
+    model: nn.Module, config: PeftConfig, adapter_name: str, loaded: dict[str, Tensor], ep_size: int
 ) -> set[str]:
     """Check that the tensors of an adapter file match the parameters of the model.
 
@@ -57,10 +61,8 @@ def check_adapter_fits(
     Raises:
         ValueError: if a tensor is missing, has another shape, or belongs to no parameter.
     """
-    expected = {
-        f"{path}.{holder}.{name}": parameter
-        for path, holder, name, parameter in _adapter_parameters(model, adapter_name)
-    }
+    parameters = dict(model.named_parameters())
+    expected = {name: parameter for name, parameter in parameters.items() if saved_key(name, adapter_name) is not None}
     experts = {name for name in expected if is_expert_tensor(name)}
     for name, parameter in expected.items():
         shape = list(parameter.shape)
@@ -71,34 +73,13 @@ def check_adapter_fits(
             raise ValueError(
                 _mismatch(config, f"this model needs {name} with shape {shape}, but in the adapter {found}")
             )
-    if unexpected := sorted(set(loaded) - set(expected) - {name for name, _ in model.named_parameters()}):
+    if unexpected := sorted(set(loaded) - parameters.keys()):
         raise ValueError(_mismatch(config, f"the adapter has {unexpected[0]}, but this model does not"))
     return experts
 
 
-def _mismatch(config: LdMoleConfig, difference: str) -> str:
+def _mismatch(config: PeftConfig, difference: str) -> str:
     return (
         f"this adapter was made for another backbone ({config.base_model_name_or_path}), or its file is incomplete or damaged: "
         f"{difference}; load the adapter on the backbone that it was trained on, or copy it again"
     )
-
-
-def _adapter_parameters(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, str, nn.Parameter]]:
-    """Yield (module name, attribute of the module, parameter name below the attribute, parameter) for an adapter.
-
-    Parameters are found by the container that holds them, not by their full name, because an adapter may have the same name
-    as a module of the backbone.
-    """
-    for path, module in model.named_modules():
-        for holder in _holders(module):
-            for name, parameter in getattr(module, holder).named_parameters():
-                if name.partition(".")[0] == adapter_name:
-                    yield path, holder, name, parameter
-
-
-def _holders(module: nn.Module) -> tuple[str, ...]:
-    if isinstance(module, LdMoleLinear):
-        return ("lora_A", "lora_B", "router")
-    if isinstance(module, BaseTuner):
-        return ("lambda_mlp",)
-    return ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ()

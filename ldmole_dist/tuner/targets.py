@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from ldmole_dist.config.adapter import LINEARS
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.quantized import is_quantized_linear, why_quantization_fails
 
@@ -57,6 +62,24 @@ def _is_linear_map(module: nn.Module, D: int, O: int) -> bool:
     return isinstance(y, Tensor) and y.shape == (1, O)
 
 
+def default_targets(model: nn.Module) -> list[str] | str:
+    """Return the paper's seven linears of a decoder layer if the model has linears of all these names, else "all-linear"."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if why_not_adaptable(module) is None}
+    return list(LINEARS) if names.issuperset(LINEARS) else INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def rank_and_scaling(config: LdMoleConfig, name: str) -> tuple[int, float]:
+    """Return the LoRA rank r of a linear and the factor s of its experts' output.
+
+    Args:
+        config: config of the adapter.
+        name: full name of the linear, which `rank_pattern` and `alpha_pattern` are matched against.
+    """
+    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    return r, alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
 def check_targets_exist(model: nn.Module, config: LdMoleConfig) -> None:
     """Raise ValueError if an entry of `target_modules` matches no module of the model.
 
@@ -69,8 +92,19 @@ def check_targets_exist(model: nn.Module, config: LdMoleConfig) -> None:
     if unmatched:
         linears = {name.rsplit(".", 1)[-1] for name, module in modules.items() if why_not_adaptable(module) is None}
         raise ValueError(
-            f"target_modules {sorted(unmatched)} match no module of this model; choose from its linears, {sorted(linears)}"
+            f"target_modules {sorted(unmatched)} match no module of this model; choose from its linears, {sorted(linears)}, "
+            "or set target_modules to 'all-linear'"
         )
+
+
+def check_patterns_match(config: LdMoleConfig, names: Collection[str]) -> None:
+    """Raise ValueError if a key of `rank_pattern` or `alpha_pattern` matches none of the adapted linears `names`."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(get_pattern_key([key], name) == key for name in names):
+                raise ValueError(
+                    f"{field} has the key {key!r}, which matches no adapted linear; choose from {sorted(names)}"
+                )
 
 
 def experts_of_linear(model: nn.Module, config: LdMoleConfig, name: str) -> int:

@@ -61,7 +61,7 @@ def test_single_active_expert_equals_its_lora(folder: Path, number: int) -> None
     chosen[number] = 1.0
     for module in bank.modules():
         if isinstance(module, LdMoleLinear):
-            module.router["default"].forward = lambda x: 1e4 * chosen.expand(len(x), -1)  # scores
+            module.ldmole_adapters["default"].router.forward = lambda x: 1e4 * chosen.expand(len(x), -1)  # scores
     expected = logits(PeftModel.from_pretrained(backbone(folder), folder / list(LORAS)[number]))
     assert (logits(bank) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (logits(backbone(folder)) - expected).abs().max() > 0.01 * expected.abs().max()

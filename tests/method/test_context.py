@@ -114,7 +114,7 @@ def decide_differently_each_time(layer: Layer, seed: int) -> None:
         support[..., 0] |= ~support.any(-1)
         return support
 
-    layer.router["default"].decide = decide
+    layer.ldmole_adapters["default"].router.decide = decide
 
 
 def test_padding_is_masked_in_losses_and_statistics() -> None:
@@ -123,7 +123,7 @@ def test_padding_is_masked_in_losses_and_statistics() -> None:
     real = MASK.flatten().bool()
     context.begin(MASK)
     layer(x)
-    router, x_TD = layer.router["default"], x.flatten(0, 1)[real]
+    router, x_TD = layer.ldmole_adapters["default"].router, x.flatten(0, 1)[real]
     logits, lam = router(x_TD), layer.lambda_mlps["default"](x_TD)
     p = router.weigh(logits, lam, router.decide(logits, lam)).p_TE
     expected = {
@@ -179,7 +179,7 @@ def test_gradients_differ_without_replay() -> None:
         found = forward_and_backward(without_a_tape, decide_differently_each_time)
     except CheckpointError:
         return
-    assert not torch.allclose(found["0.lora_A.default"], expected["0.lora_A.default"])
+    assert not torch.allclose(found["0.ldmole_adapters.default.lora_A"], expected["0.ldmole_adapters.default.lora_A"])
 
 
 def test_layer_called_twice_replays_decisions_in_order() -> None:
@@ -302,7 +302,7 @@ def test_any_leading_shape_including_no_tokens() -> None:
 def test_router_lambda_and_experts_share_one_dropout_mask() -> None:
     (layer, _), _ = make_layers()
     x = hidden()
-    layer.lora_dropout["default"] = nn.Dropout(0.5)
+    layer.ldmole_adapters["default"].dropout = nn.Dropout(0.5)
     torch.manual_seed(0)
     y = layer(x)
     torch.manual_seed(0)

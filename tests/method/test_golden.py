@@ -105,9 +105,9 @@ def test_equal_to_golden(path: Path, formulation: str) -> None:
     mlp = layer.lambda_mlps["default"]
     gradients = {
         "x": x.grad,
-        "A": layer.lora_A["default"].grad,
-        "B": layer.lora_B["default"].grad,
-        "w_gate": layer.router["default"].weight.grad,
+        "A": layer.ldmole_adapters["default"].lora_A.grad,
+        "B": layer.ldmole_adapters["default"].lora_B.grad,
+        "w_gate": layer.ldmole_adapters["default"].router.weight.grad,
         "mlp_w1": mlp.fc1.weight.grad,
         "mlp_b1": mlp.fc1.bias.grad,
         "mlp_w2": mlp.fc2.weight.grad,

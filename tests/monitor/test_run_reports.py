@@ -174,7 +174,7 @@ def test_adapted_head_routes_answer_positions_only(tmp_path: Path, ranks2: Local
 
 def test_failed_report_stops_all_ranks_and_keeps_checkpoints(tmp_path: Path, ranks2: LocalRanks) -> None:
     config = config_of(make_folder(tmp_path), optimisation={"max_steps": 50}, run={"save_every": 2})
-    errors = ranks2.run(train_with_file_size_limit, 100_000, str(config), "data.eval=null", "run.detail_every=1")
+    errors = ranks2.run(train_with_file_size_limit, 110_000, str(config), "data.eval=null", "run.detail_every=1")
     assert errors[0].startswith("UserError: cannot write the reports of the run in ") and "File too large" in errors[0]
     assert errors[1].startswith("PeerError: rank 0 failed while writing the reports")
     reported = len(list(read_lines(tmp_path / "run" / "metrics.jsonl")))

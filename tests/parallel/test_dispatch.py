@@ -203,7 +203,7 @@ def _compare(scenario: Scenario, mode: Mode, rounds: int) -> dict[str, Any]:
         distances[name] = float(difference / reference.detach().norm().clamp_min(1e-30))
     dtypes = {name: values[name][0].dtype for name in values}
     expected = implied(scenario, rank, fetched, rounds)
-    sizes = GroupSizes(D, scenario.outs, R, scenario.experts // scenario.ep_size)
+    sizes = GroupSizes(D, scenario.outs, (R,) * len(scenario.outs), scenario.experts // scenario.ep_size)
     support = torch.stack([(p != 0).unflatten(1, (scenario.ep_size, -1)) for p in ps])
     closed = payload_elements(support, decision.fetched_PGL, placement.rank, sizes, rounds)
     closed["counts"] = count_message_elements(scenario.ep_size, sizes)

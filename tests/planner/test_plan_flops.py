@@ -42,8 +42,8 @@ CPU_ATTENTION: dict[Any, Any] = {
 MODULES = {
     "adapted": r"_proj$",
     "base": r"_proj\.base_layer$",
-    "router": r"\.router\.default$",
-    "lambda_mlp": r"\.lambda_mlp\.default\.\d+$",
+    "router": r"\.router$",
+    "lambda_mlp": r"\.ldmole_lambda_mlp\.default\.\d+$",
     "head": r"\.lm_head$",
 }
 

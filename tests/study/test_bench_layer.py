@@ -49,7 +49,8 @@ def test_einsum_baseline_matches_the_stored_results_of_the_authors(path: Path, f
     sparsity = sparsity_loss(routing.logits_TE, routing.lam_T, int(meta["k_target"]))
     ((y * g["dy"]).sum() + float(meta["lb_coef"]) * balance + float(meta["sparsity_coef"]) * sparsity).backward()
     assert distance(y, g["y"]) < 1e-5
-    for name, value in (("A", layer.lora_A["default"]), ("B", layer.lora_B["default"]), ("x", x)):
+    adapter = layer.ldmole_adapters["default"]
+    for name, value in (("A", adapter.lora_A), ("B", adapter.lora_B), ("x", x)):
         assert value.grad is not None and distance(value.grad, g[f"grad_{name}"]) < 1e-5, name
 
 

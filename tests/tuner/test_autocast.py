@@ -48,7 +48,7 @@ def plain_forward(self: LdMoleLinear, x: Tensor, adapter: str) -> Tensor:
     """`forward_with_adapter` for the router "softmax", in operations whose dtypes autocast chooses, without its losses."""
     x_TD = x.reshape(-1, x.shape[-1])
     with torch.autocast("cpu", enabled=False):
-        scores = x_TD.to(torch.get_autocast_dtype("cpu")).float() @ self.router[adapter].weight.t()
+        scores = x_TD.to(torch.get_autocast_dtype("cpu")).float() @ self.ldmole_adapters[adapter].router.weight.t()
         p_TE = scores.softmax(-1)
         self.context.record_routing(
             [self.name],
@@ -56,10 +56,12 @@ def plain_forward(self: LdMoleLinear, x: Tensor, adapter: str) -> Tensor:
             self.context.token_mask(self.mask_name, x.shape[:-1]),
             ("balance", "z"),
         )
-    experts = zip(p_TE.unbind(1), self.lora_A[adapter], self.lora_B[adapter], strict=True)
+    experts = zip(
+        p_TE.unbind(1), self.ldmole_adapters[adapter].lora_A, self.ldmole_adapters[adapter].lora_B, strict=True
+    )
     delta = sum(p_T.unsqueeze(1) * F.linear(F.linear(x_TD, A), B) for p_T, A, B in experts)
     y = self.base_layer(x)
-    return y + (self.scaling[adapter] * delta).view(y.shape).to(y.dtype)
+    return y + (self.ldmole_adapters[adapter].scaling * delta).view(y.shape).to(y.dtype)
 
 
 @pytest.mark.parametrize("dtype", HALF)

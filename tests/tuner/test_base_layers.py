@@ -76,14 +76,17 @@ def test_one_expert_without_router_equals_peft_lora(kind: str) -> None:
     with torch.no_grad():
         for name, linear in linears.items():
             lora = theirs.get_submodule(name)
-            lora.lora_A["default"].weight.copy_(linear.lora_A["default"][0])
-            lora.lora_B["default"].weight.copy_(linear.lora_B["default"][0])
+            lora.lora_A["default"].weight.copy_(linear.ldmole_adapters["default"].lora_A[0])
+            lora.lora_B["default"].weight.copy_(linear.ldmole_adapters["default"].lora_B[0])
     assert (logits(ours) - logits(theirs)).abs().max() < 1e-5 < (logits(ours) - logits(backbone(kind))).abs().max()
     found, expected = gradients(ours), gradients(theirs)
     for name in linears:
         for part in ("lora_A", "lora_B"):
             gradient = expected[f"{name}.{part}.default.weight"]
-            assert (found[f"{name}.{part}.default"][0] - gradient).norm() < 1e-4 * gradient.norm(), (name, part)
+            assert (found[f"{name}.ldmole_adapters.default.{part}"][0] - gradient).norm() < 1e-4 * gradient.norm(), (
+                name,
+                part,
+            )
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

@@ -19,6 +19,7 @@ from ldmole_dist.config import Adapter
 from ldmole_dist.config.adapter import LINEARS, AdapterFields
 from ldmole_dist.selftest.tiny import SIZES
 from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.targets import default_targets
 from tests.small_adapter import E, R, adapt, backbone, config, logits, move, trainable
 
 
@@ -129,7 +130,10 @@ def test_values_out_of_range_are_refused(field: str, value: Any) -> None:
 def test_run_config_and_peft_config_share_their_fields() -> None:
     shared = {field.name: field.metadata["help"] for field in fields(AdapterFields)}
     assert {field.name for field in fields(Adapter)} == shared.keys() | {"init_from"}
+    assert LdMoleConfig().target_modules is None  # PEFT's configs choose the default by the model
     for name, help_text in shared.items():
+        if name == "target_modules":
+            continue
         assert getattr(Adapter(), name) == getattr(LdMoleConfig(), name)
         assert next(field.metadata["help"] for field in fields(LdMoleConfig) if field.name == name) == help_text
 
@@ -160,7 +164,15 @@ def test_defaults_are_those_of_the_paper() -> None:
     c = LdMoleConfig()
     found = (c.num_experts, c.r, c.lora_alpha, c.lora_dropout, c.lambda_hidden, c.lambda_eps)
     assert found == (8, 8, 16, 0.1, 256, 0.01)
-    assert c.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert default_targets(backbone("qwen3")) == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
 
 
 def test_initial_values_depend_on_seed_module_and_expert_only() -> None:
@@ -190,4 +202,4 @@ def test_scaling_is_alpha_over_r() -> None:
     one, two = (model.get_base_model().model.layers[1].mlp.down_proj for model in models)
     x = torch.randn(5, SIZES["intermediate_size"])
     torch.testing.assert_close(2 * (one(x) - one.base_layer(x)), two(x) - two.base_layer(x))
-    assert one.scaling["default"] == 2 / R
+    assert one.ldmole_adapters["default"].scaling == 2 / R

@@ -92,7 +92,7 @@ def results(
     linears, context, dispatch = make_linears(grouped)
     if decide is not None:
         for i, linear in enumerate(linears):
-            linear.router["default"].decide = decide(i)
+            linear.ldmole_adapters["default"].router.decide = decide(i)
     x = hidden()
     context.begin(None)
     y = run(linears, x)

@@ -128,7 +128,7 @@ def check_equals_dequantized(kind: str, dtype: torch.dtype, tolerance: float) ->
     plain = adapt(dequantized(model))
     ours = adapt(model)
     linears = [m for m in ours.modules() if isinstance(m, LdMoleLinear)]
-    assert len(linears) == 2 * 7 and {m.lora_A["default"].dtype for m in linears} == {torch.float32}
+    assert len(linears) == 2 * 7 and {m.ldmole_adapters["default"].lora_A.dtype for m in linears} == {torch.float32}
     found, expected = loss_and_gradients(ours), loss_and_gradients(plain)
     assert found.keys() == expected.keys() and len(found) > 2 * 7 * 3
     for name, value in expected.items():

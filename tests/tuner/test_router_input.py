@@ -41,7 +41,7 @@ def test_all_linears_route_on_the_backbones_last_hidden_states() -> None:
     linears = {m.name: m for m in model.modules() if isinstance(m, LdMoleLinear)}
     assert seen.keys() == linears.keys() and len(seen) > 7
     for name, linear in linears.items():
-        assert torch.allclose(seen[name], linear.router["default"](hidden_TH), atol=1e-6), name
+        assert torch.allclose(seen[name], linear.ldmole_adapters["default"].router(hidden_TH), atol=1e-6), name
     assert not tuner_of(model).context.adapter_disabled
 
 

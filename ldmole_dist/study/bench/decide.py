@@ -46,7 +46,8 @@ class Cell(NamedTuple):
 
     def sizes(self) -> GroupSizes:
         """Return the sizes of the input group."""
-        return GroupSizes(IN_FEATURES, OUT_FEATURES[: self.linears], self.lora_rank, self.experts // self.ranks)
+        ranks = (self.lora_rank,) * self.linears
+        return GroupSizes(IN_FEATURES, OUT_FEATURES[: self.linears], ranks, self.experts // self.ranks)
 
     def support(self) -> Tensor:
         """Return a pseudorandom support, (G, T, P, L) bool; equal cells return equal supports."""

@@ -176,7 +176,8 @@ class RecordedCalls:
         self._calls: dict[str, list[Callable[[], Any]]] = {part: [] for part in PARTS[1:]}
         linears = [m for m in model.modules() if isinstance(m, LdMoleLinear)]
         methods: set[tuple[str, Any, str]] = {("lambda-MLP", m.lambda_mlps["default"], "forward") for m in linears}
-        methods |= {("router", m.router["default"], name) for m in linears for name in ("forward", "decide", "weigh")}
+        routers: list[Any] = [m.ldmole_adapters["default"].router for m in linears]
+        methods |= {("router", router, name) for router in routers for name in ("forward", "decide", "weigh")}
         methods |= {("experts", m.dispatch, name) for m in linears for name in ("decide", "start")}
         with ExitStack() as stack:
             for part, owner, name in methods:

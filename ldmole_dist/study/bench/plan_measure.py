@@ -101,7 +101,7 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
     tuner = tuner_of(model)
     if dense:
         with torch.no_grad():
-            for name, parameter in tuner.lambda_mlp.named_parameters():
+            for name, parameter in tuner.ldmole_lambda_mlp.named_parameters():
                 if name.endswith("fc2.bias"):
                     parameter.fill_(-1e4)  # a very negative lambda activates every expert
     kept = KeptForBackward(model)

@@ -1,0 +1,54 @@
+"""Train the modules of `modules_to_save` in at least float32, inside a model of any dtype."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from ldmole_dist.method.sparsegen import at_least_float32
+
+
+def train_in_float32(module: nn.Module, keep_output: bool) -> None:
+    """Convert the parameters of a module in half precision to float32, and its inputs in each forward.
+
+    Its outputs are cast back to the former dtype of the parameters, which the modules after it expect. A module whose
+    parameters are at least float32 is not changed.
+
+    Args:
+        module: trainable copy of a module of the backbone.
+        keep_output: return float32 outputs.
+    """
+    narrow = {p.dtype for p in module.parameters() if p.dtype != at_least_float32(p.dtype)}
+    if not narrow:
+        return
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(at_least_float32(parameter.dtype))
+    module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+    if not keep_output:
+        module.register_forward_hook(partial(_cast_output, dtype=next(iter(narrow))))
+
+
+def is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Return whether a module of `model` computes its logits, for which float32 is best kept."""
+    if name in SEQ_CLS_HEAD_NAMES:
+        return True
+    return isinstance(model, PreTrainedModel) and module is model.get_output_embeddings()
+
+
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    dtype = next(module.parameters()).dtype
+    return _cast(args, dtype), _cast(kwargs, dtype)
+
+
+def _cast_output(module: nn.Module, args: tuple[Any, ...], output: Any, dtype: torch.dtype) -> Any:
+    return _cast(output, dtype)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
