@@ -34,7 +34,7 @@ from ldmole_dist.study.bench import command as bench_command
 from ldmole_dist.study.compare import command as compare_command
 from ldmole_dist.study.scaling import command as scaling_command
 
-# Arguments of `require_extra` for the subcommands that draw figures: the name of the extra, then the modules that it installs.
+# Arguments of `require_extra` for `report`, `compare` and `scaling`: the name of the extra, then the modules that it installs.
 REPORT_EXTRA = ("report", "matplotlib", "scipy")
 
 

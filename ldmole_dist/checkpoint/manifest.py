@@ -72,7 +72,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     path = checkpoint / MANIFEST_NAME
     try:
         raw = json.loads(path.read_text())
-        version, expected = raw["format_version"], raw.pop("sha256", None)
+        version, expected = int(raw["format_version"]), raw.pop("sha256", None)
     except FileNotFoundError as error:
         raise UserError(
             f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST_NAME}; use another checkpoint"

@@ -97,8 +97,10 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
     this_host = [Host("this host", tuple(range(ranks)))]
     common = {"interface": args.interface, "launcher_args": args.launcher_args, "ssh_args": args.ssh_args}
     if args.nodes is not None:
-        if args.hostfile or args.launcher not in (None, "torchrun"):
-            raise UserError("--nodes uses torchrun on each host; remove --hostfile and --launcher, or remove --nodes")
+        if args.hostfile or args.include or args.exclude or args.launcher not in (None, "torchrun"):
+            raise UserError(
+                "--nodes uses torchrun on each host; remove --hostfile, --include, --exclude and --launcher, or remove --nodes"
+            )
         if args.master_addr is None or args.node_rank is None or not 0 <= args.node_rank < args.nodes:
             raise UserError(
                 f"--nodes {args.nodes} needs --master-addr ADDRESS and --node-rank I with I from 0 to {args.nodes - 1}"
@@ -129,11 +131,12 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
             raise UserError(f"--launcher {args.launcher} needs {need}")
         if args.include or args.exclude:
             raise UserError(
-                "--include and --exclude select hosts of a hostfile; set --hostfile, or remove these options and select the "
-                "GPUs of this host with CUDA_VISIBLE_DEVICES"
+                "--include and --exclude select hosts of a hostfile or of a Slurm allocation, and there is neither; set "
+                "--hostfile, or remove these options and select the GPUs of this host with CUDA_VISIBLE_DEVICES"
             )
-        if args.launcher_args:
-            raise UserError("--launcher-args has no effect on one host without a hostfile; remove it")
+        for option, value in (("--launcher-args", args.launcher_args), ("--interface", args.interface)):
+            if value:
+                raise UserError(f"{option} has no effect on one host without a hostfile; remove it")
         return LaunchSpec("local", this_host)
     if args.ranks:
         raise UserError(

@@ -60,7 +60,7 @@ def slurm_hosts(environ: Mapping[str, str]) -> list[Host]:
     """Return the hosts of the current Slurm allocation, with one slot per task.
 
     Raises:
-        UserError: if the allocation does not define the tasks per node, or `scontrol` cannot be started or fails.
+        UserError: if the allocation does not define its nodes and the tasks per node, or `scontrol` cannot be started or fails.
     """
     tasks: list[int] = []
     tasks_per_node = environ.get("SLURM_TASKS_PER_NODE", "")
@@ -72,7 +72,12 @@ def slurm_hosts(environ: Mapping[str, str]) -> list[Host]:
                 "--ntasks-per-node of sbatch or salloc, as launch/slurm.sbatch does"
             )
         tasks += [int(match[1])] * int(match[2] or 1)
-    command = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
+    nodes = environ.get("SLURM_JOB_NODELIST")
+    if nodes is None:
+        raise UserError(
+            "SLURM_JOB_NODELIST is not set; run this command inside the allocation, in its batch script or a shell of salloc"
+        )
+    command = ["scontrol", "show", "hostnames", nodes]
     try:
         names = subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=SCONTROL_SECONDS
@@ -84,6 +89,11 @@ def slurm_hosts(environ: Mapping[str, str]) -> list[Host]:
         if isinstance(error, subprocess.CalledProcessError):
             reason = error.stderr.strip() or f"exit code {error.returncode}"
         raise UserError(f"{' '.join(command)} failed: {reason}; check the value of SLURM_JOB_NODELIST") from error
+    if len(names) != len(tasks):
+        raise UserError(
+            f"SLURM_TASKS_PER_NODE={tasks_per_node!r} is for {len(tasks)} nodes, but SLURM_JOB_NODELIST={nodes} names "
+            f"{len(names)}; do not change these variables of the allocation"
+        )
     return [Host(name, tuple(range(count))) for name, count in zip(names, tasks, strict=True)]
 
 

@@ -38,8 +38,8 @@ def prompt_completion(record: Record, where: str) -> Row:
     texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     if not texts or len(set(choices)) < max(2, len(choices)) or completion not in choices:
         raise UserError(
-            f"{where}: 'choices' is {choices!r:.60}; make it a list of at least two distinct strings that includes the "
-            f"completion {completion!r:.60}."
+            f"{where}: 'choices' is {choices!r:.60}; make it a list of two or more strings without repetitions, one of "
+            f"which is the completion {completion!r:.60}."
         )
     return Row(prompt, completion, where, get_domain(record), tuple(choices))
 

@@ -92,7 +92,7 @@ def read_vader(archive: str) -> list[Sentence]:
                     if len(found) != rows:
                         raise UserError(f"{path}: {name} has {len(found)} rows instead of {rows}; {remedy}")
                     sentences += found
-    except (OSError, tarfile.TarError, KeyError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, tarfile.TarError, KeyError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error  # str(error) of an OSError repeats the path
         raise UserError(f"cannot read {path} as the archive of vaderSentiment 3.3.2 ({reason}); {remedy}") from error
     return sentences

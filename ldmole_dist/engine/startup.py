@@ -19,6 +19,9 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 
+# Rank of a process on its host, as set by torchrun and DeepSpeed, Open MPI, Intel MPI and MPICH, and MVAPICH.
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK")
+
 
 def start(timeout_minutes: float = 30.0) -> Process:
     """Join the process group that the launcher describes in the environment; without a launcher, create one with a single rank.
@@ -49,14 +52,12 @@ def start(timeout_minutes: float = 30.0) -> Process:
             names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
             local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = next((int(os.environ[name]) for name in LOCAL_RANK_VARIABLES if name in os.environ), 0)
     if not on_cpu:
         # Slurm can restrict each rank to one visible device, numbered 0 in that rank. DeepSpeed reads the device index from
         # these variables.
         local_rank %= accelerator.device_count()
-        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
-            if name in os.environ:
-                os.environ[name] = str(local_rank)
+        _set_local_rank(local_rank)
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
         deepspeed.init_distributed(
@@ -64,8 +65,16 @@ def start(timeout_minutes: float = 30.0) -> Process:
             timeout=timedelta(minutes=timeout_minutes),
             verbose=False,
         )
+    if not on_cpu:
+        _set_local_rank(local_rank)  # inside mpirun, init_distributed has set LOCAL_RANK to the rank on this host
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _set_local_rank(local_rank: int) -> None:
+    for name in LOCAL_RANK_VARIABLES:
+        if name in os.environ:
+            os.environ[name] = str(local_rank)
 
 
 def _inside_mpirun() -> bool:

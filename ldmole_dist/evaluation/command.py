@@ -14,8 +14,8 @@ from ldmole_dist.io import atomic_write, write_errors
 
 EVAL = """Evaluate the adapter of a run, or a saved adapter, on held-out rows. Reports the loss and perplexity of the answers;
 accuracy if the possible answers are known; macro F1 and Matthews correlation if data.labels lists them. Every metric is
-reported overall and by domain. Runs on any number of ranks with any ZeRO stage; start several ranks with torchrun, mpirun or
-deepspeed. --lm-eval runs tasks of the LM Evaluation Harness instead."""
+reported overall and by domain. Runs on any number of ranks with any ZeRO stage; start several ranks with torchrun or
+mpirun. --lm-eval runs tasks of the LM Evaluation Harness instead."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -103,7 +103,7 @@ class _ExchangeState:
     in_flight: _AllToAll | None = None
 
     def take(self) -> list[Tensor]:
-        """Wait for the all-to-all in flight and drop it, so that its buffers are freed."""
+        """Wait for the all-to-all in flight, whose buffers can then be freed, and return the received rows of each payload."""
         assert self.in_flight is not None, "an exchange can be waited for only once"
         in_flight, self.in_flight = self.in_flight, None
         return in_flight.wait()

@@ -84,5 +84,6 @@ def _write_new(folder: Path, contents: dict[Path, str]) -> None:
                 atomic_write(path, text)
     except UserError:
         for path in contents:
-            path.unlink(missing_ok=True)
+            if path.is_file():  # unlink(missing_ok=True) would raise if a parent of the folder is a file
+                path.unlink()
         raise

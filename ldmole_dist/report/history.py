@@ -95,13 +95,14 @@ def trace_history(
         batch_size: Sequences per forward.
 
     Returns:
-        The history; None for an adapter without a run, for a run without checkpoints, or if there is only one state.
+        The history; None for an adapter without a run, for a run without checkpoints or one that did not train its experts,
+        which its checkpoints then do not hold, or if there is only one state.
 
     Raises:
-        UserError: If a checkpoint is damaged, holds no experts or does not match the model, or metrics.jsonl is damaged.
+        UserError: If a checkpoint is damaged or does not match the model, or metrics.jsonl is damaged.
     """
     checkpoints = [] if saved.run is None else list_checkpoints(saved.run)[::-1]
-    if saved.run is None or not checkpoints:
+    if saved.run is None or not checkpoints or not adapter_config(model).train_experts:
         return None
     chosen = _evenly_spaced(checkpoints, MAX_CHECKPOINTS)
     probe = _probe(examples)

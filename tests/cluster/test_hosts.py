@@ -109,3 +109,7 @@ def test_slurm_allocation_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [(host.name, len(host.slots)) for host in slurm_hosts(environ)] == [("a1", 8), ("a2", 8), ("a3", 4)]
     with pytest.raises(UserError, match="scontrol show hostnames b failed"):
         slurm_hosts(environ | {"SLURM_JOB_NODELIST": "b"})
+    with pytest.raises(UserError, match="SLURM_JOB_NODELIST is not set"):
+        slurm_hosts({"SLURM_TASKS_PER_NODE": "8"})
+    with pytest.raises(UserError, match=r"is for 2 nodes, but SLURM_JOB_NODELIST=a\[1-3\] names 3"):
+        slurm_hosts(environ | {"SLURM_TASKS_PER_NODE": "8(x2)"})

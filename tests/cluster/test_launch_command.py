@@ -79,6 +79,7 @@ def test_overrides_are_accepted_after_options(capsys: pytest.CaptureFixture[str]
         (["--nodes", "2"], "--nodes 2 needs --master-addr ADDRESS and --node-rank I with I from 0 to 1"),
         (["--nodes", "2", "--node-rank", "2", "--master-addr", "a"], "I from 0 to 1"),
         (["--include", "a"], "select hosts of a hostfile"),
+        (["--nodes", "2", "--node-rank", "0", "--master-addr", "a", "--exclude", "b"], "remove --hostfile, --include"),
         (["--ranks", "3"], "parallelism.ep_size=2 does not divide the 3 ranks"),
         (["--max-restarts", "1"], "set run.save_every=N"),
         (["--max-restarts", "1", "run.save_every=1", "run.resume=never"], "contradicts"),
@@ -87,7 +88,8 @@ def test_overrides_are_accepted_after_options(capsys: pytest.CaptureFixture[str]
             ["--hostfile", "launch/hostfile.example", "--launcher", "pdsh", "--ranks", "4"],
             "--ranks has no effect with a hostfile or in a Slurm allocation",
         ),
-        (["--launcher-args=-v"], "has no effect on one host"),
+        (["--launcher-args=-v"], "--launcher-args has no effect on one host"),
+        (["--interface", "lo"], "--interface has no effect on one host"),
         (["--hostfile", "none", "--launcher", "pdsh"], "none"),
     ],
 )

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import pytest
@@ -74,27 +75,36 @@ def test_start_without_launcher_has_world_size_one() -> None:
     assert "alone 0 1 True" in done.stdout, done.stderr
 
 
-def test_local_rank_is_renumbered_if_each_rank_sees_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed reads the device index from LOCAL_RANK when it joins the group, and later. The accelerator is a stub."""
+@pytest.mark.parametrize(
+    ("variable", "devices", "device"), [("LOCAL_RANK", 1, 0), ("OMPI_COMM_WORLD_LOCAL_RANK", 4, 3)]
+)
+def test_each_rank_has_the_device_of_its_local_rank(
+    monkeypatch: pytest.MonkeyPatch, variable: str, devices: int, device: int
+) -> None:
+    """Slurm can show each rank one device only, and mpirun does not set LOCAL_RANK. The accelerator is a stub."""
     calls: list[str] = []
     accelerator = SimpleNamespace(
         device_name=lambda number=None: "cuda" if number is None else f"cuda:{number}",
-        device_count=lambda: 1,
+        device_count=lambda: devices,
         set_device=lambda number: calls.append(f"device {number}"),
         communication_backend_name=lambda: "nccl",
     )
-    for name, value in (("RANK", "3"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "4")):
+    for name, value in (("RANK", "3"), (variable, "3"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(startup, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(
-        deepspeed, "init_distributed", lambda **settings: calls.append(f"LOCAL_RANK {os.environ['LOCAL_RANK']}")
-    )
+
+    def init_distributed(**settings: Any) -> None:
+        calls.append(f"{variable} {os.environ[variable]}")  # DeepSpeed reads the device index from it
+        monkeypatch.setenv("LOCAL_RANK", "3")  # as DeepSpeed does inside mpirun
+
+    monkeypatch.setattr(deepspeed, "init_distributed", init_distributed)
     process = start()
-    assert calls == ["device 0", "LOCAL_RANK 0"]
-    assert (process.rank, process.world_size, str(process.device)) == (3, 4, "cuda:0")
+    assert calls == [f"device {device}", f"{variable} {device}"]
+    assert os.environ["LOCAL_RANK"] == os.environ[variable] == str(device)  # DeepSpeed's engine compares them
+    assert (process.rank, process.world_size, str(process.device)) == (3, 4, f"cuda:{device}")
 
 
 def fail_in_one(failing: int) -> int:

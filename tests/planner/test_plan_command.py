@@ -222,6 +222,8 @@ def test_existing_files_are_never_replaced(tmp_path: Path) -> None:
         absent.write_text(before)
     with pytest.raises(UserError, match="run.yaml is not a folder"):
         write_configs(candidate, run, None, None, None)  # the folder is a file
+    with pytest.raises(UserError, match="cannot write the configs"):
+        write_configs(candidate, run / "below", None, None, None)
 
 
 def test_zero_gpus_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,7 @@ def test_rated_sentences(tmp_path: Path) -> None:
     [
         (lambda p: archive(p, WHOLE | {"tweets": 3}), "tweets_GroundTruth.txt has 3 rows instead of 4200"),
         (lambda p: archive(p, WHOLE, line="{n} {rating}\n"), "as three tab-separated fields"),
+        (lambda p: archive(p, WHOLE) and p.write_bytes(p.read_bytes()[:9999]), "cannot read .* as the archive"),
         (lambda p: p.write_bytes(b"no archive"), "cannot read .* as the archive of vaderSentiment 3.3.2"),
         (lambda p: tarfile.open(p, "w:gz").close(), "hutto_ICWSM_2014.tar.gz is missing"),
         (lambda p: None, "No such file"),
