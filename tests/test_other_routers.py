@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from ldmole_dist.cli import main
+from ldmole_dist.config.adapter import LINEARS
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.tuner.layer import LdMoleLinear
 from tests.small_adapter import E, R, adapt, backbone, config, logits, move
@@ -19,7 +20,7 @@ from tests.small_run import make_config, make_folder, run_training
 
 def test_lora_router_equals_peft_lora() -> None:
     ours = move(adapt(router="lora"))
-    targets = list(config().target_modules or [])
+    targets = list(LINEARS)
     theirs = get_peft_model(
         backbone(), LoraConfig(r=E * R, lora_alpha=E * config().lora_alpha, lora_dropout=0.0, target_modules=targets)
     )
