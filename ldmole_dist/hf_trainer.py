@@ -35,8 +35,9 @@ class AuxiliaryLosses(_Base):
             coefficient 1. The L1 coefficient stays constant, unlike in `ldmole train`.
 
     Raises:
-        ValueError: if the experts are spread over ranks, because a `Trainer` averages every gradient over all ranks; or if an
-            option of the trainer does not work with LD-MoLE (`_check_options`).
+        ValueError: if the experts are spread over ranks, because a `Trainer` averages every gradient over all ranks; if TRL has
+            cast the adapter of a quantized backbone to bfloat16; or if an option of the trainer does not work with LD-MoLE
+            (`_check_options`).
     """
 
     def __init__(self, *args: Any, auxiliary: LossWeights | None = None, **kwargs: Any) -> None:
@@ -51,6 +52,12 @@ class AuxiliaryLosses(_Base):
             raise ValueError(
                 f"the experts are spread over {tuner.parallel.size} ranks, but a Trainer averages their gradients as if every "
                 "rank had the same experts; remove the call to spread_experts, or train with `ldmole train`"
+            )
+        quantized = any(getattr(self.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+        if quantized and any(p.requires_grad and p.dtype == torch.bfloat16 for p in self.model.parameters()):
+            raise ValueError(
+                "the adapter of this quantized backbone is in bfloat16, to which TRL casts it, but LD-MoLE routes in float32; "
+                "use LdMoleTrainer or `ldmole train`, or load the backbone without quantization"
             )
         self.context = tuner.context
         self.context.weights = auxiliary if auxiliary is not None else LossWeights(balance=1.0)
@@ -150,8 +157,7 @@ def _check_options(args: TrainingArguments) -> None:
     if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise ValueError(
             "use_reentrant=True silently drops the gradient of the auxiliary losses; remove it from "
-            "gradient_checkpointing_kwargs. TRL sets it for every PEFT model under ZeRO-3: there, set "
-            "gradient_checkpointing=False, use ZeRO-2, or train with `ldmole train`"
+            "gradient_checkpointing_kwargs. TRL sets it for every PEFT model under ZeRO-3: there, train with `ldmole train`"
         )
     if getattr(args, "use_vllm", False):
         raise ValueError(

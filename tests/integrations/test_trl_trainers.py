@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -38,7 +38,7 @@ WEIGHTS = LossWeights(balance=0.7, sparsity=0.3, z=0.05, target_k=2)
 PROMPTS = ["The colour of rose is", "The colour of sky and sea is", "The colour of frog is", "Colour:"] * 2
 CHOSEN = [" red", " blue and blue", " green", " grey and green and red"] * 2
 REJECTED = [" grey and red", " red", " red and blue and grey", " blue"] * 2
-ADAPTERS = ["new"]
+ADAPTERS = ["new", "pretrained"]
 Batch = dict[str, Tensor]
 Loss = Callable[[PeftModel, Batch], Tensor]
 
@@ -388,4 +388,10 @@ def test_options_of_grpo_are_refused(folder: Path, settings: dict[str, Any], rea
 def test_spread_experts_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExpertParallel, "size", property(lambda self: 2))
     with pytest.raises(ValueError, match="spread over 2 ranks"):
+        prepare(folder, LdMoleDPOTrainer, DPOConfig, PREFERENCES)
+
+
+def test_adapter_of_a_quantized_backbone_cast_by_trl_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedModel, "is_loaded_in_4bit", True, raising=False)
+    with pytest.raises(ValueError, match="TRL casts it"):
         prepare(folder, LdMoleDPOTrainer, DPOConfig, PREFERENCES)
