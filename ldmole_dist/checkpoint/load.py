@@ -177,7 +177,7 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict
     """Raise UserError if the adapter, the backbone or the order of the examples differs from that of a checkpoint."""
     # A checkpoint of an earlier version lacks the adapter keys that were added later. Their defaults describe its adapter.
     saved_adapter = asdict(Adapter()) | manifest.config["adapter"]
-    for key in ("router", "top_k", "top_p", "num_experts", "r", "lambda_hidden", "target_modules"):
+    for key in ("router", "top_k", "top_p", "num_experts", "r", "lambda_hidden", "target_modules", "target_parameters"):
         saved, here = saved_adapter[key], getattr(config.adapter, key)
         if saved != here:
             raise UserError(

@@ -52,6 +52,13 @@ class AdapterFields:
         default_factory=lambda: list(LINEARS),
         metadata={"help": "Names of the linears to adapt, or one regular expression that their full names must match."},
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the projections of a MoE backbone's routed experts to adapt, such as "
+            "'mlp.experts.gate_up_proj' and 'mlp.experts.down_proj'."
+        },
+    )
     router: RouterName = field(
         default="sparsegen", metadata={"help": f"Routing function: {', '.join(ROUTER_NAMES)} (docs/method.md)."}
     )

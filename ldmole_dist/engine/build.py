@@ -16,7 +16,7 @@ from ldmole_dist.engine.experts import check_partition_groups, clip_local_gradie
 from ldmole_dist.engine.loss_scale import use_loss_scale
 from ldmole_dist.engine.optimizers import make_optimizer, make_scheduler
 from ldmole_dist.parallel.dispatch import ExpertParallel
-from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.layer import LdMoleLayer
 from ldmole_dist.tuner.model import tuner_of
 
 
@@ -130,7 +130,7 @@ def register_experts_of_linears(model: PeftModel) -> None:
     linears of the group, and the forward of the modules that hold these experts is not called.
     """
     for module in model.modules():
-        if isinstance(module, LdMoleLinear):
+        if isinstance(module, LdMoleLayer):
             for adapter, group in module.groups.items():
                 if group.linears[0] is module:
                     for member in group.linears:

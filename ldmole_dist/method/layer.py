@@ -101,17 +101,22 @@ class InputGroup:
     one dispatch. The others return the output that it computed for them, if they are called with the same tensor.
 
     Args:
-        linears: MoELinears that have the adapter.
+        linears: linears that have the adapter.
         adapter: name of the adapter.
     """
 
-    def __init__(self, linears: Sequence[MoELinear], adapter: str) -> None:
+    def __init__(self, linears: Sequence[MoEAdapters], adapter: str) -> None:
         self.linears, self.adapter = list(linears), adapter
         # Outputs of the other linears, with the key of the input that they were computed from.
-        self._waiting: dict[MoELinear, tuple[tuple[int, torch.Size, int], Tensor]] = {}
+        self._waiting: dict[MoEAdapters, tuple[tuple[int, torch.Size, int], Tensor]] = {}
 
-    def start(self, linear: MoELinear, x: Tensor) -> Callable[[], Tensor]:
+    def start(self, linear: MoEAdapters, x: Tensor, rows_per_token: int = 1) -> Callable[[], Tensor]:
         """Start computing the adapter's output of `linear` for x (..., D).
+
+        Args:
+            linear: linear of the group.
+            x: its input.
+            rows_per_token: number of consecutive rows of x that belong to the same token.
 
         Returns:
             A function that waits for the communication and returns the output, (..., O).
@@ -128,7 +133,7 @@ class InputGroup:
         linears = self.linears if linear is self.linears[0] else [linear]
         x_cast = to_autocast_dtype(x)
         with without_autocast(x.device.type):
-            dispatched = self._route(linears, x_cast)
+            dispatched = self._route(linears, x_cast, rows_per_token)
 
         def finish() -> Tensor:
             with without_autocast(x.device.type):
@@ -138,7 +143,7 @@ class InputGroup:
 
         return finish
 
-    def _route(self, linears: list[MoELinear], x: Tensor) -> Finish:
+    def _route(self, linears: list[MoEAdapters], x: Tensor, rows_per_token: int) -> Finish:
         leader, adapter = linears[0], self.adapter
         context, dispatch = leader.context, leader.dispatch
         context.check_not_reentrant()
@@ -165,7 +170,10 @@ class InputGroup:
         # Forwards without gradients, such as those of generation, add nothing to the auxiliary losses.
         records = leader.training and torch.is_grad_enabled()
         if records or context.observer is not None:
-            mask_T = context.token_mask(leader.mask_name, x.shape[:-1])
+            tokens = x.shape[:-1] if rows_per_token == 1 else torch.Size([len(x_TD) // rows_per_token])
+            mask_T = context.token_mask(leader.mask_name, tokens)
+            if mask_T is not None:
+                mask_T = mask_T.repeat_interleave(rows_per_token)
             if records:
                 context.record_routing(names, routing, mask_T, router.losses)
             for name, of_linear in zip(names, routings, strict=True):
@@ -199,13 +207,10 @@ class LinearAdapter(nn.Module):
         return ExpertBank(self.lora_A, self.lora_B, self.scaling)
 
 
-class MoELinear(nn.Module):
-    """y = W0 x + s * sum_e p_e(x) B_e A_e x, with p from the router and lambda from the shared MLP.
-
-    Holds any number of adapters by name; a forward applies one of them.
+class MoEAdapters(nn.Module):
+    """The adapters of a linear, by name: s * sum_e p_e(x) B_e A_e x, with p from the router and lambda from the shared MLP.
 
     Args:
-        base_layer: the frozen linear, (..., D) -> (..., O).
         name: name of the linear, unique in the model.
         context: step context, shared by all adapted linears of the model.
         dispatch: dispatch that brings tokens and experts together, local or over several ranks.
@@ -216,9 +221,8 @@ class MoELinear(nn.Module):
 
     mask_name: MaskName | None = "attention_mask"
 
-    def __init__(self, base_layer: nn.Module, name: str, context: StepContext, dispatch: Dispatch) -> None:
+    def __init__(self, name: str, context: StepContext, dispatch: Dispatch) -> None:
         super().__init__()
-        self.base_layer = base_layer
         self.name, self.context, self.dispatch = name, context, dispatch
         self.ldmole_adapters = nn.ModuleDict()
         # A plain dict, not a ModuleDict: many linears share an MLP, which the tuner registers once.
@@ -241,6 +245,21 @@ class MoELinear(nn.Module):
         self.lambda_mlps[adapter] = lambda_mlp
         self.groups[adapter] = InputGroup([self], adapter)
         return added
+
+
+class MoELinear(MoEAdapters):
+    """y = W0 x + s * sum_e p_e(x) B_e A_e x: a frozen linear with its adapters, one of which a forward applies.
+
+    Args:
+        base_layer: the frozen linear, (..., D) -> (..., O).
+        name: see `MoEAdapters`.
+        context: see `MoEAdapters`.
+        dispatch: see `MoEAdapters`.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, context: StepContext, dispatch: Dispatch) -> None:
+        super().__init__(name, context, dispatch)
+        self.base_layer = base_layer
 
     def forward_with_adapter(self, x: Tensor, adapter: str) -> Tensor:
         """Return the output of the base layer plus the adapter's, (..., O) in the dtype of the base layer's output."""

@@ -49,6 +49,8 @@ class Probe:
 
         Returns:
             Name of a linear -> share (0 to 1) of real tokens whose set of active experts changed; empty at the first call.
+            Linears that do not read one row per token are left out: down_proj of routed experts, whose rows depend on the
+            backbone's routing.
         """
         before, self._before = self._before, self._supports(engine)
         if before is None:
@@ -63,7 +65,8 @@ class Probe:
         counted_T: Tensor
 
         def observe(name: str, routing: Routing, _: Tensor | None) -> None:
-            supports(name, routing, counted_T)
+            if len(routing.p_TE) == len(counted_T):
+                supports(name, routing, counted_T)
 
         was_training = model.training
         model.eval()

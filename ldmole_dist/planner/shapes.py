@@ -194,6 +194,7 @@ def input_groups(model: PeftModel) -> Iterator[Group]:
     for module in model.modules():
         if isinstance(module, LdMoleLinear):
             (group,) = module.groups.values()
-            if group.linears[0] is module:
+            linears: list[Any] = group.linears
+            if linears[0] is module:
                 in_features, _ = features_of(module.base_layer)
-                yield Group(module.name, in_features, tuple(features_of(m.base_layer)[1] for m in group.linears))
+                yield Group(module.name, in_features, tuple(features_of(m.base_layer)[1] for m in linears))

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from ldmole_dist.loss import IGNORED
 from ldmole_dist.method.context import LossWeights
@@ -35,18 +43,29 @@ SIZES: dict[str, Any] = dict(
 )
 
 
+MOE_SIZES: dict[str, Any] = SIZES | dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
+MOE_TARGETS: dict[str, Any] = dict(
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+)
+
+
 def tiny_backbone(architecture: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return a Llama or Qwen3 model with two decoder layers, with the same weights in every process.
+    """Return a model with two decoder layers, with the same weights in every process.
 
     Args:
-        architecture: "llama" or "qwen3".
+        architecture: "llama", "qwen3" or "qwen3_moe".
         dtype: data type of the weights.
         device: device of the weights.
     """
     torch.manual_seed(7)
-    model = (
-        LlamaForCausalLM(LlamaConfig(**SIZES)) if architecture == "llama" else Qwen3ForCausalLM(Qwen3Config(**SIZES))
-    )
+    model: PreTrainedModel
+    if architecture == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    elif architecture == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    else:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE_SIZES))
     return nn.Module.to(model, dtype=dtype, device=device)
 
 
@@ -57,7 +76,7 @@ def adapted(
     router: str = "sparsegen",
     num_experts: int | list[int] = EXPERTS,
 ) -> PeftModel:
-    """Adapt all seven linears of every decoder layer, and return the model in training mode.
+    """Adapt all linears and routed experts of every decoder layer, and return the model in training mode.
 
     Args:
         backbone: model to adapt in place.
@@ -74,6 +93,7 @@ def adapted(
         router=router,  # type: ignore[arg-type]  # checked by LdMoleConfig
         lambda_hidden=16,
         task_type="CAUSAL_LM",
+        **(MOE_TARGETS if isinstance(backbone, Qwen3MoeForCausalLM) else {}),
     )
     model = get_peft_model(backbone, config)
     with torch.no_grad():

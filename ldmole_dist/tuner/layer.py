@@ -1,4 +1,4 @@
-"""The adapted linear layer, as PEFT sees it.
+"""Adapted linears, as PEFT sees them.
 
 Shapes: D in-features, O out-features.
 """
@@ -12,40 +12,36 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from ldmole_dist.method.layer import MoELinear
+from ldmole_dist.method.layer import MoEAdapters, MoELinear
 from ldmole_dist.tuner.quantized import stored_weight
 from ldmole_dist.tuner.targets import features_of
 
 
-class LdMoleLinear(MoELinear, BaseTunerLayer):
-    """`MoELinear` with the attributes and methods that PEFT expects of a tuner layer."""
+class LdMoleLayer(MoEAdapters, BaseTunerLayer):
+    """`MoEAdapters` with the attributes and methods that PEFT expects of a tuner layer.
+
+    Attributes:
+        in_features: D.
+        out_features: O.
+    """
 
     adapter_layer_names = ("ldmole_adapters",)
     other_param_names = ("lambda_mlps", "groups")
 
-    @property
-    def in_features(self) -> int:
-        """D of the base layer."""
-        return features_of(self.get_base_layer())[0]
+    in_features: int
+    out_features: int
 
     @property
-    def out_features(self) -> int:
-        """O of the base layer."""
-        return features_of(self.get_base_layer())[1]
+    def frozen_weight(self) -> Tensor:
+        """The frozen weight as it is stored; use only its device and its kind of dtype."""
+        raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the frozen linear and, unless adapters are disabled, the active adapter.
-
-        Args:
-            x: (..., D).
-
-        Returns:
-            (..., O).
-        """
-        active = [name for name in self.active_adapters if name in self.ldmole_adapters]
-        if self.disable_adapters or not active or self.context.adapter_disabled:
-            return self.base_layer(x)
-        return self.forward_with_adapter(x, active[0])
+    @property
+    def applied_adapter(self) -> str | None:
+        """Name of the adapter that a forward applies; None if adapters are disabled, or if the active one is not here."""
+        if self.disable_adapters or self.context.adapter_disabled:
+            return None
+        return next((name for name in self.active_adapters if name in self.ldmole_adapters), None)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter.
@@ -66,10 +62,41 @@ class LdMoleLinear(MoELinear, BaseTunerLayer):
                 adapter.lora_B.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter and its lambda-MLP to a device, by default that of the base layer. PEFT's would change the dtype."""
+        """Move an adapter and its lambda-MLP to a device, by default the frozen weight's. PEFT's would change the dtype."""
         for module in (self.ldmole_adapters.get_submodule(adapter_name), self.lambda_mlps[adapter_name]):
             if module is not None:
-                module.to(device or stored_weight(self.get_base_layer()).device)
+                module.to(device or self.frozen_weight.device)
+
+
+class LdMoleLinear(MoELinear, LdMoleLayer):
+    """`MoELinear` as a tuner layer of PEFT."""
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """D of the base layer."""
+        return features_of(self.get_base_layer())[0]
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """O of the base layer."""
+        return features_of(self.get_base_layer())[1]
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """The weight of the base layer as it is stored, packed if the layer is quantized."""
+        return stored_weight(self.get_base_layer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the frozen linear and, unless adapters are disabled, the active adapter.
+
+        Args:
+            x: (..., D).
+
+        Returns:
+            (..., O).
+        """
+        adapter = self.applied_adapter
+        return self.base_layer(x) if adapter is None else self.forward_with_adapter(x, adapter)
 
     def _get_name(self) -> str:
         return "ldmole.Linear"

@@ -8,11 +8,14 @@ its own experts. Saving gathers all experts, one tensor at a time, so every rank
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from ldmole_dist.method.context import StepContext
@@ -24,17 +27,18 @@ from ldmole_dist.method.sparsegen import at_least_float32
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import draw_bank, seeded
 from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.expert_targets import expert_targets, warn_if_experts_left_out
+from ldmole_dist.tuner.experts import LdMoleExperts
 from ldmole_dist.tuner.input_groups import find_input_groups
-from ldmole_dist.tuner.layer import LdMoleLinear
+from ldmole_dist.tuner.layer import LdMoleLayer, LdMoleLinear
 from ldmole_dist.tuner.modules_to_save import is_head, train_in_float32
-from ldmole_dist.tuner.quantized import keep_gradients, stored_weight
+from ldmole_dist.tuner.quantized import keep_gradients
 from ldmole_dist.tuner.saving import SavedAdapters
 from ldmole_dist.tuner.targets import (
     check_patterns_match,
     check_targets_exist,
     default_targets,
     experts_of_linear,
-    features_of,
     rank_and_scaling,
     why_not_adaptable,
 )
@@ -49,7 +53,7 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
     """
 
     prefix = "ldmole_"
-    tuner_layer_cls = LdMoleLinear
+    tuner_layer_cls = LdMoleLayer
     uses_shared_state = True
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -144,7 +148,9 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
         trained = {p: p.requires_grad for p in self.ldmole_lambda_mlp.parameters()}
         self.ldmole_lambda_mlp[adapter_name] = nn.ModuleDict()
         try:
-            check_targets_exist(model, _ldmole(self.peft_config[adapter_name]))
+            config = _ldmole(self.peft_config[adapter_name])
+            check_targets_exist(model, config)
+            warn_if_experts_left_out(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._group(model, adapter_name)
         except Exception:
@@ -161,11 +167,18 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
         """Remove an adapter that was only partly injected."""
         del self.ldmole_lambda_mlp[adapter_name]
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, LdMoleLinear) and adapter_name in module._all_available_adapter_names():
+            if isinstance(module, LdMoleLayer) and adapter_name in module._all_available_adapter_names():
                 module.delete_adapter(adapter_name)
                 if not module.ldmole_adapters:
                     parent, _, child = name.rpartition(".")
-                    setattr(self.model.get_submodule(parent), child, module.base_layer)
+                    if isinstance(module, LdMoleLinear):
+                        setattr(self.model.get_submodule(parent), child, module.base_layer)
+                    else:
+                        delattr(self.model.get_submodule(parent), child)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, LdMoleExperts) and not module.projections:
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.base_layer)
         if not self.ldmole_lambda_mlp:
             self._remove_hooks()
 
@@ -187,14 +200,17 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
 
     def _group(self, model: nn.Module, adapter_name: str) -> None:
         """Put linears that read the same tensor in one `InputGroup`, so that one dispatch serves all of them."""
-        linears = {
-            m.name: m for m in model.modules() if isinstance(m, LdMoleLinear) and adapter_name in m.ldmole_adapters
-        }
-        check_patterns_match(_ldmole(self.peft_config[adapter_name]), linears)
-        for names, mask_names in find_input_groups(model, linears):
-            group = InputGroup([linears[name] for name in names], adapter_name)
-            for member, mask_name in zip(group.linears, mask_names, strict=True):
-                member.groups[adapter_name], member.mask_name = group, mask_name
+        config = _ldmole(self.peft_config[adapter_name])
+        check_patterns_match(config, [layer.name for layer in self.layers(adapter_name)])
+        linears = {layer.name: layer for layer in self.layers(adapter_name) if isinstance(layer, LdMoleLinear)}
+        experts = {m.name: m for m in model.modules() if isinstance(m, LdMoleExperts)}
+        for names, mask_names in find_input_groups(model, [*linears, *experts]):
+            group = InputGroup([linears[name] for name in names if name in linears], adapter_name)
+            for name, mask_name in zip(names, mask_names, strict=True):
+                if name in linears:
+                    linears[name].groups[adapter_name], linears[name].mask_name = group, mask_name
+                else:
+                    experts[name].set_mask(mask_name)
 
     def _create_and_replace(
         self,
@@ -213,15 +229,40 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
         if not isinstance(target, LdMoleLinear):
             target = LdMoleLinear(base, current_key, self.context, self.parallel.dispatch())
             setattr(parent, target_name, target)
-        D, O = features_of(base)
-        like = _parameter_like(stored_weight(base))
-        experts = experts_of_linear(self.model, config, current_key)
-        r, scaling = rank_and_scaling(config, current_key)
+        self._add_adapter(config, adapter_name, target)
+
+    def _inject_parameters(
+        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        config, names = _ldmole(peft_config), []
+        for target in list(expert_targets(model, config)):
+            parent, experts, child = _get_submodules(model, target.module)
+            if not isinstance(experts, LdMoleExperts):
+                experts = LdMoleExperts(experts, target.module, self.context, self.parallel.dispatch)
+                setattr(parent, child, experts)
+            projection = experts.projection(target.projection, target.in_features, target.out_features)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._add_adapter(config, adapter_name, projection)
+            names.append(projection.name)
+        return names
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT calls this to unload a layer, and copies the `weight` of the old module, which experts do not have.
+        if isinstance(child, LdMoleExperts):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _add_adapter(self, config: LdMoleConfig, adapter_name: str, target: LdMoleLayer) -> None:
+        name, D, O = target.name, target.in_features, target.out_features
+        like = _parameter_like(target.frozen_weight)
+        experts = experts_of_linear(self.model, config, name)
+        r, scaling = rank_and_scaling(config, name)
         placement = self.parallel.placement(experts)
-        A, B = draw_bank(placement, r, D, O, config.init_seed, current_key, like, zero_B=config.init_weights)
+        A, B = draw_bank(placement, r, D, O, config.init_seed, name, like, zero_B=config.init_weights)
         router_in = self.model.config.hidden_size if config.router_input == "hidden" else D
         router = new_router(config.router, router_in, experts, top_k=config.top_k, top_p=config.top_p).to(like)
-        router.reset(seeded(config.init_seed, current_key, "router"))
+        router.reset(seeded(config.init_seed, name, "router"))
         bank = ExpertBank(nn.Parameter(A), nn.Parameter(B), scaling)
         lambda_mlp = self._lambda_mlp(adapter_name, config, router_in, like) if router.needs_lambda else None
         adapter = target.add_adapter(adapter_name, bank, router, lambda_mlp, config.lora_dropout)

@@ -1,8 +1,9 @@
 """The parameters of an adapter: their names in the model and in an adapter file, and a check of loaded tensors.
 
 Names in an adapter file: `<module>.lora_A` (E, R, D), `<module>.lora_B` (E, O, R), `<module>.router.weight` (E, D) and, once
-per input size D, the parameters of the shared lambda-MLP, such as `base_model.lambda_mlp.<D>.fc1.weight`. The parameters of
-modules_to_save are stored under the names of the modules that they replace.
+per input size D, the parameters of the shared lambda-MLP, such as `base_model.lambda_mlp.<D>.fc1.weight`. <module> is a linear,
+or a projection of routed experts, such as `mlp.experts.gate_up_proj`. The parameters of modules_to_save are stored under the
+names of the modules that they replace.
 
 Shapes: E experts, R LoRA rank, D in-features (the hidden size for routers with router_input='hidden'), O out-features.
 """

@@ -12,8 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ldmole_dist.method.sparsegen import at_least_float32
-from ldmole_dist.tuner.layer import LdMoleLinear
-from ldmole_dist.tuner.quantized import stored_weight
+from ldmole_dist.tuner.layer import LdMoleLayer
 
 
 class TrainableAdapters(BaseTuner):
@@ -27,10 +26,10 @@ class TrainableAdapters(BaseTuner):
     ldmole_lambda_mlp: nn.ModuleDict
     enabled: bool = True
 
-    def linears(self, adapter_name: str) -> Iterator[LdMoleLinear]:
-        """Yield the linears that have the adapter, in the order of the model."""
+    def layers(self, adapter_name: str) -> Iterator[LdMoleLayer]:
+        """Yield the linears and projections of routed experts that have the adapter, in the order of the model."""
         for module in self.model.modules():
-            if isinstance(module, LdMoleLinear) and adapter_name in module.ldmole_adapters:
+            if isinstance(module, LdMoleLayer) and adapter_name in module.ldmole_adapters:
                 yield module
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -59,10 +58,10 @@ class TrainableAdapters(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Convert an adapter to the dtype of its linears, or with `autocast_adapter_dtype` to at least float32."""
-        for linear in self.linears(adapter_name):
-            dtype = stored_weight(linear.get_base_layer()).dtype
+        for layer in self.layers(adapter_name):
+            dtype = layer.frozen_weight.dtype
             if autocast_adapter_dtype or not dtype.is_floating_point:
                 dtype = at_least_float32(dtype)
-            linear.ldmole_adapters[adapter_name].to(dtype)
-            if (lambda_mlp := linear.lambda_mlps[adapter_name]) is not None:
+            layer.ldmole_adapters[adapter_name].to(dtype)
+            if (lambda_mlp := layer.lambda_mlps[adapter_name]) is not None:
                 lambda_mlp.to(dtype)

@@ -55,6 +55,20 @@ def test_gradients(ranks4: LocalRanks, architecture: str, ep_size: int, checkpoi
     assert all(len(found) == 7 * 2 * 3 + 2 * 4 + 2 for found in results)
 
 
+@pytest.mark.parametrize(("ep_size", "checkpointing"), [(1, True), (2, False), (4, True)])
+def test_gradients_of_routed_experts(ranks4: LocalRanks, ep_size: int, checkpointing: bool) -> None:
+    results = check_gradients(ranks4, "qwen3_moe", ep_size, checkpointing)
+    # 4 linears and 2 projections of routed experts of 2 layers.
+    assert all(len(found) == 6 * 2 * 3 + 2 * 4 + 2 for found in results)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("ds_config", "ep_size"), [("zero2", 2), ("zero3", 2), ("zero3", 4)])
+def test_updates_of_routed_experts(ranks4: LocalRanks, ds_config: str, ep_size: int) -> None:
+    zero = PARTITION_ALL if ds_config == "zero3" else {}
+    check_updates(ranks4, ds_config, ep_size, ep_size == 4, architecture="qwen3_moe", **zero)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("architecture", "ep_size", "checkpointing"),

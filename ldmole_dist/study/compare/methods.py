@@ -64,7 +64,10 @@ def equal_lora_rank(backbone: str, adapter: Adapter) -> int:
     """
 
     def parameters(**fields: Any) -> int:
-        config = LdMoleConfig(task_type="CAUSAL_LM", target_modules=adapter.target_modules, **fields)
+        targets: dict[str, Any] = dict(
+            target_modules=adapter.target_modules, target_parameters=adapter.target_parameters
+        )
+        config = LdMoleConfig(task_type="CAUSAL_LM", **targets, **fields)
         with torch.device("meta"):
             model = get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(backbone)), config)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
