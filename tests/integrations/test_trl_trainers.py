@@ -187,9 +187,9 @@ PREFERENCES = {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED}
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.full),
         {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
-        {"precompute_ref_log_probs": True},
+        pytest.param({"precompute_ref_log_probs": True}, marks=pytest.mark.full),
     ],
     ids=["plain", "checkpointing", "precomputed"],
 )
@@ -269,7 +269,9 @@ def whole(rollout: Batch) -> Batch:
     }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "checkpointing"]
+)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_grpo(folder: Path, adapter: str, checkpointing: bool) -> None:
     """Shao et al. 2024, equations 3 and 4: each group of 4 completions is used for two steps of two micro-batches."""
@@ -329,10 +331,13 @@ def test_grpo(folder: Path, adapter: str, checkpointing: bool) -> None:
     [
         {},
         {"cache_implementation": "static"},
-        {
-            "use_transformers_continuous_batching": True,
-            "transformers_continuous_batching_config": {"num_blocks": 8, "block_size": 16, "max_batch_tokens": 64},
-        },
+        pytest.param(
+            {
+                "use_transformers_continuous_batching": True,
+                "transformers_continuous_batching_config": {"num_blocks": 8, "block_size": 16, "max_batch_tokens": 64},
+            },
+            marks=pytest.mark.full,
+        ),
     ],
     ids=["dynamic cache", "static cache", "continuous batching"],
 )
