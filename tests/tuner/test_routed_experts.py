@@ -21,7 +21,9 @@ from ldmole_dist.method.sparsegen import sparsegen
 from ldmole_dist.model.backbone import load_tokenizer
 from ldmole_dist.selftest.local_ranks import LocalRanks
 from ldmole_dist.selftest.tiny import MOE_SIZES, MOE_TARGETS
-from ldmole_dist.tuner.experts import LdMoleExperts
+from ldmole_dist.tuner.expert_targets import warn_if_experts_left_out
+from ldmole_dist.tuner.experts import DOWN, GATE_UP, LdMoleExperts
+from ldmole_dist.tuner.input_groups import NamedGroup
 from ldmole_dist.tuner.model import spread_experts
 from tests.small_adapter import adapt, move
 from tests.small_run import make_config, make_folder, run_training
@@ -145,9 +147,10 @@ def test_saved_adapter_loads_bit_equal(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers"
     assert {name: list(tensors[f"{prefix}.{name}"].shape) for name in EXPERT_TENSORS} == EXPERT_TENSORS
-    loaded = PeftModel.from_pretrained(backbone("gpt_oss"), str(tmp_path))
-    assert loaded.peft_config["default"].target_parameters == PARAMETERS
-    assert logits(loaded).equal(logits(model))
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(backbone("gpt_oss"), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
+        assert loaded.peft_config["default"].target_parameters == PARAMETERS
+        assert logits(loaded).equal(logits(model))
 
 
 EXPERT_TENSORS = {
@@ -192,6 +195,29 @@ def test_one_projection_layer_by_layer_choices_are_honored() -> None:
     assert [layer.name for layer in tuner_of(only).layers("default")] == ["model.layers.1.mlp.experts.down_proj"]
     excluded = adapted("qwen3_moe", exclude_modules=[r"layers.0.mlp.experts.gate_up_proj"])
     assert sum(".experts." in n and ".lora_A" in n for n, _ in excluded.named_parameters()) == 3
+
+
+def test_rank_pattern_applies_and_a_failed_injection_leaves_the_backbone_as_it_was() -> None:
+    model = adapted("qwen3_moe", rank_pattern={"experts.down_proj": 3})
+    ranks = {
+        layer.name: layer.ldmole_adapters["default"].lora_A.shape[1] for layer in tuner_of(model).layers("default")
+    }
+    assert {3 if name.endswith("down_proj") else 2 for name in ranks} == set(ranks.values()) == {2, 3}
+    bare = backbone("qwen3_moe")
+    modules = [type(module) for module in bare.modules()]
+    config = LdMoleConfig(target_modules=["o_proj"], target_parameters=PARAMETERS, rank_pattern={"nothing": 3})
+    with pytest.raises(ValueError, match="matches no adapted linear"):
+        get_peft_model(bare, config)
+    assert [type(module) for module in bare.modules()] == modules
+
+
+def test_every_row_counts_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    untraced = [NamedGroup([f"model.layers.{layer}.mlp.experts"], [None]) for layer in range(2)]
+    monkeypatch.setattr("ldmole_dist.tuner.model.find_input_groups", lambda model, names: untraced)
+    model = adapted("qwen3_moe").train()
+    model(input_ids=IDS, attention_mask=MASK)
+    stats = tuner_of(model).context.stats
+    assert [int(stats[f"model.layers.0.mlp.experts.{name}"][2]) for name in (GATE_UP, DOWN)] == [18, 18 * K]
 
 
 def test_cached_generation_equals_a_forward() -> None:
@@ -278,6 +304,11 @@ def test_share_of_experts_that_are_left_out_is_logged(caplog: pytest.LogCaptureF
     share = 100 * inside / sum(p.numel() for p in model.parameters())
     assert f"{share:.0f}% of the weights of this backbone are in routed experts" in caplog.text
     assert "set target_parameters to ['mlp.experts.down_proj', 'mlp.experts.gate_up_proj']" in caplog.text
+    caplog.clear()
+    for parameter in model.parameters():  # as under ZeRO-3, where a rank holds shards
+        parameter.data = torch.empty(0)
+    warn_if_experts_left_out(model, LdMoleConfig())
+    assert f"{share:.0f}% of the weights" in caplog.text
     caplog.clear()
     adapted("qwen3_moe")
     adapt("llama")
