@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 
-sections=(readme parity runs benches mutations)
+sections=(readme parity runs benches mutations peft)
 usage() {
     echo "usage: launch/nightly.sh [SECTION...]"
     echo "Without a section, all of them run:"
@@ -13,13 +13,14 @@ usage() {
     echo "  parity     every combination of ZeRO stage, ep_size, router, mode and checkpointing against one process"
     echo "  runs       checkpoints loaded onto every topology, runs resumed at every stage and precision, a run killed 20 times"
     echo "  benches    every 'ldmole bench' command"
+    echo "  peft       PEFT's own tests, downloaded from PyPI, on LD-MoLE"
     echo "  mutations  one bug at a time put into the code; a test must fail for each"
 }
 
 chosen=()
 for arg in "$@"; do
     case "$arg" in
-        readme | parity | runs | benches | mutations) chosen+=("$arg") ;;
+        readme | parity | runs | benches | mutations | peft) chosen+=("$arg") ;;
         -h | --help)
             usage
             exit
@@ -47,6 +48,7 @@ run_section() {
         parity) "$python" -m pytest -m nightly tests/selftest ;;
         runs) "$python" -m pytest -m nightly --ignore tests/test_readme.py --ignore tests/selftest ;;
         mutations) "$python" tests/mutations.py ;;
+        peft) "$python" tests/peft_suite.py ;;
         benches)
             local bench
             for bench in "layer --repeats 1" "dispatch --turns 1" "decide --repeats 1" "checkpoint --layers 2" \

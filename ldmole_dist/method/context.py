@@ -75,6 +75,10 @@ class _Inputs(NamedTuple):
     hidden: Tensor | None
 
 
+# The attributes of a StepContext that belong to one forward.
+RECORDS = ("terms", "stats", "_inputs", "_open", "_differentiable", "_region")
+
+
 class StepContext:
     """State of the current micro-batch; one object per model, shared by its adapted linears.
 
@@ -100,6 +104,10 @@ class StepContext:
         self._open = False
         self._differentiable = False
         self._region: _Region | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model starts without the records of the last forward, whose tensors are part of its graph.
+        return vars(self) | {name: value for name, value in vars(StepContext()).items() if name in RECORDS}
 
     def begin(
         self,

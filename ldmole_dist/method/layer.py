@@ -110,6 +110,9 @@ class InputGroup:
         # Outputs of the other linears, with the key of the input that they were computed from.
         self._waiting: dict[MoEAdapters, tuple[tuple[int, torch.Size, int], Tensor]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_waiting": {}}  # outputs of a forward, whose tensors are part of its graph
+
     def start(self, linear: MoEAdapters, x: Tensor, rows_per_token: int = 1) -> Callable[[], Tensor]:
         """Start computing the adapter's output of `linear` for x (..., D).
 
@@ -122,10 +125,7 @@ class InputGroup:
             A function that waits for the communication and returns the output, (..., O).
         """
         computed_for, delta = self._waiting.pop(linear, (None, None))
-        # Compare addresses, not identity: ZeRO-3's hooks pass each linear a different tensor object for the same input. The
-        # version, which these objects share, tells whether the tensor has been changed in place since; torch.compile cannot
-        # read it.
-        key = (x.data_ptr(), x.shape, 0 if torch.compiler.is_compiling() else x._version)
+        key = _identity(x)
         if delta is not None and computed_for == key:
             return lambda: delta
         # The leader computes for the whole group. Another linear gets here only if its input is not the leader's; it then
@@ -179,6 +179,17 @@ class InputGroup:
             for name, of_linear in zip(names, routings, strict=True):
                 context.observe(name, of_linear, mask_T)
         return dispatch.start(x_TD, routings, banks, decision.dispatch, repeated)
+
+
+def _identity(x: Tensor) -> tuple[int, torch.Size, int]:
+    """Return what is equal for the inputs of a group's linears exactly if they are the same unchanged tensor."""
+    # Addresses, not objects: ZeRO-3's hooks pass each linear a different tensor object for the same input. torch.export has
+    # objects only.
+    address = id(x) if torch.compiler.is_exporting() else x.data_ptr()
+    # The version, which these objects share, tells whether the tensor has been changed in place. torch.compile cannot read it,
+    # and tensors made in inference mode have none.
+    version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    return address, x.shape, version
 
 
 class LinearAdapter(nn.Module):

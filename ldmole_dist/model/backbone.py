@@ -166,7 +166,13 @@ def load_adapter(backbone: PreTrainedModel, folder: str, trainable: bool) -> Pef
     Raises:
         UserError: if the folder has no LD-MoLE adapter, or the adapter cannot be read or does not fit the backbone.
     """
-    _adapter_config(folder)
+    config = _adapter_config(folder)
+    for name in ("trainable_token_indices", "ensure_weight_tying") if trainable else ():
+        if getattr(config, name):
+            raise UserError(
+                f"the adapter in {folder!r} has {name}={getattr(config, name)}, which `ldmole train` does not support; "
+                "train it with Trainer, or start from another adapter"
+            )
     try:
         return PeftModel.from_pretrained(backbone, folder, is_trainable=trainable)
     except ValueError as error:  # its message ends with the remedy

@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 from peft import PeftConfig
@@ -13,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from ldmole_dist.config.adapter import AdapterFields, Positive, check_top_k
 from ldmole_dist.config.explain import explain
+from ldmole_dist.tuner.model_card import CARD_NAME, complete_card
 
 FORMAT_VERSION = 1
 
@@ -41,7 +43,7 @@ class LdMoleConfig(AdapterFields, PeftConfig):
         default=None,
         metadata={
             "help": "Names of the linears to adapt, one regular expression that their full names must match, or 'all-linear'. "
-            "None: the paper's seven linears of a decoder layer if the model has them, otherwise 'all-linear'."
+            "None: the paper's seven linears of a decoder layer if the model has them, otherwise all linears in its layers."
         },
     )
     exclude_modules: Names | None = field(
@@ -50,7 +52,9 @@ class LdMoleConfig(AdapterFields, PeftConfig):
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,
-        metadata={"help": "Indices of the layers to adapt; None: all layers. Needs a list of target_modules."},
+        metadata={
+            "help": "Indices of the layers to adapt; None: all layers. Not with a regular expression or 'all-linear'."
+        },
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Names of the module lists that layers_to_transform counts in; None: any."}
@@ -101,9 +105,7 @@ class LdMoleConfig(AdapterFields, PeftConfig):
             )
         self._check_types()
         check_top_k(self)
-        if self.layers_to_transform is not None and (
-            self.target_modules is None or isinstance(self.target_modules, str)
-        ):
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform} needs a list of names in target_modules, which is "
                 f"{self.target_modules!r}; list the names of the linears, or remove layers_to_transform"
@@ -126,9 +128,23 @@ class LdMoleConfig(AdapterFields, PeftConfig):
             if getattr(checked, name) != value:
                 setattr(self, name, getattr(checked, name))
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json. If `PeftModel.save_pretrained` calls this method, also complete its model card."""
+        super().save_pretrained(save_directory, **kwargs)
+        if "auto_mapping_dict" in kwargs:  # only PeftModel passes it
+            folder = Path(save_directory)
+            # The card of an adapter that is not named "default" is in the parent folder.
+            complete_card(next(path for f in (folder, folder.parent) if (path := f / CARD_NAME).is_file()))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as a dict, with sets as sorted lists, so that equal configs are saved as equal files."""
         return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+
+
+def narrowed(config: PeftConfig) -> LdMoleConfig:
+    """Narrow the type of a config; PEFT types the configs of a tuner as `PeftConfig`."""
+    assert isinstance(config, LdMoleConfig)
+    return config
 
 
 @cache

@@ -7,7 +7,6 @@ its own experts. Saving gathers all experts, one tensor at a time, so every rank
 
 from __future__ import annotations
 
-import inspect
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +17,6 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
-from ldmole_dist.method.context import StepContext
 from ldmole_dist.method.experts import ExpertBank
 from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.layer import InputGroup
@@ -26,9 +24,10 @@ from ldmole_dist.method.routers import new_router
 from ldmole_dist.method.sparsegen import at_least_float32
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import draw_bank, seeded
-from ldmole_dist.tuner.config import LdMoleConfig
+from ldmole_dist.tuner.config import LdMoleConfig, narrowed
 from ldmole_dist.tuner.expert_targets import expert_targets, warn_if_experts_left_out
 from ldmole_dist.tuner.experts import LdMoleExperts
+from ldmole_dist.tuner.forward import AdapterForward
 from ldmole_dist.tuner.input_groups import find_input_groups
 from ldmole_dist.tuner.layer import LdMoleLayer, LdMoleLinear
 from ldmole_dist.tuner.modules_to_save import is_head, train_in_float32
@@ -45,11 +44,10 @@ from ldmole_dist.tuner.targets import (
 from ldmole_dist.tuner.trainable import TrainableAdapters
 
 
-class LdMoleModel(TrainableAdapters, SavedAdapters):
+class LdMoleModel(AdapterForward, TrainableAdapters, SavedAdapters):
     """Tuner that injects LD-MoLE adapters and holds their lambda-MLPs, one per input size and adapter.
 
-    Attributes:
-        context: state of the current forward, shared by all adapted linears.
+    Its base classes document its attributes.
     """
 
     prefix = "ldmole_"
@@ -57,83 +55,11 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
     uses_shared_state = True
     target_module_mapping: dict[str, list[str]] = {}
 
-    context: StepContext
-
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.ldmole_lambda_mlp = nn.ModuleDict()
-        self.context = StepContext()
         self.parallel = getattr(model, "expert_parallel", None) or ExpertParallel()
-        self._hooks = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
+        self._add_hooks(model)
         keep_gradients(model)
-
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
-        # transformers' logits_to_keep is a tensor of positions, or a number of positions at the end. The context aligns masks
-        # to the end of the sequence anyway, so only a tensor is passed to it.
-        positions = given.get("logits_to_keep")
-        self.context.begin(
-            given.get("attention_mask"),
-            positions if isinstance(positions, Tensor) else None,
-            given.get("decoder_attention_mask"),
-            self._hidden(model, given) if self.reads_hidden else None,
-        )
-
-    @property
-    def reads_hidden(self) -> bool:
-        """Whether the forward routes on the backbone's last hidden states (`router_input='hidden'`)."""
-        return self.enabled and any(
-            _ldmole(self.peft_config[name]).router_input == "hidden" for name in self.active_adapters
-        )
-
-    @torch.no_grad()
-    def _hidden(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
-        """Return the last hidden states of the backbone without adapters, (sequences, positions, hidden size)."""
-        if given.get("past_key_values") is not None or given.get("use_cache", False):
-            raise ValueError(
-                "router_input='hidden' does not support a key-value cache: it first runs the backbone without the adapter, and "
-                "the keys and values of that forward differ from those with the adapter; pass use_cache=False and no "
-                "past_key_values"
-            )
-        names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-        inputs = {name: given[name] for name in names if name in given}
-        decoder: Any = model.base_model
-        self.context.adapter_disabled = True
-        try:
-            hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
-        finally:
-            self.context.adapter_disabled = False
-        return hidden
-
-    def _end(self, *_: Any) -> None:
-        self.context.end()
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Enable the model's activation checkpointing, with a recomputation that replays the routing of the forward.
-
-        Raises:
-            ValueError: if `use_reentrant` is True, which would silently drop the gradient of the auxiliary losses.
-        """
-        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
-        if settings["use_reentrant"]:
-            raise ValueError(
-                "use_reentrant=True silently drops the gradient of the auxiliary losses; remove it, or set it to False"
-            )
-        model: Any = self.model
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=settings | {"context_fn": self.context.checkpoint_contexts}, **kwargs
-        )
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Call `activation_checkpointing_enable`. This is its name in earlier versions of transformers."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target linears, create the adapter's lambda-MLPs and group the linears by input.
@@ -148,7 +74,7 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
         trained = {p: p.requires_grad for p in self.ldmole_lambda_mlp.parameters()}
         self.ldmole_lambda_mlp[adapter_name] = nn.ModuleDict()
         try:
-            config = _ldmole(self.peft_config[adapter_name])
+            config = narrowed(self.peft_config[adapter_name])
             check_targets_exist(model, config)
             warn_if_experts_left_out(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -167,8 +93,9 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
         """Remove an adapter that was only partly injected."""
         del self.ldmole_lambda_mlp[adapter_name]
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, LdMoleLayer) and adapter_name in module._all_available_adapter_names():
-                module.delete_adapter(adapter_name)
+            if isinstance(module, LdMoleLayer):
+                if adapter_name in module.ldmole_adapters:
+                    module.delete_adapter(adapter_name)
                 if not module.ldmole_adapters:
                     parent, _, child = name.rpartition(".")
                     if isinstance(module, LdMoleLinear):
@@ -182,10 +109,6 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
         if not self.ldmole_lambda_mlp:
             self._remove_hooks()
 
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
     def unload(self) -> nn.Module:
         """Return the backbone without adapters."""
         backbone = super().unload()
@@ -193,14 +116,14 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
         return backbone
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        config = _ldmole(peft_config)
+        config = narrowed(peft_config)
         if config.target_modules is None:
-            config.target_modules = default_targets(self.model)
+            config.target_modules = default_targets(self.model, short=config.layers_to_transform is not None)
         return config
 
     def _group(self, model: nn.Module, adapter_name: str) -> None:
         """Put linears that read the same tensor in one `InputGroup`, so that one dispatch serves all of them."""
-        config = _ldmole(self.peft_config[adapter_name])
+        config = narrowed(self.peft_config[adapter_name])
         check_patterns_match(config, [layer.name for layer in self.layers(adapter_name)])
         linears = {layer.name: layer for layer in self.layers(adapter_name) if isinstance(layer, LdMoleLinear)}
         experts = {m.name: m for m in model.modules() if isinstance(m, LdMoleExperts)}
@@ -222,7 +145,7 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = _ldmole(peft_config)
+        config = narrowed(peft_config)
         base: Any = target.base_layer if isinstance(target, LdMoleLinear) else target
         if reason := why_not_adaptable(base):
             raise ValueError(f"LD-MoLE cannot adapt {current_key}: this {type(base).__name__} {reason}")
@@ -234,7 +157,7 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        config, names = _ldmole(peft_config), []
+        config, names = narrowed(peft_config), []
         for target in list(expert_targets(model, config)):
             parent, experts, child = _get_submodules(model, target.module)
             if not isinstance(experts, LdMoleExperts):
@@ -285,6 +208,22 @@ class LdMoleModel(TrainableAdapters, SavedAdapters):
             "adapter separate from the backbone"
         )
 
+    def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
+        """Save the embedding and tie the other modules to it (PEFT calls this for `ensure_weight_tying`)."""
+        config: Any = peft_config
+        backbone: Any = self.model
+        embedding = next(n for n, m in backbone.named_modules() if m is backbone.get_input_embeddings())
+        tied = set(tied_weight_keys)
+        kept = [m for m in config.modules_to_save if not any(f".{key}".endswith(f".{m}") for key in tied)]
+        config.modules_to_save = list(dict.fromkeys([*kept, embedding]))
+        config.modules_to_tie = tied
+
+    def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            "ensure_weight_tying does not work with an embedding or its tied head in target_modules, because LD-MoLE adapts "
+            "only linears; put the embedding in modules_to_save, or remove ensure_weight_tying"
+        )
+
     def unmerge_adapter(self) -> None:
         """Raise ValueError, because LD-MoLE adapters cannot be merged."""
         self._check_merge_allowed()
@@ -319,9 +258,3 @@ def _parameter_like(weight: Tensor) -> Tensor:
     """
     parameter = nn.Parameter(torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device))
     return nn.ParameterList([parameter])[0].detach()
-
-
-def _ldmole(config: PeftConfig) -> LdMoleConfig:
-    """Narrow the type of a config; PEFT types the configs of a tuner as `PeftConfig`."""
-    assert isinstance(config, LdMoleConfig)
-    return config

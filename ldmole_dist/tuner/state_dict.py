@@ -62,7 +62,7 @@ def check_adapter_fits(
     Raises:
         ValueError: if a tensor is missing, has another shape, or belongs to no parameter.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied embeddings are saved under each name
     expected = {name: parameter for name, parameter in parameters.items() if saved_key(name, adapter_name) is not None}
     experts = {name for name in expected if is_expert_tensor(name)}
     for name, parameter in expected.items():

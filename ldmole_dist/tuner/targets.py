@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -62,10 +62,31 @@ def _is_linear_map(module: nn.Module, D: int, O: int) -> bool:
     return isinstance(y, Tensor) and y.shape == (1, O)
 
 
-def default_targets(model: nn.Module) -> list[str] | str:
-    """Return the paper's seven linears of a decoder layer if the model has linears of all these names, else "all-linear"."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if why_not_adaptable(module) is None}
-    return list(LINEARS) if names.issuperset(LINEARS) else INCLUDE_LINEAR_LAYERS_SHORTHAND
+def default_targets(model: nn.Module, short: bool = False) -> list[str]:
+    """Return the linears to adapt if a config names none.
+
+    They are the paper's seven linears of a decoder layer if the model has linears of all these names, otherwise all linears
+    in its numbered layers. In a model without numbered layers, they are all linears but heads.
+
+    Args:
+        model: the backbone, with or without adapters.
+        short: whether to return last parts of names, for `layers_to_transform`, which does not apply to full names.
+    """
+    linears = [name for name, module in _bare_modules(model).items() if why_not_adaptable(module) is None]
+    if {name.rpartition(".")[2] for name in linears}.issuperset(LINEARS):
+        return list(LINEARS)
+    in_layers = [name for name in linears if re.search(r"\.\d+\.", name)]
+    chosen = in_layers or [name for name in linears if name not in SEQ_CLS_HEAD_NAMES]
+    return sorted({name.rpartition(".")[2] for name in chosen}) if short else chosen
+
+
+def _bare_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the bare backbone by name, whether or not adapters and modules_to_save wrap some of them."""
+    return {
+        name.removesuffix(".base_layer").replace(".original_module", ""): module
+        for name, module in model.named_modules()
+        if ".modules_to_save." not in name
+    }
 
 
 def rank_and_scaling(config: LdMoleConfig, name: str) -> tuple[int, float]:
@@ -87,7 +108,7 @@ def check_targets_exist(model: nn.Module, config: LdMoleConfig) -> None:
     """
     if isinstance(config.target_modules, str) or config.target_modules is None:
         return
-    modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
+    modules = _bare_modules(model)
     unmatched = [t for t in config.target_modules if not any(f".{name}".endswith(f".{t}") for name in modules)]
     if unmatched:
         linears = {name.rsplit(".", 1)[-1] for name, module in modules.items() if why_not_adaptable(module) is None}
