@@ -34,7 +34,7 @@ if [[ "$(gpu_count)" == 0 ]]; then
 fi
 
 if "$full"; then
-    # The folder's name has the versions, so that new ones are installed to a new folder.
+    # The name of the folder contains the versions, so that other versions are installed to another folder.
     quantization=(torchao==0.18.0 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0)
     export LDMOLE_QUANTIZATION_PACKAGES="$venv/quantization/$(IFS=_; echo "${quantization[*]}")"
     if [[ ! -d "$LDMOLE_QUANTIZATION_PACKAGES" ]]; then

@@ -36,14 +36,14 @@ class AuxiliaryLosses(_Base):
 
     Raises:
         ValueError: if the experts are spread over ranks, because a `Trainer` averages every gradient over all ranks; if TRL has
-            cast the adapter of a quantized backbone to bfloat16; or if an option of the trainer does not work with LD-MoLE
-            (`_check_options`).
+            cast the adapter of a quantized backbone to bfloat16; or if an option of the trainer does not work with LD-MoLE:
+            reentrant checkpointing, vLLM, or continuous batching in half precision.
     """
 
     def __init__(self, *args: Any, auxiliary: LossWeights | None = None, **kwargs: Any) -> None:
         for value in (*args, *kwargs.values()):
             if isinstance(value, TrainingArguments):
-                _check_options(value)  # before TRL starts vLLM
+                _check_options(value)  # now, because TRL's constructor would start vLLM
         super().__init__(*args, **kwargs)
         _check_options(self.args)  # again, because TRL changes some of them
         assert self.model is not None  # checked by Trainer's constructor

@@ -92,8 +92,8 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         raise UserError(f"{folder} already exists; remove it or choose another folder")
     if json.loads((checkpoint / CONFIG_NAME).read_text()).get("train_experts") is False:
         raise UserError(
-            f"{checkpoint} does not hold the experts, because its run did not train them; use the folder adapter/ of the run, "
-            "which is complete; if the run has not finished, resume it first"
+            f"{checkpoint} does not hold the experts, because its run did not train them; use the complete adapter in the "
+            "folder adapter/ of the run; if the run has not finished, resume it first"
         )
     specs = [TensorSpec(manifest.adapter_keys[n], shape, torch.float32) for n, shape in manifest.shapes.items()]
     with write_errors(f"the adapter {folder}"), atomic_folder(folder) as unfinished:

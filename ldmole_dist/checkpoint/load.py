@@ -212,11 +212,14 @@ def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict
 
 
 def _saved_names(manifest: Manifest, keys: dict[str, str]) -> dict[str, str]:
-    """Return the name in a checkpoint of each parameter of the adapter, whose name in the model depends on the version.
+    """Return the name in a checkpoint of each parameter of the adapter, by its name in the model.
+
+    The two differ if an earlier version wrote the checkpoint, because the names in its model were different. Keys in an adapter
+    file are the same in all versions.
 
     Args:
         manifest: manifest of the checkpoint.
-        keys: key in an adapter file, by the name of the parameter in the model.
+        keys: key of each parameter in an adapter file, by its name in the model.
     """
     saved = {key: name for name, key in manifest.adapter_keys.items()}
     return {name: saved.get(key, name) for name, key in keys.items()}

@@ -60,7 +60,8 @@ def slurm_hosts(environ: Mapping[str, str]) -> list[Host]:
     """Return the hosts of the current Slurm allocation, with one slot per task.
 
     Raises:
-        UserError: if the allocation does not define its nodes and the tasks per node, or `scontrol` cannot be started or fails.
+        UserError: if the allocation does not define its nodes and the tasks per node, the numbers of nodes in the two variables
+            differ, or `scontrol` cannot be started or fails.
     """
     tasks: list[int] = []
     tasks_per_node = environ.get("SLURM_TASKS_PER_NODE", "")
@@ -92,7 +93,7 @@ def slurm_hosts(environ: Mapping[str, str]) -> list[Host]:
     if len(names) != len(tasks):
         raise UserError(
             f"SLURM_TASKS_PER_NODE={tasks_per_node!r} is for {len(tasks)} nodes, but SLURM_JOB_NODELIST={nodes} names "
-            f"{len(names)}; do not change these variables of the allocation"
+            f"{len(names)}; restore the values that Slurm set for the allocation"
         )
     return [Host(name, tuple(range(count))) for name, count in zip(names, tasks, strict=True)]
 

@@ -56,7 +56,7 @@ class AdapterFields:
         default=None,
         metadata={
             "help": "Names of the projections of a MoE backbone's routed experts to adapt, such as "
-            "'mlp.experts.gate_up_proj' and 'mlp.experts.down_proj'."
+            "'mlp.experts.gate_up_proj' and 'mlp.experts.down_proj'; None: no routed experts."
         },
     )
     router: RouterName = field(

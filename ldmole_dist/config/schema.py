@@ -35,8 +35,8 @@ class Backbone:
         task: "causal_lm", or "sequence_classification", which trains a `score` head over data.labels.
         attention: attention implementation by its name in transformers ("sdpa", "flash_attention_2", ...); null for the
             default of transformers.
-        quantization: quantize the frozen linears while they are loaded: "nf4" to 4 bits (QLoRA), "int8" to 8 bits (LLM.int8);
-            null for none. Needs the extra "quantization" (docs/train.md).
+        quantization: format that the frozen linears are quantized to while they are loaded: "nf4" (4 bits, QLoRA) or "int8"
+            (8 bits, LLM.int8); null for none. Needs the extra "quantization" (docs/train.md).
     """
 
     path: str

@@ -160,7 +160,8 @@ def check_quantization(config: Config, ds_config: dict[str, Any]) -> None:
         )
     if ds_config["zero_optimization"].get("offload_param"):
         raise UserError(
-            f"backbone.quantization={quantization} is not tested with zero_optimization.offload_param; remove one of them"
+            f"backbone.quantization={quantization} is not tested with zero_optimization.offload_param at ZeRO stage 3; "
+            "remove one of them"
         )
 
 

@@ -19,7 +19,8 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 
-# Rank of a process on its host, as set by torchrun and DeepSpeed, Open MPI, Intel MPI and MPICH, and MVAPICH.
+# Environment variables with the rank of a process on its host, in order: torchrun and DeepSpeed, Open MPI, Intel MPI and MPICH,
+# MVAPICH.
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK")
 
 

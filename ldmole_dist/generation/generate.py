@@ -59,7 +59,7 @@ def load_generator(
     model: Any = load_backbone(saved.backbone, "causal_lm", precision, quantization=saved.quantization, device=device)
     if with_adapter:
         model = load_adapter(model, str(saved.adapter), trainable=False)
-    # Not PreTrainedModel.to, which refuses 8-bit weights, even if they are on the device.
+    # PreTrainedModel.to raises an error for 8-bit weights, even if they are already on the device; nn.Module.to does not.
     return torch.nn.Module.to(model, device).eval(), tokenizer
 
 

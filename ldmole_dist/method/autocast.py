@@ -1,4 +1,4 @@
-"""Mixed precision by `torch.autocast`: experts compute in its dtype and routing in float32, as with a backbone of that dtype.
+"""Support of `torch.autocast`: experts compute in the autocast dtype and routers in float32, as with a backbone of that dtype.
 
 Autocast would otherwise choose dtypes inside the autograd functions of this package, in the forward but not in the backward.
 `torch.amp.custom_fwd` is no alternative: it fixes the device type when a module is imported.

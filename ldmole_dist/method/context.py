@@ -1,4 +1,4 @@
-"""State that one forward of the model shares with its adapted linears: token mask, auxiliary losses, recorded decisions.
+"""State of one forward that all adapted linears of a model share: token masks, auxiliary losses, recorded decisions.
 
 There is one `StepContext` per model, attached at injection. `begin` opens a forward and `end` closes it; in between, adapted
 linears in training mode record their auxiliary losses and statistics if gradients are enabled. The first forward of a
@@ -62,13 +62,16 @@ class LossWeights:
 TERMS = ("balance", "sparsity", "z", "l1", "entropy")
 
 
-# Which tokens the rows of a linear are: those of the model's attention mask, or those of its decoder's. None: not known, or no
-# tokens at all, such as the patches of an image or one row for each sequence; then every row counts.
+# Name of the mask that covers the rows of a linear's input. None is used in its place if no mask is known to cover the rows,
+# for example because they are image patches, or one row for each sequence; then every row counts.
 MaskName = Literal["attention_mask", "decoder_attention_mask"]
 
 
 class _Inputs(NamedTuple):
-    """What adapted linears read of the inputs of a forward. A checkpointed region keeps it for its recomputation."""
+    """Inputs of a forward that adapted linears use: those of `StepContext.begin`.
+
+    A checkpointed region keeps them for its recomputation.
+    """
 
     masks: dict[MaskName, Tensor | None]
     positions: Tensor | None
@@ -162,14 +165,17 @@ class StepContext:
         return hidden_TH
 
     def token_mask(self, name: MaskName | None, shape: torch.Size) -> Tensor | None:
-        """Return which rows of a linear are real tokens, (T,) bool; None if all rows count.
+        """Return which rows of a linear's input are real tokens.
 
         Args:
             name: mask that covers the rows of the linear; None if no mask does.
             shape: leading dimensions of the linear's input, whose product is T.
 
+        Returns:
+            (T,) bool; None if every row counts, because the model got no such mask or T does not fit the mask's shape.
+
         Raises:
-            ValueError: if the mask does not have one value for each token.
+            ValueError: if the mask is not 2-D.
         """
         mask = None if name is None else self._inputs.masks[name]
         if mask is None:
@@ -206,9 +212,9 @@ class StepContext:
     ) -> None:
         """Record the auxiliary losses and statistics of the linears of an input group.
 
-        A loss with a nonzero coefficient is also computed in a recomputation, where its value is dropped: torch's checkpoint
-        requires that the recomputation saves the same tensors as the first forward. A loss whose coefficient is 0 is computed
-        only in the first forward, without a graph.
+        A loss with a positive coefficient is also computed in a recomputation, where its value is dropped: torch's checkpoint
+        requires that the recomputation saves the same tensors as the first forward. Any other loss is computed only in the
+        first forward, without a graph.
 
         Args:
             names: names of the G linears, unique in the model.
@@ -250,7 +256,7 @@ class StepContext:
     def check_not_reentrant(self) -> None:
         """Raise RuntimeError if this forward runs inside a reentrant checkpoint.
 
-        Such a checkpoint is recognized by its disabled gradients in a forward that started with gradients enabled.
+        A reentrant checkpoint disables gradients for its region, although the forward of the model has gradients enabled.
         """
         if self._open and self._differentiable and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -292,7 +298,7 @@ def _auxiliary(term: str, routing: Routing, target_k: int, mask_T: Tensor | None
 
 
 class _Region(AbstractContextManager[None]):
-    """A checkpointed region, in its first forward or its recomputation. Regions may be nested."""
+    """Context manager for the first forward or the recomputation of a checkpointed region. Regions may be nested."""
 
     def __init__(self, context: StepContext, tape: Tape, replaying: bool) -> None:
         self.context, self.tape, self.replaying = context, tape, replaying

@@ -36,7 +36,7 @@ class ExpertBank(NamedTuple):
     Args:
         A_LRD: down projections, (L, R, D).
         B_LOR: up projections, (L, O, R).
-        scaling: s = alpha / r.
+        scaling: s, which is alpha / r, or alpha / sqrt(r) with use_rslora.
     """
 
     A_LRD: Tensor

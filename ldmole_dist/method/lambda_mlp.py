@@ -20,7 +20,8 @@ AUTHORS_BIAS = -2.5  # every bias of the authors' lambda-MLP; lambda starts at l
 class LambdaMLP(nn.Module):
     """Predicts lambda = logsigmoid(W_2 relu(W_1 x + b_1) + b_2) + 1 - eps, so that lambda < 1 - eps.
 
-    All linears with the same number of in-features share one MLP, which in the paper's ablation is better than one per layer.
+    All linears of an adapter whose routers read inputs of the same size share one MLP. In the paper's ablation, a shared MLP is
+    better than one per layer.
     Parameters are uninitialized until `reset` is called.
 
     Args:

@@ -1,6 +1,6 @@
-"""MoELinear: a frozen linear plus its mixture of LoRA experts (paper, section 3).
+"""Adapted linears: a frozen linear plus a mixture of LoRA experts (paper, section 3).
 
-The layer does not depend on the number of processes: its `Dispatch` brings tokens and experts together.
+The code of a linear does not depend on the number of processes: a `Dispatch` brings tokens and experts together.
 
 Shapes: T tokens, D in-features, O out-features, E experts in total, L experts held here, R LoRA rank, G linears of an input
 group.
@@ -95,10 +95,10 @@ class RoutingDecision(NamedTuple):
 
 
 class InputGroup:
-    """Linears that read the same tensor, in the order in which the model calls them; at least one.
+    """One or more linears that read the same tensor, in the order in which the model calls them.
 
     The first linear, the leader, computes the adapter's output for all of them, with one dropout mask, one lambda per token and
-    one dispatch. The others return the output that it computed for them, if they are called with the same tensor.
+    one dispatch. If another linear is called with the same tensor, it returns the output that the leader computed for it.
 
     Args:
         linears: linears that have the adapter.
@@ -193,7 +193,7 @@ def _identity(x: Tensor) -> tuple[int, torch.Size, int]:
 
 
 class LinearAdapter(nn.Module):
-    """What one adapter adds to one linear: experts, router and dropout. The linear's forward computes with them.
+    """The modules of one adapter in one linear: experts, router and dropout. `InputGroup` computes with them.
 
     Args:
         bank: experts held here, A (L, R, D) and B (L, O, R).
@@ -219,12 +219,14 @@ class LinearAdapter(nn.Module):
 
 
 class MoEAdapters(nn.Module):
-    """The adapters of a linear, by name: s * sum_e p_e(x) B_e A_e x, with p from the router and lambda from the shared MLP.
+    """The adapters of one linear, or of one projection of routed experts, by name.
+
+    The output of an adapter is s * sum_e p_e(x) B_e A_e x, with p from its router and lambda from the shared MLP.
 
     Args:
         name: name of the linear, unique in the model.
         context: step context, shared by all adapted linears of the model.
-        dispatch: dispatch that brings tokens and experts together, local or over several ranks.
+        dispatch: `LocalDispatch`, or a dispatch over several ranks.
 
     Attributes:
         mask_name: mask that covers the rows of the linear's input; None if no mask does, so that every row counts.

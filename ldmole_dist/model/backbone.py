@@ -112,7 +112,7 @@ def load_backbone(
         labels: class names, for sequence classification.
         attention: attention implementation by its name in transformers; None for the default.
         pad_token_id: id of the padding token, with which a sequence classifier finds the last token; unused for "causal_lm".
-        quantization: quantize the frozen linears to "nf4" or "int8"; None leaves them in `precision`.
+        quantization: format that the frozen linears are quantized to, "nf4" or "int8"; None leaves them in `precision`.
         device: device that quantized weights are loaded to. Without quantization, weights are loaded to the CPU.
         partitioned: whether ZeRO-3 partitions the quantized weights later.
 

@@ -44,7 +44,7 @@ def build_model(
 
     Raises:
         UserError: if the backbone or the adapter cannot be loaded, or the adapter does not fit the backbone.
-        PeerError: if that happens on another rank, except while the backbone is loaded at stage 3.
+        PeerError: if that happens on another rank, except while an unquantized backbone is loaded at stage 3.
     """
     b, a = config.backbone, config.adapter
     torch.manual_seed(config.run.seed)  # loading a classifier initializes its new head from the global random generator
@@ -52,7 +52,7 @@ def build_model(
         tqdm.write(f"loading {b.path}")
     with raise_on_all_ranks("checking the backbone"):
         check_backbone(b.path)
-    # DeepSpeed partitions quantized weights when the engine is created: each rank first holds all of them.
+    # DeepSpeed partitions quantized weights only when the engine is created, so each rank first loads all of them.
     in_parts = stage == 3 and b.quantization is None
     # Loading in parts runs collectives, so it must not be inside raise_on_all_ranks: a rank that fails would enter its
     # all_gather_object while the others wait in the broadcast of a parameter.

@@ -23,14 +23,17 @@ def quantized_loading(
         quantization: "nf4" (4-bit NormalFloat with double quantization) or "int8" (LLM.int8).
         dtype: dtype of the activations and of the weights that are not quantized.
         device: device of the loaded weights.
-        partitioned: whether ZeRO-3 will partition the weights, which then are stored as numbers of `dtype`.
+        partitioned: whether ZeRO-3 will partition the weights; 4-bit weights are then stored in tensors of `dtype`.
+
+    Returns:
+        Keyword arguments for `from_pretrained`.
 
     Raises:
         UserError: if bitsandbytes is not installed.
     """
     require_extra("quantization", "bitsandbytes")
     if quantization == "int8":
-        # It would warn, in each forward in evaluation mode, that activations are cast to float16 before they are quantized.
+        # bitsandbytes would warn in each evaluation forward that activations are cast to float16 before they are quantized.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -45,7 +48,7 @@ def quantized_loading(
 
 
 def check_quantizable(model: PreTrainedModel, quantization: str) -> None:
-    """Check that bitsandbytes quantizes the weights of a model: all linears, except the output head.
+    """Check that bitsandbytes can quantize all linears of a model except its output head.
 
     Args:
         model: model without weights, on the meta device, or with weights that are not quantized.
@@ -57,14 +60,14 @@ def check_quantizable(model: PreTrainedModel, quantization: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 2:
             raise UserError(
-                f"backbone.quantization={quantization} would leave {name} of this {model.config.model_type} model in 16 bits: "
-                "only linears are quantized, not fused experts or convolutions; remove backbone.quantization"
+                f"backbone.quantization={quantization} does not quantize {name} of this {model.config.model_type} model: only "
+                "linears are quantized, not fused experts or convolutions; remove backbone.quantization"
             )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             raise UserError(
-                f"backbone.quantization={quantization} would leave {name} of this {model.config.model_type} model in 16 bits, "
-                f"because it is a {type(module).__name__}; remove backbone.quantization"
+                f"backbone.quantization={quantization} does not quantize {name} of this {model.config.model_type} model, "
+                f"because it is a {type(module).__name__} and not an nn.Linear; remove backbone.quantization"
             )
 
 

@@ -49,8 +49,8 @@ class Probe:
 
         Returns:
             Name of a linear -> share (0 to 1) of real tokens whose set of active experts changed; empty at the first call.
-            Linears that do not read one row per token are left out: down_proj of routed experts, whose rows depend on the
-            backbone's routing.
+            Linears that do not read one row per token are left out. These are the down_proj of routed experts, which have one
+            row for each pair of token and base expert.
         """
         before, self._before = self._before, self._supports(engine)
         if before is None:

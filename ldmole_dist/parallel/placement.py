@@ -75,7 +75,7 @@ def draw_bank(
         seed: seed of the run.
         name: name of the adapted module, unique in the model.
         like: tensor whose dtype and device the bank gets.
-        zero_B: False draws B like A.
+        zero_B: whether B is 0; otherwise B is drawn like A.
 
     Returns:
         A (L, R, D) and B (L, O, R).

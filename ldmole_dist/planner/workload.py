@@ -177,6 +177,6 @@ def check(workload: Workload, strategy: Strategy) -> None:
         )
     if workload.quantization is not None and strategy.stage == 3:
         raise UserError(
-            f"quantization={workload.quantization!r} is not counted at ZeRO stage 3, where each rank first loads all weights; "
-            "use another stage."
+            f"the plan does not support quantization={workload.quantization!r} at ZeRO stage 3, where each rank first loads "
+            "all weights; use another stage."
         )

@@ -95,8 +95,8 @@ def trace_history(
         batch_size: Sequences per forward.
 
     Returns:
-        The history; None for an adapter without a run, for a run without checkpoints or one that did not train its experts,
-        which its checkpoints then do not hold, or if there is only one state.
+        The history; None if it has only one state, if the adapter has no run, if the run has no checkpoints, or if it did not
+        train the experts: its checkpoints then do not hold them.
 
     Raises:
         UserError: If a checkpoint is damaged or does not match the model, or metrics.jsonl is damaged.

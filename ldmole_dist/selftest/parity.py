@@ -53,7 +53,7 @@ def gradients(
     call it.
 
     Args:
-        architecture: architecture of `tiny_backbone`.
+        architecture: as in `tiny_backbone`.
         ep_size: number of ranks that share one copy of the experts.
         checkpointing: whether the decoder layers are recomputed in the backward.
         mode: mode of the expert-parallel dispatch.
@@ -111,7 +111,7 @@ def updates(
     Collective: every rank must call it.
 
     Args:
-        architecture: architecture of `tiny_backbone`.
+        architecture: as in `tiny_backbone`.
         ds_config: name of a shipped DeepSpeed config, such as "zero2".
         ep_size: number of ranks that share one copy of the experts.
         checkpointing: whether the decoder layers are recomputed in the backward.

@@ -178,7 +178,7 @@ def build(
     Every process gets the same weights, except that it holds only the experts that `parallel` places on it.
 
     Args:
-        architecture: architecture of `tiny_backbone`.
+        architecture: as in `tiny_backbone`.
         dtype: data type of the backbone.
         parallel: placement of the experts.
         checkpointing: whether the decoder layers are recomputed in the backward.

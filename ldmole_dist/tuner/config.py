@@ -36,7 +36,8 @@ class LdMoleConfig(AdapterFields, PeftConfig):
 
     Raises:
         ValueError: if a field has a wrong type or is out of range; if `router` is "topk" and `top_k` exceeds the smallest
-            number of experts; if two fields exclude each other; or if the adapter was saved in a newer format.
+            number of experts; if `layers_to_transform` or `layers_pattern` is set without the field that it needs; or if the
+            adapter was saved in a newer format.
     """
 
     target_modules: Names | None = field(  # type: ignore[assignment]  # also None, and sets, as in PEFT's configs
@@ -57,15 +58,18 @@ class LdMoleConfig(AdapterFields, PeftConfig):
         },
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the module lists that layers_to_transform counts in; None: any."}
+        default=None,
+        metadata={"help": "Names of the module lists that layers_to_transform indexes, such as 'layers'; None: any."},
     )
     rank_pattern: dict[str, Positive] = field(
         default_factory=dict,
-        metadata={"help": "LoRA rank of single linears, by name or regular expression; the others have rank r."},
+        metadata={"help": "LoRA rank of individual linears, by name or regular expression; the others have rank r."},
     )
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = field(
         default_factory=dict,
-        metadata={"help": "lora_alpha of single linears, by name or regular expression."},
+        metadata={
+            "help": "lora_alpha of individual linears, by name or regular expression; the others have lora_alpha."
+        },
     )
     use_rslora: bool = field(
         default=False,
@@ -73,7 +77,10 @@ class LdMoleConfig(AdapterFields, PeftConfig):
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
-        metadata={"help": "Tokens whose embeddings to train, of the input embedding or by name of the embedding."},
+        metadata={
+            "help": "Ids of the tokens whose embeddings are trained: a list for the input embedding, or a dict that maps names "
+            "of embeddings to lists."
+        },
     )
     ensure_weight_tying: bool = field(
         default=False,
@@ -81,7 +88,9 @@ class LdMoleConfig(AdapterFields, PeftConfig):
     )
     init_weights: bool = field(
         default=True,
-        metadata={"help": "Start with B = 0, so that the adapter changes nothing. False draws B at random, for tests."},
+        metadata={
+            "help": "Initialize B to 0, so that a new adapter does not change any output. False draws B at random."
+        },
     )
     train_experts: bool = field(
         default=True,
@@ -142,14 +151,17 @@ class LdMoleConfig(AdapterFields, PeftConfig):
 
 
 def narrowed(config: PeftConfig) -> LdMoleConfig:
-    """Narrow the type of a config; PEFT types the configs of a tuner as `PeftConfig`."""
+    """Return the config unchanged, typed as `LdMoleConfig`; PEFT types the configs of a tuner as `PeftConfig`."""
     assert isinstance(config, LdMoleConfig)
     return config
 
 
 @cache
 def _checker() -> type[BaseModel]:
-    """Return a pydantic model of the fields that are not PEFT's own, whose values PEFT itself sets in various types."""
+    """Return a pydantic model of the fields that `PeftConfig` does not have.
+
+    The fields of `PeftConfig` are not checked, because PEFT sets some of them to values of other types than the annotated ones.
+    """
     hints = typing.get_type_hints(LdMoleConfig, include_extras=True)
     names = [f.name for f in fields(LdMoleConfig) if f.name not in {f.name for f in fields(PeftConfig)}]
     model: type[BaseModel] = create_model("LdMoleConfigFields", **{name: (hints[name], ...) for name in names})  # type: ignore[call-overload]

@@ -43,7 +43,10 @@ class ExpertTarget(NamedTuple):
 
 
 def routed_experts(model: nn.Module) -> dict[str, Any]:
-    """Return the modules that hold the weights of several base experts as parameters, by their names in the backbone."""
+    """Return the modules that hold the weights of routed experts as parameters of their own, by their names in the backbone.
+
+    They are recognized by "Expert" in the name of their class.
+    """
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
@@ -55,12 +58,17 @@ def routed_experts(model: nn.Module) -> dict[str, Any]:
 
 
 def expert_targets(model: nn.Module, config: LdMoleConfig) -> Iterator[ExpertTarget]:
-    """Yield the projections that `target_parameters` selects, which it matches as `target_modules` does modules.
+    """Yield the projections of routed experts that `target_parameters` selects.
 
-    `exclude_modules` and `modules_to_save` leave parameters out in the same way.
+    Names of parameters are matched as PEFT matches the names of modules with `target_modules`. `exclude_modules` and
+    `modules_to_save` exclude parameters in the same way.
+
+    Args:
+        model: backbone, with or without adapters.
+        config: config of the adapter.
 
     Raises:
-        ValueError: if an entry matches no parameter, or a parameter that cannot be adapted.
+        ValueError: if an entry matches no parameter or a parameter that cannot be adapted, or if `router_input` is "hidden".
     """
     entries = config.target_parameters or []
     if entries and config.router_input == "hidden":
@@ -74,8 +82,13 @@ def expert_targets(model: nn.Module, config: LdMoleConfig) -> Iterator[ExpertTar
     parameters = [name.replace(".base_layer.", ".") for name, _ in model.named_parameters()]
     unmatched = [entry for entry in entries if not any(f".{name}".endswith(f".{entry}") for name in parameters)]
     if unmatched:
-        choices = sorted(_suggestions(experts)) or "none: it has no routed experts that LD-MoLE can adapt"
-        raise ValueError(f"target_parameters {unmatched} match no parameter of this model; choose from {choices}")
+        choices = sorted(_suggestions(experts))
+        remedy = (
+            f"choose from {choices}"
+            if choices
+            else "its routed experts, if any, cannot be adapted; remove target_parameters"
+        )
+        raise ValueError(f"target_parameters {unmatched} match no parameter of this model; {remedy}")
     for name in parameters:
         if check_target_module_exists(matching, name) is not True:
             continue
@@ -88,7 +101,7 @@ def expert_targets(model: nn.Module, config: LdMoleConfig) -> Iterator[ExpertTar
         if reason := why_experts_not_adaptable(experts[path]):
             raise ValueError(
                 f"LD-MoLE cannot adapt {name}: this {type(experts[path]).__name__} {reason}. Without target_parameters, "
-                f"{_share(model, experts):.0%} of the weights are left out: those of the routed experts"
+                f"the routed experts, which have {_share(model, experts):.0%} of the weights, are not adapted"
             )
         if projection not in (GATE_UP, DOWN):
             raise ValueError(
@@ -101,9 +114,7 @@ def expert_targets(model: nn.Module, config: LdMoleConfig) -> Iterator[ExpertTar
 def why_experts_not_adaptable(experts: Any) -> str | None:
     """Return why routed experts cannot be adapted and what to do about it, as the rest of a sentence; None if they can."""
     if not all(hasattr(experts, flag) for flag in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
-        return (
-            "does not use transformers' interface of experts implementations; adapt the other linears of the backbone"
-        )
+        return "does not use transformers' experts interface; adapt the other linears of the backbone"
     for parameter in experts.parameters():
         if parameter.dtype not in DTYPES or type(parameter.data) is not torch.Tensor:
             kind = f"{type(parameter.data).__name__} of {parameter.dtype}"
@@ -121,7 +132,7 @@ def why_experts_not_adaptable(experts: Any) -> str | None:
 
 
 def warn_if_experts_left_out(model: nn.Module, config: LdMoleConfig) -> None:
-    """Log the share of the backbone's weights that is in routed experts, if `target_parameters` selects none of them."""
+    """Log a warning with the share of the weights that is in routed experts, if the config has no `target_parameters`."""
     experts = {} if config.target_parameters else routed_experts(model)
     if not experts:
         return
@@ -143,7 +154,7 @@ def _suggestions(experts: dict[str, Any]) -> set[str]:
 
 
 def _features(experts: Any, projection: str) -> tuple[int, int]:
-    # From a copy on the meta device, because this rank may hold a shard of the weights.
+    # Read the shape from a copy on the meta device, because this rank may hold only a shard of the weights.
     with torch.device("meta"):
         shape = getattr(type(experts)(experts.config), projection).shape
     D, O = shape[1:] if experts.is_transposed else (shape[2], shape[1])
@@ -154,7 +165,7 @@ def _share(model: nn.Module, experts: dict[str, Any]) -> float:
     """Return the share of the weights of a backbone that is in routed experts."""
     whole = model
     if isinstance(model, PreTrainedModel) and any(p.numel() == 0 for p in model.parameters()):
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # this rank holds a shard of the weights
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # ZeRO-3 has partitioned the weights
             whole = type(model)(copy.deepcopy(model.config))
         experts = {name: whole.get_submodule(name) for name in experts}
     inside = sum(p.numel() for module in experts.values() for p in module.parameters(recurse=False))

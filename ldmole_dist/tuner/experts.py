@@ -1,4 +1,4 @@
-"""LD-MoLE inside the routed experts of MoE backbones, which transformers keeps as one 3-D parameter for each projection.
+"""LD-MoLE adapters in the routed experts of MoE backbones. transformers keeps their weights as one 3-D tensor per projection.
 
 All base experts of a layer share one bank of LD-MoLE experts for each projection. With W_j the weight of base expert j:
 
@@ -7,9 +7,9 @@ All base experts of a layer share one bank of LD-MoLE experts for each projectio
 gate_up_proj reads tokens, so its sum is computed once for each token and added to the rows of all its base experts.
 down_proj reads the rows themselves.
 
-`LdMoleExperts` replaces the experts module of the backbone. Its forward selects `experts_forward`, which is registered as an
-experts implementation of transformers, for this module and call only. Without an active adapter, the backbone's own
-implementation runs.
+`LdMoleExperts` replaces the experts module of the backbone. `experts_forward` is registered with transformers as an experts
+implementation, and the forward of `LdMoleExperts` selects it during its own call only. Without an active adapter, the
+backbone's own implementation runs.
 
 Shapes: T tokens, K base experts of each token, N = T K rows, one for each pair of token and base expert; J base experts,
 D in-features, O out-features.
@@ -61,7 +61,7 @@ class LdMoleProjection(LdMoleLayer):
 
     @property
     def frozen_weight(self) -> Tensor:
-        """The frozen weights of all base experts."""
+        """The frozen weights of all base experts, (J, O, D) or (J, D, O), or the part of them that this rank holds."""
         weight = getattr(self._experts[0], self.name.rpartition(".")[2])
         assert isinstance(weight, Tensor)
         return weight
@@ -111,18 +111,24 @@ class LdMoleExperts(nn.Module):
 
     @property
     def projections(self) -> dict[str, LdMoleProjection]:
-        """Adapters by the name of their projection, for the projections that have any."""
+        """The adapted projections, by name ("gate_up_proj", "down_proj")."""
         return {name: module for name, module in self._modules.items() if isinstance(module, LdMoleProjection)}
 
     def projection(self, name: str, in_features: int, out_features: int) -> LdMoleProjection:
-        """Return the adapters of gate_up_proj or down_proj; create them on first use."""
+        """Return the module that holds the adapters of a projection; create it on first use.
+
+        Args:
+            name: "gate_up_proj" or "down_proj".
+            in_features: D.
+            out_features: O.
+        """
         if name not in self.projections:
             where = f"{self.name}.{name}", self._context, self._new_dispatch()
             self.add_module(name, LdMoleProjection(*where, self.base_layer, in_features, out_features))
         return self.projections[name]
 
     def set_mask(self, name: MaskName | None) -> None:
-        """Set which mask covers the tokens that the experts read; None if no mask is known to."""
+        """Set the mask that covers the tokens that the experts read; None if no mask is known to cover them."""
         for projection in self.projections.values():
             projection.mask_name = name
 
@@ -135,7 +141,7 @@ class LdMoleExperts(nn.Module):
 
         Args:
             args: hidden states (T, D), and (T, K) index and weights of the base experts of each token.
-            kwargs: the same by name.
+            kwargs: the same arguments, passed by name.
 
         Returns:
             (T, D).
@@ -189,7 +195,7 @@ def experts_forward(
     # The frozen products need their rows sorted by base expert; adapters read them token by token.
     expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
     token_N, place_N = order_N // K, order_N.argsort()
-    # searchsorted, as bincount would synchronize the device.
+    # torch.bincount would synchronize the device; searchsorted does not.
     every_J = torch.arange(experts.num_experts, device=expert_N.device)
     ends_J = torch.searchsorted(expert_N, every_J, right=True).to(torch.int32)
 

@@ -96,6 +96,10 @@ class AdapterForward(TrainableAdapters):
     ) -> None:
         """Enable the model's activation checkpointing, with a recomputation that replays the routing of the forward.
 
+        Args:
+            activation_checkpointing_kwargs: arguments for `torch.utils.checkpoint.checkpoint`.
+            kwargs: other arguments of the model's method of this name.
+
         Raises:
             ValueError: if `use_reentrant` is True, which would silently drop the gradient of the auxiliary losses.
         """
@@ -112,5 +116,5 @@ class AdapterForward(TrainableAdapters):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Call `activation_checkpointing_enable`. This is its name in earlier versions of transformers."""
+        """Call `activation_checkpointing_enable`, which earlier versions of transformers call by this name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)

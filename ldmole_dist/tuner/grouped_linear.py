@@ -1,4 +1,4 @@
-"""The frozen product of MoE backbones: rows that are sorted by base expert, each times the weight of its expert.
+"""The frozen product of routed experts: each row times the weight of its base expert, with the rows sorted by base expert.
 
 Shapes: N rows, D in-features, O out-features, J base experts.
 """
@@ -16,15 +16,15 @@ from ldmole_dist.method.autocast import backward_without_autocast
 
 
 def grouped_linear(x_ND: Tensor, weight: Tensor, ends_J: Tensor, transposed: bool) -> Tensor:
-    """Multiply each row by the frozen weight of its base expert.
+    """Return the product of each row with the frozen weight of its base expert, differentiable in the rows.
 
-    Like `nn.Linear`, this keeps the weight itself for the backward and not a view of it, which under ZeRO-3 would keep the
-    gathered weights of all layers allocated. It computes in the dtype of the weight, as transformers' `grouped_mm` does.
+    Like `nn.Linear`, the function saves the weight itself for the backward. A saved view of the weight would, under ZeRO-3,
+    keep the gathered weights of all layers allocated. It computes in the dtype of the weight, as transformers' `grouped_mm`.
 
     Args:
         x_ND: rows in any floating dtype, sorted by base expert.
         weight: (J, O, D), or (J, D, O) if `transposed`.
-        ends_J: int32; base expert j has rows `ends_J[j - 1]` to `ends_J[j] - 1`.
+        ends_J: int32, number of rows of base experts 0 to j; base expert j has rows `ends_J[j - 1]` to `ends_J[j] - 1`.
         transposed: whether the weights are stored transposed.
 
     Returns:
@@ -58,7 +58,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _grouped_product(x_ND: Tensor, weight_JDO: Tensor, ends_J: Tensor) -> Tensor:
     sizes = weight_JDO.shape[1:]
-    # torch's kernel takes no float64, and only rows of a multiple of 16 bytes.
+    # torch's kernel does not support float64, and needs rows whose size is a multiple of 16 bytes.
     if x_ND.dtype != torch.float64 and all(size * x_ND.element_size() % 16 == 0 for size in sizes):
         return F.grouped_mm(x_ND.contiguous(), weight_JDO, offs=ends_J)
     y_NO = x_ND.new_empty(len(x_ND), weight_JDO.shape[2])

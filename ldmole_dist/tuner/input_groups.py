@@ -15,17 +15,17 @@ from ldmole_dist.tuner.trace import Call, Sizes, Trace, TracedCopy
 
 logger = logging.getLogger(__name__)
 
-# Two forwards whose sizes differ, and are unusual as sizes of a model, tell the rows that are tokens from rows that by accident
-# are as many.
+# Sizes of two traced forwards. They differ, and are unusual as sizes of a model. So if the rows of a linear match the tokens in
+# both forwards, they are tokens and do not only happen to have the same number.
 SIZES = Sizes(3, 7, 5), Sizes(2, 13, 11)
 
 
 class NamedGroup(NamedTuple):
-    """An input group.
+    """Names and masks of the linears of one input group.
 
     Attributes:
         linears: names of the linears, in the order of their calls.
-        mask_names: for each linear, the mask that covers the rows of its input; None if no mask is known to.
+        mask_names: for each linear, the mask that covers the rows of its input; None if no mask is known to cover them.
     """
 
     linears: list[str]
@@ -40,13 +40,13 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[NamedGro
 
     Args:
         model: backbone. Adapters in it have no effect.
-        names: names of the linears to group.
+        names: names of the linears and experts modules to group.
 
     Returns:
-        The groups. A linear that could not be traced has a group of its own and no mask; the log tells how many there are. It
-        needs a dispatch of its own but gives the same results, except that it has a dropout mask of its own, and that padding
-        counts in its auxiliary losses and statistics. Reasons are that the model is not a `PreTrainedModel`, that it does not
-        run on the meta device, or that the linear is not called at all.
+        The groups. A linear that could not be traced has a group of its own and no mask, and a warning gives the number of such
+        linears. The outputs of such a linear are the same without dropout, but it needs its own dispatch and dropout mask, and
+        padding counts in its auxiliary losses and statistics. A linear cannot be traced if the model is not a
+        `PreTrainedModel` or does not run on the meta device, or if the model does not call the linear.
     """
     first, second = _trace(model, names)
     found: dict[tuple[object, ...], list[str]] = {}
@@ -82,7 +82,7 @@ def _trace(model: nn.Module, names: Collection[str]) -> tuple[Trace, Trace]:
 
 
 def _layer(name: str) -> str:
-    """Return the name of the numbered layer that a linear belongs to, which is what models checkpoint; "" if there is none."""
+    """Return the name of the numbered layer that a linear belongs to; "" if there is none. Models checkpoint such layers."""
     numbered = re.match(r"(.+\.)?\d+(?=\.)", name)
     return numbered[0] if numbered else ""
 

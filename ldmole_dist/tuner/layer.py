@@ -1,4 +1,4 @@
-"""Adapted linears, as PEFT sees them.
+"""Adapted linears as tuner layers of PEFT.
 
 Shapes: D in-features, O out-features.
 """
@@ -33,12 +33,12 @@ class LdMoleLayer(MoEAdapters, BaseTunerLayer):
 
     @property
     def frozen_weight(self) -> Tensor:
-        """The frozen weight as it is stored; use only its device and its kind of dtype."""
+        """The frozen weight as it is stored. It may be packed or partitioned: rely only on its device and dtype."""
         raise NotImplementedError
 
     @property
     def applied_adapter(self) -> str | None:
-        """Name of the adapter that a forward applies; None if adapters are disabled, or if the active one is not here."""
+        """Name of the adapter that a forward applies; None if adapters are disabled or this layer lacks the active one."""
         if self.disable_adapters or self.context.adapter_disabled:
             return None
         return next((name for name in self.active_adapters if name in self.ldmole_adapters), None)
@@ -62,7 +62,10 @@ class LdMoleLayer(MoEAdapters, BaseTunerLayer):
                 adapter.lora_B.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter and its lambda-MLP to a device, by default the frozen weight's. PEFT's would change the dtype."""
+        """Move an adapter and its lambda-MLP to a device, by default that of the frozen weight.
+
+        PEFT's own method would also change the dtype.
+        """
         for module in (self.ldmole_adapters.get_submodule(adapter_name), self.lambda_mlps[adapter_name]):
             if module is not None:
                 module.to(device or self.frozen_weight.device)

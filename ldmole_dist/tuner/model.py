@@ -62,14 +62,15 @@ class LdMoleModel(AdapterForward, TrainableAdapters, SavedAdapters):
         keep_gradients(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Replace the target linears, create the adapter's lambda-MLPs and group the linears by input.
+        """Add an adapter to the target linears and routed experts, create its lambda-MLPs and group the linears by input.
 
         The trainable copies of modules_to_save are converted to at least float32. Adapters that the model already has are not
         changed, and if an error is raised, the model is as it was before.
 
         Raises:
-            ValueError: if a target cannot be adapted (`targets.why_not_adaptable`), if an entry of `target_modules` matches no
-                module, or if `num_experts` does not fit the decoder layers or the number of ranks that hold experts.
+            ValueError: if a target cannot be adapted (`targets.why_not_adaptable`, `expert_targets.expert_targets`), if an
+                entry of `target_modules`, `target_parameters`, `rank_pattern` or `alpha_pattern` matches nothing, or if
+                `num_experts` does not fit the decoder layers or the number of ranks that hold experts.
         """
         trained = {p: p.requires_grad for p in self.ldmole_lambda_mlp.parameters()}
         self.ldmole_lambda_mlp[adapter_name] = nn.ModuleDict()
@@ -254,7 +255,8 @@ def tuner_of(model: nn.Module) -> LdMoleModel:
 def _parameter_like(weight: Tensor) -> Tensor:
     """Return an empty tensor with the dtype and device of new adapter parameters for a linear with this weight.
 
-    With PEFT's `low_cpu_mem_usage`, which moves parameters to the meta device as they are registered, that is the device.
+    With `low_cpu_mem_usage`, PEFT moves each parameter to the meta device when a module registers it. So register a parameter,
+    and return one with the resulting device.
     """
     parameter = nn.Parameter(torch.empty(0, dtype=at_least_float32(weight.dtype), device=weight.device))
     return nn.ParameterList([parameter])[0].detach()

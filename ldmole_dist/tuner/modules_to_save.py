@@ -15,14 +15,14 @@ from ldmole_dist.method.sparsegen import at_least_float32
 
 
 def train_in_float32(module: nn.Module, keep_output: bool) -> None:
-    """Convert the parameters of a module in half precision to float32, and its inputs in each forward.
+    """Convert the half-precision parameters of a module to float32, and make its forward cast its inputs to float32.
 
-    Its outputs are cast back to the former dtype of the parameters, which the modules after it expect. A module whose
+    The outputs are cast back to the previous dtype of the parameters, which the following modules expect. A module whose
     parameters are at least float32 is not changed.
 
     Args:
         module: trainable copy of a module of the backbone.
-        keep_output: return float32 outputs.
+        keep_output: whether the outputs stay in float32.
     """
     narrow = {p.dtype for p in module.parameters() if p.dtype != at_least_float32(p.dtype)}
     if not narrow:
@@ -35,7 +35,13 @@ def train_in_float32(module: nn.Module, keep_output: bool) -> None:
 
 
 def is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Return whether a module of `model` computes its logits, for which float32 is best kept."""
+    """Return whether a module computes the logits of `model`, which should stay in float32.
+
+    Args:
+        model: backbone.
+        name: name of the module in the backbone.
+        module: the module.
+    """
     if name in SEQ_CLS_HEAD_NAMES:
         return True
     return isinstance(model, PreTrainedModel) and module is model.get_output_embeddings()

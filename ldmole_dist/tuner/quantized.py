@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 BNB_4BIT, BNB_8BIT, HQQ = "bitsandbytes.Linear4bit", "bitsandbytes.Linear8bitLt", "hqq.HQQLinear"
-# torchao's weights, tensor subclasses in a plain nn.Linear, with the attribute that is not None if x is quantized too.
+# Classes of torchao's weights in a plain nn.Linear -> the attribute of a weight that is not None if x is quantized too.
 TORCHAO = {
     "torchao.Int8Tensor": "act_quant_kwargs",
     "torchao.Float8Tensor": "act_quant_kwargs",
@@ -32,7 +32,7 @@ _TESTED = "a linear of bitsandbytes or HQQ, or torchao's int8 or float8 weights"
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear of bitsandbytes or HQQ. Those of torchao are plain `nn.Linear`."""
+    """Return whether a module is a linear of bitsandbytes or HQQ; False for torchao, whose linears are plain `nn.Linear`."""
     return not {BNB_4BIT, BNB_8BIT, HQQ}.isdisjoint(_classes(module))
 
 
@@ -47,7 +47,7 @@ def why_quantization_fails(module: nn.Module) -> str | None:
     if untested := packages.intersection(UNTESTED_PACKAGES):
         return f"is quantized by {untested.pop()}, which is not tested; use {_TESTED}"
     if BNB_4BIT in classes and getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-        return "was repacked for inference by an earlier forward, which has no gradient; load the backbone again"
+        return "was repacked for inference by an earlier forward, and so computes no gradient; load the backbone again"
     if BNB_8BIT in classes and layer.state.has_fp16_weights:
         return "keeps 16-bit weights (has_fp16_weights=True), which is not tested; load the backbone with load_in_8bit=True"
     if HQQ in classes and layer.backend.name not in HQQ_BACKENDS:
@@ -68,15 +68,15 @@ def _why_torchao_fails(weight: Any) -> str | None:
 
 
 def stored_weight(linear: nn.Module) -> Tensor:
-    """Return the weight as it is stored, packed if the linear is quantized. Use only its device and its kind of dtype."""
+    """Return the weight as it is stored, packed if the linear is quantized. Rely only on its device and dtype."""
     return _any(linear).W_q if HQQ in _classes(linear) else _any(linear).weight
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Make the 4-bit linears of bitsandbytes keep their weights as they are in forwards without gradients on a CPU.
+    """Prevent the 4-bit linears of bitsandbytes from repacking their weights in forwards without gradients on a CPU.
 
-    On a CPU with bfloat16 instructions, bitsandbytes 0.50 otherwise repacks them for a kernel that has no gradient, and later
-    forwards in training use this kernel too.
+    On a CPU with bfloat16 instructions, bitsandbytes 0.50 otherwise repacks the weights for a kernel that computes no gradient,
+    and later forwards in training use this kernel too.
     """
     for module in model.modules():
         if BNB_4BIT in _classes(module):
@@ -84,7 +84,7 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def _classes(value: object) -> set[str]:
-    """Return "package.Class" of the class of a value and of all its base classes."""
+    """Return the class of a value and all base classes, each as "package.Class"."""
     return {f"{each.__module__.partition('.')[0]}.{each.__name__}" for each in type(value).__mro__}
 
 

@@ -34,9 +34,10 @@ class SavedAdapters(BaseTuner):
     def _get_adapter_state_dict(  # type: ignore[override]  # PEFT passes every argument by name
         cls, *, model: nn.Module, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Return full tensors on global rank 0, and meta tensors on the others. Collective: every rank must call it.
+        """Return the tensors to save: full tensors on global rank 0, meta tensors on the others. Collective.
 
-        A tensor that the caller of `save_pretrained` passed in place of a parameter is kept.
+        A tensor that the caller of `save_pretrained` passed in place of a parameter is saved instead of it. If that tensor has
+        only the experts of this rank, those of all ranks are gathered.
         """
         selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
         tuner: Any = model.base_model

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 EXPERT_TENSORS = ("lora_A", "lora_B")
 
-# The containers that hold adapters by name, as the attribute of a module, and what an adapter file has in place of
-# "<attribute>.<adapter>.": PEFT saves modules_to_save under the names of the modules that they replace.
+# Attributes that hold adapters by name -> what replaces "<attribute>.<adapter>." of a parameter's name in an adapter file. PEFT
+# saves modules_to_save under the names of the modules that they replace.
 HOLDERS = {"ldmole_adapters": "", "ldmole_lambda_mlp": "lambda_mlp.", "modules_to_save": ""}
 
 

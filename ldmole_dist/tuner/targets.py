@@ -18,7 +18,7 @@ from ldmole_dist.config.adapter import LINEARS
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.quantized import is_quantized_linear, why_quantization_fails
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others are those of packed weights
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # a weight of any other dtype is packed
 
 
 def features_of(linear: nn.Module) -> tuple[int, int]:
@@ -48,7 +48,7 @@ def why_not_adaptable(module: nn.Module) -> str | None:
 
 
 def _is_linear_map(module: nn.Module, D: int, O: int) -> bool:
-    # On the meta device with weights of full size: those of the module may be partitioned or on any device.
+    # Run the forward on the meta device, with new weights of full size: the module's own may be partitioned or on any device.
     sizes = {"weight": (D, O) if isinstance(module, Conv1D) else (O, D), "bias": (O,)}
     weights = {
         name: torch.empty(sizes.get(name, p.shape), dtype=p.dtype, device="meta")

@@ -18,7 +18,13 @@ AUDIO_SAMPLES = 16000  # one second; the convolutions of speech encoders need mo
 
 
 class Sizes(NamedTuple):
-    """Sizes of the inputs of a traced forward."""
+    """Sizes of the inputs of a traced forward.
+
+    Attributes:
+        sequences: number of sequences, images or recordings.
+        tokens: number of tokens of each sequence.
+        decoder_tokens: number of tokens of each sequence of the decoder, in a model with an encoder and a decoder.
+    """
 
     sequences: int
     tokens: int
@@ -31,7 +37,8 @@ class Call(NamedTuple):
     Attributes:
         tensor: its input, on the meta device. Calls that read the same tensor have the same object here.
         version: version of the tensor, which an in-place operation increases.
-        has_masks: whether the masks that the model gets can cover its rows.
+        has_masks: False if it is unknown which mask covers its rows, because the linear was called only in a part of the model
+            that was run by itself and may read tokens that the model's attention mask does not cover.
         same_shape: whether all further calls of the linear in this forward had an input of the same shape.
     """
 
@@ -63,8 +70,8 @@ class TracedCopy:
 
     def __init__(self, model: PreTrainedModel, names: Collection[str]) -> None:
         config = copy.deepcopy(model.config)
-        # Some kernels, such as flash-attention and grouped matrix products, do not run on the meta device. The linears read
-        # the same tensors with these.
+        # Some kernels, such as flash-attention and grouped matrix products, do not run on the meta device. These
+        # implementations do, and the linears read the same tensors.
         config._attn_implementation = "eager"
         config._experts_implementation = "batched_mm"
         self._calls: dict[str, Call] = {}
@@ -87,20 +94,33 @@ class TracedCopy:
         return hook
 
     def run(self, sizes: Sizes) -> Trace:
-        """Run the copy on its tokens, and each of its encoders that this does not call, such as a vision tower, by itself."""
+        """Run the copy and record the calls of its linears.
+
+        A model inside it whose linears this run does not call, such as a vision tower, is then run by itself.
+
+        Args:
+            sizes: sizes of the inputs.
+
+        Returns:
+            The calls, and the last error.
+        """
         self._calls = {}
         error = None
         for module in self._untouched():
-            # A decoder that runs by itself reads `input_ids`, but not those that the model's attention mask covers.
+            # If the model has a separate decoder or reads no text, a part that runs by itself can read `input_ids` that the
+            # model's attention mask does not cover.
             self._has_masks = module is self._model or self._masks_text()
             error = self._run(module, sizes) or error
         return Trace(self._calls, error)
 
     def _run(self, module: PreTrainedModel, sizes: Sizes) -> Exception | None:
-        """Run a module without an attention mask, or with one if that fails; return the error of the longer attempt."""
+        """Run a module without an attention mask, or with one if that fails.
+
+        The calls of the attempt that recorded more linears are kept. Return its error; None if it succeeded.
+        """
         before = dict(self._calls)
         attempts: list[tuple[Exception | None, dict[str, Call]]] = []
-        # Some models read the values of a mask, which meta tensors do not have; some others, without one, those of the ids.
+        # Meta tensors have no values. Some models read the values of the mask; others, without a mask, read those of the ids.
         for with_mask in (False, True):
             self._calls, error = dict(before), None
             try:

@@ -1,7 +1,7 @@
 """Which adapter is active, and which of its parameters are trained: the methods of PEFT's tuner, with the lambda-MLPs.
 
-PEFT switches the parameters inside tuner layers. The lambda-MLPs are shared by the layers and belong to the tuner, so the
-methods here do the same for them.
+PEFT's methods change only the parameters inside tuner layers. The lambda-MLPs are shared by the layers and belong to the tuner,
+so the methods here extend PEFT's methods to them.
 """
 
 from __future__ import annotations

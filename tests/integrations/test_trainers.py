@@ -117,7 +117,7 @@ def ours(folder: Path, ranks1: LocalRanks) -> Callable[[int], tuple[Gradients, l
 
 
 def theirs(kind: Any, folder: Path, rows: list[dict[str, list[int]]], accumulation: int, **changes: Any) -> Any:
-    """A trainer that is about to train one step on these rows in this order, and what keeps its gradients.
+    """Return a trainer that is ready to train one step on these rows in this order, and the callback that keeps its gradients.
 
     `kind` is "trainer", "sft" or a subclass of Trainer.
     """

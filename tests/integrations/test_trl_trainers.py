@@ -77,7 +77,7 @@ def adapter_config(kind: str = "causal_lm") -> LdMoleConfig:
 
 
 def adapted(folder: Path, kind: str = "causal_lm") -> PeftModel:
-    """A model whose adapter is away from its start, where most of its gradients vanish; the same in each call."""
+    """Return a model with nonzero B, the same in each call. At the initial B = 0, most gradients of an adapter vanish."""
     model = move(get_peft_model(backbone(folder, kind), adapter_config(kind)))
     tuner_of(model).context.weights = WEIGHTS
     return model.train()
@@ -160,12 +160,12 @@ def log_probs(model: PeftModel, batch: Batch, prefix: str = "") -> Tensor:
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
-    """The reward of GRPO's tests."""
+    """Return the number of vowels of each completion, the reward in the tests of GRPO."""
     return [float(sum(letter in "aeiou" for letter in completion)) for completion in completions]
 
 
 class Reference:
-    """The model at the start of training, without its adapter or with it."""
+    """The reference model: the model at the start of training, without its adapter if that is "new"."""
 
     def __init__(self, folder: Path, adapter: str) -> None:
         self.model = adapted(folder).eval()

@@ -90,13 +90,13 @@ def quantized(linear: nn.Linear, kind: str) -> nn.Module:
 
 
 def dequantized(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Return an unquantized model with the weights that the quantized linears stand for."""
+    """Return an unquantized model with the dequantized weights of a quantized model."""
     plain = llama(model.dtype)
     with torch.no_grad():
         for name, linear in linears_of(plain).items():
             layer: Any = model.get_submodule(name)
             if type(layer).__name__ == "Linear8bitLt":
-                # As bitsandbytes multiplies in training on a CPU; its function for whole weights rounds differently.
+                # The formula of bitsandbytes in training on a CPU. Its dequantization function rounds differently.
                 weight = layer.weight.to(model.dtype) * (layer.weight.SCB.unsqueeze(1) * (1.0 / 127.0))
             else:
                 weight = dequantize_module_weight(layer)
