@@ -199,7 +199,7 @@ def test_backbone_that_would_stay_in_16_bits_is_refused(tmp_path: Path, capsys: 
         capsys.readouterr()
         assert main(build) == EXIT_EXPLAINED
         error = capsys.readouterr().err
-        assert "backbone.quantization=nf4 would leave" in error and message in error
+        assert "backbone.quantization=nf4 does not quantize" in error and message in error
         with pytest.raises(UserError, match=message):
             load_backbone(str(tmp_path / message), "causal_lm", "fp32", quantization="nf4")
 

@@ -268,7 +268,7 @@ def test_experts_of_an_untested_kind_are_refused(flag: str, value: Any, message:
     for layer in model.model.layers:
         setattr(layer.mlp.experts, flag, value)
     config = LdMoleConfig(target_modules=["o_proj"], target_parameters=PARAMETERS)
-    with pytest.raises(ValueError, match=f"this Qwen3MoeExperts {message}.*% of the weights are left out"):
+    with pytest.raises(ValueError, match=f"this Qwen3MoeExperts {message}.*% of the weights, are not adapted"):
         get_peft_model(model, config)
 
 
@@ -277,7 +277,7 @@ def test_experts_outside_the_interface_are_refused_or_reported(caplog: pytest.Lo
     model = Llama4ForCausalLM(
         Llama4TextConfig(vocab_size=VOCABULARY, hidden_size=D, intermediate_size=I, intermediate_size_mlp=I, **sizes)
     )
-    reason = "this Llama4TextExperts does not use transformers' interface"
+    reason = "this Llama4TextExperts does not use transformers' experts interface"
     with pytest.raises(ValueError, match=reason):
         get_peft_model(model, LdMoleConfig(target_modules=["o_proj"], target_parameters=PARAMETERS))
     get_peft_model(model, LdMoleConfig(target_modules=["o_proj"]))
