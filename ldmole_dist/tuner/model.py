@@ -30,7 +30,7 @@ from ldmole_dist.tuner.experts import LdMoleExperts
 from ldmole_dist.tuner.forward import AdapterForward
 from ldmole_dist.tuner.input_groups import find_input_groups
 from ldmole_dist.tuner.layer import LdMoleLayer, LdMoleLinear
-from ldmole_dist.tuner.modules_to_save import is_head, train_in_float32
+from ldmole_dist.tuner.modules_to_save import check_not_quantized, is_head, train_in_float32
 from ldmole_dist.tuner.quantized import keep_gradients
 from ldmole_dist.tuner.saving import SavedAdapters
 from ldmole_dist.tuner.targets import (
@@ -69,14 +69,16 @@ class LdMoleModel(AdapterForward, TrainableAdapters, SavedAdapters):
 
         Raises:
             ValueError: if a target cannot be adapted (`targets.why_not_adaptable`, `expert_targets.expert_targets`), if an
-                entry of `target_modules`, `target_parameters`, `rank_pattern` or `alpha_pattern` matches nothing, or if
-                `num_experts` does not fit the decoder layers or the number of ranks that hold experts.
+                entry of `target_modules`, `target_parameters`, `rank_pattern` or `alpha_pattern` matches nothing, if a
+                module of `modules_to_save` is quantized, or if `num_experts` does not fit the decoder layers or the number of
+                ranks that hold experts.
         """
         trained = {p: p.requires_grad for p in self.ldmole_lambda_mlp.parameters()}
         self.ldmole_lambda_mlp[adapter_name] = nn.ModuleDict()
         try:
             config = narrowed(self.peft_config[adapter_name])
             check_targets_exist(model, config)
+            check_not_quantized(model, config)
             warn_if_experts_left_out(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._group(model, adapter_name)

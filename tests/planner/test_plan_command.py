@@ -89,6 +89,17 @@ def test_written_config_is_the_recommended_one(
     assert json.loads((tmp_path / "plan" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == stage
 
 
+def test_quantized_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = planned(capsys)
+    quantized = planned(capsys, "--quantization", "nf4", "--write", str(tmp_path / "plan"))
+    assert quantized["workload"]["quantization"] == "nf4" and plain["workload"]["quantization"] is None
+    assert {line["strategy"]["stage"] for line in quantized["lines"]} == {0, 1, 2}
+    bytes_of = [found["lines"][0]["bytes"]["backbone"] for found in (plain, quantized)]
+    assert 0.3 * bytes_of[0] < bytes_of[1] < 0.5 * bytes_of[0]  # a fifth of the weights are embeddings, in bf16
+    assert load_config(str(tmp_path / "plan" / "run.yaml"), []).backbone.quantization == "nf4"
+    assert "step: bf16, linears in nf4" in printed(capsys, "--quantization", "nf4")
+
+
 def test_json_lists_all_candidates_best_first(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys)
     lines = plan["lines"]

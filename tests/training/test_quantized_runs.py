@@ -81,7 +81,9 @@ def test_equals_a_run_on_the_dequantized_backbone(folder: Path, ranks1: LocalRan
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("ds_config", "ep_size"), [("zero0", 1), ("zero1", 2), ("zero3.json", 2), ("zero3.json", 1)])
+@pytest.mark.parametrize(
+    ("ds_config", "ep_size"), [("zero0", 1), ("zero1", 2), ("zero2_offload", 2), ("zero3.json", 2), ("zero3.json", 1)]
+)
 def test_every_topology_gives_the_same_adapter(folder: Path, ranks2: LocalRanks, ds_config: str, ep_size: int) -> None:
     if ds_config.endswith(".json"):
         ds_config = str(folder / ds_config)
@@ -100,6 +102,9 @@ def test_checkpoint_has_only_the_adapter_and_loads_on_another_topology(folder: P
     changes = ["parallelism.deepspeed=zero0", "parallelism.ep_size=1", f"run.output_dir={resumed}"]
     ranks1.run(run_training, str(folder / "config.yaml"), *changes, f"run.resume={checkpoint}")
     assert largest_difference(folder / "run", resumed) < 1e-6
+    plain = [*changes[:2], f"run.output_dir={folder}/resumed_plain", "backbone.quantization=null"]
+    ranks1.run(run_training, str(folder / "config.yaml"), *plain, f"run.resume={checkpoint}")
+    assert 1e-6 < largest_difference(folder / "run", folder / "resumed_plain") < 1e-2
 
 
 def evaluated(path: Path, *overrides: str) -> dict[str, Any]:

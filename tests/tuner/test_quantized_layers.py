@@ -128,6 +128,7 @@ def check_equals_dequantized(kind: str, dtype: torch.dtype, tolerance: float) ->
     plain = adapt(dequantized(model))
     ours = adapt(model)
     linears = [m for m in ours.modules() if isinstance(m, LdMoleLinear)]
+    assert sorted(len(m.groups["default"].linears) for m in linears) == sorted(2 * [3, 3, 3, 1, 2, 2, 1])
     assert len(linears) == 2 * 7 and {m.ldmole_adapters["default"].lora_A.dtype for m in linears} == {torch.float32}
     found, expected = loss_and_gradients(ours), loss_and_gradients(plain)
     assert found.keys() == expected.keys() and len(found) > 2 * 7 * 3
@@ -235,6 +236,14 @@ def test_8_bit_layer_with_16_bit_weights_is_refused() -> None:
     import bitsandbytes as bnb
 
     assert "has_fp16_weights=True" in str(why_not_adaptable(bnb.nn.Linear8bitLt(8, 8)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "stored as bfloat16", "int8"])
+def test_quantized_module_to_save_is_refused(kind: str) -> None:
+    need("bitsandbytes")
+    with pytest.raises(ValueError, match="includes model.layers.0.self_attn.o_proj, whose weights are quantized"):
+        adapt(quantize(llama(), kind), target_modules=["q_proj"], modules_to_save=["o_proj"])
+    adapt(quantize(llama(), kind), target_modules=["q_proj"], modules_to_save=["lm_head"])
 
 
 @pytest.mark.full
