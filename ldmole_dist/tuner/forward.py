@@ -56,7 +56,7 @@ class AdapterForward(TrainableAdapters):
     @property
     def reads_hidden(self) -> bool:
         """Whether the forward routes on the backbone's last hidden states (`router_input='hidden'`)."""
-        return self.enabled and any(
+        return self.adapters_enabled and any(
             narrowed(self.peft_config[name]).router_input == "hidden" for name in self.active_adapters
         )
 

@@ -127,8 +127,8 @@ class LdMoleModel(AdapterForward, TrainableAdapters, SavedAdapters):
     def _group(self, model: nn.Module, adapter_name: str) -> None:
         """Put linears that read the same tensor in one `InputGroup`, so that one dispatch serves all of them."""
         config = narrowed(self.peft_config[adapter_name])
-        check_patterns_match(config, [layer.name for layer in self.layers(adapter_name)])
-        linears = {layer.name: layer for layer in self.layers(adapter_name) if isinstance(layer, LdMoleLinear)}
+        check_patterns_match(config, [layer.name for layer in self.adapted_layers(adapter_name)])
+        linears = {layer.name: layer for layer in self.adapted_layers(adapter_name) if isinstance(layer, LdMoleLinear)}
         experts = {m.name: m for m in model.modules() if isinstance(m, LdMoleExperts)}
         for names, mask_names in find_input_groups(model, [*linears, *experts]):
             group = InputGroup([linears[name] for name in names if name in linears], adapter_name)

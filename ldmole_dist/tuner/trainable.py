@@ -20,13 +20,13 @@ class TrainableAdapters(BaseTuner):
 
     Attributes:
         ldmole_lambda_mlp: lambda-MLPs, by adapter name and then by input size.
-        enabled: whether adapters are enabled; False within `disable_adapter`.
+        adapters_enabled: whether adapters are enabled; False within `disable_adapter`.
     """
 
     ldmole_lambda_mlp: nn.ModuleDict
-    enabled: bool = True
+    adapters_enabled: bool = True
 
-    def layers(self, adapter_name: str) -> Iterator[LdMoleLayer]:
+    def adapted_layers(self, adapter_name: str) -> Iterator[LdMoleLayer]:
         """Yield the linears and projections of routed experts that have the adapter, in the order of the model."""
         for module in self.model.modules():
             if isinstance(module, LdMoleLayer) and adapter_name in module.ldmole_adapters:
@@ -47,7 +47,7 @@ class TrainableAdapters(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
-        self.enabled = enabled
+        self.adapters_enabled = enabled
         for name, mlps in self.ldmole_lambda_mlp.items():
             mlps.requires_grad_(enabled and name in self.active_adapters)
 
@@ -58,7 +58,7 @@ class TrainableAdapters(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Convert an adapter to the dtype of its linears, or with `autocast_adapter_dtype` to at least float32."""
-        for layer in self.layers(adapter_name):
+        for layer in self.adapted_layers(adapter_name):
             dtype = layer.frozen_weight.dtype
             if autocast_adapter_dtype or not dtype.is_floating_point:
                 dtype = at_least_float32(dtype)

@@ -306,3 +306,8 @@ def test_modules_of_a_plain_module() -> None:
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), LdMoleConfig(target_modules=["0"])
     )
     assert model(torch.ones(3, 4)).shape == (3, 2)
+
+
+def test_the_tuner_does_not_hide_the_layers_of_a_model() -> None:
+    model = get_peft_model(backbone().model, LdMoleConfig(target_modules=["q_proj"]))
+    assert isinstance(model.layers, nn.ModuleList) and model.layers is model.base_model.model.layers
