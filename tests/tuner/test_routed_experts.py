@@ -192,7 +192,9 @@ def test_a_second_adapter_can_have_other_projections() -> None:
 
 def test_one_projection_layer_by_layer_choices_are_honored() -> None:
     only = adapted("qwen3_moe", target_modules=[], target_parameters=["layers.1.mlp.experts.down_proj"])
-    assert [layer.name for layer in tuner_of(only).layers("default")] == ["model.layers.1.mlp.experts.down_proj"]
+    assert [layer.name for layer in tuner_of(only).adapted_layers("default")] == [
+        "model.layers.1.mlp.experts.down_proj"
+    ]
     excluded = adapted("qwen3_moe", exclude_modules=[r"layers.0.mlp.experts.gate_up_proj"])
     assert sum(".experts." in n and ".lora_A" in n for n, _ in excluded.named_parameters()) == 3
 
@@ -200,7 +202,8 @@ def test_one_projection_layer_by_layer_choices_are_honored() -> None:
 def test_rank_pattern_applies_and_a_failed_injection_leaves_the_backbone_as_it_was() -> None:
     model = adapted("qwen3_moe", rank_pattern={"experts.down_proj": 3})
     ranks = {
-        layer.name: layer.ldmole_adapters["default"].lora_A.shape[1] for layer in tuner_of(model).layers("default")
+        layer.name: layer.ldmole_adapters["default"].lora_A.shape[1]
+        for layer in tuner_of(model).adapted_layers("default")
     }
     assert {3 if name.endswith("down_proj") else 2 for name in ranks} == set(ranks.values()) == {2, 3}
     bare = backbone("qwen3_moe")
