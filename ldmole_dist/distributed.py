@@ -70,8 +70,8 @@ def free_port() -> int:
 def raise_on_all_ranks(activity: str) -> Iterator[None]:
     """Context manager that raises an error on every rank if its body fails on any rank.
 
-    Without it, the other ranks would wait in the next collective forever. Every rank must enter it. The body itself must not
-    contain collectives, because the other ranks would wait in them for a rank that has failed.
+    Without it, the other ranks would wait in their next collective until it times out. Every rank must enter it. The body
+    itself must not contain collectives, because the other ranks would wait in them for a rank that has failed.
 
     Args:
         activity: what the body does, such as "reading the data"; the message of `PeerError` contains it.

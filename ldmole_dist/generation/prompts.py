@@ -65,14 +65,16 @@ def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syst
         raise UserError(f"{path} has no prompts; check --file.")
     prompts = []
     for record, where in records:
-        if isinstance(record.get("messages"), list):
-            prompts.append(Prompt(render_chat(record["messages"], tokenizer, where), True, record))
-        elif isinstance(record.get("prompt"), str):
+        messages = record.get("messages")
+        if isinstance(messages, list) and messages and all(isinstance(turn, dict) for turn in messages):
+            prompts.append(Prompt(render_chat(messages, tokenizer, where), True, record))
+        elif messages is None and isinstance(record.get("prompt"), str):
             prompts.append(make_prompt(record["prompt"], tokenizer, chat, system, where)._replace(record=record))
         else:
             keys = ", ".join(sorted(record)) or "none"
             raise UserError(
-                f"{where}: the record has neither a string 'prompt' nor a list 'messages' (keys: {keys}); add one of them."
+                f"{where}: the record has neither a string 'prompt' nor 'messages', a list of objects (keys: {keys}); add "
+                "one of them."
             )
     return prompts
 

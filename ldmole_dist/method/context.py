@@ -224,7 +224,7 @@ class StepContext:
         """
         weights, terms = self.weights, {}
         for term in losses:
-            differentiable = weights.of(term) > 0
+            differentiable = weights.of(term) != 0
             if not (differentiable or self._open):
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):

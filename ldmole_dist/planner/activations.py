@@ -164,7 +164,12 @@ def _recompute_on_meta(context: Any, partitioned: bool) -> None:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Function mode that replaces functions without a meta implementation and, if `partitioned`, `F.linear`."""
+    """Function mode for the meta device, in which the memory of a forward is that of a GPU.
+
+    Attention is computed as fused attention, because torch would choose the math formulation on this device, which needs more
+    memory. Functions that read values (`bool`, a mask as index) get an assumed result. If `partitioned`, `F.linear` saves its
+    input.
+    """
 
     def __init__(self, partitioned: bool) -> None:
         super().__init__()

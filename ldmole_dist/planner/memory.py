@@ -135,7 +135,7 @@ def step_activations(workload: Workload, strategy: Strategy) -> tuple[int, int]:
     traced = activations(w, s.checkpointing, s.stage == 3)
     saved = sum(saved_bytes(group, w, s) for group in groups)
     temporary = max(temporary_bytes(group, w, s) for group in groups)
-    # A quantized linear first dequantizes its weight to a temporary tensor in each product.
+    # The backward of a quantized linear first dequantizes its weight to a temporary tensor.
     temporary += max((p.elements for p in shapes_of(w).parameters if p.quantized_bytes), default=0) * w.itemsize
     if not s.checkpointing:
         return int(traced.kept + saved), int(max(traced.loss, traced.working + temporary))

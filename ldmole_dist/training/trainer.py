@@ -233,7 +233,8 @@ class Trainer:
         finding = explain_nonfinite(self.engine, batches[0], False)
         raise NonFiniteLoss(
             f"the gradient norm is {self.engine.grad_norm} at step {step} although the loss is {loss}; {finding}. Run again "
-            "with run.resume=auto and a smaller optimisation.learning_rate."
+            "with run.resume=auto and a smaller optimisation.learning_rate; in fp16 with a fixed loss_scale in section fp16 of "
+            "the DeepSpeed config, set it to 0, which adapts it."
         )
 
     def _adapt_l1(self, metrics: dict[str, Any]) -> None:

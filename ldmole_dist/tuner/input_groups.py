@@ -43,10 +43,11 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[NamedGro
         names: names of the linears and experts modules to group.
 
     Returns:
-        The groups. A linear that could not be traced has a group of its own and no mask, and a warning gives the number of such
-        linears. The outputs of such a linear are the same without dropout, but it needs its own dispatch and dropout mask, and
-        padding counts in its auxiliary losses and statistics. A linear cannot be traced if the model is not a
-        `PreTrainedModel` or does not run on the meta device, or if the model does not call the linear.
+        The groups. A linear that was not called in the trace has a group of its own and no mask: without dropout its outputs
+        are the same, but it needs its own dispatch and dropout mask. A linear that was called only in a part of the model that
+        ran by itself (`Call.has_masks`) has no mask either. Without a mask, padding counts in the auxiliary losses and
+        statistics. A warning gives the number of linears of both kinds. No linear is called if the model is not a
+        `PreTrainedModel` or does not run on the meta device.
     """
     first, second = _trace(model, names)
     found: dict[tuple[object, ...], list[str]] = {}

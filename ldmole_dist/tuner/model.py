@@ -224,7 +224,8 @@ class LdMoleModel(AdapterForward, TrainableAdapters, SavedAdapters):
     def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
         raise ValueError(
             "ensure_weight_tying does not work with an embedding or its tied head in target_modules, because LD-MoLE adapts "
-            "only linears; put the embedding in modules_to_save, or remove ensure_weight_tying"
+            "only linears; remove both from target_modules and put the embedding in modules_to_save, or, to adapt the head "
+            "alone, remove the embedding from target_modules and set ensure_weight_tying=False"
         )
 
     def unmerge_adapter(self) -> None:

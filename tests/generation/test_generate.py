@@ -139,13 +139,18 @@ def test_prompts_on_the_command_line(adapter: Path, generator: Any, capsys: pyte
         (["hello", "--system", "x"], "--system requires"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--file", "nowhere.txt"], "cannot read prompts"),
-        (["--file", "BAD"], "bad.jsonl, line 1: the record has neither a string 'prompt' nor a list 'messages'"),
+        (["--file", "bad.jsonl"], "bad.jsonl, line 1: the record has neither a string 'prompt' nor 'messages'"),
+        (
+            ["--file", "turns.jsonl"],
+            "turns.jsonl, line 1: the record has neither a string 'prompt' nor 'messages', a list",
+        ),
     ],
 )
 def test_invalid_arguments_are_rejected(adapter: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "turns.jsonl").write_text('{"prompt": "x", "messages": ["hi"]}\n')
     with pytest.raises(UserError, match=message):
-        generate(adapter, *(str(tmp_path / "bad.jsonl") if a == "BAD" else a for a in arguments))
+        generate(adapter, *(str(tmp_path / a) if (tmp_path / a).exists() else a for a in arguments))
 
 
 def test_several_ranks_are_rejected_with_a_remedy(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
