@@ -24,6 +24,7 @@ from ldmole_dist.method.routers import new_router
 from ldmole_dist.method.sparsegen import at_least_float32
 from ldmole_dist.parallel.dispatch import ExpertParallel
 from ldmole_dist.parallel.placement import draw_bank, seeded
+from ldmole_dist.tuner.bypassed import is_bypassed
 from ldmole_dist.tuner.config import LdMoleConfig, narrowed
 from ldmole_dist.tuner.expert_targets import expert_targets, warn_if_experts_left_out
 from ldmole_dist.tuner.experts import LdMoleExperts
@@ -152,6 +153,11 @@ class LdMoleModel(AdapterForward, TrainableAdapters, SavedAdapters):
         base: Any = target.base_layer if isinstance(target, LdMoleLinear) else target
         if reason := why_not_adaptable(base):
             raise ValueError(f"LD-MoLE cannot adapt {current_key}: this {type(base).__name__} {reason}")
+        if is_bypassed(parent, target_name):
+            raise ValueError(
+                f"LD-MoLE cannot adapt {current_key}: {type(parent).__name__} may take its weight instead of calling it, so "
+                f"that the adapter would be skipped; add {target_name!r} to exclude_modules"
+            )
         if not isinstance(target, LdMoleLinear):
             target = LdMoleLinear(base, current_key, self.context, self.parallel.dispatch())
             setattr(parent, target_name, target)

@@ -1,0 +1,32 @@
+"""Linears whose module is not called, because the code of their parent takes their weight as an operand.
+
+Mamba's fused training kernels take the weight of `out_proj`, where they are installed. An adapter on such a linear would have
+no effect in training.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+# An operand is an argument on a line of its own, or the left side of a matrix product. Other uses of a weight, such as its
+# initialization or a look at its dtype, leave the linear to be called.
+_OPERAND = re.compile(r"self\.(\w+)\.weight(?:,\n| @ )")
+
+
+def is_bypassed(parent: nn.Module, name: str) -> bool:
+    """Return whether the code of a module may take the weight of its linear `name` instead of calling the linear."""
+    kind: Any = type(parent)
+    return name in _operands(kind)
+
+
+@cache
+def _operands(kind: Any) -> frozenset[str]:
+    try:
+        return frozenset(_OPERAND.findall(inspect.getsource(kind)))
+    except (OSError, TypeError):  # a class without source, such as one that was typed into an interpreter
+        return frozenset()
