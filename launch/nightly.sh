@@ -5,12 +5,13 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 
-sections=(readme parity runs qlora benches mutations peft)
+sections=(readme parity backbones runs qlora benches mutations peft)
 usage() {
     echo "usage: launch/nightly.sh [SECTION...]"
     echo "Without a section, all of them run:"
     echo "  readme     every command of README.md and docs/, on the backbone of the quickstart"
     echo "  parity     every combination of ZeRO stage, ep_size, router, mode and checkpointing against one process"
+    echo "  backbones  an adapter on tiny random models of every architecture, with LoRA as the reference"
     echo "  runs       checkpoints loaded onto every topology, runs resumed at every stage and precision, a run killed 20 times"
     echo "  qlora      the quickstart with its backbone in 4 bits, compared with the quickstart"
     echo "  benches    every 'ldmole bench' command"
@@ -21,7 +22,7 @@ usage() {
 chosen=()
 for arg in "$@"; do
     case "$arg" in
-        readme | parity | runs | qlora | benches | mutations | peft) chosen+=("$arg") ;;
+        readme | parity | backbones | runs | qlora | benches | mutations | peft) chosen+=("$arg") ;;
         -h | --help)
             usage
             exit
@@ -47,7 +48,11 @@ run_section() {
     case "$1" in
         readme) "$python" -m pytest -m nightly tests/test_readme.py ;;
         parity) "$python" -m pytest -m nightly tests/selftest ;;
-        runs) "$python" -m pytest -m nightly --ignore tests/test_readme.py --ignore tests/test_qlora.py --ignore tests/selftest ;;
+        backbones) "$python" -m pytest -m nightly tests/backbones ;;
+        runs)
+            "$python" -m pytest -m nightly --ignore tests/test_readme.py --ignore tests/test_qlora.py --ignore tests/selftest \
+                --ignore tests/backbones
+            ;;
         qlora) "$python" -m pytest -s -m nightly tests/test_qlora.py ;;
         mutations) "$python" tests/mutations.py ;;
         peft) "$python" tests/peft_suite.py ;;
