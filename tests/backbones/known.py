@@ -18,7 +18,7 @@ _KNOWN = [
     (
         "the trace ends early, so that padding counts and linears are dispatched separately",
         "groups padding",
-        "qwen4_exp t5gemma",
+        "qwen4_exp switch_transformers t5gemma",
     ),
     (
         "the trace ends early, so that padding counts",
@@ -29,11 +29,6 @@ _KNOWN = [
         "linears in a list inside a layer are taken for a layer of their own",
         "groups",
         "zamba2",
-    ),
-    (
-        "the trace sends every token to the first expert, and does not reach the decoder's cross-attention",
-        "groups padding",
-        "switch_transformers",
     ),
 ]
 

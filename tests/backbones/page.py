@@ -66,7 +66,7 @@ def _shares(architecture: Architecture) -> tuple[str, str]:
     except Exception:  # some defaults of transformers are incomplete
         return "?", "?"
     weights = sum(parameter.numel() for parameter in model.parameters())
-    linears = sum(module.weight.numel() for module in adapted(model, architecture).values())
+    linears = sum(weight.numel() for weight in {module.weight for module in adapted(model, architecture).values()})
     experts = sum(p.numel() for module in routed_experts(model).values() for p in module.parameters(recurse=False))
     return f"{linears / weights:.0%}", f"{experts / weights:.0%}" if experts else ""
 
