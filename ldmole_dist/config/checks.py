@@ -19,8 +19,8 @@ def check_config(config: Config) -> None:
     to the classes of that task.
 
     Raises:
-        UserError: if keys contradict each other, a key that another one needs is not set, or a list is empty or has duplicates;
-            the message names the keys.
+        UserError: if keys contradict each other, a key that another one needs is not set, a list of sources is empty, or
+            data.labels has duplicates or fewer than two entries; the message names the keys.
     """
     o, a, ep_size = config.optimisation, config.adapter, config.parallelism.ep_size
     if (o.epochs is None) == (o.max_steps is None):
@@ -66,7 +66,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 
 
 def check_parallelism(config: Config, world_size: int) -> None:
-    """Raise UserError if a config cannot run on `world_size` ranks."""
+    """Raise UserError if ep_size or the batch sizes of a config do not fit `world_size` ranks."""
     check_ep_size(config.parallelism.ep_size, world_size)
     accumulation_steps(config, world_size)
 

@@ -39,7 +39,7 @@ def make_config(raw: Any, overrides: list[str], path: str) -> Config:
     """Apply overrides to a parsed config, check it and return it as a `Config`.
 
     Args:
-        raw: content of the parsed YAML file. It is modified: overrides are written to it.
+        raw: content of the parsed YAML file; modified in place, because overrides are written to `raw`.
         overrides: assignments "section.key=value", as in `load_config`.
         path: path of the YAML file, used in error messages.
 
@@ -103,7 +103,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _without_tuples(value: Any) -> Any:
-    """Replace tuples by lists, because `yaml.safe_dump` cannot write tuples."""
+    """Return a copy with lists in place of tuples, because `yaml.safe_dump` cannot write tuples."""
     if isinstance(value, dict):
         return {key: _without_tuples(item) for key, item in value.items()}
     return [_without_tuples(item) for item in value] if isinstance(value, list | tuple) else value

@@ -101,8 +101,9 @@ class Data:
         max_length: maximum number of tokens of a sequence.
         truncation: cut sequences longer than max_length: plain texts at their end, all others at their start. If false, such a
             sequence is an error.
-        packing: concatenate the sequences of a micro-batch into one row instead of padding them; each keeps its own positions
-            and attention mask. backbone.attention must be null, "sdpa", "eager" or "flash_attention_2".
+        packing: concatenate the sequences of a micro-batch into one row instead of padding them. Each sequence keeps its own
+            position ids, and its tokens attend only to each other. Needs backbone.task "causal_lm" and backbone.attention
+            null, "sdpa", "eager" or "flash_attention_2".
         cache: folder for encoded data sets, visible to all ranks. The file names depend on everything that affects encoding.
         streaming: keep the training set on disk: .jsonl files are read and checked once at the start, and rows are encoded when
             a step needs them. Needs truncation.
@@ -147,9 +148,10 @@ class Optimisation:
         sparsity_coef: coefficient of the sparsity loss (c_sp); 0 in the paper's main results.
         sparsity_target: target number of active experts per token (k*) in the sparsity loss and the L1 loss of router "relu".
         z_coef: coefficient of the router z-loss.
-        l1_coef: initial coefficient of the L1 loss of router "relu"; the default is ReMoE's. Each step multiplies it by l1_rate
-            if more than sparsity_target experts are active, and divides it if fewer are.
-        l1_rate: factor by which l1_coef changes per step; the default is ReMoE's.
+        l1_coef: initial coefficient of the L1 loss of router "relu"; the default is ReMoE's. Each step multiplies the
+            coefficient by l1_rate if the mean number of active experts per token exceeds sparsity_target, and divides the
+            coefficient by l1_rate if the mean is lower.
+        l1_rate: factor by which the coefficient of the L1 loss changes per step; the default is ReMoE's.
         entropy_coef: coefficient of the entropy loss of router "top_p"; 1e-4 in that router's paper.
         router_noise: initial standard deviation of Gaussian noise on the router logits in training; 0, as in the paper,
             disables it.
@@ -214,8 +216,8 @@ class Run:
     Args:
         output_dir: folder of the run (config.yaml, adapter/, checkpoints/, tensorboard/, metrics.jsonl and other .jsonl files).
         seed: seed of initial values, dropout, router noise and data order.
-        eval_every: number of optimizer steps between evaluations; 0 evaluates only after the last step and, with eval_before,
-            before the first.
+        eval_every: number of optimizer steps between evaluations; 0 omits these evaluations. The last step is always followed
+            by an evaluation.
         eval_before: also evaluate before the first step of a fresh run.
         save_every: number of optimizer steps between checkpoints; 0 saves one only after a stop request (SIGTERM or SIGINT).
         keep_last: number of latest checkpoints to keep.
@@ -225,8 +227,8 @@ class Run:
             is written, and no copy is needed.
         resume: "auto" resumes from the latest complete checkpoint in output_dir, if there is one. "never" starts fresh and
             moves previous results in output_dir aside. The path of a checkpoint resumes from this checkpoint, the path of a run
-            from its latest checkpoint. If such a run is restarted with the same path, it resumes from the latest checkpoint in
-            its own output_dir.
+            from its latest checkpoint. If the latest checkpoint in output_dir is from a run with the same value of `resume`,
+            this checkpoint is used instead, so that a restarted run keeps its progress.
     """
 
     output_dir: str

@@ -47,8 +47,8 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, process: Proce
 
     Raises:
         UserError, PeerError: on every rank, if `data.labels` do not fit the tokenizer, a source does not fit the task, has no
-            rows or cannot be read, a row is invalid, or the cache cannot be written. For an invalid row, the message names the
-            file, the line and the reason.
+            rows or cannot be read, a row is invalid or cannot be encoded, or the cache cannot be written. For a row, the
+            message names the location (`Row.where`) and the reason.
     """
     data, task, quiet = config.data, config.backbone.task, not process.is_main
 

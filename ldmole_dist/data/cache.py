@@ -66,7 +66,10 @@ def cache_key(encoder: Encoder, rows: Sequence[Row]) -> str:
 
 
 def _read(path: Path, encoder: Encoder, rows: Sequence[Row]) -> list[Encoded] | None:
-    """Return the cached rows; None if the file is missing or cannot be read."""
+    """Return the encoded rows, with ids and labels from the file; None if the file is missing or cannot be read.
+
+    The domains and choices come from `rows`, because the file does not hold them.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             ids, ends, labels = file["ids"], file["ends"], file["labels"]

@@ -20,7 +20,8 @@ class Encoded:
 
     Args:
         input_ids: all token ids.
-        labels: token ids of the answer and -100 elsewhere; for sequence classification, the class index.
+        labels: token ids of the tokens that are trained on and -100 elsewhere; for sequence classification, the class index.
+            Trained on are the answer, a complete plain text, or every assistant turn of a conversation.
         domain: domain of the row (`Row.domain`).
         choices: token id of each possible answer; None for sequence classification, conversations and the result of
             `Encoder.encode_choices`, if the answers are unknown, or if one of them is not a single token.
@@ -79,7 +80,8 @@ class Encoder:
 
         Raises:
             UserError: if the row has no tokens, is too long while truncation is off, has an answer that leaves no room for the
-                prompt, has two choices that are the same token, or is a conversation that the chat template cannot render.
+                prompt, or has two choices that are the same token; for a conversation, also if the tokenizer has no chat
+                template, or the template rejects the conversation or changes earlier turns when it adds one.
         """
         if self.task == "sequence_classification":
             assert self.labels is not None  # checked with the config
@@ -186,7 +188,7 @@ class Encoder:
             before = self._render(row, index, True)
             after = self._render(row, index + 1, False)
             if not before.startswith(done) or not after.startswith(before):
-                # If the first turn of the assistant was rendered, conversations that end with it are usable.
+                # If an earlier assistant turn was rendered, conversations that end after their first assistant turn are usable.
                 remedy = (
                     "conversations with one assistant turn" if done else "another record format, or another backbone"
                 )
@@ -212,7 +214,11 @@ class Encoder:
     def _fit(self, parts: Sequence[tuple[list[int], bool]], row: Row) -> tuple[list[int], list[int]]:
         """Return the token ids and labels of the concatenated parts.
 
-        If truncation is on, they are cut to `max_length`: plain texts at the end, all other rows at the start.
+        If truncation is on, ids and labels are cut to `max_length`: plain texts at the end, all other rows at the start.
+
+        Raises:
+            UserError: if the parts have no tokens, have more than `max_length` tokens while truncation is off, or the answer
+                of a row that is not plain text leaves no room for the prompt.
         """
         ids = [i for part, _ in parts for i in part]
         labels = [i if trained else IGNORED for part, trained in parts for i in part]

@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 Format = Callable[[Record, str], Row]
 
 ALPACA = "Below is an instruction that describes a task{also}. Write a response that appropriately completes the request.\n\n"
-# Role names in ShareGPT and OpenAI files -> role names in chat templates.
+# Role names in ShareGPT and OpenAI files -> role names in chat templates. `sharegpt` and `messages` accept all of them.
 ROLES = {
     "system": "system",
     "human": "user",
@@ -63,7 +63,7 @@ def alpaca(record: Record, where: str) -> Row:
 def sharegpt(record: Record, where: str) -> Row:
     """Convert {"conversations": [{"from": "human", "value": ...}, ...]} to a row; turns from "gpt" are trained on.
 
-    "assistant" is accepted as another name of "gpt", and "user" of "human".
+    A turn may also be from "system". "assistant" is accepted as another name of "gpt", and "user" of "human".
     """
     return _conversation(record, "conversations", "from", "value", where)
 

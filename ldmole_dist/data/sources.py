@@ -66,7 +66,7 @@ class RowParser:
         source: source from the config; its name is the domain of rows that do not set their own.
         task: "causal_lm" or "sequence_classification".
         labels: allowed targets of rows that have no choices of their own; None allows any.
-        named: whether a source without a name gets that of its task or file.
+        named: whether a source without a name gets the name of its task or file.
 
     Raises:
         UserError: if the source's task or format does not fit `task`.

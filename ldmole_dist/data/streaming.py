@@ -83,7 +83,11 @@ def index_part(
 
 
 def _parse_first_row(file: BinaryIO, path: Path, parser: RowParser) -> None:
-    """Parse the first row of the file, which determines the format for all parts."""
+    """Parse the first row of the file, which determines the format for all parts.
+
+    Raises:
+        UserError: if the file has no rows, or the first row is invalid.
+    """
     for number, line in enumerate(file, start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -174,7 +178,10 @@ class LineFile:
     def _open(self) -> BinaryIO:
         """Return the file, opened by this process.
 
-        A file object that a forked worker inherits shares its position with the parent process.
+        A forked worker opens the file again, because an inherited file object shares its position with the parent process.
+
+        Raises:
+            UserError: if the file cannot be opened.
         """
         if self._file is None or self._file[0] != os.getpid():
             try:

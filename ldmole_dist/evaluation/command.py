@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         Exit code 0.
 
     Raises:
-        UserError, PeerError: for invalid arguments, data or models.
+        UserError, PeerError: for invalid arguments, data or models, or if --output cannot be written.
     """
     if args.lm_eval is None and (args.lm_eval_path is not None or args.num_fewshot is not None):
         raise UserError("--lm-eval-path and --num-fewshot require --lm-eval; add --lm-eval TASKS or omit them.")

@@ -22,8 +22,8 @@ def choose_by_likelihood(
         targets: index of the correct choice of each row.
 
     Returns:
-        Outcomes of the N rows. `chosen_N` is the index of the choice with the highest log likelihood; `loss_N`,
-        `answers_N` and `greedy_N` are those of the correct choice.
+        Outcomes of the N rows. `chosen_N` is the index of the choice with the highest log likelihood, and `target_N` that of
+        the correct choice; `loss_N`, `answers_N` and `greedy_N` are the outcomes of the correct choice.
 
         (N,) float64 tensor: index of each row's choice with the highest log likelihood per UTF-8 byte of its text without
         surrounding white space; unlike the total log likelihood, this does not favor short answers.

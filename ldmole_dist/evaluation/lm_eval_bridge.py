@@ -42,8 +42,8 @@ def run_lm_eval(
         "lm_eval": results of each task, with the metric names of the harness. "versions": version of each task.
 
     Raises:
-        UserError, PeerError: on every rank, if the model is a classifier, the folder does not exist, a task is unknown, its
-            data cannot be loaded, or it generates text on several ranks.
+        UserError, PeerError: on every rank, if the model is a classifier, the folder does not exist, a task is unknown, the
+            data of a task cannot be loaded, or a task generates text and there are several ranks.
     """
     if model.config.backbone.task != "causal_lm":
         raise UserError(

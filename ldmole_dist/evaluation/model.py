@@ -120,10 +120,10 @@ def load_distributed(config: Config, with_adapter: bool) -> Iterator[Distributed
 def load_eval_data(config: Config) -> tuple[list[Row], Encoder]:
     """Read the evaluation rows of a config, and return them and their encoder. Collective: every rank must call it.
 
-    Call it before `load_distributed`, so that an error in the data is reported before the model is loaded.
+    Call this function before `load_distributed`, so that an error in the data is reported before the model is loaded.
 
     Raises:
-        UserError, PeerError: on every rank, if there is no evaluation data, it cannot be read, or the tokenizer cannot be
+        UserError, PeerError: on every rank, if `data.eval` is not set, `read_rows` raises an error, or the tokenizer cannot be
             loaded or does not fit `data.labels`.
     """
     start(config.parallelism.timeout_minutes)

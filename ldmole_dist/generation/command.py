@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         Exit code 0.
 
     Raises:
-        UserError: for invalid arguments, prompts or models.
+        UserError: for invalid arguments, prompts or models, if WORLD_SIZE is greater than 1, or if --output cannot be written
+            or does not match the prompts.
     """
     if (world_size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise UserError(
@@ -145,7 +146,10 @@ def _generate_for_file(args: argparse.Namespace, model: Any, tokenizer: Any, sam
 
 
 def _generate_for_input(args: argparse.Namespace, model: Any, tokenizer: Any, sampling: Any) -> None:
-    """Generate text for each line of standard input; with --chat, each line continues the conversation."""
+    """Generate text for each line of standard input.
+
+    With --chat, each line continues the conversation; the line "/new" starts a new one.
+    """
     from ldmole_dist.generation.generate import generate_batch
     from ldmole_dist.generation.prompts import render_chat
 

@@ -36,7 +36,7 @@ def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syst
     """Return the prompts of a file, in the order of the file.
 
     A .txt file has one prompt per line; blank lines are skipped. Records in other files (`read_records`) have a
-    "prompt" string or a "messages" list.
+    "prompt" string or a "messages" list; if a record has both, "messages" is used.
 
     Args:
         path: path of the file.
@@ -45,8 +45,8 @@ def read_prompts(path: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syst
         system: system message before each of these user messages; None for none.
 
     Raises:
-        UserError: if the file cannot be read or has no prompts, a record has neither key, or its messages cannot be rendered
-            (`render_chat`); the message names the location.
+        UserError: if the file cannot be read or has no prompts, a record has neither key or a value of a wrong type, or
+            `render_chat` raises the error; the error message names the location.
     """
     records: list[LocatedRecord]
     if Path(path).suffix == ".txt":
@@ -83,7 +83,7 @@ def make_prompt(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool, syste
     """Return the prompt for a text: the text itself or, with `chat`, a user message rendered by the chat template.
 
     Raises:
-        UserError: with `chat`, if the tokenizer has no chat template, or the template rejects the message.
+        UserError: with `chat`, if the tokenizer has no chat template, or the template rejects the user or system message.
     """
     if not chat:
         return Prompt(text)

@@ -3,8 +3,8 @@
 - Scalars `routing/<statistic>/<projection>`: mean over the layers.
 - Scalars `layers/<projection>/<statistic>/<layer>`: value of one linear.
 - Histograms `experts_per_token/<projection>`: share of tokens by number of active experts, mean over the layers.
-- Images `load/<projection>`: load of each expert (column) in each layer (row), which is its share of the active (token, expert)
-  pairs.
+- Images `load/<projection>`: load of each expert (column) in each layer (row). The load is the expert's share of the active
+  (token, expert) pairs of its linear.
 
 The layout of the custom scalars page combines related scalars in one chart.
 
@@ -76,7 +76,7 @@ def write_scalars(board: SummaryWriter, step: int, values: Mapping[str, float]) 
     """Write several scalars as one TensorBoard event.
 
     `SummaryWriter.add_scalar` writes one event per scalar. Thousands of events fill the writer's queue, which then blocks rank
-    0, and the other ranks wait for it.
+    0, and the other ranks wait for rank 0.
 
     Args:
         board: TensorBoard writer of the run.

@@ -45,7 +45,7 @@ class Linears:
         return [name for layer in self.layers if (name := self.name(projection, layer)) is not None]
 
     def values(self, projection: str, value: Callable[[str], float]) -> np.ndarray:
-        """Return the value of a projection's linear in each layer, as a (layers,) array with NaN for layers without one.
+        """Return the value of a projection's linear in each layer, as a (layers,) array; NaN for layers without such a linear.
 
         Args:
             projection: projection of the linears.
@@ -79,8 +79,8 @@ def as_table(rows: Sequence[Sequence[float]], filler: float, width: int = 0) -> 
 def _positions(names: list[str]) -> dict[str, Position]:
     """Return the position of each linear: the first number in its name is its layer, the last component its projection.
 
-    Two linears may then have the same position, for example in an encoder and a decoder. For all linears with this last
-    component, the projection is instead the full name with "*" in place of the layer.
+    Two linears may then have the same position, for example in an encoder and a decoder. For all linears with the same last
+    component as these two, the projection is instead the full name with "*" in place of the layer.
     """
     split = {name: _split(name) for name in names}
     counts = Counter((pattern.rsplit(".", 1)[-1], layer) for pattern, layer in split.values())

@@ -25,8 +25,8 @@ class JsonLines:
 
     Args:
         path: path of the file, which is created if it does not exist.
-        last_step: last step to keep. The first line that is damaged or of a later step is removed, with all lines after it.
-            An incomplete last line is removed as well.
+        last_step: last step to keep. The first line that is of a later step, or does not start with a step, is removed with all
+            lines after it. An incomplete last line is removed as well.
 
     Raises:
         OSError: if the file cannot be written.
@@ -52,7 +52,7 @@ class JsonLines:
 
 
 def _end_of(path: Path, last_step: int) -> int:
-    """Return the length in bytes of the leading lines with steps up to `last_step`.
+    """Return the length in bytes of the leading complete lines with steps up to `last_step`.
 
     Only the start of each line is parsed: a line of routing.jsonl can be large.
     """

@@ -28,7 +28,7 @@ SUMS = ("loss", "loss_task", *(f"loss_{term}" for term in TERMS), "active", "lam
 
 
 class Report(NamedTuple):
-    """Metrics of one optimizer step, the same on every rank.
+    """Metrics of one optimizer step; `StepMeter.report` returns the same ones on every rank.
 
     Args:
         metrics: name -> number, or nested dictionary of numbers.

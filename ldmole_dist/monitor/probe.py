@@ -49,7 +49,7 @@ class Probe:
 
         Returns:
             Name of a linear -> share (0 to 1) of real tokens whose set of active experts changed; empty at the first call.
-            Linears that do not read one row per token are left out. These are the down_proj of routed experts, which have one
+            Linears that do not read one row per token are left out, such as the down_proj of routed experts, which has one
             row for each pair of token and base expert.
         """
         before, self._before = self._before, self._supports(engine)
