@@ -1,7 +1,8 @@
 """Activation memory of forward and backward, traced with the real model on the meta device.
 
-Models with one and two decoder layers are traced; each further layer adds as much as the second one. The trace leaves out the
-experts, because their number of rows depends on the routing; `expert_costs.saved_bytes` adds them in closed form.
+Models with one and two decoder layers are traced; each further layer is assumed to keep as many bytes for the backward as the
+second layer. The trace leaves out the experts, because their number of rows depends on the routing; `expert_costs.saved_bytes`
+adds them in closed form.
 
 Shapes: T tokens, D in-features, O out-features, E experts, L local experts, R LoRA rank.
 """
@@ -55,7 +56,7 @@ def activations(workload: Workload, checkpointing: bool, partitioned: bool = Fal
         checkpointing: Whether decoder layers are recomputed in the backward.
         partitioned: Whether linears use DeepSpeed's ZeRO-3 linear, which saves its input even if its weight is frozen.
     """
-    # Reset the fields that do not change the trace, to hit the cache.
+    # Workloads whose traces are equal get equal fields, to hit the cache.
     w = replace(workload, lora_rank=1, accumulation=1, active=1.0, answer_tokens=workload.answer_tokens or workload.seq)
     one, two = (_trace(w, layers, checkpointing, partitioned) for layers in (1, 2))
     further = workload.backbone.num_hidden_layers - 1
@@ -79,7 +80,7 @@ def _trace(workload: Workload, layers: int, checkpointing: bool, partitioned: bo
     loss_peaks: list[int] = []
 
     def end_of_loss(module: Any, args: Any, output: Any) -> None:
-        """Register a gradient hook on the layer's output. Its first call comes when the backward of loss and head is done."""
+        """Register a gradient hook on the layer's output. The hook's first call follows the backward of loss and head."""
 
         def record(gradient: Tensor) -> None:
             if not loss_peaks:
@@ -107,7 +108,7 @@ def traced_model(workload: Workload, layers: int, checkpointing: bool, partition
         workload: Backbone, adapter and shapes.
         layers: Number of decoder layers.
         checkpointing: Whether decoder layers are recomputed in the backward.
-        partitioned: Whether linears save their input in a recomputation; see `on_meta`.
+        partitioned: Whether linears save their input in a recomputation; unused without checkpointing. See `on_meta`.
     """
     model = meta_model(workload, layers)
     for module in model.modules():
@@ -148,7 +149,7 @@ def run_forward(model: PeftModel, workload: Workload) -> Tensor:
 
 
 def _recompute_on_meta(context: Any, partitioned: bool) -> None:
-    """Enter `on_meta` in recomputations too, because autograd runs them outside of the modes that surround `backward()`."""
+    """Make recomputations enter `on_meta`, because autograd runs them outside of the modes that surround `backward()`."""
     contexts = context.checkpoint_contexts
 
     @contextmanager
@@ -166,9 +167,9 @@ def _recompute_on_meta(context: Any, partitioned: bool) -> None:
 class _OnMeta(TorchFunctionMode):
     """Function mode for the meta device, in which the memory of a forward is that of a GPU.
 
-    Attention is computed as fused attention, because torch would choose the math formulation on this device, which needs more
-    memory. Functions that read values (`bool`, a mask as index) get an assumed result. If `partitioned`, `F.linear` saves its
-    input.
+    Attention is computed as fused attention, because torch would choose the math formulation on the meta device, and the math
+    formulation needs more memory. Functions that read values (`bool`, a mask as index) get an assumed result. If
+    `partitioned`, `F.linear` saves its input.
     """
 
     def __init__(self, partitioned: bool) -> None:

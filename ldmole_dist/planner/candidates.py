@@ -100,7 +100,7 @@ class Candidate:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes per GPU beyond the usable memory; 0 or less if the candidate fits."""
+        """Bytes per GPU beyond the usable memory; 0 or less if the usable memory suffices."""
         return self.total_bytes - self.machine.usable
 
     @cached_property
@@ -115,7 +115,7 @@ class Candidate:
 
     @property
     def missing_host_bytes(self) -> int:
-        """Bytes per node beyond the host memory; 0 or less if the candidate fits, 0 if the host memory is not checked."""
+        """Bytes per node beyond the host memory; 0 or less if the host memory suffices, 0 if it is not checked."""
         return 0 if self.machine.host_memory is None else self.host_bytes_per_node - self.machine.host_memory
 
     @property
@@ -158,7 +158,7 @@ class Candidate:
 
         This counts the gradients (copied to the host once per micro-batch, and back for each micro-batch after the first), the
         updated parameters (copied to the device), the passes of Adam over host memory and, with offloaded parameters, a copy of
-        this rank's shards for every fetch.
+        this rank's shards to the device for every fetch in forward and backward.
         """
         w, s = self.workload, self.strategy
         if s.offload == "none":
@@ -202,8 +202,8 @@ def all_candidates(workload: Workload, machine: Machine) -> list[Candidate]:
 def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates in order of preference.
 
-    Candidates that fit come first, by step time; those within a factor SIMILAR of the shortest step time are sorted by
-    simplicity instead. Candidates that do not fit follow, by missing memory.
+    Candidates that fit come first, by step time; candidates within a factor SIMILAR of the shortest step time are sorted by
+    simplicity, then by memory, instead. Candidates that do not fit follow, by the sum of missing GPU and host memory.
     """
     fitting = sorted((c for c in candidates if c.fits), key=lambda c: c.step_seconds)
     similar = [c for c in fitting if c.step_seconds <= SIMILAR * fitting[0].step_seconds]
@@ -224,8 +224,8 @@ def _complexity(candidate: Candidate) -> tuple[bool, int, int, int]:
 def alternatives(candidate: Candidate, candidates: Sequence[Candidate]) -> dict[str, Candidate]:
     """Return, for each of `SETTINGS` that can be changed alone, the best candidate that differs in that setting only.
 
-    A change of the offload may include the stage that its shipped config needs. For the ZeRO stage, lower stages are
-    preferred.
+    A change of the offload may include the stage that its shipped config needs. For the ZeRO stage, stages above the
+    candidate's are considered only if no lower stage is available.
     """
     found: dict[str, Candidate] = {}
     for setting in SETTINGS:
@@ -246,9 +246,10 @@ def _differences(a: Strategy, b: Strategy) -> set[str]:
 def changes_that_fit(candidate: Candidate) -> list[str]:
     """Return options of `ldmole plan` that each make a candidate fit, such as "--seq 512".
 
-    Sizes (micro-batch, answer tokens, sequence length) are halved until the candidate fits. At ZeRO stages 1 to 3, the number
-    of GPUs is doubled until the candidate fits, at most five times. Precision fp32 is replaced by bf16. If no single option
-    suffices and GPU memory is missing, each option is combined with `--micro-batch 1`.
+    If GPU memory is missing, sizes (micro-batch, answer tokens, sequence length) are halved until the candidate fits. At ZeRO
+    stages 1 to 3, the number of GPUs is doubled until the candidate fits, at most five times. Precision fp32 is replaced by
+    bf16. If no single option suffices, GPU memory is missing and the micro-batch is larger than 1, each option is combined with
+    `--micro-batch 1`.
 
     Returns:
         Command-line options; empty if none suffices.

@@ -1,7 +1,8 @@
 """Traffic, memory and computation of the experts of one input group.
 
 Each token is assumed to use `Workload.active` experts of each linear, drawn uniformly and independently per linear, so the
-numbers are expectations. They are exact if every token uses all experts, or if the dispatch sends all experts ("gather").
+numbers are expectations. The numbers are exact if every token uses all experts, or if the dispatch sends all experts
+("gather").
 
 Shapes: T tokens, D in-features, O out-features, E experts, L local experts, R LoRA rank, P ranks of the expert-parallel group,
 G linears of the input group.
@@ -25,7 +26,8 @@ class Volume(NamedTuple):
     """Token rows and experts that one rank exchanges in the forward of a micro-batch.
 
     Args:
-        rows: Number of token rows sent: one per token and destination rank, shared by all linears of the group.
+        rows: Number of token rows sent: one per token and destination rank with an expert that the token uses in at least one
+            linear of the group.
         linear_rows: Number of sums returned for one linear: one per sent row that uses the destination's experts of this
             linear.
         experts: Number of experts of each linear that are fetched from other ranks.
@@ -138,7 +140,9 @@ def expert_calls(group: Group, workload: Workload, strategy: Strategy) -> Iterat
 
 
 def saved_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
-    """Return the bytes that the experts of a group save for the backward of a micro-batch, without x and the routing.
+    """Return the bytes that a group's experts save for the backward of a micro-batch.
+
+    The input x and the routing of this rank's own tokens are not included: `activations` counts them.
 
     A saved view is counted with the size of its base tensor, whose memory it keeps.
     """
@@ -159,6 +163,7 @@ def saved_bytes(group: Group, workload: Workload, strategy: Strategy) -> float:
         # (destination, expert) indices of the sent experts, and the indices of the local and fetched experts.
         gathered = (L + fetched) * sum(sizes.weights()) * itemsize
         gathered += G * (w.tokens * (L + fetched) * 4 + fetched * 2 * INT64 + (L + fetched) * INT64)
+    # The last term is the bool mask of the fetched experts.
     return hidden + row_indices + received + sum_indices + gathered + strategy.ep_size * G * L
 
 

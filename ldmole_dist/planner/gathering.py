@@ -29,7 +29,8 @@ class Gather(NamedTuple):
             After an update, for persistent weights: "update_experts" (experts, with expert parallelism), "update" (all others).
         ranks: Number of ranks in the group.
         elements: Number of elements of the whole weights with padding, summed over all calls.
-        calls: Number of calls.
+        calls: Number of calls; a call that fetches both experts and other trainable weights is counted in only one of the two
+            kinds.
     """
 
     kind: str
@@ -169,7 +170,7 @@ class _Coordinator:
             self._hold(name, -1)
 
     def _hold(self, name: str, sign: int) -> None:
-        """Update the counters for a weight that is gathered (`sign` = 1) or released (`sign` = -1)."""
+        """Update the available weights and the counters: add (`sign` = 1) or remove (`sign` = -1) a weight."""
         p = self.parameters[name]
         n = local_elements(p, self.strategy)
         self.available ^= {name}

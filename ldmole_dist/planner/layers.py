@@ -23,7 +23,7 @@ def layer_prefix(model: PeftModel) -> str:
 
 
 def rename(name: str, prefix: str, old: int, new: int) -> str:
-    """Replace the index of the decoder layer in the name of a module or parameter.
+    """Return the name of a module or parameter with the index of its decoder layer replaced.
 
     Args:
         name: Name of a module or parameter; returned unchanged if it does not belong to decoder layer `old`.

@@ -36,13 +36,13 @@ def memory(workload: Workload, strategy: Strategy) -> dict[str, int]:
         gradients: Gradients of the trainable parameters that this rank holds after a backward.
         optimizer: Adam's moments, and at stages 1 to 3 the float32 master weights; 0 with offload.
         activations: Tensors kept from the forward to the backward.
-        working: Temporary memory at the peak: the maximum over logits and loss, the backward (with recomputation) of a decoder
-            layer, and the update.
+        working: Peak of the temporary memory beyond `activations`: the maximum over logits and loss, the backward (with
+            recomputation) of a decoder layer and, without offload, the update.
         gathered: ZeRO-3's temporarily gathered weights.
         buckets: DeepSpeed's gradient buckets, and at stage 2 the sum of the gradients over micro-batches.
 
     Raises:
-        UserError: If `check` rejects the workload with the strategy.
+        UserError: If `check` rejects the workload with the strategy, or `meta_model` rejects the workload.
     """
     check(workload, strategy)
     w, s = workload, strategy
@@ -118,7 +118,7 @@ def gradient_bytes(workload: Workload, strategy: Strategy) -> int:
 
 
 def bucket_bytes(workload: Workload, strategy: Strategy) -> int:
-    """Return the bytes of DeepSpeed's reduction buckets, and of the sum over micro-batches that stage 2 accumulates."""
+    """Return the bytes of DeepSpeed's reduction buckets and, at stage 2 without offload, of the sum over micro-batches."""
     if strategy.stage == 0:
         return 0
     zero = settings(strategy)

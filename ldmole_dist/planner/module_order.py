@@ -128,7 +128,7 @@ class _OnGradient(torch.autograd.Function):
 
 
 def _deepened(events: list[Event], prefix: str, layers: int, depth: int) -> list[Event]:
-    """Return the events of a model with `depth` layers, made by repeating those of the middle one of `layers` traced layers."""
+    """Return the events of a model with `depth` layers: the traced events, with those of the middle layer repeated."""
     if depth == layers:
         return events
     _, middle, last = (events.index(Event("fetch", f"{prefix}.{i}", True)) for i in range(3))

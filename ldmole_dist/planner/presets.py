@@ -81,7 +81,7 @@ def explain_build_errors(what: str) -> Iterator[None]:
 
 
 def _file(name_or_path: str) -> Path:
-    """Return the path of the config.json; raise UserError if there is none."""
+    """Return the path of the preset or of the config.json; raise UserError if there is none or if the file is a GGUF file."""
     path = FOLDER / f"{name_or_path}.json" if is_preset(name_or_path) else Path(name_or_path)
     if path.is_dir():
         if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
@@ -124,7 +124,7 @@ def _check_kind(config: PretrainedConfig, path: Path) -> None:
 
 
 def _check_sizes(values: dict[str, Any], path: Path) -> None:
-    """Raise UserError for values with which transformers divides by zero, or builds a model that cannot run."""
+    """Raise UserError for sizes and activations with which transformers cannot build the model or the model cannot run."""
     from transformers.activations import ACT2FN
 
     names = (*SIZES, "num_key_value_heads", "head_dim")

@@ -14,7 +14,7 @@ def gb(size: float) -> str:
 
 
 def missing(candidate: Candidate) -> str:
-    """Format the missing memory, such as "3.1 GB per GPU" or "40.0 GB of host memory per node"."""
+    """Format the missing memory, such as "3.1 GB per GPU and 40.0 GB of host memory per node"; empty if none is missing."""
     parts = [f"{gb(candidate.missing_bytes)} per GPU"] if candidate.missing_bytes > 0 else []
     if candidate.missing_host_bytes > 0:
         parts.append(f"{gb(candidate.missing_host_bytes)} of host memory per node")

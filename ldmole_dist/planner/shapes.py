@@ -83,7 +83,7 @@ class Shapes(NamedTuple):
 
 
 def meta_model(workload: Workload, layers: int | None = None) -> PeftModel:
-    """Return the adapted model on the meta device, in training mode.
+    """Return the adapted model on the meta device, in training mode and with the load-balancing loss.
 
     Args:
         workload: Backbone and adapter.
@@ -173,14 +173,14 @@ def _quantized_bytes(model: PeftModel, quantization: str) -> dict[str, int]:
 
 
 def _deepened(shapes: Shapes, prefix: str, depth: int) -> Shapes:
-    """Return the shapes of a model with `depth` decoder layers, which repeats the second one."""
+    """Return the shapes of a model with `depth` decoder layers; further layers repeat the second layer of `shapes`."""
     bare_prefix = prefix.removeprefix("base_model.model.")  # input groups carry the names of the model without PEFT
     parameters = tuple(_repeated(shapes.parameters, prefix, depth))
     return Shapes(parameters, tuple(_repeated(shapes.groups, bare_prefix, depth)))
 
 
 def _repeated(items: Sequence[Named], prefix: str, depth: int) -> Iterator[Named]:
-    """Yield the items of a model with two layers, and after those of the second one their copies for layers 2 to depth - 1."""
+    """Yield the items of a model with two layers; after those of layer 1, yield their copies for layers 2 to depth - 1."""
     second = [item for item in items if in_layer(item.name, prefix, 1)]
     for item in items:
         yield item

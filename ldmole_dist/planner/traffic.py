@@ -63,8 +63,9 @@ def bytes_sent(workload: Workload, strategy: Strategy) -> dict[str, float]:
 def element_bytes(kind: str, workload: Workload) -> int:
     """Return the bytes per element of a kind.
 
-    Counts are int64. Frozen weights that ZeRO-3 gathers, and all payloads of the experts except gates, have the precision of
-    the workload. All other kinds are counted as float32, including frozen persistent weights in "update".
+    Counts are int64. Frozen weights that ZeRO-3 gathers in forward and backward ("gather"), and the other payloads of the
+    experts except gates, have the precision of the workload. All other kinds are counted as float32, including frozen
+    persistent weights in "update".
     """
     if kind == "counts":
         return 8
@@ -96,15 +97,16 @@ def micro_batch_elements(
     Args:
         forwards: Number of elements by kind that the forward of each input group sends, in the order of the model.
         workload: Workload with these input groups.
-        strategy: Strategy; its ep_size determines the size of the count messages, its checkpointing whether layers send again.
+        strategy: Strategy; its ep_size determines the size of the count messages, its checkpointing whether recomputed forwards
+            send again and whether the rows of the first group have gradients.
     """
     sent = dict.fromkeys(DISPATCH, 0.0)
     for i, (group, forward) in enumerate(zip(shapes_of(workload).groups, forwards, strict=True)):
         sent["counts"] += count_payload(group, workload, strategy)
         for kind, elements in forward.items():
             sent[kind] += elements
-            # All kinds have gradients, except the rows of the first group without checkpointing: the output of the frozen
-            # embeddings needs a gradient only under checkpointing.
+            # All kinds in `FORWARD` have gradients, except the rows of the first group without checkpointing: the output of the
+            # frozen embeddings needs a gradient only under checkpointing.
             if i > 0 or kind != "rows" or strategy.checkpointing:
                 sent[f"grad_{kind}"] += elements
             if strategy.checkpointing:
@@ -142,8 +144,8 @@ def _reductions(workload: Workload, strategy: Strategy) -> Iterable[Collective]:
             yield Collective(kind, "all_reduce", group.ranks, sum(group.elements) * times, calls)
             continue
         if strategy.ep_size > 1:
-            # Gradients of experts and of other parameters never share a bucket: one of the other kind flushes it. The kinds
-            # alternate by input group, so each group causes at least one flush.
+            # Gradients of experts and of other parameters never share a bucket: a gradient of the other kind first flushes the
+            # bucket. The kinds alternate by input group, so each group causes at least one flush of each kind.
             calls = max(calls, len(shapes_of(workload).groups) * times)
         yield Collective(kind, "reduce_scatter", group.ranks, padded_elements(group, 3) * times, calls)
 

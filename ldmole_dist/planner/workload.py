@@ -33,7 +33,8 @@ class Workload:
         accumulation: Micro-batches per rank and optimizer step.
         seq: Tokens per sequence; none of them is padding.
         answer_tokens: Number of positions per sequence whose logits are computed; None for all.
-        active: Mean number of active experts per token. Routing is assumed to be balanced and independent between linears.
+        active: Mean number of active experts per token and linear. Routing is assumed to be balanced and independent between
+            linears.
         precision: Data type of the frozen backbone and of the activations.
         quantization: Quantization of the frozen linears; None for none.
         padded: Whether attention keeps a mask, as in batches with padding.
@@ -118,7 +119,8 @@ class Strategy:
         zero: (key, value) pairs that override the section `zero_optimization` of the shipped config.
 
     Raises:
-        UserError: If a value is out of range, or no config is shipped for the stage with the offload.
+        UserError: If a value is out of range, `ep_size` does not divide `ranks`, or no config is shipped for the stage with the
+            offload.
     """
 
     ranks: int

@@ -71,7 +71,9 @@ class Counter:
         self._tokens_V.index_add_(0, self._ids_T, self._mask_T.long())
 
     def __call__(self, name: str, routing: Routing, mask_T: Tensor | None) -> None:
-        """Count the routing of one linear; see `context.Observer`.
+        """Count the routing of one linear (signature of `context.Observer`).
+
+        Real tokens are those in the attention mask of the batch passed to `begin`; `mask_T` is not used.
 
         Raises:
             UserError: If the number of the linear's input rows differs from the number of tokens.

@@ -33,7 +33,8 @@ def report(args: argparse.Namespace) -> int:
         Exit code 0.
 
     Raises:
-        UserError: If the run or adapter, the data or the output folder cannot be used.
+        UserError: If the run or adapter, the backbone, the data or the output folder cannot be used, or a checkpoint or log of
+            the run is damaged.
     """
     saved = find_saved_model(args.run_or_adapter, args.backbone)
     tokenizer = load_tokenizer(saved.backbone)

@@ -87,16 +87,16 @@ def trace_history(
     """Route the probe tokens with the initial adapter, the checkpoints and the final adapter of a run.
 
     Args:
-        model: Model with the final adapter, in evaluation mode. Other adapters are added and removed; its state is the
-            same after the call.
+        model: Model with the final adapter, in evaluation mode. Other adapters are added and removed; after the call,
+            the model has the same state as before.
         saved: Run or adapter of the report.
         examples: Sequences. The probe tokens are those of the first sequences, at most `PROBE_TOKENS` in total.
         pad_id: Token id of the padding.
         batch_size: Sequences per forward.
 
     Returns:
-        The history; None if it has only one state, if the adapter has no run, if the run has no checkpoints, or if it did not
-        train the experts: its checkpoints then do not hold them.
+        The history; None if it has only one state, if the adapter has no run, if the run has no checkpoints, or if the run did
+        not train the experts, because its checkpoints then do not contain the experts.
 
     Raises:
         UserError: If a checkpoint is damaged or does not match the model, or metrics.jsonl is damaged.

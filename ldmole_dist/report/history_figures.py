@@ -61,7 +61,7 @@ def state_lines(linears: Linears, history: RoutingHistory) -> Figure:
 
 
 def training_lines(linears: Linears, records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot the routing recorded during training, one line per projection.
+    """Plot the routing recorded during training, one line per projection over the linears that all records contain.
 
     Args:
         linears: Adapted linears of the model.

@@ -93,7 +93,7 @@ def load_model(saved: SavedModel, precision: str, tokenizer: PreTrainedTokenizer
     Raises:
         UserError: If one of them cannot be loaded, or the adapter does not match the backbone.
     """
-    # PEFT 0.21 reads this attribute, which transformers 5.23 deprecated, whenever it adds an adapter.
+    # Whenever PEFT 0.21 adds an adapter, it reads `is_gradient_checkpointing`, which transformers 5.23 deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
     task = saved.task
     classes = _class_names(saved.adapter) if task == "sequence_classification" else None

@@ -107,6 +107,8 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 def kind_of(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> str:
     """Return the kind of a token, a key of `KINDS`.
 
+    A token with letters begins a word if it starts with a space or if its first visible character is an upper-case letter.
+
     Args:
         tokenizer: Tokenizer of the model.
         token: Token id.
