@@ -45,7 +45,7 @@ class AuxiliaryLosses(_Base):
             if isinstance(value, TrainingArguments):
                 _check_options(value)  # now, because TRL's constructor would start vLLM
         super().__init__(*args, **kwargs)
-        _check_options(self.args)  # again, because TRL changes some of them
+        _check_options(self.args)  # again, because TRL changes some options
         assert self.model is not None  # checked by Trainer's constructor
         tuner = tuner_of(self.accelerator.unwrap_model(self.model))
         if tuner.parallel.size > 1:
@@ -92,7 +92,7 @@ class AuxiliaryLosses(_Base):
     def _micro_batch_weight(self, num_items_in_batch: Tensor | int | None) -> float:
         """Return the weight of a micro-batch's auxiliary losses: 1 divided by the number of micro-batches of the step.
 
-        It is 1 if `Trainer.training_step` itself divides the loss by that number.
+        The weight is 1 if `Trainer.training_step` itself divides the loss by that number.
         """
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:

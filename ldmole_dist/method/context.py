@@ -24,10 +24,11 @@ from ldmole_dist.method.losses import entropy_loss, l1_loss, load_balance_loss, 
 from ldmole_dist.method.noise import RouterNoise
 from ldmole_dist.method.routers import Routing, lambda_or_nan
 
-# Recorded decisions of each owner (the leader of an input group), in the order of its calls.
+# Recorded decisions by owner, in the order of the owner's calls. The owner is the linear that computes: the leader of an input
+# group or, if another linear of the group gets a different input, that linear.
 Tape = dict[Any, list[Any]]
-# Called once per adapted linear and forward. Arguments: name of the linear, its routing of T tokens, and the (T,) mask of real
-# tokens, None if all are real.
+# Called with each routing of an adapted linear, except in recomputations. Arguments: name of the linear, its routing of T
+# tokens, and the (T,) mask of real tokens, None if every token counts.
 Observer = Callable[[str, Routing, Tensor | None], None]
 
 
@@ -62,8 +63,8 @@ class LossWeights:
 TERMS = ("balance", "sparsity", "z", "l1", "entropy")
 
 
-# Name of the mask that covers the rows of a linear's input. None is used in its place if no mask is known to cover the rows,
-# for example because they are image patches, or one row for each sequence; then every row counts.
+# Name of the mask that covers the rows of a linear's input. In place of a name, None says that no mask is known to cover the
+# rows, for example because the rows are image patches, or one row for each sequence; then every row counts.
 MaskName = Literal["attention_mask", "decoder_attention_mask"]
 
 
@@ -87,11 +88,11 @@ class StepContext:
 
     Attributes:
         weights: coefficients of the auxiliary losses.
-        noise: noise on the router scores of the next training forward; set it for each micro-batch. None: no noise.
+        noise: noise on the router scores of linears in training mode; set it for each micro-batch. None: no noise.
         observer: function that gets the routing of each linear in training and evaluation, but not in a recomputation; or None.
         terms: values of each auxiliary loss, one scalar per linear recorded so far; keyed by the name of the loss.
-        stats: (3,) per linear, keyed by its name: over its real tokens, the number of active (token, expert) pairs, the sum of
-            lambda (NaN for routers without lambda) and the number of tokens.
+        stats: (3,) per linear, keyed by its name: over the real tokens of its last call, the number of active (token, expert)
+            pairs, the sum of lambda (NaN for routers without lambda) and the number of tokens.
         adapter_disabled: whether adapted linears return only their base output.
     """
 
@@ -109,7 +110,7 @@ class StepContext:
         self._region: _Region | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model starts without the records of the last forward, whose tensors are part of its graph.
+        # A copy of the model starts without the records of the last forward: deepcopy raises on tensors of an autograd graph.
         return vars(self) | {name: value for name, value in vars(StepContext()).items() if name in RECORDS}
 
     def begin(
@@ -119,7 +120,7 @@ class StepContext:
         decoder_mask: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> None:
-        """Start a forward and, if it has gradients, clear the records of the previous one.
+        """Start a forward and, if gradients are enabled, clear the records of the previous forward.
 
         A forward without gradients, such as that of a reference model, records nothing and keeps the records as they are.
 
@@ -137,7 +138,7 @@ class StepContext:
         self._inputs = _Inputs({"attention_mask": mask, "decoder_attention_mask": decoder_mask}, positions, hidden)
 
     def end(self) -> None:
-        """End the forward. Later calls of adapted linears are recomputations and record nothing."""
+        """End the forward. Until the next `begin`, calls count as recomputations, which record no losses and statistics."""
         self._open = False
 
     def router_input(self, name: str, x_TD: Tensor) -> Tensor:
@@ -169,10 +170,10 @@ class StepContext:
 
         Args:
             name: mask that covers the rows of the linear; None if no mask does.
-            shape: leading dimensions of the linear's input, whose product is T.
+            shape: leading dimensions of the linear's input, with product T; (T,) if the input has several rows per token.
 
         Returns:
-            (T,) bool; None if every row counts, because the model got no such mask or T does not fit the mask's shape.
+            (T,) bool; None if every row counts: `name` is None, the model got no such mask, or T does not fit the mask's shape.
 
         Raises:
             ValueError: if the mask is not 2-D.
@@ -212,7 +213,7 @@ class StepContext:
     ) -> None:
         """Record the auxiliary losses and statistics of the linears of an input group.
 
-        A loss with a positive coefficient is also computed in a recomputation, where its value is dropped: torch's checkpoint
+        A loss with a nonzero coefficient is also computed in a recomputation, where its value is dropped: torch's checkpoint
         requires that the recomputation saves the same tensors as the first forward. Any other loss is computed only in the
         first forward, without a graph.
 
@@ -242,7 +243,7 @@ class StepContext:
             self.stats.update(zip(names, stats_G3.unbind(), strict=True))
 
     def observe(self, name: str, routing: Routing, mask_T: Tensor | None) -> None:
-        """Call the observer, if there is one, with the routing of a linear.
+        """Call the observer, if there is one, with the routing of a linear. A recomputation does not call it.
 
         Args:
             name: name of the linear, unique in the model.
@@ -273,7 +274,10 @@ class StepContext:
         return _Region(self, tape, replaying=False), _Region(self, tape, replaying=True)
 
     def replay_decision(self, owner: Any) -> Any | None:
-        """Return the decision that `owner` recorded at this point of the first forward; None outside a recomputation."""
+        """Return the decision that `owner` recorded at this point of the first forward.
+
+        Return None outside a recomputation, and in a recomputation that does not use `checkpoint_contexts`.
+        """
         region = self._region
         return region.next_decision(owner) if region is not None and region.replaying else None
 

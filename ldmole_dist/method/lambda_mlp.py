@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldmole_dist.method.linear import InputDtypeLinear, kaiming_uniform_
 from ldmole_dist.method.sparsegen import at_least_float32
 
-AUTHORS_BIAS = -2.5  # every bias of the authors' lambda-MLP; lambda starts at logsigmoid(-2.5) + 0.99 = -1.59
+AUTHORS_BIAS = -2.5  # of all biases in the authors' code; lambda then starts at logsigmoid(-2.5) + 0.99 = -1.59
 
 
 class LambdaMLP(nn.Module):

@@ -20,14 +20,15 @@ from ldmole_dist.method.experts import ExpertBank, apply_experts, fused_is_alway
 from ldmole_dist.method.lambda_mlp import LambdaMLP
 from ldmole_dist.method.routers import Router, Routing
 
-# Waits for a started dispatch and returns the experts' weighted sum (T, O) of each linear of the group.
+# Waits for a started dispatch and returns the experts' weighted sum (T, O) for each linear that the dispatch was started for.
 Finish = Callable[[], list[Tensor]]
 
 
 class Dispatch(Protocol):
     """Brings the tokens of an input group and their experts together.
 
-    `decide` runs in the first forward only. `start` carries out its decision, in the first forward and in a recomputed one.
+    The first forward calls `decide`, then `start` with the decision. A recomputed forward that replays the decision
+    (`StepContext.checkpoint_contexts`) calls only `start`.
     """
 
     def decide(self, supports: Sequence[Tensor], banks: Sequence[ExpertBank], name: str) -> Any:
@@ -36,7 +37,7 @@ class Dispatch(Protocol):
         Args:
             supports: (T, E) bool, one for each linear of the group.
             banks: experts held here, one bank for each linear.
-            name: name of the group.
+            name: name of the first linear.
         """
 
     def start(
@@ -57,7 +58,7 @@ class Dispatch(Protocol):
             routings: routing of the T tokens, one for each linear.
             banks: experts held here, one bank for each linear.
             decision: decision that `decide` returned.
-            repeated: whether the caller is a recomputed forward.
+            repeated: whether a recomputed forward replays the decision.
         """
 
 
@@ -98,7 +99,8 @@ class InputGroup:
     """One or more linears that read the same tensor, in the order in which the model calls them.
 
     The first linear, the leader, computes the adapter's output for all of them, with one dropout mask, one lambda per token and
-    one dispatch. If another linear is called with the same tensor, it returns the output that the leader computed for it.
+    one dispatch. If another linear of the group is then called with the same tensor, it returns the output that the leader
+    computed for it; with a different tensor, it computes its own output.
 
     Args:
         linears: linears that have the adapter.
@@ -128,8 +130,8 @@ class InputGroup:
         key = _identity(x)
         if delta is not None and computed_for == key:
             return lambda: delta
-        # The leader computes for the whole group. Another linear gets here only if its input is not the leader's; it then
-        # computes for itself alone.
+        # The leader computes for the whole group. Another linear gets here only if the leader computed no output for this
+        # call, for example because their inputs differ; the linear then computes for itself alone.
         linears = self.linears if linear is self.linears[0] else [linear]
         x_cast = to_autocast_dtype(x)
         with without_autocast(x.device.type):
@@ -182,12 +184,12 @@ class InputGroup:
 
 
 def _identity(x: Tensor) -> tuple[int, torch.Size, int]:
-    """Return what is equal for the inputs of a group's linears exactly if they are the same unchanged tensor."""
-    # Addresses, not objects: ZeRO-3's hooks pass each linear a different tensor object for the same input. torch.export has
-    # objects only.
+    """Return address, shape and version of an input; if they are equal, two linears got the same, unchanged tensor."""
+    # Addresses, not objects: ZeRO-3's hooks pass each linear a different tensor object for the same input. Under torch.export,
+    # tensors have no address, and the objects are the same.
     address = id(x) if torch.compiler.is_exporting() else x.data_ptr()
     # The version, which these objects share, tells whether the tensor has been changed in place. torch.compile cannot read it,
-    # and tensors made in inference mode have none.
+    # and tensors made in inference mode have none: there, an in-place change is not detected.
     version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
     return address, x.shape, version
 
@@ -221,7 +223,8 @@ class LinearAdapter(nn.Module):
 class MoEAdapters(nn.Module):
     """The adapters of one linear, or of one projection of routed experts, by name.
 
-    The output of an adapter is s * sum_e p_e(x) B_e A_e x, with p from its router and lambda from the shared MLP.
+    The output of an adapter is s * sum_e p_e(x) B_e A_e x, with p from its router. A router with `needs_lambda` gets lambda
+    from the shared lambda-MLP.
 
     Args:
         name: name of the linear, unique in the model.
@@ -277,6 +280,6 @@ class MoELinear(MoEAdapters):
     def forward_with_adapter(self, x: Tensor, adapter: str) -> Tensor:
         """Return the output of the base layer plus the adapter's, (..., O) in the dtype of the base layer's output."""
         finish = self.groups[adapter].start(self, x)
-        # Overlaps with the all-to-all of the dispatch; its backward overlaps with the all-to-all of the gradients.
+        # The base layer overlaps with the dispatch's all-to-all, and its backward with the all-to-all of the gradients.
         y = self.base_layer(x)
         return y + finish().to(y.dtype)

@@ -1,4 +1,4 @@
-"""Linear maps with float32 weights that compute in another dtype, and their initialization.
+"""Linear maps that compute in a given dtype, whatever the dtype of their weights, and their initialization.
 
 Shapes: T tokens, D in-features, O out-features.
 """

@@ -15,13 +15,14 @@ from torch import Tensor
 
 
 def load_balance_loss(p: Tensor, mask: Tensor | None = None, prob: Tensor | None = None) -> Tensor:
-    """Return L_lb = E * sum_e freq_e * prop_e: 1 if all experts are used equally, E if only one expert is used.
+    """Return L_lb = E * sum_e freq_e * prop_e.
 
+    For weights that sum to 1, and without `prob`, it is 1 if all experts are used equally and E if only one expert is used.
     freq_e is the share of expert e in the active (token, expert) pairs and carries no gradient. prop_e is its mean weight, or
     its mean probability before the selection if `prob` is given, which gives inactive experts a gradient too.
 
     Source: the paper's load-balancing loss; with `prob`, that of the Switch Transformer, arXiv 2101.03961, as used by MoLA.
-    For top-p, Huang et al. (see `entropy_loss`) divide freq_e by the number of tokens instead of pairs.
+    For top-p, Huang et al. (see `entropy_loss`) define freq_e as a share of the tokens instead of the pairs.
 
     Args:
         p: (..., T, E) routing weights.

@@ -1,7 +1,7 @@
 """Gaussian noise on router scores during training, so that experts with slightly lower scores are tried too.
 
-Not in the paper, and off by default. The noise depends only on the key (seed, step, micro-batch, rank) and the name of the
-linear, so a recomputed forward and a resumed run draw the same values.
+Not in the paper, and off by default. On devices of one type, the noise depends only on the key (seed, step, micro-batch, rank),
+the name of the linear, and the shape and dtype of its scores, so a recomputed forward and a resumed run draw the same values.
 
 Shapes: T tokens, E experts.
 """

@@ -84,7 +84,7 @@ class Router(nn.Module):
         return linear(x_TD, self.weight, None, at_least_float32(x_TD.dtype))
 
     def decide(self, logits_TE: Tensor, lam_T: Tensor | None) -> Tensor:
-        """Return the support, (T, E) bool. NaN scores are in the support, so that they reach the output."""
+        """Return the support, (T, E) bool. If a token has NaN scores, its support has one, so that NaN reaches the output."""
         raise NotImplementedError
 
     def weigh(self, logits_TE: Tensor, lam_T: Tensor | None, support_TE: Tensor) -> Routing:
@@ -263,6 +263,7 @@ def new_router(name: str, in_features: int, num_experts: int, *, top_k: int, top
 def _on_support(p_TE: Tensor, support_TE: Tensor) -> Tensor:
     """Return the weights with 0 off the support, and at least the smallest normal number on it.
 
-    A softmax can underflow to 0 on the support, but `p != 0` must recover the support.
+    A softmax can underflow to 0 on the support, and a ReLU score can round to 0 or less when a recomputation replays the
+    support, but `p != 0` must recover the support.
     """
     return p_TE.clamp_min(torch.finfo(p_TE.dtype).tiny).masked_fill(~support_TE, 0)

@@ -164,7 +164,8 @@ def load_adapter(backbone: PreTrainedModel, folder: str, trainable: bool) -> Pef
         trainable: whether the adapter's parameters get gradients.
 
     Raises:
-        UserError: if the folder has no LD-MoLE adapter, or the adapter cannot be read or does not fit the backbone.
+        UserError: if the folder has no LD-MoLE adapter; if the adapter cannot be read or does not fit the backbone; or if
+            `trainable` and the adapter has trainable_token_indices or ensure_weight_tying.
     """
     config = _adapter_config(folder)
     for name in ("trainable_token_indices", "ensure_weight_tying") if trainable else ():

@@ -55,7 +55,7 @@ def check_quantizable(model: PreTrainedModel, quantization: str) -> None:
         quantization: value of backbone.quantization, for the message.
 
     Raises:
-        UserError: if the model has fused experts, or a linear of a class that bitsandbytes leaves as it is.
+        UserError: if the model has fused experts or convolutions, or a linear of a class that bitsandbytes leaves as it is.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() > 2:
@@ -83,7 +83,10 @@ def quantized_bytes(quantization: str, in_features: int, out_features: int) -> i
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters of a model, with the scales and code books of quantized ones."""
+    """Return the bytes of all parameters of a model, with the scales and code books of quantized ones.
+
+    Parameters that share their storage count once.
+    """
     tensors: list[Tensor] = list(model.parameters())
     for module in model.modules():
         if is_quantized_linear(module):

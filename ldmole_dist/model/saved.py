@@ -43,7 +43,7 @@ class SavedModel:
 
     @property
     def quantization(self) -> str | None:
-        """Quantization of the backbone, as in `backbone.quantization`; None for an adapter alone."""
+        """Quantization of the run's backbone, as in `backbone.quantization`; None if unquantized, and for an adapter alone."""
         return None if self.config is None else self.config.backbone.quantization
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-# An operand is an argument on a line of its own, or the left side of a matrix product. Other uses of a weight, such as its
-# initialization or a look at its dtype, leave the linear to be called.
+# A weight counts as an operand if it is an argument at the end of a line, or the left side of a matrix product. Other uses of a
+# weight, such as to initialize it or to read its dtype, do not replace the call of the linear.
 _OPERAND = re.compile(r"self\.(\w+)\.weight(?:,\n| @ )")
 
 

@@ -45,7 +45,7 @@ class ExpertTarget(NamedTuple):
 def routed_experts(model: nn.Module) -> dict[str, Any]:
     """Return the modules that hold the weights of routed experts as parameters of their own, by their names in the backbone.
 
-    They are recognized by "Expert" in the name of their class.
+    The name of their class contains "Expert" but not "Shared", and they are not linears.
     """
     return {
         name.removesuffix(".base_layer"): module
@@ -68,7 +68,8 @@ def expert_targets(model: nn.Module, config: LdMoleConfig) -> Iterator[ExpertTar
         config: config of the adapter.
 
     Raises:
-        ValueError: if an entry matches no parameter or a parameter that cannot be adapted, or if `router_input` is "hidden".
+        ValueError: if an entry matches no parameter or a parameter that cannot be adapted, or if there are entries and
+            `router_input` is "hidden".
     """
     entries = config.target_parameters or []
     if entries and config.router_input == "hidden":
@@ -132,7 +133,7 @@ def why_experts_not_adaptable(experts: Any) -> str | None:
 
 
 def warn_if_experts_left_out(model: nn.Module, config: LdMoleConfig) -> None:
-    """Log a warning with the share of the weights that is in routed experts, if the config has no `target_parameters`."""
+    """Log a warning with the share of the weights in routed experts, if there are any and `target_parameters` is not set."""
     experts = {} if config.target_parameters else routed_experts(model)
     if not experts:
         return

@@ -4,11 +4,11 @@ All base experts of a layer share one bank of LD-MoLE experts for each projectio
 
     y_j(x) = W_j x + s * sum_e p_e(x) B_e A_e x
 
-gate_up_proj reads tokens, so its sum is computed once for each token and added to the rows of all its base experts.
-down_proj reads the rows themselves.
+gate_up_proj reads tokens, so the sum over e is computed once for each token and added to the rows of all K base experts.
+down_proj reads the N rows, which differ between the base experts of a token, so the sum is computed for each row.
 
 `LdMoleExperts` replaces the experts module of the backbone. `experts_forward` is registered with transformers as an experts
-implementation, and the forward of `LdMoleExperts` selects it during its own call only. Without an active adapter, the
+implementation, and `LdMoleExperts.forward` selects this implementation only while it runs. Without an active adapter, the
 backbone's own implementation runs.
 
 Shapes: T tokens, K base experts of each token, N = T K rows, one for each pair of token and base expert; J base experts,
@@ -69,7 +69,7 @@ class LdMoleProjection(LdMoleLayer):
     def forward(
         self, x: Tensor, base: Callable[[], Tensor], token_N: Tensor | None = None, rows_per_token: int = 1
     ) -> Tensor:
-        """Return the frozen product plus the output of the active adapter, (N, O).
+        """Return the frozen product plus the output of the active adapter, if there is one, (N, O).
 
         Args:
             x: input that the adapter reads: tokens (T, D) or rows (N, D).
@@ -185,14 +185,14 @@ def experts_forward(
         experts: experts module of transformers.
         hidden_states: (T, D).
         top_k_index: (T, K) base experts of each token.
-        top_k_weights: (T, K) their weights.
+        top_k_weights: (T, K) weights of these base experts.
         projections: adapters by the name of their projection.
 
     Returns:
         (T, D) in the dtype of `hidden_states`.
     """
     T, K = top_k_index.shape
-    # The frozen products need their rows sorted by base expert; adapters read them token by token.
+    # The frozen products need rows sorted by base expert; adapters read rows sorted by token.
     expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
     token_N, place_N = order_N // K, order_N.argsort()
     # torch.bincount would synchronize the device; searchsorted does not.

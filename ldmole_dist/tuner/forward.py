@@ -62,7 +62,11 @@ class AdapterForward(TrainableAdapters):
 
     @torch.no_grad()
     def _hidden(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
-        """Return the last hidden states of the backbone without adapters, (sequences, positions, hidden size)."""
+        """Return the last hidden states of the backbone without adapters, (sequences, positions, hidden size).
+
+        Raises:
+            ValueError: if the call uses a key-value cache.
+        """
         if given.get("past_key_values") is not None or given.get("use_cache", False):
             raise ValueError(
                 "router_input='hidden' does not support a key-value cache: it first runs the backbone without the adapter, and "
@@ -116,5 +120,5 @@ class AdapterForward(TrainableAdapters):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Call `activation_checkpointing_enable`, which earlier versions of transformers call by this name."""
+        """Call `activation_checkpointing_enable`. Earlier versions of transformers call this method instead."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)

@@ -19,12 +19,13 @@ def grouped_linear(x_ND: Tensor, weight: Tensor, ends_J: Tensor, transposed: boo
     """Return the product of each row with the frozen weight of its base expert, differentiable in the rows.
 
     Like `nn.Linear`, the function saves the weight itself for the backward. A saved view of the weight would, under ZeRO-3,
-    keep the gathered weights of all layers allocated. It computes in the dtype of the weight, as transformers' `grouped_mm`.
+    keep the gathered weights of all layers allocated. The product is computed in the dtype of the weight, as by transformers'
+    `grouped_mm`.
 
     Args:
         x_ND: rows in any floating dtype, sorted by base expert.
         weight: (J, O, D), or (J, D, O) if `transposed`.
-        ends_J: int32, number of rows of base experts 0 to j; base expert j has rows `ends_J[j - 1]` to `ends_J[j] - 1`.
+        ends_J: (J,) int32, cumulative number of rows: base expert j has rows `ends_J[j - 1]` to `ends_J[j] - 1`.
         transposed: whether the weights are stored transposed.
 
     Returns:

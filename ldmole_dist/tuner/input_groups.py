@@ -15,8 +15,8 @@ from ldmole_dist.tuner.trace import Call, Sizes, Trace, TracedCopy
 
 logger = logging.getLogger(__name__)
 
-# Sizes of two traced forwards. They differ, and are unusual as sizes of a model. So if the rows of a linear match the tokens in
-# both forwards, they are tokens and do not only happen to have the same number.
+# Sizes of two traced forwards. The sizes differ, and are unusual as sizes of a model. So if the rows of a linear's input match
+# the tokens in both forwards, the rows are tokens, and the match is not a coincidence.
 SIZES = Sizes(3, 7, 5), Sizes(2, 13, 11)
 
 
@@ -44,10 +44,9 @@ def find_input_groups(model: nn.Module, names: Collection[str]) -> list[NamedGro
 
     Returns:
         The groups. A linear that was not called in the trace has a group of its own and no mask: without dropout its outputs
-        are the same, but it needs its own dispatch and dropout mask. A linear that was called only in a part of the model that
-        ran by itself (`Call.has_masks`) has no mask either. Without a mask, padding counts in the auxiliary losses and
-        statistics. A warning gives the number of linears of both kinds. No linear is called if the model is not a
-        `PreTrainedModel` or does not run on the meta device.
+        are the same, but it needs its own dispatch and dropout mask. A linear whose `Call.has_masks` is False has no mask
+        either. Without a mask, padding counts in the auxiliary losses and statistics. A warning gives the number of linears of
+        both kinds. No linear is called if the model is not a `PreTrainedModel` or has no copy on the meta device.
     """
     first, second = _trace(model, names)
     found: dict[tuple[object, ...], list[str]] = {}
@@ -83,13 +82,13 @@ def _trace(model: nn.Module, names: Collection[str]) -> tuple[Trace, Trace]:
 
 
 def _layer(name: str) -> str:
-    """Return the name of the numbered layer that a linear belongs to; "" if there is none. Models checkpoint such layers."""
+    """Return the name of the innermost numbered module around a linear, such as the layer that is checkpointed; "" if none."""
     numbered = re.match(r"(.+\.)?\d+(?=\.)", name)
     return numbered[0] if numbered else ""
 
 
 def _mask_name(first: Call, second: Call | None) -> MaskName | None:
-    """Return the mask whose tokens are the rows of a linear in both traced forwards."""
+    """Return the mask whose tokens are the rows of a linear's input in both traced forwards; None if there is none."""
     for mask_name in ("attention_mask", "decoder_attention_mask"):
         if second is not None and all(
             _reads_tokens(

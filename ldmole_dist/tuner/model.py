@@ -126,7 +126,7 @@ class LdMoleModel(AdapterForward, TrainableAdapters, SavedAdapters):
         return config
 
     def _group(self, model: nn.Module, adapter_name: str) -> None:
-        """Put linears that read the same tensor in one `InputGroup`, so that one dispatch serves all of them."""
+        """Put linears that read the same tensor in one `InputGroup`, so that one dispatch serves all, and set their masks."""
         config = narrowed(self.peft_config[adapter_name])
         check_patterns_match(config, [layer.name for layer in self.adapted_layers(adapter_name)])
         linears = {layer.name: layer for layer in self.adapted_layers(adapter_name) if isinstance(layer, LdMoleLinear)}
@@ -218,7 +218,7 @@ class LdMoleModel(AdapterForward, TrainableAdapters, SavedAdapters):
         )
 
     def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
-        """Save the embedding and tie the other modules to it (PEFT calls this for `ensure_weight_tying`)."""
+        """Put the input embedding in modules_to_save and tie its tied modules to it; called for `ensure_weight_tying`."""
         config: Any = peft_config
         backbone: Any = self.model
         embedding = next(n for n, m in backbone.named_modules() if m is backbone.get_input_embeddings())

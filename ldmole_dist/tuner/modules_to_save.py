@@ -17,7 +17,7 @@ from ldmole_dist.tuner.quantized import is_quantized_linear
 
 
 def check_not_quantized(model: nn.Module, config: PeftConfig) -> None:
-    """Raise ValueError if a module of `modules_to_save` is quantized, so that it cannot be trained."""
+    """Raise ValueError if a module of `modules_to_save` is or contains a quantized linear, which cannot be trained."""
     names: Any = getattr(config, "modules_to_save", None) or ()
     for name, module in model.named_modules():
         if name.endswith(tuple(names)) and any(map(is_quantized_linear, module.modules())):
@@ -30,8 +30,8 @@ def check_not_quantized(model: nn.Module, config: PeftConfig) -> None:
 def train_in_float32(module: nn.Module, keep_output: bool) -> None:
     """Convert the half-precision parameters of a module to float32, and make its forward cast its inputs to float32.
 
-    The outputs are cast back to the previous dtype of the parameters, which the following modules expect. A module whose
-    parameters are at least float32 is not changed.
+    Unless `keep_output`, the outputs are cast to the previous dtype of the parameters, which the following modules expect. A
+    module whose parameters are at least float32 is not changed.
 
     Args:
         module: trainable copy of a module of the backbone.

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 BNB_4BIT, BNB_8BIT, HQQ = "bitsandbytes.Linear4bit", "bitsandbytes.Linear8bitLt", "hqq.HQQLinear"
-# Classes of torchao's weights in a plain nn.Linear -> the attribute of a weight that is not None if x is quantized too.
+# Classes of torchao's weights in a plain nn.Linear -> the attribute of a weight that is not None if the linear's input is
+# quantized too.
 TORCHAO = {
     "torchao.Int8Tensor": "act_quant_kwargs",
     "torchao.Float8Tensor": "act_quant_kwargs",

@@ -36,8 +36,8 @@ class SavedAdapters(BaseTuner):
     ) -> dict[str, Tensor]:
         """Return the tensors to save: full tensors on global rank 0, meta tensors on the others. Collective.
 
-        A tensor that the caller of `save_pretrained` passed in place of a parameter is saved instead of it. If that tensor has
-        only the experts of this rank, those of all ranks are gathered.
+        The entries of `state_dict` are replaced too. If the caller of `save_pretrained` passed another tensor for a parameter,
+        that tensor is saved. If that tensor has only the experts of this rank, the experts of all ranks are gathered.
         """
         selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
         tuner: Any = model.base_model

@@ -18,7 +18,7 @@ from ldmole_dist.config.adapter import LINEARS
 from ldmole_dist.tuner.config import LdMoleConfig
 from ldmole_dist.tuner.quantized import is_quantized_linear, why_quantization_fails
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # a weight of any other dtype is packed
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # weights of other dtypes are quantized
 
 
 def features_of(linear: nn.Module) -> tuple[int, int]:
@@ -63,10 +63,10 @@ def _is_linear_map(module: nn.Module, D: int, O: int) -> bool:
 
 
 def default_targets(model: nn.Module, short: bool = False) -> list[str]:
-    """Return the linears to adapt if a config names none.
+    """Return the names of the linears to adapt if a config names none.
 
-    They are the paper's seven linears of a decoder layer if the model has linears of all these names, otherwise all linears
-    in its numbered layers. In a model without numbered layers, they are all linears but heads.
+    They are the paper's seven linears of a decoder layer if the model has linears of all these names, otherwise all adaptable
+    linears in its numbered layers. In a model without such layers, they are all adaptable linears but heads.
 
     Args:
         model: the backbone, with or without adapters.

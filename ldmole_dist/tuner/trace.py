@@ -114,9 +114,10 @@ class TracedCopy:
         return Trace(self._calls, error)
 
     def _run(self, module: PreTrainedModel, sizes: Sizes) -> Exception | None:
-        """Run a module without an attention mask, or with one if that fails.
+        """Run a module without an attention mask and, if that attempt fails, again with one.
 
-        The calls of the attempt that recorded more linears are kept. Return its error; None if it succeeded.
+        Keep the calls of the attempt that succeeded or, if both failed, of the attempt that recorded more linears. Return the
+        error of the kept attempt; None if it succeeded.
         """
         before = dict(self._calls)
         attempts: list[tuple[Exception | None, dict[str, Call]]] = []

@@ -20,7 +20,7 @@ class TrainableAdapters(BaseTuner):
 
     Attributes:
         ldmole_lambda_mlp: lambda-MLPs, by adapter name and then by input size.
-        adapters_enabled: whether adapters are enabled; False within `disable_adapter`.
+        adapters_enabled: whether adapters are enabled; False within `disable_adapter` and after `disable_adapter_layers`.
     """
 
     ldmole_lambda_mlp: nn.ModuleDict
@@ -57,7 +57,7 @@ class TrainableAdapters(BaseTuner):
         del self.ldmole_lambda_mlp[adapter_name]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Convert an adapter to the dtype of its linears, or with `autocast_adapter_dtype` to at least float32."""
+        """Convert an adapter to the dtype of its linears; if `autocast_adapter_dtype` or quantized, to at least float32."""
         for layer in self.adapted_layers(adapter_name):
             dtype = layer.frozen_weight.dtype
             if autocast_adapter_dtype or not dtype.is_floating_point:
