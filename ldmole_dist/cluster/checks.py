@@ -1,6 +1,6 @@
 """Checks of `ldmole doctor`.
 
-Each check takes the facts about one host. It returns a table cell and, if the check fails, a problem with its remedy.
+Each check takes the `HostFacts` of one host, and returns a table cell and, if the check fails, a problem with its remedy.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _output_shared(facts: HostFacts) -> CheckResult:
     return "?", f"cannot use run.output_dir: {facts.output_shared}: make it writable, or choose another folder"
 
 
-# Columns of the table with their checks.
+# Check for each column of the table; the column "host" has none.
 CHECKS: dict[str, Callable[[HostFacts], CheckResult]] = {
     "packages": _packages,
     "code": _code,

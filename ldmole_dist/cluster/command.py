@@ -24,10 +24,11 @@ from ldmole_dist.errors import EXIT_EXPLAINED, UserError
 def run_launch(args: argparse.Namespace) -> int:
     """Run `ldmole launch CONFIG`, and return its exit code.
 
-    Inside mpirun it does not return: this process becomes the supervisor of one rank.
+    Inside mpirun the function does not return: this process becomes the supervisor of one rank.
 
     Raises:
         UserError: if the config or an argument is invalid, or the job cannot be started.
+        KeyboardInterrupt: if a stop is requested while the checks before the start run the collectives.
     """
     config = load_config(args.config, args.overrides)
     if args.max_restarts and not config.run.save_every:
@@ -87,10 +88,12 @@ def create_launch_spec(args: argparse.Namespace, config: Config | None) -> Launc
 
     Args:
         args: parsed arguments of `add_arguments`.
-        config: configuration of the run; None for `ldmole doctor` without one.
+        config: configuration of the run, whose `parallelism.ep_size` determines the order of the hosts and, without GPUs and
+            --ranks, the number of ranks on this host; None for `ldmole doctor` without a config, which uses ep_size 1.
 
     Raises:
-        UserError: if arguments contradict each other or are missing, or if the hostfile or the Slurm allocation is invalid.
+        UserError: if arguments are missing, invalid, without effect or contradict each other; if the hostfile or the Slurm
+            allocation is invalid; or if srun has started this command once per task.
     """
     ep_size = 1 if config is None else config.parallelism.ep_size
     ranks = args.ranks or _device_count() or ep_size
@@ -158,6 +161,6 @@ def _check_config(config: Config, world_size: int) -> None:
 
 
 def _device_count() -> int:
-    import torch  # imported here because the import takes seconds
+    import torch
 
     return torch.cuda.device_count()

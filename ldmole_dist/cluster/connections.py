@@ -29,8 +29,8 @@ class RankStatus:
         channel: connection to the supervisor.
         connected_at: time at which the supervisor connected.
         last_message_at: time of the last message from the supervisor.
-        exit_code: exit code of the rank; None until it has exited.
-        activity: text of the rank's last heartbeat.
+        exit_code: exit code of the rank as `subprocess` reports it; None until the supervisor has reported the exit.
+        activity: text of the rank's last heartbeat; "" before the first one.
         heartbeat_at: time of the rank's last heartbeat; None before the first one.
     """
 
@@ -103,6 +103,9 @@ class Connections:
     def receive(self, timeout: float) -> list[tuple[RankStatus | None, dict[str, Any]]]:
         """Return the messages that have arrived, and accept a new connection if there is one.
 
+        The first message of a connection identifies its sender and is not returned. A connection without a first message within
+        HELLO_SECONDS is closed.
+
         Args:
             timeout: maximum number of seconds to wait for a message or a new connection.
 
@@ -145,7 +148,7 @@ class Connections:
     def shift_times(self, seconds: float) -> None:
         """Add the length of a suspension of this process to the times of the last message and heartbeat of each rank.
 
-        A suspended process receives no messages, so the ranks would otherwise be treated as lost.
+        A suspended process receives no messages, so the ranks would otherwise be treated as lost or stalled.
 
         Args:
             seconds: length of the suspension.
@@ -162,9 +165,10 @@ class Connections:
         self._server.close()
 
     def _identify(self, channel: Channel) -> list[tuple[RankStatus | None, dict[str, Any]]]:
-        """Register a connection by its first message, and return the messages that follow it.
+        """Register a connection by its first message, and return the messages that arrived after the first one.
 
-        A connection whose first message is invalid, or belongs to another job, is closed.
+        A connection whose first message is invalid, or belongs to another job, is closed. A supervisor whose rank is already in
+        `by_rank` is added to `duplicates`, and its messages are dropped.
         """
         messages = channel.receive()
         if not messages and not channel.closed:

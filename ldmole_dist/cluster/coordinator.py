@@ -24,7 +24,8 @@ from ldmole_dist.cluster.messages import KEEPALIVE_SECONDS, LOST_SECONDS
 from ldmole_dist.cluster.stop_requests import StopRequestCounter
 from ldmole_dist.errors import EXIT_PREEMPTED
 
-GRACE_SECONDS = 2.0  # wait after a failure: the report of the cause may arrive after that of a consequence
+# Wait after a failure, or after the launcher has exited before the ranks: the report of the cause may arrive later.
+GRACE_SECONDS = 2.0
 SHUTDOWN_SECONDS = 8.0  # time for the supervisors to end their ranks and disconnect
 
 
@@ -32,7 +33,7 @@ class Coordinator:
     """Coordinator of one attempt to run a job.
 
     Args:
-        address: IPv4 address or name of this host, at which the supervisors reach it.
+        address: IPv4 address or name of this host, at which the supervisors reach the coordinator.
         job: name of the job; the coordinator rejects connections that name another job.
         world_size: number of ranks.
         stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
@@ -68,7 +69,10 @@ class Coordinator:
         self._started_at: float | None = None
 
     def request_stop(self) -> None:
-        """Request that all ranks save and exit; a second request kills them without saving. Safe in a signal handler."""
+        """Request that all ranks save and exit; a second request kills the ranks without saving.
+
+        Safe to call from a signal handler. Calls in quick succession count as one request (see `StopRequestCounter`).
+        """
         if self._requests.add():
             self._on_stop_request(repeated=self._requests.count > 1)
 
@@ -203,7 +207,8 @@ class Coordinator:
         for _, status in sorted(self.connections.by_rank.items()):
             by_host.setdefault((status.host, status.address), []).append(status)
         several_hosts, master = len(by_host) > 1, self.connections.by_rank[0]
-        # If rank 0 runs on this host, it may report a loopback address. Other hosts reach this host at `self.address`.
+        # If rank 0 runs on this host, its supervisor may report a loopback address. Other hosts reach this host at
+        # `self.address`.
         master_address = self.address[0] if several_hosts and not master.reachable else master.address
         for statuses in by_host.values():
             for local_rank, status in enumerate(statuses):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ldmole_dist.errors import UserError
 
-# Variables that are passed on; a trailing * matches any suffix.
+# Variables that are passed on unless their name matches _SECRET; a trailing * matches any suffix.
 PASSED_ON = (
     *("PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_HOME", "TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
@@ -19,7 +19,7 @@ _SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE",
 
 
 def exported_environment(environ: Mapping[str, str], requested: Sequence[str], interface: str | None) -> dict[str, str]:
-    """Return the environment variables to pass to the ranks.
+    """Return the environment variables to pass to the ranks: those of `environ` that PASSED_ON lists, and the requested ones.
 
     Args:
         environ: environment of this process.
@@ -28,8 +28,8 @@ def exported_environment(environ: Mapping[str, str], requested: Sequence[str], i
             they may name another interface.
 
     Raises:
-        UserError: if a requested variable is not set, or its name looks like that of a secret. The variables are passed on
-            command lines, which every user of a host can read.
+        UserError: if a variable that is requested without a value is not set, or if the name of a requested variable looks like
+            that of a secret. The variables are passed on command lines, which every user of a host can read.
     """
     exports = {name: value for name, value in environ.items() if any(_matches(name, pattern) for pattern in PASSED_ON)}
     for text in requested:

@@ -58,7 +58,10 @@ def find_missing_ranks(
 
 
 def find_lost_ranks(running: Sequence[RankStatus], now: float) -> Failure | None:
-    """Return a failure if a supervisor has disconnected or is silent, and close the connections to the lost ranks.
+    """Return a failure if a supervisor has disconnected or sent no message for LOST_SECONDS, and close its connection.
+
+    The failure is that of the host whose lost supervisor has been silent for longest, and names the lost ranks on this host. If
+    that supervisor has not disconnected, the connections to lost supervisors on other hosts stay open.
 
     Args:
         running: status of the ranks that have not exited.

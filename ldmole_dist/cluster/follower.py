@@ -44,8 +44,8 @@ class Follower:
     def serve(self, launcher_exit_code: Callable[[], int | None]) -> JobResult:
         """Wait until the job has ended, and return its result.
 
-        The result is a failure if the coordinator cannot be reached or is lost, or if the launcher exits or a stop is requested
-        before the coordinator has accepted the connection.
+        The result is also a failure if the coordinator cannot be reached or is lost, or if the launcher exits or a stop is
+        requested before the coordinator has accepted the connection.
 
         Args:
             launcher_exit_code: function that returns the exit code of this host's launcher, or None while it runs.
@@ -66,7 +66,8 @@ class Follower:
                 channel.close()
             if result is not None:
                 return result
-            time.sleep(0.5)  # rejected by the coordinator of the previous attempt, which is about to exit
+            # The coordinator of the previous attempt, which is about to exit, may have rejected the connection.
+            time.sleep(0.5)
         if self.stop_requested:
             return self._failed("had not accepted the connection of this host when a stop was requested")
         return self._failed(
@@ -78,7 +79,10 @@ class Follower:
         """Do nothing: `serve` has closed the connection."""
 
     def _follow(self, channel: Channel, launcher_exit_code: Callable[[], int | None]) -> JobResult | None:
-        """Exchange messages until the result arrives or the coordinator is lost; return None if it rejects the connection."""
+        """Exchange messages until the coordinator sends the result or is lost, and return the result.
+
+        If the coordinator does not accept the connection, None is returned.
+        """
         channel.send("follow", job=self.job)
         accepted, last_message_at = False, time.monotonic()
         launcher_exited_at: float | None = None

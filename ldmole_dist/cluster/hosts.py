@@ -60,8 +60,8 @@ def slurm_hosts(environ: Mapping[str, str]) -> list[Host]:
     """Return the hosts of the current Slurm allocation, with one slot per task.
 
     Raises:
-        UserError: if the allocation does not define its nodes and the tasks per node, the numbers of nodes in the two variables
-            differ, or `scontrol` cannot be started or fails.
+        UserError: if SLURM_TASKS_PER_NODE is missing or malformed, if SLURM_JOB_NODELIST is missing, if the two variables
+            differ in the number of nodes, or if `scontrol` cannot be started, fails, or takes more than SCONTROL_SECONDS.
     """
     tasks: list[int] = []
     tasks_per_node = environ.get("SLURM_TASKS_PER_NODE", "")
@@ -124,7 +124,13 @@ def select_hosts(hosts: Sequence[Host], include: str, exclude: str) -> list[Host
 
 
 def _parse_selection(option: str, text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
-    """Parse `text`, the value of `option` (--include or --exclude), and return the named slots by host."""
+    """Parse `text`, the value of `option` (--include or --exclude), and return the named slots by host.
+
+    A host that is named without slots has all its slots.
+
+    Raises:
+        UserError: if a host or slot does not exist, or the format is wrong.
+    """
     named: dict[str, tuple[int, ...]] = {}
     for part in filter(None, text.split("@")):
         name, _, numbers = part.partition(":")

@@ -76,8 +76,8 @@ def coordinator_address(spec: LaunchSpec) -> str:
     """Return the IPv4 address at which the supervisors reach this host.
 
     Raises:
-        UserError: if `spec.interface` is not an interface of this host with an IPv4 address; or, if it is None, if the name
-            of a host cannot be resolved or there is no route to the host.
+        UserError: if `spec.interface` is set, and this host has no interface of that name with an IPv4 address; or if
+            `spec.interface` is None, and the name of a host cannot be resolved or there is no route to the host.
     """
     if spec.launcher == "local":
         return "127.0.0.1"
@@ -110,7 +110,9 @@ def run_attempt(
     signals: StopSignals,
     number: int = 0,
 ) -> JobResult:
-    """Start a job and wait for its end. Afterwards no process of the job is left on any reachable host.
+    """Start a job, wait for its end, and return its result.
+
+    Afterwards no process of the job is left on any reachable host, except processes that are blocked in a system call.
 
     Args:
         spec: launcher and hosts.
@@ -151,7 +153,7 @@ def run_attempt(
 def run_with_restarts(
     spec: LaunchSpec, command: Sequence[str], exports: Mapping[str, str], stall_seconds: float, max_restarts: int
 ) -> int:
-    """Run a job, restart it after each failure that is not permanent, and return the exit code.
+    """Run a job, restart it up to `max_restarts` times after failures that are not permanent, and return the exit code.
 
     If the job fails, the end of the output names the first failure. After a stop request, the job is not restarted.
 

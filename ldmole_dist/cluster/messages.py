@@ -42,7 +42,10 @@ class Channel:
             self.closed = True
 
     def receive(self) -> list[dict[str, Any]]:
-        """Return the messages that have arrived completely."""
+        """Read at most 64 KiB, and return the messages that have arrived completely.
+
+        If the peer has closed the connection or sent invalid data, `closed` is set; after invalid data, the list is empty.
+        """
         try:
             chunk = self._socket.recv(65536)
         except BlockingIOError:
@@ -83,6 +86,8 @@ def raise_open_file_limit() -> None:
 
 def wait_readable(sources: Iterable[Any], timeout: float) -> set[Any]:
     """Wait until at least one source is readable, and return all readable sources; the set is empty after a timeout.
+
+    A connection that the peer has closed is readable.
 
     Args:
         sources: file descriptors or objects with a `fileno` method.

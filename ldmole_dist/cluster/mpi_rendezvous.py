@@ -21,8 +21,9 @@ def rendezvous(
 
     Args:
         rank_environment: rank and world size of this process.
-        interface: network interface that the coordinator uses. If it is None or does not exist on the host of rank 0, the
-            interface on the route to another host is used; in a job on one host, the loopback interface.
+        interface: network interface whose address the supervisors connect to. If `interface` is None, or has no IPv4 address on
+            the host of rank 0, the interface on the route to another host is used or, if no route is found, the first one that
+            is not a loopback interface; in a job on one host, the loopback interface.
         stall_seconds: seconds without a heartbeat from a rank after which the job is treated as stalled.
 
     Returns:
@@ -59,7 +60,7 @@ def _local_address(other_hosts: list[str], interface: str | None) -> str:
         return "127.0.0.1"
     try:
         return address_towards(other_hosts[0])
-    except OSError:  # the name cannot be resolved, for example between containers
+    except OSError:  # the name cannot be resolved, for example between containers, or there is no route
         return next((address for address in known.values() if not address.startswith("127.")), "127.0.0.1")
 
 

@@ -23,7 +23,7 @@ def interfaces() -> dict[str, str]:
 
 
 def interface_with(address: str) -> str | None:
-    """Return the name of the interface that has an IPv4 address; None if there is none."""
+    """Return the name of the interface that has the IPv4 address `address`; None if no interface has it."""
     return next((name for name, own in interfaces().items() if own == address), None)
 
 

@@ -7,6 +7,6 @@ import sys
 
 
 def print_status(text: str) -> None:
-    """Print a status line to stderr; do nothing if the terminal is closed."""
+    """Print a status line to stderr, and ignore a failed write, for example to a terminal that was closed."""
     with contextlib.suppress(OSError):
         print(f"launch: {text}", file=sys.stderr, flush=True)

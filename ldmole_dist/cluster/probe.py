@@ -39,12 +39,13 @@ def inspect_host(
         config: configuration file of the run, or None.
         folder: output folder of the run; it need not exist yet.
         towards: name of another host of the job, or None.
-        interface: network interface to use; None selects the one on the route to `towards`, or "lo" if that is None too.
+        interface: network interface to use; None selects the one on the route to `towards`, or "lo" if `towards` is None.
         optimizer: `optimisation.optimizer` of the run.
 
     Returns:
         JSON-serializable facts by name. "memory" and "disk" are free bytes; "code" and "config" are hashes, but "config" is
-        None without a config and "missing" if the file does not exist.
+        None without a config and "missing" if the file does not exist. "network_problem" is the error message if the route to
+        `towards` cannot be found, otherwise "".
     """
     known = interfaces()
     network_problem = ""

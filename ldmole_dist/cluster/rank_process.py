@@ -78,7 +78,7 @@ class RankProcess:
         return any(relay.broken for relay in self._relays)
 
     def read_heartbeats(self, now: float) -> None:
-        """Read the heartbeats that have arrived; call it when `heartbeat_fd` is readable.
+        """Set `activity` and `heartbeat_at` from the heartbeats that have arrived; `heartbeat_fd` must be readable.
 
         Args:
             now: reading of `time.monotonic`.
@@ -87,7 +87,7 @@ class RankProcess:
         self.activity, self.heartbeat_at = last.decode(errors="replace"), now
 
     def last_lines(self) -> list[str]:
-        """Return the last lines of stdout, then those of stderr: at most LAST_LINES; those of stdout are dropped first."""
+        """Return at most LAST_LINES lines: the last of stderr, preceded by the last of stdout if stderr has fewer."""
         return [line for relay in self._relays for line in relay.last_lines(LAST_LINES)][-LAST_LINES:]
 
     def terminate(self) -> None:
@@ -95,19 +95,22 @@ class RankProcess:
         self._process.terminate()
 
     def print_stacks(self) -> None:
-        """Make the rank print the stacks of its threads."""
+        """Send SIGUSR1 to a running rank, on which it prints the stacks of its threads, and wait 1 s for the output."""
         if self.exit_code is None:
             self._process.send_signal(signal.SIGUSR1)
-            time.sleep(1)  # the rank has no way to report that it is done
+            time.sleep(1)  # the rank has no way to report that the stacks are printed
 
     def kill(self) -> None:
-        """Kill the process and all its descendants, including those in other sessions, and write the rest of the output."""
+        """Kill the rank and all other descendants of this process, also in other sessions, and write the rest of the output.
+
+        Processes that are blocked in a system call, and output that cannot be written within 1 s, are left behind.
+        """
         while running := [process for process in psutil.Process().children(recursive=True) if _is_running(process)]:
             for process in running:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             _, alive = psutil.wait_procs(running, timeout=2)
-            if alive:  # blocked in a system call, by a device or a file system; they exit when it returns
+            if alive:  # blocked in a system call, by a device or a file system; they exit when the call returns
                 break
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
@@ -121,7 +124,10 @@ def adopt_orphans() -> None:
 
 
 def count_oom_kills() -> int:
-    """Return the number of processes that the kernel of this host has killed for lack of memory since it booted."""
+    """Return the number of processes that the kernel of this host has killed for lack of memory since the host booted.
+
+    The number is 0 if the kernel does not report it.
+    """
     with open("/proc/vmstat") as file:
         return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
 

@@ -53,8 +53,8 @@ class Relay(threading.Thread):
     def _complete_lines(self, chunk: bytes) -> bytes:
         """Return the bytes to write to a log after a chunk was read.
 
-        These are the complete lines and, every PROGRESS_BAR_SECONDS, the state of a progress bar on the incomplete line. The
-        rest of the chunk is kept for the next call.
+        These are the complete lines, each without what a carriage return overwrote, and, every PROGRESS_BAR_SECONDS, the state
+        of a progress bar on the incomplete line. The rest of the chunk is kept for the next call.
         """
         # tqdm moves the cursor up (ESC [A) after it has drawn a nested bar.
         *lines, self._incomplete_line = (self._incomplete_line + chunk.replace(b"\x1b[A", b"")).split(b"\n")

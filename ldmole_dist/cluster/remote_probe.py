@@ -25,7 +25,7 @@ ANSWER_SECONDS = 90.0  # time for an answer; the import of torch from a slow net
 
 
 class RemoteProbe:
-    """Context manager that runs a probe (probe.py) on a host.
+    """Probe (probe.py) on a host: the constructor starts the probe, and the exit of the context manager kills it.
 
     Args:
         spec: launcher of the job, which determines how to reach the host.
@@ -69,7 +69,10 @@ class RemoteProbe:
         self.error = lines[-1] if lines else f"no answer within {ANSWER_SECONDS:.0f} s"
 
     def ask(self, question: str) -> str | None:
-        """Return the answer to a question for `probe.answer`; None if there is no answer."""
+        """Return the answer to a question for `probe.answer`; None if the probe has ended.
+
+        If the probe does not answer within ANSWER_SECONDS, the probe is killed and None is returned.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(question + "\n")

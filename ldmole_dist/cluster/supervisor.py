@@ -90,7 +90,7 @@ class Supervisor:
         self._stop_signalled = True
 
     def _send_hello(self, channel: Channel) -> None:
-        with socket.socket() as s:  # select a free port; the ranks rendezvous at that of rank 0
+        with socket.socket() as s:  # select a free port; the ranks rendezvous at the port of rank 0
             s.bind(("", 0))
             port = s.getsockname()[1]
         known = interfaces()
@@ -172,7 +172,10 @@ class Supervisor:
             self._report_failure(channel, f"cannot be started: {error}", permanent=True)
 
     def _check_rank(self, channel: Channel, now: float) -> None:
-        """Report that the rank has exited or was suspended for too long, or that the launcher's connection was lost."""
+        """Report to the coordinator if the rank has exited or was suspended for too long, or if the launcher is gone.
+
+        The launcher is gone if the parent process has exited or, with `_output_is_remote`, if the reader of the output is gone.
+        """
         process = self._process
         if process is not None and process.exit_code is not None:
             process.kill()  # kill descendants that outlived the rank
