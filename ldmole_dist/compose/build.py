@@ -88,7 +88,7 @@ def compose(
 
     Raises:
         UserError: if an adapter cannot be an expert, `backbone` is None and the adapters name none or different ones, the
-            backbone cannot be loaded, an argument of the router is invalid, or the folder exists or cannot be written.
+            backbone cannot be loaded, an argument of the router is invalid, or `output` exists or cannot be written.
     """
     folder = Path(output)
     if folder.exists():
@@ -194,7 +194,7 @@ def _load_config(folder: str) -> LoraConfig:
 
 
 def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
-    """Read the config and the shapes of a LoRA adapter.
+    """Check a LoRA adapter against its backbone and return where its weights are, without reading the weights.
 
     Args:
         folder: folder of the adapter.
@@ -202,7 +202,8 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
         explicit: whether the user set the backbone; if not, the adapter's config must name `backbone`.
 
     Raises:
-        UserError: if the adapter cannot be read, is not plain LoRA, names another backbone or does not match the backbone.
+        UserError: if the adapter cannot be read, is not plain LoRA, adapts a module other than nn.Linear, names another
+            backbone or does not match the backbone, or if the backbone cannot be loaded.
     """
     config = _load_config(folder)
     unsupported = {
@@ -272,7 +273,7 @@ def _load_lora(folder: str, backbone: str, explicit: bool) -> LoraAdapter:
 
 
 def _meta_backbone(backbone: str) -> PreTrainedModel:
-    """Return the backbone on the meta device, without weights."""
+    """Return the backbone on the meta device, without weights. Raise UserError if it cannot be loaded."""
     check_backbone(backbone)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(backbone))

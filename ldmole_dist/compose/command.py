@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compose an adapter, and print its number of experts and its LoRA rank.
+    """Compose an adapter, and print its number of experts, its LoRA rank and how to train its routers.
 
     Returns:
         Exit code 0.

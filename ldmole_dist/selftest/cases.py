@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 
 
 def joined(size: int) -> dict[str, float]:
-    """Return the number of ranks that are missing from the process group of `size` ranks."""
+    """Return, as "missing ranks", by how many ranks the process group is smaller than `size`."""
     return {"missing ranks": float(size - start().world_size)}
 
 

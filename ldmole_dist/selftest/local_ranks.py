@@ -23,7 +23,8 @@ from ldmole_dist.engine.startup import start
 from ldmole_dist.errors import PeerError, UserError
 from ldmole_dist.selftest.processes import CPU_ENVIRONMENT, start_process
 
-# After one rank raised UserError or PeerError, `run` waits this long for the others, because usually every rank raises one.
+# After the first UserError or PeerError of a rank, `run` waits at most this long for the other ranks, because usually every
+# rank raises one.
 REPORT_SECONDS = 10.0
 
 # Outcome of a function on one rank. "refused": it raised UserError or PeerError, which all ranks usually do together.
@@ -44,7 +45,7 @@ class LocalRanks:
 
     Args:
         size: number of ranks.
-        timeout: maximum number of seconds for one `run`.
+        timeout: maximum number of seconds for one `run`, including the start of the processes if it starts them.
     """
 
     def __init__(self, size: int, timeout: float = 300.0) -> None:
@@ -64,7 +65,10 @@ class LocalRanks:
             The results, by rank.
 
         Raises:
-            RankFailed: if a rank failed or did not return in time; with the traceback of the first rank that failed.
+            RankFailed: if the function raised on a rank, a process ended, or a rank did not return in time. The message
+                names the rank of the first failure that arrived, with the traceback if the function raised, or all ranks that
+                did not return.
+            OSError: if a process cannot be started, or has ended since the previous `run`.
         """
         if not self._processes:
             self._start()
@@ -133,7 +137,10 @@ class LocalRanks:
 
 
 def _serve(pipe: Connection) -> None:
-    """Join the process group, then run functions until the other end closes the pipe."""
+    """Join the process group, then run the functions from the pipe and send their outcomes, until the other end closes it.
+
+    If this rank cannot join, send a "failed" outcome and return.
+    """
     try:
         start(timeout_minutes=5)
     except Exception:

@@ -68,6 +68,7 @@ class Updates(NamedTuple):
     updates: dict[str, Tensor]
 
 
+# Results of `_on_rank_0`, keyed by the name of the function and its arguments.
 _computed: dict[str, Any] = {}
 
 
@@ -107,7 +108,10 @@ def update_batches(first_batch: int, step: int, world_size: int) -> list[dict[st
 
 
 def _on_rank_0(function: Callable[..., T], *args: Any) -> T:
-    """Return `function(*args)`, computed on rank 0 and sent to all ranks. Equal later calls return the stored result."""
+    """Return `function(*args)`, computed on rank 0 and sent to all ranks. Collective: every rank must call it.
+
+    Later calls with the same function and arguments return the stored result.
+    """
     key = f"{function.__name__}{args}"
     if key not in _computed:
         value = None

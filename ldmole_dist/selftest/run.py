@@ -1,7 +1,8 @@
 """The selftest: verify that training on the ranks of this machine gives the same results as training in one process.
 
 Each case prints one line: its name and settings, the largest distance found on any rank, the tolerance, whether the case
-passed, the time, and the name of the comparison (usually a tensor) with that distance.
+passed, the time, and the name of the comparison (usually a tensor) with that distance. For a case that raises an error, the
+distance is "error" and the last line of the error replaces the name.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class Case(NamedTuple):
 
 
 def selftest(size: int | None = None, out: Callable[[str], None] = print) -> bool:
-    """Run every case and print one line for each.
+    """Run every case and print a header, one line for each case, and a summary.
 
     Args:
         size: number of ranks; None uses the largest of 8, 4, 2 and 1 that is at most the number of GPUs, or 4 without GPUs.
         out: function to call with each line of the output.
 
     Returns:
-        Whether all cases were within their tolerances.
+        Whether no case raised an error or exceeded its tolerance.
     """
     size = size or _default_size()
     failures, all_cases = 0, list_cases(size)

@@ -78,6 +78,8 @@ def adapted(
 ) -> PeftModel:
     """Adapt all linears and routed experts of every decoder layer, and return the model in training mode.
 
+    The auxiliary losses have the coefficients `LOSS_WEIGHTS`.
+
     Args:
         backbone: model to adapt in place.
         parallel: placement of the experts; the weights of an expert do not depend on it.

@@ -26,7 +26,7 @@ class StudyFolder(Generic[T]):
         path: folder of the study; created if `about` is given and the folder does not exist.
         about: machine, versions and settings that the rows depend on, by name; must equal those stored in the folder.
             None opens an existing folder for reading without this check.
-        row: function that makes a row, a dataclass, from the values of a line.
+        row: function that makes a row, a dataclass instance, from the values of a line as keyword arguments.
 
     Attributes:
         path: folder of the study.

@@ -17,7 +17,7 @@ def machine() -> dict[str, str]:
     """Return a description of this machine.
 
     Returns:
-        "device": number and name of the GPUs, or "CPU".
+        "device": number of GPUs and name of the first one, or "CPU".
         "processor": name of the CPU.
         "cores": number of CPU cores that this process may use.
         "memory": installed memory in GiB (written as "GB").

@@ -10,8 +10,8 @@ Rows = Sequence[Mapping[str, object]]
 def text_of(value: object) -> str:
     """Return the text of a table cell.
 
-    Integers get thousands separators, and so do floats from 1,000, which are rounded to integers. Smaller floats get four
-    significant digits.
+    Integers get thousands separators, and so do floats of at least 1,000 in absolute value, which are rounded to integers.
+    Smaller floats get four significant digits. Other values are converted with `str`.
     """
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -49,8 +49,8 @@ def time_in_turns(
     Args:
         names: candidates to time; `time_once` gets one of these names.
         turns: number of timed turns; one warm-up turn comes first.
-        time_once: function that runs a candidate once and returns the seconds that it took.
-        rounds: number of runs per candidate and timed turn; the fastest one is kept.
+        time_once: function that runs a candidate and returns the seconds of a run.
+        rounds: number of calls of `time_once` per candidate and timed turn; the smallest result is kept.
 
     Returns:
         Name of a candidate -> its seconds in each timed turn, in order.

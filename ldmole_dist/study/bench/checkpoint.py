@@ -53,7 +53,8 @@ def measure(sizes: Sizes, checkpoints: int) -> dict[str, float]:
 
     Returns:
         Name of a quantity with its unit -> value. Times of a save and of the stall are medians over checkpoints, times
-        of an optimizer step are medians over steps, and the size is that of the last checkpoint.
+        of an optimizer step are medians over steps, and the size is that of the last checkpoint. Ratios are those of
+        these values.
     """
     process = start()
     backbone = llama_config(sizes.hidden, sizes.hidden * 11 // 4, sizes.layers, 8, 2, VOCABULARY)
@@ -90,7 +91,7 @@ def measure(sizes: Sizes, checkpoints: int) -> dict[str, float]:
 
 
 def _step(engine: Engine, saver: Saver) -> tuple[float, float]:
-    """Run an optimizer step; return its seconds, and the seconds that it waited for the copy to host memory."""
+    """Run an optimizer step; return its seconds, and how many of them it waited for the saver's copy to host memory."""
     started = time.perf_counter()
     ids = torch.randint(0, VOCABULARY, (1, 64), device=next(engine.module.parameters()).device)
     engine.backward(engine(input_ids=ids, labels=ids).loss)

@@ -83,7 +83,7 @@ def draw_support(G: int, T: int, P: int, L: int, k: float, skew: float, seed: in
 
 
 def payload(support_GTPL: Tensor, fetched_PGL: Tensor, sizes: GroupSizes) -> int:
-    """Return the number of elements sent and received for the tokens of rank 0 in one forward, without row counts."""
+    """Return the number of elements sent and received for the tokens of rank 0 in one forward, without counts."""
     return sum(payload_elements(support_GTPL, fetched_PGL, 0, sizes).values())
 
 
@@ -111,9 +111,9 @@ def decide(cell: Cell, repeats: int = 1) -> dict[str, float]:
         repeats: number of timed decisions.
 
     Returns:
-        Name of a strategy -> number of elements sent and received in one forward; "deciding ms" -> median milliseconds
-        of a decision. Both exclude the exchange of row counts, which every strategy needs. "row per pair" sends
-        an input row and returns an output row for every active pair of a token and a remote expert.
+        Name of a strategy -> number of elements sent and received in one forward; "deciding ms" -> median
+        wall-clock milliseconds of a decision. Both exclude the exchange of counts, which every strategy needs. "row per
+        pair" sends an input row and returns an output row for every active pair of a token and a remote expert.
     """
     support, sizes = cell.support(), cell.sizes()
     seconds = []

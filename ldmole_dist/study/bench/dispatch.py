@@ -74,7 +74,7 @@ class LayerInputs(NamedTuple):
 
 
 def layer_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[LayerInputs]:
-    """Return random inputs for each input group: the same experts on all ranks, and other tokens and routing on each rank."""
+    """Return random inputs for each input group: the same experts on all ranks, and different tokens and routing on each."""
     rank, world = dist.get_rank(), dist.get_world_size()
     T, D, E, R, active = sizes
     held = slice(rank * E // world, (rank + 1) * E // world)
@@ -135,7 +135,12 @@ def row_per_pair(x_TD: Tensor, routing: Routing, bank: ExpertBank, group: dist.P
 
 
 def _adapters(name: str, inputs: LayerInputs, parallel: ExpertParallel) -> list[Tensor]:
-    """Return the adapter's output (T, O) of each linear of an input group, computed with the strategy `name`."""
+    """Return the adapter's output (T, O) of each linear of an input group, computed with a strategy.
+
+    If `name` is in `MODES`, `parallel` must have that mode; for "replicate" it must have no group. Collective unless `name`
+    is "replicate".
+    """
+    # All strategies read only p; logits and lambda are placeholders.
     routings = [Routing(p_TE, p_TE, p_TE[:, 0]) for p_TE in inputs.p]
     if name == "row per pair":
         assert parallel.group is not None
@@ -150,7 +155,8 @@ def _adapters(name: str, inputs: LayerInputs, parallel: ExpertParallel) -> list[
 def _forward_backward(name: str, inputs: LayerInputs, parallel: ExpertParallel) -> list[Tensor]:
     """Return the adapter's output of each linear of an input group, then the gradient of x and that of each linear's p.
 
-    The gradients of p are 0 outside of the support.
+    The gradients of p are set to 0 outside of the support. The gradients of the experts are computed,
+    and all-reduced for "replicate", but not returned. Collective: every rank must call it.
     """
     outputs = _adapters(name, inputs, parallel)
     loss = torch.stack([(y * inputs.dy_TO).sum() for y in outputs]).sum()
@@ -175,11 +181,12 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
     Returns:
         Rows with these keys:
         "strategy": name in `STRATEGIES`.
-        "ms": median milliseconds of a forward and backward, from a barrier before it to a barrier after it.
-        "deciding ms": part of "ms" in which this rank decides what to send, including the exchange of row counts; 0 for
-            "row per pair", where it is not measured, and for "replicate".
-        "elements sent", "counts sent": elements of the payload, and row counts, summed over all ranks. For "replicate", the
-            elements are not counted, but computed for a ring all-reduce of the gradients.
+        "ms": median wall-clock milliseconds of a forward and backward, from a barrier before it to a barrier after it.
+        "deciding ms": part of "ms" in which this rank decides what to send, including the exchange of counts; 0 for
+            "row per pair", where this part is not measured, and for "replicate".
+        "elements sent", "counts sent": elements that one forward and backward send, without counts, and the counts, summed
+            over all ranks. For "replicate", the elements are not counted, but computed for a ring all-reduce of the
+            gradients.
         "distance": largest relative distance of this rank's outputs and gradients of x and p from those of "replicate".
         "x faster", "x fewer elements": "ms" and "elements sent" of "row per pair", divided by those of this strategy.
     """
@@ -228,7 +235,8 @@ def measure(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]
 def measure_overlap(sizes: Sizes, turns: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Time the dispatch with and without overlap.
 
-    With overlap, the first frozen linear of each input group computes while the dispatch is in flight.
+    With overlap, the first frozen linear of each input group computes while the dispatch is in flight, and the local experts
+    compute while the partial sums are returned. Without, each all-to-all is waited for as soon as it is started.
 
     Collective: every rank must call it.
 
@@ -271,7 +279,7 @@ def _forward_backward_with_frozen(inputs: LayerInputs, dispatch: Dispatch, froze
     x_TD, p = inputs.x_TD, inputs.p
     decision = dispatch.decide([weights != 0 for weights in p], inputs.held, "layer")
     finish = dispatch.start(x_TD, [Routing(weights, weights, weights[:, 0]) for weights in p], inputs.held, decision)
-    # Same order as in method.layer: the group's first frozen linear overlaps the dispatch, the other linears follow it.
+    # Same order as in method.layer: the first frozen linear overlaps the dispatch, the other linears run after the dispatch.
     frozen = [x_TD @ frozen_DO]
     deltas = finish()
     frozen += [x_TD @ frozen_DO for _ in p[1:]]

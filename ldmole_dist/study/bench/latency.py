@@ -53,7 +53,9 @@ TURN_SECONDS, TURN_RUNS = 0.3, 5
 
 
 def build(sizes: Sequence[int], adapter: Mapping[str, int], device: torch.device) -> PeftModel:
-    """Return a Llama with random weights and an adapter on all linears of its layers: bfloat16 on a GPU, float32 on a CPU.
+    """Return a Llama with random weights and an adapter on all linears of its layers.
+
+    The Llama is bfloat16 on a GPU and float32 on a CPU; the adapter is float32.
 
     Args:
         sizes: arguments of `llama_config`.
@@ -76,7 +78,7 @@ def measure(model: PeftModel, phase: Phase, batch: int, turns: int) -> dict[str,
         turns: timed turns.
 
     Returns:
-        "whole" and the names in `PARTS` -> median seconds over turns.
+        "whole" and the names in `PARTS` -> seconds of the fastest run in a turn, median over turns.
     """
     device = next(model.parameters()).device
     model.train(phase == "training")
@@ -161,7 +163,7 @@ def decoding_call(model: Any, ids: Tensor) -> Callable[[], list[Tensor]]:
 class RecordedCalls:
     """Records the calls of the adapter's parts in one forward, with their arguments, and replays them part by part.
 
-    Floating-point tensors are copied; parameters and other tensors are passed as they are.
+    Floating-point tensors in the arguments are copied, except parameters; all other arguments are passed as they are.
 
     Args:
         model: model with an adapter.
@@ -185,7 +187,7 @@ class RecordedCalls:
             call()
 
     def _recorder(self, part: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that records a call of `method` with its arguments and then makes the call."""
+        """Return a function that records each call of `method` for replays of `part`, and then makes the call."""
 
         def recorded(*args: Any) -> Any:
             self._calls[part].append(partial(method, *tree_map_only(Tensor, self._leaf, args)))
@@ -194,7 +196,7 @@ class RecordedCalls:
         return recorded
 
     def _leaf(self, tensor: Tensor) -> Tensor:
-        """Return the tensor to use in replays: a copy that is a leaf of the autograd graph, or `tensor` itself."""
+        """Return the tensor to use in replays: `tensor` if it is a parameter or not floating-point, otherwise a leaf copy."""
         if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             return tensor
         self.leaves.append(tensor.detach().clone().requires_grad_(torch.is_grad_enabled()))
@@ -205,7 +207,7 @@ class RecordedCalls:
         outputs = []
         for call in self._calls[part]:
             value = call()
-            # A dispatch returns a function that waits for its result.
+            # `Dispatch.start` returns a function that computes the experts.
             outputs += tree_leaves(value() if callable(value) else value)
         return [value for value in outputs if isinstance(value, Tensor)]
 

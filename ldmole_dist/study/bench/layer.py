@@ -87,6 +87,7 @@ def _counts(p_TE: Tensor) -> list[int]:
     return (p_TE != 0).sum(0).tolist()
 
 
+# "chosen" is what an adapted linear uses: `apply_experts` chooses "fused" or "sparse" by the counts.
 FORMULATIONS: dict[str, Callable[[Tensor, Tensor, ExpertBank], Tensor]] = {
     "einsum": einsum_experts,
     "reordered": reordered_einsum,
@@ -145,11 +146,11 @@ def measure(case: Case, turns: int, device: torch.device) -> list[dict[str, obje
 
     Returns:
         One row per formulation, then the routing and the frozen linear, then two complete adapted linears, one with
-        "einsum" and one with "chosen"; their time is the sum of frozen linear, routing and experts. "ms" is the median
-        over turns of the time of a forward and backward. In the row of a formulation, "saved MB" is the result of
-        `saved_bytes` in MB, and "x faster" and "x fewer" are the time and the saved bytes of "einsum" divided by those of
-        the formulation. In the last row, "x faster" is the time of the linear with "einsum" divided by that of the linear
-        with "chosen". In all other rows, these columns are empty.
+        "einsum" and one with "chosen"; their time is the sum of frozen linear, routing and experts. "ms" is the time
+        of the fastest forward and backward in a turn, median over turns. In the row of a formulation, "saved MB" is the
+        result of `saved_bytes` in MB, and "x faster" and "x fewer" are the time and the saved bytes of "einsum" divided by
+        those of the formulation. In the last row, "x faster" is the time of the linear with "einsum" divided by that of the
+        linear with "chosen". All other entries of these columns are empty.
     """
     T, D, E, _, _ = case
     x, p, bank = random_inputs(case, device)

@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
 
     Args:
         hidden: hidden size of the Llama.
-        intermediate: hidden size of its MLP.
+        intermediate: hidden size of the Llama's MLP.
         layers: number of decoder layers.
         sequences: sequences per rank and micro-batch.
         length: tokens per sequence.
@@ -79,7 +79,7 @@ def overhead(seconds: Mapping[str, Sequence[float]], interval: int) -> float:
 
 
 def measure(sizes: Sizes, turns: int) -> dict[str, list[float]]:
-    """Time optimizer steps with each level of reporting. Collective: every rank must call it.
+    """Time optimizer steps of this rank with each level of reporting. Collective: every rank must call it.
 
     Args:
         sizes: sizes of the model and of a micro-batch.

@@ -78,8 +78,8 @@ class Case(NamedTuple):
 class Compared(NamedTuple):
     """A predicted and a measured value of one quantity.
 
-    The measured value is the maximum over ranks for memory, the sum over ranks for routing-dependent elements and bytes
-    sent, and that of rank 0 for everything else.
+    The measured value is the maximum over ranks for memory, the sum over ranks for all that the dispatch of a
+    routing-dependent case sends, and that of rank 0 for everything else.
 
     Args:
         case: name of the case.
@@ -95,7 +95,7 @@ class Compared(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Relative error of the prediction, positive if it is too large.
+        """Relative error of the prediction, positive if the prediction is too large.
 
         If the measured value is 0, the error is 0 for a correct prediction and 1 for a wrong one.
         """
@@ -145,8 +145,9 @@ def compare(case: Case, measured: Sequence[Measured]) -> Iterator[Compared]:
 
     Args:
         case: configuration that was measured.
-        measured: measurements of all ranks, by rank. Unless `case.dense`, the prediction uses rank 0's active experts
-            per token; elements sent that depend on the routing are predicted from the measured supports of all ranks.
+        measured: measurements of all ranks, by rank. Unless `case.dense`, the prediction uses rank 0's measured
+            active experts per token; what the dispatch of a routing-dependent case sends is predicted from the measured
+            supports of all ranks.
     """
     workload = case.workload if case.dense else replace(case.workload, active=measured[0].active)
     predicted = memory(workload, case.strategy)

@@ -1,8 +1,9 @@
 """Measure the memory and the communication of a real engine in one optimizer step, for `ldmole bench plan`.
 
 The measurement does not use the planner's formulas. Memory is the bytes of the distinct storages that module, engine
-and optimizer hold, and of those that a forward keeps for its backward. Communication is the elements of all
-torch.distributed collectives, whether DeepSpeed or this package calls them.
+and optimizer hold, and of those that a forward keeps for its backward. Communication is the calls and
+elements of all torch.distributed collectives, whether DeepSpeed or this package calls them, and what the dispatch counts as
+sent (`parallel.wire`).
 
 Shapes: T tokens of a micro-batch, E experts.
 """
@@ -33,7 +34,8 @@ from ldmole_dist.planner.workload import Strategy, Workload
 from ldmole_dist.study.random_model import engine_for, random_model
 from ldmole_dist.tuner.model import tuner_of
 
-# Optimizer steps. ZeRO-3 records the order of the modules in the first micro-batch and prefetches from the second one.
+# Optimizer steps before the measured one, because ZeRO-3 records the order of the modules in the first micro-batch and
+# prefetches from the second one.
 WARM_UP = 3
 
 
@@ -49,7 +51,8 @@ class Measured:
         supports: (T, E) bool arrays, one per linear and micro-batch, in the order of the forwards.
         collectives: (torch operator, number of ranks) -> elements, as counted by `Collectives`.
         calls: (torch operator, number of ranks) -> number of calls.
-        active: active experts per token, mean over tokens and linears in the last micro-batch.
+        active: active experts per token, mean over tokens and linears in the last micro-batch. The token that `_batch` masks
+            counts as a token without active experts.
     """
 
     bytes: dict[str, int] = field(default_factory=dict)
@@ -137,7 +140,10 @@ def measure(workload: Workload, strategy: Strategy, dense: bool) -> Measured:
 
 
 def _batch(workload: Workload, device: torch.device, step: int, index: int) -> dict[str, Tensor]:
-    """Draw random sequences. If `workload.padded`, mask one token, because attention drops a mask without padding."""
+    """Draw random sequences, different ones on each rank.
+
+    If `workload.padded`, mask one token, because attention drops a mask without padding.
+    """
     generator = torch.Generator().manual_seed(1000 * step + 100 * index + dist.get_rank())
     shape = workload.micro_batch, workload.seq
     ids = torch.randint(0, workload.backbone.vocab_size, shape, generator=generator)
@@ -150,8 +156,8 @@ def _batch(workload: Workload, device: torch.device, step: int, index: int) -> d
 def _loss(engine: Engine, workload: Workload, batch: dict[str, Tensor]) -> Tensor:
     """Return a loss as in training: the cross entropy of next tokens, plus the auxiliary losses.
 
-    The cross entropy is summed over the last `answer_tokens` positions of each sequence, of which the very last one has no
-    next token, and divided by the number of these positions.
+    The cross entropy is summed over the last `answer_tokens` positions of each sequence (all positions if None), of which the
+    very last one has no next token, and divided by the number of these positions in all sequences.
     """
     answers = workload.answer_tokens or workload.seq
     positions = torch.arange(workload.seq - answers, workload.seq, device=batch["input_ids"].device)
@@ -168,8 +174,8 @@ class KeptForBackward:
     tapes of routing decisions that the recomputation replays.
 
     Args:
-        module: model to observe. Create this object before gradient checkpointing is enabled, because it replaces the
-            `checkpoint_contexts` that gradient checkpointing reads then.
+        module: model to observe. Create this object before `enable_gradient_checkpointing`, which reads the
+            `checkpoint_contexts` that this object replaces.
     """
 
     def __init__(self, module: PeftModel) -> None:
@@ -202,7 +208,7 @@ class KeptForBackward:
         return tensor
 
     def size(self) -> int:
-        """Return the bytes of the recorded tensors."""
+        """Return the bytes of the distinct storages of the recorded tensors."""
         return size_of([*self._saved.values(), *tensors_in(self._tapes)])
 
 

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 def _base(args: argparse.Namespace, folder: Path) -> Config:
     """Return the config of all runs.
 
-    With --vader, also write the data to `folder`.
+    With --vader, also write the data to `folder`/data.
     """
     from ldmole_dist.config import load_config
     from ldmole_dist.study.compare.data import ALL_LABELS, write_data
@@ -98,7 +98,8 @@ def _base(args: argparse.Namespace, folder: Path) -> Config:
 
 
 def _about(args: argparse.Namespace, base: Config) -> dict[str, str]:
-    """Return a description of what the results depend on: machine, library versions, data, settings, code and command.
+    """Return a description of what the results depend on: machine, library versions, data, settings, code,
+    path of the config, and command.
 
     Data and settings are given by the first 12 hexadecimal digits of their SHA-256.
 
@@ -145,7 +146,7 @@ def _run(args: argparse.Namespace, study: StudyFolder[Row], base: Config) -> Non
 
 
 def _commit() -> str:
-    """Return the git commit of this package, 12 hexadecimal digits; "unknown" without git.
+    """Return the git commit of this package, 12 hexadecimal digits; "unknown" without git or outside a repository.
 
     If a tracked file is modified, ", with changes" is appended.
     """

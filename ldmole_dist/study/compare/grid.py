@@ -103,7 +103,7 @@ def _start(folder: Path, base: Config, cell: Cell, slot: int, before: bool) -> s
 
 
 def _last_log_line(folder: Path) -> str:
-    """Return the last line of a run's log, cut to 300 characters, and the path of the log."""
+    """Return the last non-blank line of a run's log, cut to 300 characters, or "no output"; with the path of the log."""
     path = folder.with_suffix(".log")
     lines = [line for line in path.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     return f"{lines[-1][:300] if lines else 'no output'} (log: {path})"

@@ -64,6 +64,8 @@ def result_rows(by_method: dict[str, list[Row]]) -> Rows:
 def domain_rows(by_method: dict[str, list[Row]]) -> Rows:
     """Return table rows of the accuracy in each domain and over all domains: one before training, then one per method.
 
+    The row of a method has the mean and the standard deviation over seeds.
+
     Args:
         by_method: name of a method -> its finished runs, at least one.
     """
@@ -83,7 +85,8 @@ def domain_rows(by_method: dict[str, list[Row]]) -> Rows:
 def difference_rows(by_method: dict[str, list[Row]]) -> Rows:
     """Return one table row per method except the baseline, with its differences from the baseline.
 
-    Differences are between runs with the same seed. Methods that have no seed in common with the baseline are left out.
+    Differences are between runs with the same seed: mean, standard deviation and, for two or more seeds, the 95 %
+    confidence interval of the mean. Methods that have no seed in common with the baseline are left out.
 
     Args:
         by_method: name of a method -> its finished runs.

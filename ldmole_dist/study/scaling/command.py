@@ -75,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
 def _cells(is_full: bool, chosen: dict[str, list[Any]]) -> list[Cell]:
     """Return the cells to measure.
 
-    On a machine with GPUs, the precision is bf16 instead of fp32, and the grid's numbers of ranks that exceed the
-    number of GPUs are left out.
+    On a machine with GPUs, the precision is bf16 instead of fp32 unless `chosen` sets it, and the grid's numbers of ranks
+    that exceed the number of GPUs are left out.
 
     Args:
         is_full: whether to use the "full" grid instead of "quick".
-        chosen: name of an axis -> values given on the command line; "ranks" is removed.
+        chosen: name of an axis -> values given on the command line; "ranks" is removed from this dict.
 
     Raises:
         UserError: if a value is not supported, or --ranks exceeds the number of GPUs.

@@ -65,6 +65,7 @@ def measure(cell: Cell, steps: int, warmup: int, timeout: float) -> Measured:
 
     Raises:
         RankFailed: if a rank fails or the timeout expires.
+        OSError: if a process cannot be started.
     """
     with LocalRanks(cell.ranks, timeout) as ranks:
         return summary(cell, ranks.run(run_cell, cell, steps, warmup))
