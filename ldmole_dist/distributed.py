@@ -36,7 +36,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0. It prints the progress and writes the files that only one rank writes."""
+        """Whether this is rank 0, which prints the progress and writes the files that only one rank writes."""
         return self.rank == 0
 
     def peak_memory(self) -> int:
@@ -70,8 +70,8 @@ def free_port() -> int:
 def raise_on_all_ranks(activity: str) -> Iterator[None]:
     """Context manager that raises an error on every rank if its body fails on any rank.
 
-    Without it, the other ranks would wait in their next collective until it times out. Every rank must enter it. The body
-    itself must not contain collectives, because the other ranks would wait in them for a rank that has failed.
+    Without this, the other ranks would wait in their next collective until its timeout. Every rank must enter the context. The
+    body must not contain collectives, because the other ranks would wait in them for a rank that has failed.
 
     Args:
         activity: what the body does, such as "reading the data"; the message of `PeerError` contains it.

@@ -200,7 +200,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Return the values of a file of JSON lines. A missing file has none, and an incomplete last line is skipped.
+    """Return the values of a file of JSON lines; empty if the file is missing. An incomplete last line is skipped.
 
     Raises:
         UserError: if a complete line is not JSON.

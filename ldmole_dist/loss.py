@@ -2,8 +2,8 @@
 
 The task loss of an optimizer step is the cross entropy summed over the answers (tokens or labels) of all ranks and
 micro-batches, divided by the number of answers. The engine averages gradients over ranks and micro-batches, so the trainer
-multiplies the task loss of a micro-batch by the number of ranks times the number of micro-batches. Auxiliary losses are
-averaged over ranks and micro-batches.
+multiplies the summed cross entropy of a micro-batch by ranks * micro-batches / answers. Auxiliary losses are averaged over
+ranks and micro-batches.
 
 Shapes: B sequences, S positions, S' positions that need logits, V vocabulary size or number of classes.
 """

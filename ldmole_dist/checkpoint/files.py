@@ -87,7 +87,7 @@ def write_tensors(
 class ShardReader:
     """Reader of flattened tensors whose shards are in several files.
 
-    It is a context manager, which closes the files at the end of the block.
+    As a context manager, the reader closes the files at the end of the block.
 
     Args:
         paths: rank files of a checkpoint.
@@ -131,10 +131,10 @@ class ShardReader:
         return flat.view(*shape)
 
     def read_range(self, key: str, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the values of elements `start` to `end` - 1 of a flattened tensor, shard by shard.
+        """Yield the values of elements `start` to `end` - 1 of a flattened tensor, shard by shard; skip elements of no shard.
 
         Yields:
-            Position of the values relative to `start`, and the values.
+            Position of a shard's first value relative to `start`, and the shard's values in the range.
         """
         for first, last, file in self._shards[key]:
             low, high = max(first, start), min(last, end)
@@ -142,14 +142,14 @@ class ShardReader:
                 yield low - start, file.get_slice(key)[low - first : high - first]
 
     def find_gap(self, key: str, length: int) -> str | None:
-        """Describe the first elements of a tensor that are missing, stored twice or beyond its end.
+        """Describe the first error in the shards of a tensor: elements are missing, stored twice or beyond the tensor's end.
 
         Args:
             key: key of the tensor.
             length: number of elements of the full tensor.
 
         Returns:
-            Description of the elements; None if the shards hold every element exactly once.
+            Description of the error; None if the shards hold every element exactly once.
         """
         reached = 0
         for start, end, _ in self._shards.get(key, []):

@@ -36,18 +36,22 @@ from ldmole_dist.tuner.state_dict import adapter_keys
 def choose_checkpoint(config: Config, data: dict[str, int | str], process: Process) -> Path | None:
     """Choose and verify the checkpoint to resume from. Collective: every rank must call it.
 
+    With run.resume="auto", the result is the latest intact checkpoint in the output folder. With a path, the only candidate is
+    the checkpoint at the path, or the latest one of the run at the path. If the output folder's latest checkpoint is from a run
+    with the same `run.resume`, then that checkpoint is the only candidate instead, so that a restarted job keeps its progress.
+
     Args:
         config: config of the run; `run.resume` selects the checkpoint.
         data: values that determine the order of the examples (`data.batches.describe_order`).
         process: this rank, which verifies its share of the files.
 
     Returns:
-        The checkpoint, the same on every rank; None to start fresh.
+        The checkpoint, the same on every rank; None to start fresh, which "auto" does only if the output folder has none.
 
     Raises:
-        UserError, PeerError: if the path in `run.resume` is neither a checkpoint nor a run with checkpoints; if no checkpoint
-            is intact ("auto" tries all in the output folder, a path only the latest); or if the chosen checkpoint was trained
-            with another adapter, backbone or order of the examples.
+        UserError, PeerError: if the path in `run.resume` is neither a checkpoint nor a run with checkpoints; if there are
+            candidates but none is intact; or if the chosen checkpoint was trained with another adapter, backbone or order of
+            the examples.
     """
     resume = config.run.resume
     if resume == "never":
@@ -127,7 +131,11 @@ def _join(topology: dict[str, int]) -> str:
 
 
 def _requested_checkpoint(path: Path) -> list[Path]:
-    """Return the checkpoint at `path`, or the latest one of the run at `path`, as a list with one entry."""
+    """Return the checkpoint at `path`, or the latest one of the run at `path`, as a list with one entry.
+
+    Raises:
+        UserError: if `path` is neither a checkpoint nor a run with checkpoints.
+    """
     if (path / MANIFEST_NAME).exists():
         return [path]
     if found := list_checkpoints(path):
@@ -141,7 +149,8 @@ def _requested_checkpoint(path: Path) -> list[Path]:
 def _resumed_from(checkpoint: Path, resume: str) -> bool:
     """Return whether the run that wrote a checkpoint had `run.resume` set to `resume`.
 
-    If so, this run is a restart of that run and must continue from its own checkpoint, not start over from `resume`.
+    If so, this run is a restart of that run and must continue from its own checkpoint, not start over from `resume`. False if
+    the manifest of the checkpoint cannot be read.
     """
     try:
         return bool(read_manifest(checkpoint).config["run"]["resume"] == resume)
@@ -174,7 +183,10 @@ def _problems(checkpoint: Path, process: Process) -> list[str]:
 
 
 def _check_fits(manifest: Manifest, checkpoint: Path, config: Config, data: dict[str, int | str]) -> None:
-    """Raise UserError if the adapter, the backbone or the order of the examples differs from that of a checkpoint."""
+    """Raise UserError if an adapter key listed below, the backbone or the order of the examples differs from the checkpoint.
+
+    Backbones are compared by `fingerprint`, and only if both have one.
+    """
     # A checkpoint of an earlier version lacks the adapter keys that were added later. Their defaults describe its adapter.
     saved_adapter = asdict(Adapter()) | manifest.config["adapter"]
     for key in ("router", "top_k", "top_p", "num_experts", "r", "lambda_hidden", "target_modules", "target_parameters"):

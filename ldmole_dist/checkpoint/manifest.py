@@ -152,8 +152,8 @@ def content_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
 def fingerprint(backbone: str) -> str | None:
     """Return a hash of the weights in a backbone folder; None if it has no safetensors files, as for a name on the hub.
 
-    The hash covers the name, the size, and the first and last MiB of each safetensors file. These suffice to distinguish two
-    sets of weights of the same architecture, without reading complete files.
+    The hash covers the name, the size, and the first and last MiB of each safetensors file, because reading complete files is
+    slow. Weights that differ only between the first and the last MiB of a file have the same hash.
     """
     files = sorted(Path(backbone).glob("*.safetensors"))
     if not files:

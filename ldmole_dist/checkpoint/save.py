@@ -3,8 +3,9 @@
 1. `Saver.save` records the counters and random states at once and starts a thread. The thread copies this rank's optimizer
    shards to host memory and writes them from there.
 2. Training continues with the next forward. Only the next optimizer step waits for the copy (`wait_for_copy`).
-3. When the files of all ranks are on disk, which the training loop detects with an all-reduce at the end of a later step,
-   `finish` writes the manifest, renames the folder and updates `latest`.
+3. When the files of all ranks are on disk, `finish` writes the manifest, renames the folder and updates `latest`. The training
+   loop checks with an all-reduce at the end of each step whether the files are on disk. Before the next save and at the end
+   of training, `finish` waits for the files.
 
 With run.save_async=false, `save` does all of this before it returns, and copies only one tensor at a time to host memory.
 
@@ -54,7 +55,8 @@ HEARTBEAT_SECONDS = 10  # interval while waiting for a write; far below the defa
 class _PendingCheckpoint:
     """Checkpoint that this rank is writing.
 
-    `copied` is set once the shards are in host memory. After the write, `digest` describes this rank's file, or `error` is set.
+    `copied` is set once the optimizer may change the shards: they are in host memory, or the write has ended. After the write,
+    `digest` describes this rank's file, or `error` is set.
     """
 
     step: int
@@ -119,7 +121,7 @@ class Saver:
         pending.thread.start()
 
     def wait_for_copy(self) -> None:
-        """Wait until the shards are copied to host memory. Call it before an optimizer step, which changes the shards."""
+        """Wait until the pending checkpoint, if any, no longer reads the shards. Call it before each optimizer step."""
         if self._pending is not None:
             self._pending.copied.wait()
 
@@ -173,7 +175,7 @@ class Saver:
         except Exception as error:
             pending.error = error
         finally:
-            pending.copied.set()  # also after an error: otherwise training would wait forever
+            pending.copied.set()  # also after an error, because `wait_for_copy` waits without a timeout
 
     def _copy_to_host(self, states: dict[str, Tensor], ready: torch.cuda.Event | None) -> dict[str, Tensor]:
         stream = None

@@ -24,8 +24,8 @@ class Engine:
     """A DeepSpeed engine around a PEFT model with LD-MoLE adapters. Collective: every rank must create one.
 
     Args:
-        model: PEFT model with its adapter injected. All ranks must have the same parameters, except that each has its own
-            experts.
+        model: PEFT model with its adapter injected. All ranks must have the same parameters, except for the experts, of which
+            each rank of an expert-parallel group has its own.
         ds_config: complete config from `resolve_ds_config`.
         optimisation: optimizer, learning-rate schedule and gradient clipping.
         total_steps: number of optimizer steps of the run, for the learning-rate schedule.

@@ -26,7 +26,7 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
     """Read a DeepSpeed config and check its keys, types and ranges.
 
     Args:
-        name_or_path: "zero2" for ds_configs/zero2.json, or the path of a JSON file.
+        name_or_path: a name, such as "zero2" for ds_configs/zero2.json, or the path of a file that ends in .json.
 
     Raises:
         UserError: if the file cannot be read or is not a JSON object, a key is unknown or not supported, or a value has a
@@ -81,7 +81,7 @@ def resolve_ds_config(
 
     Raises:
         UserError: if the DeepSpeed config has an invalid key or value, contradicts the run config, or sets a value that
-            experts, checkpoints or the precision do not support.
+            experts, checkpoints, the precision or the detection of non-finite gradients do not support.
     """
     _check_keys(config)
     given = {
@@ -128,8 +128,8 @@ def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
     """Return the complete DeepSpeed config of a run on `world_size` ranks.
 
     Raises:
-        UserError: if the DeepSpeed config is invalid or contradicts the run config, ZeRO stage 3 cannot partition the quantized
-            weights, or the global batch size is not a multiple of the micro-batch size times the world size.
+        UserError: as in `load_ds_config`, `check_quantization` and `resolve_ds_config`, or if the global batch size is not a
+            multiple of the micro-batch size times the world size.
     """
     ds_config = load_ds_config(config.parallelism.deepspeed)
     check_quantization(config, ds_config)
@@ -144,7 +144,7 @@ def resolve_run(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def check_quantization(config: Config, ds_config: dict[str, Any]) -> None:
-    """Raise UserError if ZeRO stage 3 cannot partition the quantized weights of `backbone.quantization`.
+    """Raise UserError if ZeRO stage 3 is combined with an int8 backbone, or with another quantization and offload_param.
 
     Args:
         config: config of the run.
@@ -179,7 +179,10 @@ def _check_keys(config: Any) -> None:
 
 
 def _check_support(zero: dict[str, Any], ep_size: int) -> None:
-    """Raise UserError for values of section zero_optimization that experts or checkpoints do not support."""
+    """Raise UserError for values of section zero_optimization that this package does not support.
+
+    Experts, checkpoints or the detection of non-finite gradients would not work with these values.
+    """
     if zero.get("zero_hpz_partition_size", 1) > 1 and ep_size > 1:
         raise UserError(
             f"zero_optimization.zero_hpz_partition_size={zero['zero_hpz_partition_size']} does not work with "

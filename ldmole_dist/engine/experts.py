@@ -99,7 +99,7 @@ def optimizer_groups(model: nn.Module, ep_size: int, stage: int) -> list[dict[st
 def check_partition_groups(model: nn.Module, ep_size: int) -> None:
     """Check under ZeRO-3 that each expert is partitioned only over the ranks that hold it.
 
-    Partitioning it over other ranks would mix different experts.
+    Partitioning an expert over other ranks would mix different experts.
 
     Raises:
         RuntimeError: if DeepSpeed ignores the attributes that `mark_experts` sets.

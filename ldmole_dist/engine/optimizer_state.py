@@ -1,8 +1,9 @@
 """This rank's shards of the optimizer state, as flat ranges of each parameter, at every ZeRO stage.
 
-ZeRO splits the float32 master weights and Adam moments of a parameter over the ranks that hold it. Each shard is one range of
-the flattened parameter; a bank of experts is flattened as the (E, ...) tensor of all ranks. Each rank can therefore write its
-part of a checkpoint, and read a checkpoint that was written under another split, without collectives.
+ZeRO stages 1 to 3 split the float32 master weights and Adam moments of a parameter over the ranks that hold the parameter; at
+stage 0, each of these ranks holds the full tensors. Each shard is one range of the flattened parameter; a bank of experts is
+flattened as the (E, ...) tensor of all ranks. Each rank can therefore write its part of a checkpoint, and read a checkpoint
+that was written under another split, without collectives.
 
 The layout of the state and the workarounds noted below are those of DeepSpeed 0.19.8.
 """

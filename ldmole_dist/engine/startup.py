@@ -49,14 +49,15 @@ def start(timeout_minutes: float = 30.0) -> Process:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             # By default each rank would use all cores of the host, and ranks that share the cores would run many times slower.
-            # The number of ranks on this host is in a variable of torchrun, DeepSpeed or Open MPI; else assume a single host.
+            # The number of ranks on this host is in a variable of torchrun, DeepSpeed or Open MPI. Without one, assume that all
+            # WORLD_SIZE ranks are on this host or, if WORLD_SIZE is not set either, only this one.
             names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
             local_ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     local_rank = next((int(os.environ[name]) for name in LOCAL_RANK_VARIABLES if name in os.environ), 0)
     if not on_cpu:
-        # Slurm can restrict each rank to one visible device, numbered 0 in that rank. DeepSpeed reads the device index from
-        # these variables.
+        # Slurm can restrict each rank to one visible device, numbered 0 in that rank. `_set_local_rank` stores the index of the
+        # device in the environment, where DeepSpeed reads the index.
         local_rank %= accelerator.device_count()
         _set_local_rank(local_rank)
         accelerator.set_device(local_rank)

@@ -103,7 +103,7 @@ def held_gradients(engine: Engine) -> Iterator[Tensor]:
 
 
 def held_optimizer_state(engine: Engine) -> Iterator[Tensor]:
-    """Yield the tensors in which this rank stores optimizer state: moments, step counts and, under ZeRO, master weights."""
+    """Yield this rank's tensors of optimizer state: moments, step counts and, at ZeRO stages 1 to 3, master weights."""
     optimizer = engine.deepspeed.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     yield from tensors_in([dict(state) for state in inner.state.values()])

@@ -1,10 +1,10 @@
 """Expert-parallel dispatch: bring tokens and their active experts together across ranks.
 
-For each (rank, remote expert), mode "auto" sends the cheaper of the two: the token rows to the expert's rank, or the expert to
-the tokens' rank (`decision.choose_fetched_experts`). A token's row is sent at most once to each remote rank, even if several of
-its experts are there or several linears of the input group need it; the remote rank returns one partial sum per linear. Rows
-and experts of one group share an all-to-all, unless the rows are exchanged in rounds (`rounds`). No token is dropped and
-nothing is padded. Every mode gives the result of one process that holds all experts, up to rounding.
+For each (rank, remote expert), mode "auto" sends the token rows to the expert's rank or the expert to the tokens' rank, so that
+the total cost is low (`decision.choose_fetched_experts`). A token's row is sent at most once to each remote rank, even if
+several of its experts are there or several linears of the input group need it; the remote rank returns one partial sum per
+linear. Rows and experts of one group share an all-to-all, unless the rows are exchanged in rounds (`rounds`). No token is
+dropped and nothing is padded. Every mode gives the result of one process that holds all experts, up to rounding.
 
 The all-to-all is in flight while the caller computes something else (`Dispatch.start`), and the partial sums are returned
 while the local experts compute. Fetched experts are kept for the backward. Received rows are kept as well, unless they are
@@ -45,7 +45,7 @@ class ExpertParallel:
 
     Args:
         group: process group of these ranks; None if every rank holds all experts.
-        mode: "auto" sends the cheaper of rows and experts, "all_to_all" always rows, "gather" always experts.
+        mode: "auto" chooses rows or the expert for each remote expert, "all_to_all" always sends rows, "gather" always experts.
         overlap: whether an all-to-all is in flight while the frozen linears or the local experts compute.
         wire: counters of the elements and bytes that this rank sends.
     """
@@ -256,7 +256,7 @@ class ExpertParallelDispatch:
         for g, bank in enumerate(banks):
             before = sum(decision.recv_experts[g][: self.rank])
             # With several rounds, the all-to-all of `start` carries only experts. It must be part of the graph even if this
-            # rank fetches none: otherwise this rank would skip the all-to-all of the gradients, and the others would hang.
+            # rank fetches none: otherwise this rank would skip the all-to-all of the gradients, in which the others wait.
             if len(weights[g]) or decision.rounds > 1:
                 p_TW, bank_W = self._computed_here(p_GTPL[g], decision.fetched_PGL[:, g], bank, weights[g], before)
             else:

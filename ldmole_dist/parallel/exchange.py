@@ -190,7 +190,10 @@ class _AllToAll:
 
 
 def _pack(payloads: Sequence[Payload]) -> tuple[Tensor, list[int], list[int]]:
-    """Return one tensor with all payloads in order of destination, and its split sizes for sending and receiving."""
+    """Return one tensor with all payloads in order of destination, and its split sizes for sending and receiving.
+
+    A single payload is returned as rows, with split sizes in rows; several payloads as flat bytes, with split sizes in bytes.
+    """
     if len(payloads) == 1:
         ((_, rows, send, recv),) = payloads
         return rows.contiguous(), send, recv

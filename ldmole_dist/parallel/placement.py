@@ -62,17 +62,17 @@ def draw_bank(
     like: Tensor,
     zero_B: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return initial values of the experts that this rank holds: A Kaiming uniform, B zero.
+    """Return initial values of the experts that this rank holds: A Kaiming uniform; B zero, or drawn like A.
 
-    With B = 0, a new adapter does not change the output of the model. Each expert has its own random stream, so that its values
-    do not depend on the number of ranks.
+    With B = 0, a new adapter does not change the output of the model. Each expert's A and B have their own random streams, so
+    that the values do not depend on the number of ranks.
 
     Args:
         placement: placement of the bank, which selects the experts to allocate.
         lora_rank: R.
         in_features: D.
         out_features: O.
-        seed: seed of the run.
+        seed: init_seed of the adapter.
         name: name of the adapted module, unique in the model.
         like: tensor whose dtype and device the bank gets.
         zero_B: whether B is 0; otherwise B is drawn like A.

@@ -15,13 +15,13 @@ from ldmole_dist.model.forward import batch_logits
 
 @torch.no_grad()
 def explain_nonfinite(engine: Engine, batch: dict[str, Tensor], own_loss_is_bad: bool) -> str:
-    """Repeat the forward of a micro-batch and describe where the first non-finite value appears on each rank.
+    """Repeat the forward of a micro-batch and name each rank's first module output and first parameter that is not finite.
 
     Collective: every rank must call it.
 
     Args:
         engine: engine that computed the non-finite value.
-        batch: micro-batch whose loss was non-finite on this rank; any micro-batch of the step if all losses were finite.
+        batch: micro-batch whose loss was non-finite on this rank; any micro-batch if no loss was non-finite on this rank.
         own_loss_is_bad: whether the loss of `batch` was non-finite.
 
     Returns:

@@ -51,9 +51,9 @@ def train(config: Config) -> dict[str, float]:
 
 
 def prepare(config: Config) -> Trainer:
-    """Build the data, model, engine and trainer of a run, and load the checkpoint that it resumes from.
+    """Build the data, model, engine and trainer of a run, and load the checkpoint that the run resumes from.
 
-    Collective: every rank must call it.
+    Also join the process group and create the output folder. Collective: every rank must call it.
 
     Raises:
         UserError, PeerError: on every rank, if the config, the data, the checkpoint, the output folder, the tokenizer, the

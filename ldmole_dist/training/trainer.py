@@ -249,7 +249,7 @@ class Trainer:
             weights.l1 = next_l1_coefficient(weights.l1, metrics["experts_per_token"], weights.target_k, rate)
 
     def _report_evaluation(self, step: int) -> dict[str, float]:
-        """Evaluate, measure how routing changed since the last evaluation, report both, and return the metrics."""
+        """Evaluate, measure how routing changed since the last evaluation, report both, and return the evaluation's metrics."""
         changed = self.probe.changed(self.engine)
         result = self._evaluate(step)
         if result or changed:
