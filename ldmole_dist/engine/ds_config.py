@@ -150,6 +150,7 @@ def check_quantization(config: Config, ds_config: dict[str, Any]) -> None:
         config: config of the run.
         ds_config: config from `load_ds_config`.
     """
+    ds_config = _without_auto(ds_config)
     quantization = config.backbone.quantization
     if quantization is None or stage_of(ds_config) < 3:
         return

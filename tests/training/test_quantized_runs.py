@@ -189,6 +189,12 @@ def test_unsupported_combination_is_an_error_of_the_config(
     assert message in capsys.readouterr().err
 
 
+def test_automatic_zero_stage_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": "auto"}}')
+    config = str(make_config(tmp_path))
+    assert main(["validate", config, "backbone.quantization=int8", f"parallelism.deepspeed={tmp_path}/ds.json"]) == 0
+
+
 def test_backbone_that_would_stay_in_16_bits_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(tmp_path)
     config = str(make_config(tmp_path))
