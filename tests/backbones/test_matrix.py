@@ -15,8 +15,8 @@ from tests.backbones.tiny import ARCHITECTURES
 QUICK = ["bert-cls", "gpt2", "mamba2", "qwen2_vl", "qwen3_moe", "t5", "vit", "whisper"]
 # One of each kind of model; what the nightly tests add differs little from one of these.
 FULL = (
-    "apertus bamba bart biogpt bitnet bloom codegen cohere2 dbrx deberta_v2-cls deepseek_v3 deepseek_v4 distilbert- "
-    "cls electra-cls ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba gemma2 gemma3-mm gemma3-text gemma4-moe "
+    "apertus bamba bart biogpt bitnet bloom codegen cohere2 dbrx deberta_v2-cls deepseek_v3 deepseek_v4 "
+    "distilbert-cls electra-cls ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba gemma2 gemma3-mm gemma3-text gemma4-moe "
     "glm4_moe gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granitemoe granitemoehybrid jamba jetmoe kimi_linear lfm2 "
     "llama-cls llama-tied-bias llama4-text llava mamba minimax mixtral modernbert-cls mpt nanochat nemotron olmo2 "
     "olmo_hybrid opt paligemma persimmon phi phi3 phimoe qwen2_moe qwen3 qwen3_5 recurrent_gemma rwkv smollm3 "
