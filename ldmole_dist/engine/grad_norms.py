@@ -82,5 +82,5 @@ def _squares(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Return the sum of squares in float64, without a float64 copy of the gradient."""
+    """Return the sum of squares, computed in float64. On a CPU this makes a temporary float64 copy of the gradient."""
     return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()

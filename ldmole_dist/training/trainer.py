@@ -97,7 +97,7 @@ class Trainer:
 
     def _training_loop(self) -> dict[str, float]:
         run = self.config.run
-        if self.first_step >= self.last_step:  # nothing to train; this evaluation was reported before the resume
+        if self.first_step >= self.last_step:  # nothing to train; a complete run has reported this evaluation already
             return self._evaluate(self.first_step)
         result = self._report_evaluation(0) if self.first_step == 0 and run.eval_before else {}
         steps = tqdm(
