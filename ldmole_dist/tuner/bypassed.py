@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-# A weight counts as an operand if it is an argument at the end of a line, or the left side of a matrix product. Other uses of a
-# weight, such as to initialize it or to read its dtype, do not replace the call of the linear.
-_OPERAND = re.compile(r"self\.(\w+)\.weight(?:,\n| @ )")
+# A weight counts as an operand if it is an argument or the left side of a matrix product. Not if the function works in place
+# (its name ends in "_"), as those that initialize weights, or is `isinstance`: these do not replace the call of the linear.
+_OPERAND = re.compile(r"(?<!_\()(?<!isinstance\()self\.(\w+)\.weight(?=,|\)| @ )")
 
 
 def is_bypassed(parent: nn.Module, name: str) -> bool:

@@ -41,8 +41,7 @@ class AdapterForward(TrainableAdapters):
                 "torch.nn.DataParallel is not supported: its replicas would share one state of the forward; start one process "
                 "per GPU, as with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
-        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
         # transformers' logits_to_keep is a tensor of positions, or a number of positions at the end. The context aligns masks
         # to the end of the sequence anyway, so only a tensor is passed to it.
         positions = given.get("logits_to_keep")

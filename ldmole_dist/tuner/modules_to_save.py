@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from ldmole_dist.method.sparsegen import at_least_float32
-from ldmole_dist.tuner.quantized import is_quantized_linear
+from ldmole_dist.tuner.quantized import is_quantized
 
 
 def check_not_quantized(model: nn.Module, config: PeftConfig) -> None:
     """Raise ValueError if a module of `modules_to_save` is or contains a quantized linear, which cannot be trained."""
     names: Any = getattr(config, "modules_to_save", None) or ()
     for name, module in model.named_modules():
-        if name.endswith(tuple(names)) and any(map(is_quantized_linear, module.modules())):
+        if name.endswith(tuple(names)) and any(map(is_quantized, module.modules())):
             raise ValueError(
                 f"modules_to_save={names} includes {name}, whose weights are quantized and cannot be trained; remove it, or "
                 "exclude it from the quantization (llm_int8_skip_modules)"

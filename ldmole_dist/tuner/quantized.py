@@ -32,6 +32,11 @@ UNTESTED_PACKAGES = (
 _TESTED = "a linear of bitsandbytes or HQQ, or torchao's int8 or float8 weights"
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Return whether the weight of a module is quantized, by torchao too."""
+    return is_quantized_linear(module) or _is_torchao(getattr(module, "weight", None))
+
+
 def is_quantized_linear(module: nn.Module) -> bool:
     """Return whether a module is a linear of bitsandbytes or HQQ; False for torchao, whose linears are plain `nn.Linear`."""
     return not {BNB_4BIT, BNB_8BIT, HQQ}.isdisjoint(_classes(module))
@@ -58,7 +63,7 @@ def why_quantization_fails(module: nn.Module) -> str | None:
 
 def _why_torchao_fails(weight: Any) -> str | None:
     classes = _classes(weight)
-    if not any(name.startswith("torchao.") for name in classes):
+    if not _is_torchao(weight):
         return None
     known = next((name for name in TORCHAO if name in classes), None)
     if known is None:
@@ -66,6 +71,10 @@ def _why_torchao_fails(weight: Any) -> str | None:
     if getattr(weight, TORCHAO[known]) is not None:
         return "quantizes its input too, so that torchao computes no gradient; quantize only its weights"
     return None
+
+
+def _is_torchao(weight: object) -> bool:
+    return any(name.startswith("torchao.") for name in _classes(weight))
 
 
 def stored_weight(linear: nn.Module) -> Tensor:

@@ -247,6 +247,13 @@ def test_quantized_module_to_save_is_refused(kind: str) -> None:
 
 
 @pytest.mark.full
+def test_module_to_save_quantized_by_torchao_is_refused(more_packages: None) -> None:
+    need("torchao")
+    with pytest.raises(ValueError, match="whose weights are quantized"):
+        adapt(quantize(llama(), TORCHAO[0]), target_modules=["q_proj"], modules_to_save=["o_proj"])
+
+
+@pytest.mark.full
 def test_torchao_that_quantizes_inputs_or_is_not_known_is_refused(more_packages: None) -> None:
     need("torchao")
     import torchao.quantization as ao
